@@ -1,0 +1,286 @@
+"""`dpf.toml`, the owner's configuration: its schema, its reader and its commented template."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dpf_release.errors import ConfigError
+
+CONFIG_NAME = "dpf.toml"
+
+# Names become folder names and, for a release, public text: nothing that needs escaping anywhere.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Epochs = Annotated[int, Field(ge=1, le=10_000)]
+BatchSize = Annotated[int, Field(ge=2, le=65_536)]
+Rate = Annotated[float, Field(gt=0.0, le=10.0)]
+
+_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class ReleaseSection(_Section):
+    """What the published folder is called; all of it becomes public."""
+
+    name: Name = "my-release"
+    version: Name = "1.0.0"
+    licence: Name = "other"
+    description: Annotated[str, Field(max_length=2000)] = ""
+
+
+class TaskSection(_Section):
+    """The target task of Φ: `classification`, or `regression` onto columns of a CSV table."""
+
+    kind: Literal["classification", "regression"] = "classification"
+    targets: tuple[str, ...] = ()
+    unit: Annotated[str, Field(max_length=40)] = ""
+
+    @model_validator(mode="after")
+    def _targets_belong_to_regression(self) -> TaskSection:
+        if (self.kind == "regression") != bool(self.targets):
+            raise ValueError("`targets` lists the target columns of a regression task, and of no other")
+        return self
+
+
+class PrivateImagesSection(_Section):
+    """S, the private images: an ImageFolder tree or a CSV table."""
+
+    path: Path = Path("images/private")
+    classes: tuple[str, ...] = ()
+    group: str | None = None
+    val_fraction: Fraction = 0.1
+    test_fraction: Fraction = 0.1
+    seed: int = 0
+    max_bad: Fraction = 0.001
+
+
+class PublicImagesSection(_Section):
+    """Q, the public images: any folder of pictures, or a CSV table with a `path` column."""
+
+    path: Path = Path("images/public")
+    classes: tuple[str, ...] = ()
+    max_bad: Fraction = 0.001
+
+
+class ImagesSection(_Section):
+    """Where the images are."""
+
+    private: PrivateImagesSection = PrivateImagesSection()
+    public: PublicImagesSection = PublicImagesSection()
+
+
+class ModelSection(_Section):
+    """Φ, its preprocessing, and the hook point where it is cut."""
+
+    arch: str = "resnet18"
+    arguments: dict[str, int] = {}
+    weights: Path | None = None
+    hook: str = "conv4_1"
+    size: tuple[int, int] = (224, 224)
+    resize: Annotated[int, Field(ge=0, le=4096)] = 256
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class TrainSection(_Section):
+    """How `train` fits Φ (SGD with momentum 0.9, one-cycle learning rate)."""
+
+    epochs: Epochs = 30
+    batch_size: BatchSize = 128
+    learning_rate: Rate = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 5e-4
+    flip: bool = True
+    shift: Annotated[int, Field(ge=0, le=512)] = 0
+
+
+class ReconstructorSection(_Section):
+    """How a straw man is fitted (Adam, one-cycle learning rate)."""
+
+    epochs: Epochs = 10
+    batch_size: BatchSize = 128
+    learning_rate: Rate = 3e-3
+
+
+class PoisonSection(_Section):
+    """Which poisoning function P is fitted, against whom, and how."""
+
+    function: str = "dpf"
+    objective: Literal["equivalence", "paper"] = "equivalence"
+    lambda_: Annotated[float, Field(alias="lambda", ge=0.0, le=1e6)] = 1.0
+    straw_men: tuple[str, ...] = ("px2s2",)
+    confuse: tuple[str, ...] = ()
+    epochs: Epochs = 10
+    batch_size: BatchSize = 128
+    learning_rate: Rate = 3e-3
+
+
+class BankSection(_Section):
+    """How feature banks are written."""
+
+    shard_size: str = "1 GiB"
+    batch_size: BatchSize = 128
+
+    @field_validator("shard_size")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+
+class ComputeSection(_Section):
+    """The machine: `auto` takes a GPU where there is one; workers decode images (default: one a core)."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
+    workers: Annotated[int, Field(ge=1, le=256)] | None = None
+    bf16: Literal["auto", "on", "off"] = "auto"
+
+
+class Config(_Section):
+    """The whole of `dpf.toml`; `folder` is where it lies and what its paths are relative to."""
+
+    release: ReleaseSection = ReleaseSection()
+    task: TaskSection = TaskSection()
+    images: ImagesSection = ImagesSection()
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    reconstructor: ReconstructorSection = ReconstructorSection()
+    poison: PoisonSection = PoisonSection()
+    bank: BankSection = BankSection()
+    compute: ComputeSection = ComputeSection()
+    folder: Path = Field(default=Path(), exclude=True)
+
+    def locate(self, path: Path) -> Path:
+        """A path of the configuration, absolute."""
+        return (self.folder / path.expanduser()).resolve()
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `"1 GiB"`, `"500 MB"`, `"4096"`.
+
+    Raises:
+        ValueError: the text is no size, or one under 1 MiB is asked for in words of a unit we do not know.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get((found.group(2) or "B").upper()) if found else None
+    if not found or unit is None:
+        raise ValueError(f"expected a size such as '1 GiB' or '500 MB', found {text!r}")
+    return max(1, int(float(found.group(1)) * unit))
+
+
+def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """`dpf.toml` with options laid over it.
+
+    Args:
+        path: the file.
+        overrides: dotted keys as in the file (`"poison.epochs"`); `None` values are passed over.
+
+    Raises:
+        ConfigError: no file, not TOML, or keys that do not fit; all of them at once.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"expected a configuration at {path}, found none. Run `dpf-release init DIR` to make one, "
+            "change into its folder, or name it with --config."
+        )
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}. Correct that line.") from error
+    for dotted, value in (overrides or {}).items():
+        if value is not None:
+            _lay_over(tree, dotted, value)
+    return parse_config(tree, path.parent.resolve(), str(path))
+
+
+def parse_config(tree: Mapping[str, Any], folder: Path, source: str = CONFIG_NAME) -> Config:
+    """A configuration from parsed TOML.
+
+    Raises:
+        ConfigError: every key that does not fit, with what was expected and found.
+    """
+    if "folder" in tree:
+        raise ConfigError(f"{source}: `folder` is not a key of the configuration. Remove it.")
+    try:
+        return Config.model_validate({**tree, "folder": folder})
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            + ("" if problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})")
+            for problem in error.errors()
+        ]
+        raise ConfigError(f"{source} does not fit:\n" + "\n".join(lines)) from error
+
+
+def _lay_over(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"`{dotted}` is given, but the configuration has no section [{section}].")
+    tree[key] = value
+
+
+TEMPLATE = """\
+# dpf-release: the owner's configuration. Paths are relative to this file.
+# Order of work: (train) -> featurize -> fit-poison -> poison -> package.
+
+[release]                        # all of this section becomes public
+name = "{name}"
+version = "1.0.0"
+licence = "other"                # an SPDX or Hugging Face licence id, e.g. "cc-by-nc-4.0"
+description = ""
+
+[task]
+kind = "classification"          # or "regression", with the columns of the CSV table:
+# targets = ["yaw_deg"]
+# unit = "degrees"
+
+[images.private]                 # S: never leaves this machine
+path = "images/private"          # a tree train/CLASS/*.jpg val/... test/..., CLASS/*.jpg, or a table.csv
+# classes = ["cat", "dog"]       # only these, in this order
+# group = "person"               # CSV column: no value of it in two splits
+# max_bad = 0.001                # share of unreadable images above which the work stops
+
+[images.public]                  # Q: images that anyone can have; only these train the straw man
+path = "images/public"
+
+[model]
+arch = "{arch}"               # a torchvision classification network, resnet20_cifar, resnet56_cifar,
+                                 # or your own "package.module:function"
+{weights}
+hook = "{hook}"                 # `dpf-release inspect ARCH` lists the hook points
+size = {size}
+resize = {resize}                     # shorter side before the centre crop; 0: not resized
+mean = {mean}
+std = {std}
+{arguments}
+[train]                          # for `dpf-release train`; not needed with [model] weights
+epochs = 30
+batch_size = 128
+learning_rate = 0.1
+flip = true                      # random horizontal flips (not where left and right matter)
+shift = 0                        # random shifts of up to this many pixels
+
+[reconstructor]                  # the straw man, trained on Q
+epochs = 10
+
+[poison]                         # the poisoning function, trained on S
+function = "dpf"                 # also: gaussian-noise, gaussian-filter, mean-filter, recombine:k=20,
+                                 # or a chain such as "gaussian-filter+dpf"
+objective = "equivalence"        # or "paper" (Eq. 7)
+lambda = 1.0                     # weight of the byproduct attacker's term
+straw_men = ["px2s2"]
+epochs = 10
+
+[bank]
+shard_size = "1 GiB"
+"""

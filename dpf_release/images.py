@@ -1,0 +1,373 @@
+"""How an image file becomes a picture and a network's input; which files cannot; the pictures of a table by row.
+
+A file that cannot be decoded stays a row of its table: it is reported with its name and reason (`survey`), counted,
+and too many of them stop the run (`refuse_bad`). No image is dropped silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dpf_release.errors import ImageError
+from dpf_release.image_table import ImageTable, read_table, read_unlabelled
+
+__all__ = [
+    "BadImage",
+    "ImageTable",
+    "Pictures",
+    "Preprocess",
+    "decode",
+    "read_table",
+    "read_unlabelled",
+    "refuse_bad",
+    "survey",
+]
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF_ORIENTATION = 0x0112
+_MAX_PIXELS = 2**26  # of a resized picture, before the crop
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image file becomes the input of a network; a part of the model's record.
+
+    Attributes:
+        size: (H, W) of the network's input, 8 to 4096 pixels.
+        resize: length that the shorter side gets before the centre crop, 8 to 4096, or None to keep the image's own.
+        mean: per channel, for pixels in [0, 1].
+        std: per channel, for pixels in [0, 1]; 0.001 to 10.
+
+    Raises:
+        ImageError: a value is out of its bounds.
+    """
+
+    size: tuple[int, int]
+    resize: int | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        lengths = [*self.size, *([] if self.resize is None else [self.resize])]
+        if len(self.size) != 2 or not all(type(length) is int and 8 <= length <= 4096 for length in lengths):
+            raise ImageError(
+                "preprocessing: expected a size of two whole numbers and a resize, each from 8 to 4096, "
+                f"found size {self.size}, resize {self.resize}."
+            )
+        for name, values, low, high in (("mean", self.mean, 0, 1), ("std", self.std, 0.001, 10)):
+            if len(values) != 3 or not all(isinstance(v, (int, float)) and low <= v <= high for v in values):
+                raise ImageError(
+                    f"preprocessing: expected {name} to be three numbers from {low} to {high}, found {values}."
+                )
+
+    def picture(self, image: Image.Image) -> np.ndarray:
+        """Returns the image as (3, H, W) uint8: turned by its EXIF orientation, RGB, resized, cropped at the centre.
+
+        Equal to torchvision's `Resize` and `CenterCrop` on PIL images. An image that would not cover the crop is
+        enlarged until it does; an alpha channel is ignored.
+
+        Raises:
+            ImageError: the image is so elongated that resizing its shorter side would exhaust the memory.
+        """
+        image = _rgb(image)
+        turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        if turn is not None:
+            image = image.transpose(turn)
+        height, width = self.size
+        if self.resize is not None:
+            short, long = sorted(image.size)
+            other = int(self.resize * long / short)  # rounded down, as torchvision does
+            image = _resized(
+                image, (self.resize, other) if image.width <= image.height else (other, self.resize)
+            )
+        scale = max(width / image.width, height / image.height)
+        if scale > 1:
+            cover = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+            image = _resized(image, cover)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
+
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """Returns (N, 3, H, W) float32 network inputs from pictures: uint8, or floats in [0, 1]."""
+        scaled = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
+        mean, std = (torch.tensor(v, device=pictures.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return (scaled - mean) / std
+
+    def __call__(
+        self, images: Sequence[Image.Image | Path | str] | Image.Image | Path | str | Tensor
+    ) -> Tensor:
+        """Returns (N, 3, H, W) float32 network inputs from images, file names, or pictures (N, 3, H, W) uint8.
+
+        Raises:
+            ImageError: a file cannot be decoded, or a tensor is not of the network's input size.
+        """
+        if isinstance(images, Tensor):
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, *self.size):
+                raise ImageError(
+                    f"expected pictures (N, 3, {self.size[0]}, {self.size[1]}) of uint8, found "
+                    f"{tuple(images.shape)} of {images.dtype}. Hand in PIL images or file names to have them resized."
+                )
+            return self.normalise(images)
+        if isinstance(images, (Image.Image, Path, str)):
+            images = [images]
+        pictures = [
+            self.picture(image) if isinstance(image, Image.Image) else decode(image, self) for image in images
+        ]
+        stacked = np.stack(pictures) if pictures else np.empty((0, 3, *self.size), np.uint8)
+        return self.normalise(torch.from_numpy(stacked))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the record that `from_json` reads."""
+        return {
+            "size": list(self.size),
+            "resize": self.resize,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Preprocess:
+        """Returns what a record describes.
+
+        Raises:
+            ImageError: a key is missing or unknown, or a value is out of its bounds.
+        """
+        keys = {"size", "resize", "mean", "std"}
+        lists = (list, tuple)
+        if set(record) != keys or not all(isinstance(record[key], lists) for key in ("size", "mean", "std")):
+            raise ImageError(
+                "preprocessing: expected the lists size, mean and std, and resize, "
+                f"found {json.dumps(dict(record), default=repr)}."
+            )
+        size, mean, std = (tuple(record[key]) for key in ("size", "mean", "std"))
+        return cls(size=size, resize=record["resize"], mean=mean, std=std)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    exif = image.getexif()
+    if image.mode.startswith("I"):
+        # 16-bit grey. Pillow's own conversion cuts everything above 255 off.
+        pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        converted = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+    elif image.mode == "P":
+        converted = image.convert("RGBA").convert("RGB")  # straight to RGB warns where the palette has alpha
+    else:
+        converted = image.convert("RGB")
+    converted.getexif()[_EXIF_ORIENTATION] = exif.get(_EXIF_ORIENTATION, 1)
+    return converted
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if size == image.size:
+        return image
+    if math.prod(size) > _MAX_PIXELS:
+        raise ImageError(
+            f"{image.width} × {image.height} pixels are too elongated to resize to {size[0]} × {size[1]}"
+        )
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+# What Pillow's parsers let out on damaged files; found by flipping bytes. They leave no narrower common root.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+@contextlib.contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Makes Pillow refuse bombs and be silent about the rest.
+
+    The filters hold for the whole process, all its threads: they are set around a pool's work, not in it, and name
+    Pillow's modules only.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+        yield
+
+
+def _picture_or_reason(path: Path, preprocess: Preprocess) -> np.ndarray | str:
+    """Returns the picture, (3, H, W) uint8, or the reason that there is none."""
+    try:
+        if not path.is_file():
+            return "there is no such file"
+        with Image.open(path, formats=_FORMATS) as image:
+            image.load()
+            return preprocess.picture(image)
+    except UnidentifiedImageError:  # Pillow's message has the whole path
+        return "not a JPEG, PNG or WebP image"
+    except ImageError as error:
+        return str(error)
+    except _BROKEN as error:
+        return f"{(isinstance(error, OSError) and error.strerror) or error or type(error).__name__}"
+
+
+def decode(path: Path | str, preprocess: Preprocess) -> np.ndarray:
+    """Returns the picture of a JPEG, PNG or WebP file, (3, H, W) uint8, as `preprocess` wants it.
+
+    Raises:
+        ImageError: `NAME: reason`, for a file that is missing, truncated, damaged, too large, or no such image.
+    """
+    path = Path(path)
+    with _strict_pillow():
+        found = _picture_or_reason(path, preprocess)
+    if isinstance(found, str):
+        raise ImageError(f"{path.name}: {found}")
+    return found
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be decoded: its row in the table, its path there, and why."""
+
+    row: int
+    name: str
+    reason: str
+
+
+class Pictures:
+    """The decoded pictures of a table, by row; kept in memory where they fit.
+
+    Decoding runs in threads: Pillow works outside Python's lock. An instance belongs to one process.
+
+    Args:
+        table: the images.
+        preprocess: size of the pictures.
+        workers: threads; the number of cores, 8 at most, where None.
+        memory_limit: bytes of pictures that may be kept. Larger tables are decoded anew at each read.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        preprocess: Preprocess,
+        workers: int | None = None,
+        memory_limit: int = 2 * 2**30,
+    ) -> None:
+        self.table = table
+        self.preprocess = preprocess
+        self._pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+        shape = (len(table), 3, *preprocess.size)
+        self._kept: Tensor | None = None
+        if math.prod(shape) <= memory_limit:
+            self._kept = torch.empty(shape, dtype=torch.uint8)  # the system gives the memory as it is filled
+        self._is_kept = np.zeros(len(table), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> Tensor:
+        """Returns the pictures of these rows, (n, 3, H, W) uint8.
+
+        Raises:
+            ImageError: `PATH: reason` of the first that cannot be decoded.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        pictures, bad = self._read(rows)
+        if bad:
+            raise ImageError(f"{bad[0].name}: {bad[0].reason}")
+        return pictures
+
+    def close(self) -> None:
+        """Ends the threads and frees the pictures."""
+        self._pool.shutdown(cancel_futures=True)
+        self._kept = None
+
+    def _read(self, rows: np.ndarray) -> tuple[Tensor, list[BadImage]]:
+        """Returns (n, 3, H, W) uint8, undefined at the bad images, and these."""
+        wanted, places = np.unique(rows, return_inverse=True)
+        missing = np.flatnonzero(~self._is_kept[wanted])
+        pictures = torch.empty((len(wanted), 3, *self.preprocess.size), dtype=torch.uint8)
+        if self._kept is not None and len(missing) < len(wanted):
+            pictures.copy_(self._kept[torch.from_numpy(wanted)])
+        bad = []
+        files = [self.table.root / self.table.paths[row] for row in wanted[missing]]
+        with _strict_pillow():
+            decoded = self._pool.map(_picture_or_reason, files, [self.preprocess] * len(files))
+            for place, found in zip(missing, decoded, strict=True):
+                row = int(wanted[place])
+                if isinstance(found, str):
+                    bad.append(BadImage(row, self.table.paths[row], found))
+                    continue
+                pictures[place] = torch.from_numpy(found)
+                if self._kept is not None:
+                    self._kept[row] = pictures[place]
+                    self._is_kept[row] = True
+        return pictures[torch.from_numpy(places)], bad
+
+
+def survey(
+    pictures: Pictures, on_progress: Callable[[int], None] | None = None, batch_size: int = 256
+) -> list[BadImage]:
+    """Decodes every picture once and returns those that cannot be; fills the memory of `pictures` on the way.
+
+    Args:
+        pictures: what to look at.
+        on_progress: called with the number of pictures after each batch.
+        batch_size: pictures a batch.
+    """
+    bad: list[BadImage] = []
+    for start in range(0, len(pictures), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(pictures)))
+        bad += pictures._read(rows)[1]
+        if on_progress is not None:
+            on_progress(len(rows))
+    return bad
+
+
+def refuse_bad(bad: Sequence[BadImage], total: int, max_bad: float = 0.001) -> None:
+    """Stops a run that has too many images that cannot be decoded.
+
+    Args:
+        bad: from `survey`.
+        total: number of images.
+        max_bad: share of the images that may be bad, 0 to 1.
+
+    Raises:
+        ImageError: there are more than that; the message lists the first 20.
+    """
+    if len(bad) > max_bad * total:
+        names = _shown([f"{image.name} ({image.reason})" for image in bad], "\n  ", limit=20)
+        raise ImageError(
+            f"expected at most {max_bad:.3%} broken images (max_bad = {max_bad:g}), found {len(bad)} of {total}:\n"
+            f"  {names}\nRepair or remove them, or raise max_bad to go on without them."
+        )
