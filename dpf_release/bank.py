@@ -25,6 +25,8 @@ from dpf_release.storage import PRIVATE_FILE, PRIVATE_FOLDER, make_folder, repla
 FORMAT, VERSION, ENCODING = "dpf-release-bank", 1, "float16"
 INDEX = "index.json"
 ID_BYTES = 16
+# HDF5 1.10 and newer index chunks in an array of its own; the older B-tree would lie between the rows.
+LIBVER = ("v110", "v110")
 
 Rows = NDArray[np.int64]
 # (start, stop) of one split -> (stop - start, C, H, W), any float type
@@ -166,7 +168,9 @@ class BankWriter:
         on_rows: Callable[[int], None],
     ) -> None:
         shape = self.header.feature_shape
-        with replacing(path, self._file_mode) as partial, h5py.File(partial, "w", track_times=False) as shard:
+        with replacing(path, self._file_mode) as partial, h5py.File(
+            partial, "w", libver=LIBVER, track_times=False
+        ) as shard:
             shard.attrs.update(_attributes(self.header, split))
             dataset = _empty_features(shard, len(ids), shape)
             shard.create_dataset("target" if targets.ndim == 2 else "label", data=targets, track_times=False)

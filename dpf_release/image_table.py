@@ -1,41 +1,29 @@
-"""Image data sets: which files, targets and splits there are, and how a file becomes a picture.
+"""Image data sets: which files there are, with which targets, in which splits.
 
-Every row of an `ImageTable` stands for one file that the source names. A file that cannot be decoded stays a
-row: it is reported with its name and reason (`survey`), counted, and too many of them stop the run
-(`refuse_bad`). No image is dropped silently.
+Every file that a source names is a row of its `ImageTable`, whether it can be decoded or not: that is found
+out, and reported, by `images.survey`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
-import math
 import os
-import struct
-import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from dpf_release.errors import ImageError
 
 SPLITS = ("train", "val", "test")
-_SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_FORMATS = ("JPEG", "PNG", "WEBP")
-# Suffixes of other image formats are listed too: such a file becomes a reported bad image, not a missing one.
-_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .heic .heif .avif .jp2 .jxl".split()
-)
+_SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_READ_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
+# Other image formats are listed too: such a file becomes a reported bad image, not a missing one.
+_OTHER_SUFFIXES = {".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".heic", ".heif", ".avif", ".jp2", ".jxl"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +52,7 @@ class ImageTable:
         return len(self.paths)
 
     def select(self, rows: Sequence[int] | np.ndarray) -> ImageTable:
-        """Returns the table of these rows, in this order; `classes` stay, so class indices keep their meaning."""
+        """Returns the table of these rows, in this order; `classes` stay, so indices keep their meaning."""
         rows = np.asarray(rows, dtype=np.int64)
         return replace(
             self,
@@ -113,10 +101,11 @@ def read_table(
 ) -> ImageTable:
     """Reads a labelled data set.
 
-    A folder is an ImageFolder tree, `train/CLASS/*.jpg`, `val/...`, `test/...`, or `CLASS/*.jpg` without splits. A
-    `.csv` file has the columns `path` (relative to its folder), `label` or `target_columns`, perhaps `split`;
-    the others are attributes. Where `val` or `test` is missing it is carved from `train`: stratified by class, or
-    by deciles of the first target; with `group_column`, whole groups at a time. Each class keeps one row in `train`.
+    A folder is an ImageFolder tree, `train/CLASS/*.jpg`, `val/...`, `test/...`, or `CLASS/*.jpg` without
+    splits. A `.csv` file has the columns `path` (relative to its folder), `label` or `target_columns`,
+    perhaps `split`; the others are attributes. Where `val` or `test` is missing it is carved from `train`:
+    stratified by class, or by deciles of the first target, with a row of each kept in `train`; or, with
+    `group_column`, whole groups at a time.
 
     Args:
         source: the folder, or the CSV file.
@@ -153,12 +142,12 @@ def read_unlabelled(
 ) -> ImageTable:
     """Reads public images Q: any folder, searched recursively, or a CSV table with a column `path`.
 
-    Rows under a top-level folder `test` (or with `test` in a column `split`) stay `test`; all others are split into
-    `train` and `val` by the seed. Targets are zeros, (N,) int64.
+    Rows under a top-level folder `test` (or with `test` in a column `split`) stay `test`; all others are
+    split into `train` and `val` by the seed. Targets are zeros, (N,) int64.
 
     Args:
         source: the folder, or the CSV file.
-        classes: take only files with one of these names among their parent folders (or in the column `label`).
+        classes: take only files with one of these names among their parent folders, or in the column `label`.
         val_fraction: share of the rows outside `test` that `val` gets.
         seed: of the split.
 
@@ -167,31 +156,28 @@ def read_unlabelled(
     """
     source, wanted = Path(source), set(classes)
     if source.is_dir():
-        paths = tuple(_image_files(source))
-        labels = [wanted.intersection(PurePosixPath(path).parts[:-1]) for path in paths]
-        splits = ["test" if path.startswith("test/") else "train" for path in paths]
-        attributes: dict[str, tuple[str, ...]] = {}
-        root = source
+        root, columns = source, {"path": tuple(_image_files(source))}
+        folders = [PurePosixPath(path).parts[:-1] for path in columns["path"]]
+        splits = ["test" if names and names[0].lower() == "test" else "train" for names in folders]
+        labels = [wanted.intersection(names) for names in folders]
     else:
-        columns = _csv_columns(source, ["path", *(["label"] if classes else [])])
-        paths, root, attributes = columns.pop("path"), source.parent, columns
-        labels = [wanted.intersection([label]) for label in columns.get("label", ())]
-        splits = [
-            "test" if split == "test" else "train" for split in columns.pop("split", ("train",) * len(paths))
-        ]
-    table = ImageTable(
-        root, paths, np.zeros(len(paths), np.int64), (), (), np.array(splits, dtype="U5"), attributes
-    )
-    if wanted:
+        root, columns = source.parent, _csv_columns(source, ["path", *(["label"] if classes else [])])
+        splits = ["test" if split == "test" else "train" for split in _csv_splits(columns)]
+        labels = [wanted.intersection([label]) for label in columns["label"]] if classes else []
+    paths = columns.pop("path")
+    targets = np.zeros(len(paths), np.int64)
+    table = ImageTable(root, paths, targets, (), (), np.array(splits, dtype="U5"), columns)
+    if classes:
         _require_classes(source, classes, set().union(*labels))
         table = table.select([row for row, found in enumerate(labels) if found])
     return replace(table, splits=_complete_splits(source, table, None, {"val": val_fraction}, seed))
 
 
 def _image_files(folder: Path) -> Iterator[str]:
-    """Yields the posix paths, relative to `folder`, of the files with an image's suffix, sorted; hidden ones never."""
+    """Yields the sorted posix paths, relative to `folder`, of its image files; hidden ones never."""
     seen: set[Path] = set()  # of real folders: links are followed, but a link to a parent must not loop
     found = []
+    suffixes = _READ_SUFFIXES | _OTHER_SUFFIXES
     for place, folders, names in os.walk(folder, followlinks=True):
         real = Path(place).resolve()
         folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
@@ -199,19 +185,19 @@ def _image_files(folder: Path) -> Iterator[str]:
             seen.add(real)
             found += [Path(place, name) for name in names if not name.startswith(".")]
     yield from sorted(
-        file.relative_to(folder).as_posix() for file in found if file.suffix.lower() in _SUFFIXES
+        file.relative_to(folder).as_posix() for file in found if file.suffix.lower() in suffixes
     )
 
 
 def _read_tree(source: Path, classes: tuple[str, ...]) -> ImageTable:
     paths = list(_image_files(source))
     parts = [PurePosixPath(path).parts for path in paths]
-    has_splits = any((source / name).is_dir() for name in _SPLIT_FOLDERS)
+    has_splits = any(entry.is_dir() and entry.name.lower() in _SPLIT_NAMES for entry in source.iterdir())
     depth = 1 if has_splits else 0  # where the class folder stands
     stray = [
         path
         for path, names in zip(paths, parts, strict=True)
-        if len(names) < depth + 2 or (has_splits and names[0] not in _SPLIT_FOLDERS)
+        if len(names) < depth + 2 or (has_splits and names[0].lower() not in _SPLIT_NAMES)
     ]
     if stray:
         layout = "train/CLASS/IMAGE, val/CLASS/IMAGE, test/CLASS/IMAGE" if has_splits else "CLASS/IMAGE"
@@ -224,7 +210,7 @@ def _read_tree(source: Path, classes: tuple[str, ...]) -> ImageTable:
     _require_classes(source, names, found)
     index = {name: number for number, name in enumerate(names)}
     kept = [row for row, folders in enumerate(parts) if folders[depth] in index]
-    splits = [_SPLIT_FOLDERS[parts[row][0]] if has_splits else "train" for row in kept]
+    splits = [_SPLIT_NAMES[parts[row][0].lower()] if has_splits else "train" for row in kept]
     targets = np.array([index[parts[row][depth]] for row in kept], dtype=np.int64)
     return ImageTable(
         source, tuple(paths[row] for row in kept), targets, names, (), np.array(splits, "U5"), {}
@@ -241,30 +227,35 @@ def _read_csv(
     regression = task == "regression"
     if regression and not target_columns:
         raise ImageError(f"{source}: a regression needs the names of its target columns, found none.")
-    needed = ["path", *(target_columns if regression else ["label"])]
-    columns = _csv_columns(
-        source, needed + ([group_column] if group_column else []), target_columns, group_column
-    )
-    paths = columns.pop("path")
-    splits = np.array([_SPLIT_FOLDERS[name] for name in columns.pop("split", ("train",) * len(paths))], "U5")
+    own = [*target_columns] if regression else ["label"]
+    needed = ["path", *own, *([group_column] if group_column else [])]
+    columns = _csv_columns(source, needed, target_columns)
+    splits = np.array(_csv_splits(columns), dtype="U5")
+    # The group stays an attribute, also where it is the label or a target.
+    attributes = {
+        name: cells for name, cells in columns.items() if name == group_column or name not in ("path", *own)
+    }
     if regression:
-        numbers = [[float(cell) for cell in columns.pop(name)] for name in target_columns]
-        targets = np.array(numbers, dtype=np.float32).T
-        return ImageTable(source.parent, paths, targets, (), target_columns, splits, columns)
-    labels = columns.pop("label") if group_column != "label" else columns["label"]
-    names = classes or tuple(sorted(set(labels)))
-    _require_classes(source, names, set(labels))
+        numbers = [[float(cell) for cell in columns[name]] for name in target_columns]
+        targets = np.array(numbers, dtype=np.float32).T  # (K, N) -> (N, K)
+        return ImageTable(source.parent, columns["path"], targets, (), target_columns, splits, attributes)
+    names = classes or tuple(sorted(set(columns["label"])))
+    _require_classes(source, names, set(columns["label"]))
     index = {name: number for number, name in enumerate(names)}
-    targets = np.array([index.get(label, -1) for label in labels], dtype=np.int64)
-    table = ImageTable(source.parent, paths, targets, names, (), splits, columns)
+    targets = np.array([index.get(label, -1) for label in columns["label"]], dtype=np.int64)
+    table = ImageTable(source.parent, columns["path"], targets, names, (), splits, attributes)
     return table.select(np.flatnonzero(targets >= 0))
+
+
+def _csv_splits(columns: dict[str, tuple[str, ...]]) -> list[str]:
+    """Takes the column `split` out of the columns and returns it; `train` where there is none."""
+    return [_SPLIT_NAMES[name.lower()] for name in columns.pop("split", ("train",) * len(columns["path"]))]
 
 
 def _csv_columns(
     source: Path,
     needed: Sequence[str],
     number_columns: Sequence[str] = (),
-    group_column: str | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Returns the columns of a CSV file by name, with checked and normalised paths, splits and numbers."""
     if source.suffix.lower() != ".csv" or not source.is_file():
@@ -299,7 +290,7 @@ def _csv_columns(
     lines_of: dict[str, int] = {}
     for row, line in enumerate(lines):
         cells_of = {name: column[row] for name, column in columns.items()}
-        fault = _row_fault(cells_of, needed, number_columns, group_column)
+        fault = _row_fault(cells_of, needed, number_columns)
         if not fault:
             path = columns["path"][row] = PurePosixPath(cells_of["path"]).as_posix()
             first = lines_of.setdefault(path, line)
@@ -308,14 +299,13 @@ def _csv_columns(
             problems.append(f"line {line}: {fault}")
     if problems:
         raise ImageError(
-            f"{source}: {len(problems)} rows cannot be used: {_shown(problems, '; ')}. Fill or remove these rows."
+            f"{source}: {len(problems)} rows cannot be used: {_shown(problems, '; ')}. "
+            "Fill or remove these rows."
         )
     return {name: tuple(column) for name, column in columns.items()}
 
 
-def _row_fault(
-    cells: Mapping[str, str], needed: Sequence[str], number_columns: Sequence[str], group_column: str | None
-) -> str:
+def _row_fault(cells: Mapping[str, str], needed: Sequence[str], number_columns: Sequence[str]) -> str:
     """Returns what is wrong with a row of a CSV table, or an empty text."""
     for name in needed:
         if not cells[name]:
@@ -323,11 +313,11 @@ def _row_fault(
     path = PureWindowsPath(cells["path"])  # reads both kinds of separators, and drives
     if path.anchor or ".." in path.parts:
         return f"path {cells['path']!r} must be relative and stay inside the table's folder"
-    if cells.get("split", "train") not in _SPLIT_FOLDERS:
+    if cells.get("split", "train").lower() not in _SPLIT_NAMES:
         return f"split is {cells['split']!r}, expected train, val or test"
     for name in number_columns:
         try:
-            finite = abs(float(cells[name])) <= np.finfo(np.float32).max
+            finite = abs(float(cells[name])) <= float(np.finfo(np.float32).max)
         except ValueError:
             finite = False
         if not finite:
@@ -369,9 +359,9 @@ def _complete_splits(
         else:
             carved = _carve_groups(pool, groups[pool], wanted, rng)
         if any(not len(carved[split]) for split in wanted):
-            unit = "images" if groups is None else "groups"
+            unit, made = "images" if groups is None else "groups", " and ".join(missing)
             raise ImageError(
-                f"{source}: expected enough {unit} in train to make {' and '.join(missing)}, found {len(pool)} "
+                f"{source}: expected enough {unit} in train to make {made}, found {len(pool)} "
                 f"images that leave none over. Add {unit}, or name the splits yourself."
             )
         for split, rows in carved.items():
@@ -415,7 +405,7 @@ def _even(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
 def _carve_groups(
     pool: np.ndarray, groups: np.ndarray, wanted: Mapping[str, int], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Returns rows of `pool` for each split, whole groups at a time, at most as many as wanted where that can be."""
+    """Returns rows of `pool` for each split, in whole groups, not more than wanted where that can be."""
     names, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     left = list(rng.permutation(len(names)))
     carved = {}

@@ -1,7 +1,7 @@
-"""How an image file becomes a picture and a network's input; which files cannot; the pictures of a table by row.
+"""How an image file becomes a picture and a network's input; which files cannot; a table's pictures by row.
 
-A file that cannot be decoded stays a row of its table: it is reported with its name and reason (`survey`), counted,
-and too many of them stop the run (`refuse_bad`). No image is dropped silently.
+A file that cannot be decoded stays a row of its table: it is reported with its name and reason (`survey`),
+counted, and too many of them stop the run (`refuse_bad`). No image is dropped silently.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Preprocess:
 
     Attributes:
         size: (H, W) of the network's input, 8 to 4096 pixels.
-        resize: length that the shorter side gets before the centre crop, 8 to 4096, or None to keep the image's own.
+        resize: length of the shorter side before the centre crop, 8 to 4096; None keeps the image's own.
         mean: per channel, for pixels in [0, 1].
         std: per channel, for pixels in [0, 1]; 0.001 to 10.
 
@@ -82,20 +82,21 @@ class Preprocess:
         for name, values, low, high in (("mean", self.mean, 0, 1), ("std", self.std, 0.001, 10)):
             if len(values) != 3 or not all(isinstance(v, (int, float)) and low <= v <= high for v in values):
                 raise ImageError(
-                    f"preprocessing: expected {name} to be three numbers from {low} to {high}, found {values}."
+                    f"preprocessing: expected three numbers from {low} to {high} as {name}, found {values}."
                 )
 
     def picture(self, image: Image.Image) -> np.ndarray:
-        """Returns the image as (3, H, W) uint8: turned by its EXIF orientation, RGB, resized, cropped at the centre.
+        """Returns the image as (3, H, W) uint8: upright by its EXIF orientation, RGB, resized, cropped.
 
-        Equal to torchvision's `Resize` and `CenterCrop` on PIL images. An image that would not cover the crop is
-        enlarged until it does; an alpha channel is ignored.
+        Equal to torchvision's `Resize` and `CenterCrop` on PIL images, but that an image which would not
+        cover the crop is enlarged until it does. An alpha channel is ignored.
 
         Raises:
             ImageError: the image is so elongated that resizing its shorter side would exhaust the memory.
         """
-        image = _rgb(image)
+        # Not ImageOps.exif_transpose: it writes the EXIF anew, and fails where that cannot be written.
         turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        image = _rgb(image)
         if turn is not None:
             image = image.transpose(turn)
         height, width = self.size
@@ -122,7 +123,7 @@ class Preprocess:
     def __call__(
         self, images: Sequence[Image.Image | Path | str] | Image.Image | Path | str | Tensor
     ) -> Tensor:
-        """Returns (N, 3, H, W) float32 network inputs from images, file names, or pictures (N, 3, H, W) uint8.
+        """Returns (N, 3, H, W) float32 network inputs from images, files, or pictures (N, 3, H, W) uint8.
 
         Raises:
             ImageError: a file cannot be decoded, or a tensor is not of the network's input size.
@@ -131,7 +132,7 @@ class Preprocess:
             if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, *self.size):
                 raise ImageError(
                     f"expected pictures (N, 3, {self.size[0]}, {self.size[1]}) of uint8, found "
-                    f"{tuple(images.shape)} of {images.dtype}. Hand in PIL images or file names to have them resized."
+                    f"{tuple(images.shape)} of {images.dtype}. PIL images and files are resized."
                 )
             return self.normalise(images)
         if isinstance(images, (Image.Image, Path, str)):
@@ -170,17 +171,13 @@ class Preprocess:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    exif = image.getexif()
     if image.mode.startswith("I"):
-        # 16-bit grey. Pillow's own conversion cuts everything above 255 off.
+        # 16-bit grey: Pillow's own conversion cuts off everything above 255.
         pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        converted = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
-    elif image.mode == "P":
-        converted = image.convert("RGBA").convert("RGB")  # straight to RGB warns where the palette has alpha
-    else:
-        converted = image.convert("RGB")
-    converted.getexif()[_EXIF_ORIENTATION] = exif.get(_EXIF_ORIENTATION, 1)
-    return converted
+        return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB warns where the palette has alpha
+    return image.convert("RGB")
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -193,17 +190,15 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.BILINEAR)
 
 
-# What Pillow's parsers let out on damaged files; found by flipping bytes. They leave no narrower common root.
+# What Pillow's parsers let out on damaged files: there is no narrower common root.
 _BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
     TypeError,
     LookupError,
-    AttributeError,
     ArithmeticError,
     EOFError,
-    RuntimeError,
     MemoryError,
     struct.error,
     zlib.error,
@@ -216,8 +211,8 @@ _BROKEN = (
 def _strict_pillow() -> Iterator[None]:
     """Makes Pillow refuse bombs and be silent about the rest.
 
-    The filters hold for the whole process, all its threads: they are set around a pool's work, not in it, and name
-    Pillow's modules only.
+    The filters hold for all threads of the process: they are set around a pool's work, not in it, and name
+    only Pillow's modules.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -245,7 +240,7 @@ def decode(path: Path | str, preprocess: Preprocess) -> np.ndarray:
     """Returns the picture of a JPEG, PNG or WebP file, (3, H, W) uint8, as `preprocess` wants it.
 
     Raises:
-        ImageError: `NAME: reason`, for a file that is missing, truncated, damaged, too large, or no such image.
+        ImageError: `NAME: reason`, for a file that is missing, damaged, too large, or of another format.
     """
     path = Path(path)
     with _strict_pillow():
@@ -366,8 +361,10 @@ def refuse_bad(bad: Sequence[BadImage], total: int, max_bad: float = 0.001) -> N
         ImageError: there are more than that; the message lists the first 20.
     """
     if len(bad) > max_bad * total:
-        names = _shown([f"{image.name} ({image.reason})" for image in bad], "\n  ", limit=20)
+        names = "\n  ".join(f"{image.name} ({image.reason})" for image in bad[:20])
+        more = f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
         raise ImageError(
-            f"expected at most {max_bad:.3%} broken images (max_bad = {max_bad:g}), found {len(bad)} of {total}:\n"
-            f"  {names}\nRepair or remove them, or raise max_bad to go on without them."
+            f"expected at most {max_bad:.3%} broken images (max_bad = {max_bad:g}), "
+            f"found {len(bad)} of {total}:\n"
+            f"  {names}{more}\nRepair or remove them, or raise max_bad to go on without them."
         )

@@ -68,10 +68,9 @@ class Vault:
         """The map id → source file, in the order of the bank."""
         return self.root / "ids.csv"
 
-    @property
-    def survey(self) -> Path:
-        """Which images were read, and which could not be."""
-        return self.root / "survey.json"
+    def survey(self, images: str) -> Path:
+        """Which of the `private` or `public` images were read, and which could not be."""
+        return self.root / f"survey-{checked_name(images)}.json"
 
     @property
     def reconstructors(self) -> Path:

@@ -130,15 +130,6 @@ class PoisonedRows:
         """Poisoned rows by number, (n, C, H, W)."""
         return self.function.apply(rows, self.source, self.plan)
 
-    def contributors(self, rows: Rows) -> tuple[Rows, Rows]:
-        """Which rows of the bank at the bottom are in which of `rows`: pairs (position, bank row), each once."""
-        positions, members = self.plan.contributors(rows)
-        if not isinstance(self.source, PoisonedRows):
-            return positions, members
-        below, bank_rows = self.source.contributors(members)
-        pairs = np.unique(np.stack([positions[below], bank_rows], axis=1), axis=0)
-        return pairs[:, 0], pairs[:, 1]
-
 
 # --------------------------------------------------------------------------------------------- the registry
 
@@ -349,16 +340,29 @@ class Chain:
         """One plan a stage, each made on the rows as the stage before leaves them."""
         plans: list[Plan] = []
         for number, stage in enumerate(self.stages):
-            stage_secret = hashlib.sha256(secret + number.to_bytes(4)).digest()
-            plans.append(stage.plan(source, phi_2, stage_secret))
+            plans.append(stage.plan(source, phi_2, self.stage_secret(secret, number)))
             source = PoisonedRows(source, stage, plans[-1])
         return plans
+
+    @staticmethod
+    def stage_secret(secret: bytes, stage: int) -> bytes:
+        """The 32 bytes that a stage's plan gets."""
+        return hashlib.sha256(secret + stage.to_bytes(4)).digest()
 
     def on(self, source: RowSource, plans: Sequence[Plan], stages: int | None = None) -> RowSource:
         """The source as the first `stages` stages (all by default) leave it."""
         for stage, plan in list(zip(self.stages, plans, strict=True))[:stages]:
             source = PoisonedRows(source, stage, plan)
         return source
+
+    def contributors(self, rows: Rows, plans: Sequence[Plan]) -> tuple[Rows, Rows]:
+        """Which bank rows are in which of `rows` after all stages: pairs (position in `rows`, bank row), each once."""
+        positions, members = np.arange(len(rows)), rows
+        for plan in reversed(plans):
+            below, members = plan.contributors(members)
+            pairs = np.unique(np.stack([positions[below], members], axis=1), axis=0)
+            positions, members = pairs[:, 0], pairs[:, 1]
+        return positions, members
 
     @property
     def mixing_stages(self) -> int:

@@ -9,43 +9,24 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
 import math
-import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torchvision.models
-from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import Tensor, nn
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from dpf_release.errors import HookError
+from dpf_release.models.tracing import make_out_of_place, tensors_of, trace_network
 from dpf_release.models.zoo import CifarResNet
 
 _RESNETS = (torchvision.models.ResNet, CifarResNet)
 _TOKEN_MIXERS = (nn.MultiheadAttention, ShiftedWindowAttention, RelativePositionalMultiHeadAttention)
-_IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-# What a forward pass raises on symbols, where its code asks for values or for modules that are not its own.
-_UNTRACEABLE = (
-    fx.proxy.TraceError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -107,17 +88,14 @@ def hook_points(network: nn.Module, image_size: tuple[int, int]) -> list[HookPoi
     """
     reference, probe, _ = _probed(network, image_size)
     try:
-        trace = _trace(reference)
+        trace = trace_network(reference)
     except HookError:
         if not _is_sequential(reference):
             raise
         with torch.no_grad():
             values = list(_run_in_order(reference, probe.clone()))
-        # A cut needs something to come after it.
         found = [
-            (path, value.shape)
-            for path, value in values
-            if isinstance(value, Tensor) and _tail(reference, path)
+            (path, v.shape) for path, v in values if isinstance(v, Tensor) and _has_rest(reference, path)
         ]
     else:
         shapes = trace.shapes(probe)
@@ -176,10 +154,10 @@ def _probed(network: nn.Module, image_size: tuple[int, int]) -> tuple[nn.Module,
     if any(isinstance(module, _TOKEN_MIXERS) for module in network.modules()):
         raise HookError(
             f"{type(network).__name__} is a vision transformer: its features are tokens, and a feature bank "
-            "holds feature maps (N, C, H, W). Choose a convolutional network, such as resnet50 or convnext_tiny"
+            "holds feature maps (N, C, H, W). Choose a convolutional network, such as resnet50"
         )
     reference = copy.deepcopy(network).cpu().eval()
-    dtype = next((t.dtype for t in _tensors(reference) if t.is_floating_point()), torch.float32)
+    dtype = next((t.dtype for t in tensors_of(reference) if t.is_floating_point()), torch.float32)
     probe = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -216,10 +194,10 @@ def _cut(
 
 def _features(featurizer: nn.Module, classifier: nn.Module, probe: Tensor, expected: Tensor) -> Tensor:
     """Return the features (N, C, H, W) of the probe batch, once all that a split promises holds on it."""
-    if {id(t) for t in _tensors(featurizer)} & {id(t) for t in _tensors(classifier)}:
+    if {id(t) for t in tensors_of(featurizer)} & {id(t) for t in tensors_of(classifier)}:
         raise HookError("weights are used on both sides of the cut")
-    _make_out_of_place(featurizer)
-    _make_out_of_place(classifier)
+    make_out_of_place(featurizer)
+    make_out_of_place(classifier)
     images = probe.clone()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         features = featurizer(images)
@@ -243,13 +221,18 @@ def _features(featurizer: nn.Module, classifier: nn.Module, probe: Tensor, expec
     return features
 
 
-def _is_sequential(module: nn.Module | None) -> bool:
+def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
     # A subclass with a forward of its own may do more than run its modules in turn.
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _run_in_order(sequence: nn.Module, value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, module in sequence._modules.items():
+def _named(sequence: nn.Sequential) -> dict[str, nn.Module]:
+    # `named_children` would leave out a module that comes twice.
+    return dict(zip(sequence._modules, sequence, strict=True))
+
+
+def _run_in_order(sequence: nn.Sequential, value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, module in _named(sequence).items():
         if _is_sequential(module):
             for path, inner in _run_in_order(module, value, f"{prefix}{name}."):
                 value = inner
@@ -264,7 +247,7 @@ def _slices(sequence: nn.Module, path: str) -> tuple[nn.Sequential, nn.Sequentia
     name, _, inner = path.partition(".")
     if not _is_sequential(sequence) or name not in sequence._modules:
         return None
-    children = list(sequence._modules.items())
+    children = list(_named(sequence).items())
     position = list(sequence._modules).index(name)
     before, after = dict(children[: position + 1]), dict(children[position + 1 :])
     if inner:
@@ -284,182 +267,29 @@ def _sequence(children: dict[str, nn.Module]) -> nn.Sequential:
     return sequence
 
 
-def _tail(reference: nn.Module, path: str) -> nn.Sequential | None:
+def _has_rest(reference: nn.Module, path: str) -> bool:
     slices = _slices(reference, path)
-    return slices[1] if slices and len(slices[1]) else None
+    return slices is not None and len(slices[1]) > 0
 
 
 def _cut_by_order(reference: nn.Module, path: str) -> tuple[nn.Module, nn.Module] | None:
     slices = _slices(reference, path)
-    if slices is not None and not len(slices[1]):
+    if slices is not None and not _has_rest(reference, path):
         raise HookError("it is after the last feature map: nothing comes after it")
     return slices
 
 
 def _cut_by_graph(reference: nn.Module, path: str) -> tuple[nn.Module, nn.Module]:
-    trace = _trace(reference)
+    trace = trace_network(reference)
     obstacle = trace.obstacle(path)
     if obstacle is not None:
         raise HookError(obstacle)
     return trace.cut(path)
 
 
-class _Tracer(fx.Tracer):
-    """Traces down to modules without children, and keeps what each module, composite or not, returned.
-
-    Random modules (Dropout, StochasticDepth) stay modules, so that train mode works in the halves.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, list[fx.Node | None]] = {}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_parametrized(m) or next(m.children(), None) is None
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        result = super().call_module(m, forward, args, kwargs)
-        node = result.node if isinstance(result, fx.Proxy) else None
-        self.calls.setdefault(self.path_of_module(m), []).append(node)
-        return result
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph and keeps the shapes of its tensors."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[fx.Node, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n] = value.shape
-        return value
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """The graph of a network in eval mode, and the nodes that each module path returned, one a call."""
-
-    network: nn.Module
-    graph: fx.Graph
-    calls: dict[str, list[fx.Node | None]]
-
-    def shapes(self, probe: Tensor) -> dict[fx.Node | None, torch.Size]:
-        module = fx.GraphModule(self.network, copy.deepcopy(self.graph))
-        interpreter = _Shapes(module)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            interpreter.run(probe.clone())
-        by_name = {node.name: shape for node, shape in interpreter.shapes.items()}
-        return {node: by_name[node.name] for node in self.graph.nodes if node.name in by_name}
-
-    def obstacle(self, path: str) -> str | None:
-        """Say why the graph cannot be cut at the output of `path`; None where it can."""
-        nodes = self.calls.get(path, [])
-        if len(nodes) != 1:
-            return f"the forward pass calls it {len(nodes)} times, and a hook is one place"
-        node = nodes[0]
-        if node is None:
-            return "its output is not one tensor"
-        if node in self.graph.output_node().all_input_nodes:
-            return "it is after the last feature map: nothing comes after it"
-        before, after = self._sides(node)
-        crossing = [n for n in self.graph.nodes if n in before and any(user in after for user in n.users)]
-        if crossing != [node]:
-            names = ", ".join(n.name for n in crossing)
-            return (
-                f"one tensor must cross the cut, found {len(crossing)} ({names}), as inside a residual block"
-            )
-        if self._weights(before) & self._weights(after):
-            return "weights are used on both sides of the cut"
-        return None
-
-    def cut(self, path: str) -> tuple[fx.GraphModule, fx.GraphModule]:
-        (node,) = self.calls[path]
-        assert node is not None
-        before, after = self._sides(node)
-        featurizer, classifier = fx.Graph(), fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for n in self.graph.nodes:
-            if n in before:
-                copies[n] = featurizer.node_copy(n, copies.__getitem__)
-        featurizer.output(copies[node])
-        copies[node] = classifier.placeholder("features")
-        for n in self.graph.nodes:
-            if n in after:
-                copies[n] = classifier.node_copy(n, copies.__getitem__)
-        return (
-            fx.GraphModule(self.network, featurizer, "Featurizer"),
-            fx.GraphModule(self.network, classifier, "Classifier"),
-        )
-
-    def _sides(self, node: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
-        """Return what makes `node`, itself included, and what else the network's output needs."""
-        before = _with_inputs(node)
-        return before, _with_inputs(self.graph.output_node()) - before
-
-    def _weights(self, nodes: Iterable[fx.Node]) -> set[int]:
-        modules = {str(n.target) for n in nodes if n.op == "call_module"}
-        return {id(t) for path in modules for t in _tensors(self.network.get_submodule(path))}
-
-
-def _trace(reference: nn.Module) -> _Trace:
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(reference)
-    except _UNTRACEABLE as error:
-        raise HookError(
-            f"{type(reference).__name__} cannot be cut: torch.fx cannot trace its forward pass ({error}), and it is "
-            "not a nn.Sequential. Write it as a nn.Sequential of its stages, or without decisions on tensor values"
-        ) from error
-    return _Trace(reference, graph, tracer.calls)
-
-
-def _with_inputs(node: fx.Node) -> set[fx.Node]:
-    seen, waiting = {node}, [node]
-    while waiting:
-        new = [n for n in waiting.pop().all_input_nodes if n not in seen]
-        seen.update(new)
-        waiting.extend(new)
-    return seen
-
-
-def _make_out_of_place(half: nn.Module) -> None:
-    for module in half.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
-                _make_node_out_of_place(node)
-            module.recompile()
-
-
-def _make_node_out_of_place(node: fx.Node) -> None:
-    if node.op == "call_method" and re.fullmatch(r"[a-z]\w*[a-z\d]_", str(node.target)):
-        plain = str(node.target).removesuffix("_")
-        node.target = plain if hasattr(Tensor, plain) else node.target  # x.mul_(y) -> x.mul(y)
-    elif node.op == "call_function" and callable(node.target):
-        name = getattr(node.target, "__name__", "").removesuffix("_")
-        if node.target in _IN_PLACE_OPERATORS:
-            node.target = _IN_PLACE_OPERATORS[node.target]
-        elif node.target is getattr(torch, f"{name}_", None):
-            node.target = getattr(torch, name)  # torch.relu_(x) -> torch.relu(x)
-        try:
-            call = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-        except (TypeError, ValueError):  # a builtin tells no signature, and has no `inplace`
-            return
-        if call.arguments.get("inplace") is True:
-            call.arguments["inplace"] = False  # F.relu(x, True) -> F.relu(x, False)
-            node.args, node.kwargs = call.args, call.kwargs
-
-
 def _hook_point(network: nn.Module, path: str, shape: Sequence[int]) -> HookPoint:
-    block = re.fullmatch(r"layer(\d+)\.(\d+)", path)
-    on_resnet = block is not None and isinstance(network, _RESNETS)
-    name = f"conv{int(block[1]) + 1}_{int(block[2]) + 1}" if block and on_resnet else path
+    block = re.fullmatch(r"layer(\d+)\.(\d+)", path) if isinstance(network, _RESNETS) else None
+    name = f"conv{int(block[1]) + 1}_{int(block[2]) + 1}" if block else path
     _, channels, height, width = shape
     return HookPoint(path, name, (channels, height, width))
 
@@ -472,13 +302,8 @@ def _placed_as(network: nn.Module, half: nn.Module) -> nn.Module:
     """Put a half on the network's device, and each of its modules in the mode of the one it is a copy of."""
     for path, module in half.named_modules():
         module.training = network.get_submodule(path).training
-    device = next((tensor.device for tensor in _tensors(network)), torch.device("cpu"))
+    device = next((tensor.device for tensor in tensors_of(network)), torch.device("cpu"))
     return half.to(device)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.models import DenseNet, GoogLeNet, Inception3
 
@@ -85,8 +85,8 @@ def _load_state_dict(path: Path) -> dict[str, Tensor]:
     ) as error:
         raise WeightsError(
             f"{path} is damaged, or holds more than tensors ({type(error).__name__}). Nothing but tensors is "
-            "unpickled, because unpickling an object runs the code that the file names. Where you trust the file, "
-            "load it yourself and write its weights with safetensors.torch.save_file(network.state_dict(), ...)"
+            "unpickled, because unpickling an object runs code that the file names. If you trust the file, "
+            "load it yourself and write safetensors.torch.save_file(network.state_dict(), 'w.safetensors')"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -99,7 +99,7 @@ def _load_state_dict(path: Path) -> dict[str, Tensor]:
     ]
     if foreign:
         raise WeightsError(
-            f"{path}: expected a dict from names to tensors, found {_first(map(repr, foreign))} that are not; "
+            f"{path}: expected a dict from names to tensors, found others: {_first(map(repr, foreign))}; "
             "save network.state_dict()"
         )
     return dict(content)
@@ -136,8 +136,13 @@ def save_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     Tensors that share memory are written once each.
     """
+    path.write_bytes(state_file(tensors))
+
+
+def state_file(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the bytes of the file that `save_state` writes."""
     copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    save_file(copies, path, metadata={"format": "pt"})
+    return save(copies, metadata={"format": "pt"})
 
 
 def load_state(path: Path) -> dict[str, Tensor]:

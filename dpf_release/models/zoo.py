@@ -19,7 +19,7 @@ MAX_WIDTH = 1024
 
 _CIFAR_BLOCKS = {"resnet20_cifar": 3, "resnet56_cifar": 9}
 _IMPORT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-# Both classifiers beside the main one feed a training loss only, and torchvision warns when `init_weights` is unsaid.
+# Auxiliary classifiers feed a training loss only; torchvision warns where `init_weights` is unsaid.
 _WITHOUT_AUXILIARY = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -145,8 +145,8 @@ def build_network(
         return _called(_imported(arch, allow_import), outputs, f"arch {arch!r}")
     close = difflib.get_close_matches(arch, public_architectures(), n=4)
     raise ConfigError(
-        f"arch {arch!r} is not known: expected {', '.join(_CIFAR_BLOCKS)}, a torchvision classification network "
-        "(such as resnet18 or vgg16_bn), or package.module:function"
+        f"arch {arch!r} is not known: expected {', '.join(_CIFAR_BLOCKS)}, a torchvision classification "
+        "network (such as resnet18 or vgg16_bn), or package.module:function"
         + (f"; did you mean {' or '.join(close)}?" if close else "; see torchvision.models.list_models()")
     )
 
@@ -176,7 +176,8 @@ def _imported(arch: str, allow_import: bool) -> Callable[..., nn.Module]:
         function = getattr(importlib.import_module(module_name), function_name, None)
     except ImportError as error:
         raise ConfigError(
-            f"arch {arch!r}: {module_name} cannot be imported ({error}); install it or put its folder on PYTHONPATH"
+            f"arch {arch!r}: {module_name} cannot be imported ({error}); "
+            "install it or put its folder on PYTHONPATH"
         ) from error
     if not callable(function):
         raise ConfigError(

@@ -1,0 +1,5 @@
+"""`python -m dpf_release` is `dpf-release`."""
+
+from dpf_release.cli import main
+
+main()

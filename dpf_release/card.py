@@ -1,0 +1,120 @@
+"""The dataset card of a release: its README.md, with Hugging Face front matter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpf_release.bank import BankIndex
+from dpf_release.config import Config
+from dpf_release.record import ModelRecord
+from dpf_release.storage import PUBLIC_FILE, write_text
+
+CARD = """\
+---
+pretty_name: {name}
+license: {licence}
+task_categories:
+- {category}
+tags:
+- image-features
+- privacy
+- deep-poisoning-function
+- dpf-release
+---
+
+# {title} {version}
+
+{description}
+
+A feature bank in the place of an image data set. The rows are P(φ1(S)): images S, seen by the public featurizer φ1
+(`{arch}` up to `{hook}`), changed by a poisoning function P that its owner keeps secret. The public classifier φ2 answers
+on them about as it does on φ1 of the images. The images are not here.
+
+| | |
+|---|---|
+| task | {task} |
+| {names_label} | {names} |
+| rows | {rows} |
+| a row | {shape}, float16 |
+| images for φ1 | RGB, {size} px, mean {mean}, std {std} |
+| licence | {licence_text} |
+{scores}
+
+## Use
+
+```python
+from dpf_release import Release
+
+release = Release.open(".")               # checks every file against manifest.json
+bank = release.bank("train")              # a torch data set: (C, H, W) features, target
+loader = bank.loader(batch_size=256, shuffle=True)
+phi_1, phi_2 = release.featurizer(), release.classifier()
+features_of_mine = phi_1(release.preprocess(my_images))
+```
+
+`sha256sum -c SHA256SUMS` checks the files without any of our code. `features/*/*.h5` open with plain `h5py`.
+
+## What is promised, and what is not
+
+Claims made: **none**. No attack battery was run on this release. Not claimed: that no picture can be reconstructed
+(`reconstruction`), that nobody who holds a picture can tell that it is in here (`linkage`), that no attribute of a person
+can be read from a row (`attribute`). The method (Guo et al., arXiv 1912.06895) is empirical and gives no formal guarantee.
+What is published cannot be called back.
+"""
+
+
+def write_card(path: Path, config: Config, record: ModelRecord, index: BankIndex, scores: Mapping[str, Any]) -> None:
+    """Writes the card.
+
+    Args:
+        path: the file.
+        config: for the `[release]` section.
+        record: the public model record.
+        index: the public bank's.
+        scores: `task` of the measurements of `val`; empty where none were made.
+    """
+    regression = record.task == "regression"
+    text = CARD.format(
+        name=json.dumps(config.release.name),
+        licence=json.dumps(config.release.licence.lower()),
+        licence_text=config.release.licence,
+        category="other" if regression else "image-classification",
+        title=config.release.name,
+        version=config.release.version,
+        description=config.release.description.strip() or "No description was given.",
+        arch=record.arch,
+        hook=record.hook,
+        task=record.task + (f", in {record.unit}" if record.unit else ""),
+        names_label="targets" if regression else "classes",
+        names=_cell(", ".join(record.targets if regression else record.classes)),
+        rows=", ".join(f"{split}: {sum(s.rows for s in shards)}" for split, shards in index.splits.items()),
+        shape=" x ".join(map(str, record.feature_shape)),
+        size=" x ".join(map(str, record.preprocess.size)),
+        mean=list(record.preprocess.mean),
+        std=list(record.preprocess.std),
+        scores="\n".join(f"| {label} | {value} |" for label, value in _score_rows(scores, record.unit)),
+    )
+    write_text(path, text, PUBLIC_FILE)
+
+
+def _score_rows(scores: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
+    if "top1_clean" in scores:
+        return [
+            ("top-1 of φ2 on φ1 of the `val` images", f"{scores['top1_clean']:.2%}"),
+            ("top-1 of φ2 on the `val` rows here", f"{scores['top1_poisoned']:.2%}"),
+        ]
+    if "mae_clean" in scores:
+        return [
+            ("mean absolute error of φ2 on φ1 of the `val` images", f"{scores['mae_clean']:.3g} {unit}"),
+            ("mean absolute error of φ2 on the `val` rows here", f"{scores['mae_poisoned']:.3g} {unit}"),
+        ]
+    return []
+
+
+def _cell(text: str, limit: int = 500) -> str:
+    """Text that stays within its table cell."""
+    text = text.replace("|", "\\|").replace("\n", " ")
+    return text if len(text) <= limit else text[:limit] + " ... (all in model/model.json)"

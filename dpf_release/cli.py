@@ -1,0 +1,257 @@
+"""The command line: each command parses, calls one public function, prints what it returned."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpf_release.errors import DPFReleaseError, VerificationError
+
+if TYPE_CHECKING:
+    from dpf_release.pipeline import Project
+
+app = typer.Typer(
+    help="Publish an image data set as poisoned feature banks, without publishing the images.\n\n"
+    "Order of work: init, (train), featurize, fit-poison, poison, package. Try it: dpf-release demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # locals hold private paths
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="The owner's configuration.")]
+NameOption = Annotated[str, typer.Option("--name", help="Which fitted function; several live side by side.")]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew; what was made before is lost.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+EpochsOption = Annotated[int | None, typer.Option("--epochs", help="Passes over the images.")]
+
+CONFIG = Path("dpf.toml")
+
+
+def main() -> None:
+    """Runs the command; a user's mistake ends with one paragraph and an exit code, a bug with its traceback."""
+    try:
+        app()
+    except DPFReleaseError as error:
+        print(f"dpf-release: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _project(config: Path, **overrides: Any) -> Project:
+    """A project with options over its configuration; `poison__epochs=3` is the key `poison.epochs`."""
+    from dpf_release.pipeline import Project
+
+    return Project.open(config, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for number, column in enumerate(header):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="The project's folder; made where missing.")],
+    from_release: Annotated[
+        Path | None, typer.Option("--from-release", help="Share the φ1 and φ2 of this release, as a second owner.")
+    ] = None,
+) -> None:
+    """Write a commented dpf.toml and an empty vault.
+
+    Example: dpf-release init my-release
+    """
+    from dpf_release.pipeline import init as run
+
+    vault = run(folder, from_release)
+    print(f"Wrote {folder / 'dpf.toml'} and {vault.root}. Next: edit dpf.toml, then `dpf-release featurize` in {folder}")
+
+
+@app.command()
+def train(
+    config: ConfigOption = CONFIG, epochs: EpochsOption = None, device: DeviceOption = None, restart: RestartOption = False
+) -> None:
+    """Train the network Φ on S, where there are no weights yet.
+
+    Example: dpf-release train --epochs 30
+    """
+    from dpf_release.pipeline import train as run
+
+    project = _project(config, train__epochs=epochs, compute__device=device)
+    scores = run(project, restart)
+    unit = project.config.task.unit
+    for split, score in scores.items():
+        print(f"{split}: " + (f"MAE {score:.4g} {unit}" if project.config.task.targets else f"top-1 {score:.2%}"))
+
+
+@app.command()
+def featurize(
+    config: ConfigOption = CONFIG,
+    restart: RestartOption = False,
+    device: DeviceOption = None,
+    release: Annotated[Path | None, typer.Option("--release", help="Downstream: use the φ1 of this release.")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Downstream: your own images T.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Downstream: folder for the bank φ1(T).")] = None,
+) -> None:
+    """Split Φ and write the private bank φ1(S) into the vault.
+
+    Example: dpf-release featurize
+
+    Downstream, with a release and images of your own: dpf-release featurize --release R --images T --out B
+    """
+    from dpf_release import pipeline
+
+    if release or images or out:
+        if not (release and images and out):
+            raise typer.BadParameter("--release, --images and --out go together")
+        from dpf_release import Release
+
+        index = pipeline.featurize_new(Release.open(release), images, out)
+        where = out
+    else:
+        project = _project(config, compute__device=device)
+        index, where = pipeline.featurize(project, restart), project.vault.features
+        for bad in project.private_images.bad:
+            print(f"left out: {bad.name}: {bad.reason}")
+    counts = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
+    print(f"Wrote {where}: {counts}, {index.row_bytes} bytes a row")
+
+
+@app.command("fit-poison")
+def fit_poison(
+    config: ConfigOption = CONFIG,
+    name: NameOption = "default",
+    function: Annotated[
+        str | None, typer.Option("--function", help="dpf, recombine:k=20, gaussian-filter+dpf, ... (see dpf.toml)")
+    ] = None,
+    objective: Annotated[str | None, typer.Option("--objective", help="equivalence or paper.")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="Weight of the byproduct attackers' term.")] = None,
+    epochs: EpochsOption = None,
+    device: DeviceOption = None,
+    restart: RestartOption = False,
+) -> None:
+    """Train the straw man ψ on Q where missing, then the poisoning function P on S.
+
+    Example: dpf-release fit-poison --name paper --objective paper
+    """
+    from dpf_release.pipeline import fit_poison as run
+
+    poison = {"poison.function": function, "poison.objective": objective, "poison.lambda": lambda_, "poison.epochs": epochs}
+    overrides = {key.replace(".", "__"): value for key, value in poison.items()}
+    last = run(_project(config, compute__device=device, **overrides), name, restart)
+    facts = ", ".join(f"{key} {value:.4g}" for key, value in last.items()) or "a stationary function: nothing to train"
+    print(f"Fitted {name}: {facts}. Next: dpf-release poison --name {name}")
+
+
+@app.command()
+def poison(config: ConfigOption = CONFIG, name: NameOption = "default", device: DeviceOption = None) -> None:
+    """Write the candidate P(φ1(S)) into the vault, and measure it.
+
+    Example: dpf-release poison --name paper
+    """
+    from dpf_release import pipeline
+
+    project = _project(config, compute__device=device)
+    pipeline.write_candidate(project, name)
+    print_measurements(pipeline.measure(project, name))
+    print(f"Pictures: {project.vault.reports(name) / 'reconstructions.png'} (private)")
+
+
+def print_measurements(report: Mapping[str, Any]) -> None:
+    """The table of `measure`: clean and poisoned, split by split."""
+    for split in ("val", "test"):
+        part = report[split]
+        if "not_measured" in part:
+            print(f"{split}: {part['not_measured']}")
+            continue
+        rows = []
+        for task_metric in ("top1", "top5", "mae"):
+            if f"{task_metric}_clean" in part["task"]:
+                rows.append(_measured_row(f"φ2 {task_metric}", part["task"], task_metric))
+        for straw_man, values in part["reconstruction"].items():
+            rows += [_measured_row(f"{straw_man} {metric}", values, metric) for metric in ("l1", "psnr", "ssim", "abs_ssim")]
+        rows += [_measured_row(f"{column} top1", values, "top1") for column, values in part["attributes"].items()]
+        title = f"{split}, {part['rows']} rows, {report['function']}, objective {report['objective']}"
+        _print_table(title, ("", "clean", "poisoned", "clean - poisoned, 95 %"), rows)
+
+
+def _measured_row(label: str, values: Mapping[str, Any], metric: str) -> tuple[str, ...]:
+    interval = values.get(f"{metric}_difference_95")
+    shown = f"{values[f'{metric}_difference']:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+    return label, f"{values[f'{metric}_clean']:.4f}", f"{values[f'{metric}_poisoned']:.4f}", shown
+
+
+@app.command()
+def package(
+    config: ConfigOption = CONFIG,
+    name: NameOption = "default",
+    out: Annotated[Path | None, typer.Option("--out", help="The release folder; default: release.")] = None,
+) -> None:
+    """Check the candidate and publish it: the only command that writes public files.
+
+    Example: dpf-release package --name default --out release
+    """
+    from dpf_release.package import package as run
+
+    project = _project(config)
+    manifest = run(project, name, out)
+    print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
+    for file in manifest.files:
+        print(f"  {file.path}  {file.bytes} bytes  {file.role}")
+    print(f"Claims not made: {', '.join(manifest.claims.not_made)}. No attack battery was run on it.")
+
+
+@app.command()
+def verify(release: Annotated[Path, typer.Argument(help="A release folder.")]) -> None:
+    """Check a release against its manifest: missing, changed and unexpected files.
+
+    Example: dpf-release verify release
+    """
+    from dpf_release.manifest import verify as run
+
+    problems = [str(problem) for problem in run(release)]
+    if problems:
+        raise VerificationError(f"{release} fails verification:\n  " + "\n  ".join(problems), problems)
+    print(f"{release}: every file is as its manifest says (integrity only: who published it is not checked)")
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A release, vault, bank or shard, dpf.toml, or an architecture's name.")],
+    size: Annotated[int, typer.Option("--size", help="For an architecture: side of its input in pixels.")] = 224,
+    width: Annotated[int | None, typer.Option("--width", help="For resnet20_cifar and resnet56_cifar.")] = None,
+) -> None:
+    """Say what a bank, release or vault holds, or where a network can be cut.
+
+    Example: dpf-release inspect resnet50
+    """
+    from dpf_release.inspection import inspect as run
+
+    for table in run(path, size, width):
+        _print_table(table.title, table.header, table.rows)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option("--out", help="A new folder.")] = Path("dpf-demo")) -> None:
+    """Run the whole path on scikit-learn's digits: two minutes, no download.
+
+    Example: dpf-release demo --out /tmp/dpf-demo
+    """
+    from dpf_release.demo import demo as run
+
+    result = run(out)
+    print_measurements(result.measurements)
+    print("\nPublic files:")
+    for name in result.public_files:
+        print(f"  {name}")
+    print(f"\n{result.not_claimed}")
+    print(f"\nPictures (private): {result.figure}\nRelease: {result.release}\n{result.seconds:.0f} s")

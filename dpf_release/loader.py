@@ -1,0 +1,134 @@
+"""Banks for training with torch: a data set, its loader, and several banks as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dpf_release.bank import FeatureBank
+from dpf_release.errors import BankError
+
+
+class BankDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Rows of one or more banks of one featurizer.
+
+    An item is ((C, H, W) float16 features, target): the class index, or (K,) float32 regression targets.
+
+    Attributes:
+        classes: names of the classes, by index; empty for regression.
+    """
+
+    def __init__(self, banks: Sequence[FeatureBank], classes: Sequence[str], targets: Sequence[NDArray[Any]]) -> None:
+        self.banks, self.classes = tuple(banks), tuple(classes)
+        self.targets = np.concatenate(targets)
+        self._starts = np.cumsum([0, *(len(bank) for bank in banks)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        features, targets = self.read([range(len(self))[row]])
+        return features[0], targets[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Several rows at once: a whole batch, (n, C, H, W) and (n,) or (n, K)."""
+        return self.read(rows)
+
+    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Rows by number, in the order asked for: (n, C, H, W) float16 and their targets."""
+        numbers = np.asarray(rows, np.int64)
+        of_bank = np.searchsorted(self._starts, numbers, side="right") - 1
+        features = np.empty((len(numbers), *self.banks[0].shape), np.float16)
+        for bank in np.unique(of_bank):
+            mine = np.flatnonzero(of_bank == bank)
+            features[mine] = self.banks[bank].read(numbers[mine] - self._starts[bank])
+        return torch.from_numpy(features), torch.from_numpy(self.targets[numbers])
+
+    def loader(
+        self,
+        batch_size: int,
+        shuffle: bool = False,
+        workers: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Batches of ((n, C, H, W) float16, targets); the order depends on the seed and the epoch alone.
+
+        Args:
+            batch_size: rows a batch of one rank.
+            shuffle: another order each epoch.
+            workers: reading processes; 0 reads in this one, which is fast where the bank is in the page cache.
+            seed: of the order.
+            rank: which share of the rows, 0 to world_size - 1.
+            world_size: how many shares; each has as many batches as the others (up to world_size - 1 rows are left out).
+        """
+        return DataLoader(
+            self,
+            batch_sampler=_Batches(len(self), batch_size, shuffle, seed, rank, world_size),
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+        )
+
+
+def concat(datasets: Sequence[BankDataset]) -> BankDataset:
+    """The rows of several releases' banks as one data set; classes are matched by name, in the order of the first.
+
+    Raises:
+        BankError: the banks are of different featurizers, or their classes or targets differ.
+    """
+    if not datasets:
+        raise BankError("expected at least one bank to combine, found none.")
+    first = datasets[0]
+    index = first.banks[0].index
+    targets = []
+    for number, other in enumerate(datasets):
+        theirs = other.banks[0].index
+        if theirs.featurizer_sha256 != index.featurizer_sha256:
+            raise BankError(
+                f"bank {number} was made by another featurizer (φ1) than bank 0: their features do not mix. "
+                f"Expected {index.featurizer_sha256[:12]}…, found {theirs.featurizer_sha256[:12]}…."
+            )
+        if set(other.classes) != set(first.classes) or theirs.targets != index.targets:
+            raise BankError(
+                f"bank {number} has other classes or targets than bank 0: expected {sorted(first.classes)}, found "
+                f"{sorted(other.classes)}. Select the common classes before releasing."
+            )
+        new_index = np.array([first.classes.index(name) for name in other.classes], np.int64)
+        targets.append(new_index[other.targets] if len(new_index) else other.targets)
+    return BankDataset([bank for other in datasets for bank in other.banks], first.classes, targets)
+
+
+def _as_is(batch: Any) -> Any:
+    """A batch that `__getitems__` made is one already."""
+    return batch
+
+
+class _Batches(Sampler[list[int]]):
+    """Row numbers of each batch of one rank; an epoch is one pass of the iterator."""
+
+    def __init__(self, rows: int, batch_size: int, shuffle: bool, seed: int, rank: int, world_size: int) -> None:
+        if not 0 <= rank < world_size or batch_size < 1:
+            raise ValueError(f"expected 0 <= rank < world_size and a batch of 1 or more, found {rank}, {world_size}, {batch_size}")
+        self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+
+    def __len__(self) -> int:
+        return -(-(self.rows // self.world_size) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.rows)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
+        self.epoch += 1
+        share = order[self.rank : self.rows - self.rows % self.world_size : self.world_size]
+        for start in range(0, len(share), self.batch_size):
+            yield share[start : start + self.batch_size].tolist()

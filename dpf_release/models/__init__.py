@@ -1,0 +1,1 @@
+"""Networks: Φ and where it is cut, reconstructors ψ, poisoning functions P."""

@@ -1,0 +1,246 @@
+"""`package`: the only place that writes public files. Checks the candidate, builds the release beside, swaps it in."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpf_release.bank import BankIndex, FeatureBank, read_index
+from dpf_release.card import write_card
+from dpf_release.config import Config
+from dpf_release.errors import RefusedError, VaultError
+from dpf_release.manifest import MANIFEST, Manifest, describe_files, read_manifest, role_of, verify, write_manifest
+from dpf_release.pipeline.fitting import load_function
+from dpf_release.pipeline.project import Project
+from dpf_release.progress import Progress
+from dpf_release.record import ModelRecord, read_model_record
+from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of
+from dpf_release.vault import SPLITS, remember_release
+
+# Above this mean-centred cosine a public row is a private one for every purpose.
+SAME_ROW_COSINE = 0.999
+PROJECTED_COSINE = 0.99  # what 256 random dimensions may make of 0.999; what is above is looked at exactly
+PROJECTED_DIMENSIONS = 256
+
+
+def package(project: Project, name: str = "default", out: Path | None = None) -> Manifest:
+    """Publishes a candidate into a folder, whole or not at all; a release that is there is replaced.
+
+    Args:
+        project: the owner's.
+        name: which fitted function's candidate.
+        out: the release folder; by default `release` beside the configuration.
+
+    Raises:
+        VaultError: the candidate is unfinished, or `out` is no place for a release.
+        RefusedError: the candidate holds what has no place in a release, is not poisoned, or has rows of φ1(S).
+    """
+    out = (out or project.config.folder / "release").resolve()
+    _refuse_place(out, project)
+    candidate = project.vault.candidate(name)
+    index = read_index(candidate / "features")
+    record = read_model_record(candidate / "model" / "model.json")
+    _refuse_strangers(candidate)
+    function = load_function(project, name)
+    _refuse_unpoisoned(project, candidate, index, poisons=function.chain.poisons)
+
+    measured = project.vault.reports(name) / "measurements.json"
+    staging = out.with_name(out.name + ".staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    make_folder(staging, PUBLIC_FOLDER)
+    _copy_public(candidate, staging)
+    scores = json.loads(measured.read_text(encoding="utf-8"))["val"]["task"] if measured.is_file() else {}
+    write_card(staging / "README.md", project.config, record, index, scores)
+    manifest = _manifest(project.config, record, index, staging, out)
+    write_manifest(staging, manifest)
+    problems = verify(staging)
+    if problems:
+        raise RefusedError("the release did not come out as its manifest says: " + "; ".join(map(str, problems)))
+    remember_release(
+        project.vault,
+        {
+            "name": manifest.name,
+            "version": manifest.version,
+            "function": name,
+            "function_digest": function.digest,
+            "manifest_sha256": sha256_of(staging / MANIFEST),
+        },
+    )
+    swap(staging, out)
+    return manifest
+
+
+def _refuse_place(out: Path, project: Project) -> None:
+    config, vault = project.config, project.vault.root.resolve()
+    private = {"the vault": vault, "the private images": config.locate(config.images.private.path)}
+    for what, path in private.items():
+        folder = path if path.is_dir() else path.parent
+        if out.is_relative_to(vault) or folder.is_relative_to(out):
+            raise VaultError(f"{out} is no place for a release: {what} ({path}) and it must not lie in each other.")
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise VaultError(f"{out} is there and is not a release; it would be replaced. Name another place with --out.")
+
+
+def _refuse_strangers(candidate: Path) -> None:
+    strangers = [
+        path.relative_to(candidate).as_posix()
+        for path in sorted(candidate.rglob("*"))
+        if path.is_symlink()
+        or not (path.is_dir() or path.is_file())
+        or (path.is_file() and role_of(path.relative_to(candidate).as_posix()) is None)
+    ]
+    if strangers:
+        raise RefusedError(
+            f"the candidate holds what has no place in a release: {', '.join(strangers[:10])}. Nothing was published. "
+            f"Look at them, remove them from {candidate}, and package again."
+        )
+
+
+# --------------------------------------------------------------------------------------------- is it poisoned?
+
+
+def _refuse_unpoisoned(project: Project, candidate: Path, index: BankIndex, *, poisons: bool) -> None:
+    if not (index.poisoned and poisons):
+        raise RefusedError(
+            "this bank is not poisoned: its function changes nothing, and a reconstructor shows the pictures in it. "
+            "Nothing was published. Fit a function with `dpf-release fit-poison`."
+        )
+    public = [FeatureBank(candidate / "features", split) for split in index.splits]
+    private = [FeatureBank(project.vault.features, split) for split in SPLITS if split in _splits_of(project)]
+    near, rows = count_near_rows(public, private)
+    if near:
+        raise RefusedError(
+            f"{near} of {rows} rows are, but for a cosine of {SAME_ROW_COSINE}, rows of φ1(S): whoever has them has the "
+            "pictures. Nothing was published. Fit with more epochs or a larger lambda, and poison again."
+        )
+
+
+def _splits_of(project: Project) -> set[str]:
+    return set(read_index(project.vault.features).splits)
+
+
+def count_near_rows(public: list[FeatureBank], private: list[FeatureBank]) -> tuple[int, int]:
+    """How many public rows are as good as equal to a private one, and how many public rows there are.
+
+    Equal: mean-centred cosine above 0.999. The nearest private row is found among random projections to 256 dimensions
+    (1 kB a private row in memory) and confirmed on the rows themselves; rows of the same id are compared in any case.
+    """
+    dimensions = int(np.prod(private[0].shape))
+    matrix = np.random.default_rng().standard_normal((dimensions, PROJECTED_DIMENSIONS)).astype(np.float32)
+    total = np.zeros(dimensions)
+    for _, rows in _flat_batches(private):
+        total += rows.sum(axis=0, dtype=np.float64)
+    mean = (total / sum(map(len, private))).astype(np.float32)
+    projected = np.concatenate([_unit((rows - mean) @ matrix) for _, rows in _flat_batches(private)])  # (N, 256)
+    ids = np.concatenate([bank.ids for bank in private])
+    row_of = {row_id.tobytes(): row for row, row_id in enumerate(ids)}
+    starts = np.cumsum([0, *map(len, private)])
+    count = sum(map(len, public))
+    near = 0
+    with Progress("Comparing with the private rows", count, "rows") as progress:
+        for row_ids, rows in _flat_batches(public):
+            centred = rows - mean
+            own = np.array([row_of.get(row_id.tobytes(), -1) for row_id in row_ids])
+            found = _same_as(centred, own, private, starts, mean)
+            likeness = _unit(centred @ matrix) @ projected.T  # (n, N)
+            best = np.where(likeness.max(axis=1) > PROJECTED_COSINE, likeness.argmax(axis=1), -1)
+            near += int((found | _same_as(centred, best, private, starts, mean)).sum())
+            progress.advance(len(rows))
+    return near, count
+
+
+def _same_as(
+    centred: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    private: list[FeatureBank],
+    starts: NDArray[np.int64],
+    mean: NDArray[np.float32],
+) -> NDArray[np.bool_]:
+    """Which of the public rows equal the private row numbered beside them; -1: none to compare with."""
+    same = np.zeros(len(rows), np.bool_)
+    for number, bank in enumerate(private):
+        mine = np.flatnonzero((rows >= starts[number]) & (rows < starts[number + 1]))
+        if len(mine):
+            theirs = bank.read(rows[mine] - starts[number]).reshape(len(mine), -1).astype(np.float32) - mean
+            same[mine] = (_unit(centred[mine]) * _unit(theirs)).sum(axis=1) > SAME_ROW_COSINE
+    return same
+
+
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    scaled: NDArray[np.float32] = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12)
+    return scaled
+
+
+def _flat_batches(banks: list[FeatureBank]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
+    for bank in banks:
+        for rows, features in bank.batches(256):
+            yield bank.ids[rows], features.reshape(len(rows), -1).astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------- publishing
+
+
+def _copy_public(candidate: Path, staging: Path) -> None:
+    for path in sorted(candidate.rglob("*")):
+        target = staging / path.relative_to(candidate)
+        if path.is_dir():
+            make_folder(target, PUBLIC_FOLDER)
+        else:
+            make_folder(target.parent, PUBLIC_FOLDER)
+            with replacing(target, PUBLIC_FILE) as partial:
+                shutil.copyfile(path, partial)
+
+
+def _manifest(config: Config, record: ModelRecord, index: BankIndex, staging: Path, out: Path) -> Manifest:
+    before = read_manifest(out) if out.exists() else None
+    previous = None
+    if isinstance(before, Manifest):
+        # The same version again has the same predecessor: packaging twice gives the same bytes.
+        same = before.version == config.release.version
+        previous = before.previous if same else sha256_of(out / MANIFEST)
+    return Manifest(
+        name=config.release.name,
+        version=config.release.version,
+        previous=previous,
+        licence=config.release.licence,
+        task=record.task,
+        classes=record.classes,
+        targets=record.targets,
+        splits={split: sum(shard.rows for shard in shards) for split, shards in index.splits.items() if split != "test"},
+        files=describe_files(staging),
+    )
+
+
+def swap(staging: Path, out: Path) -> None:
+    """Puts `staging` in the place of `out`: whoever looks finds the old folder or the new one, whole.
+
+    Linux exchanges the two in one step. Elsewhere two renames are needed; a crash between them leaves the old release
+    under the name `.old`.
+    """
+    flush_to_disk(staging)
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if not out.exists():
+        staging.replace(out)
+    elif _exchange(staging, out):
+        shutil.rmtree(staging)
+    else:
+        out.replace(old)
+        staging.replace(out)
+        shutil.rmtree(old)
+    flush_to_disk(out.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two paths in one step (Linux's `renameat2`); False where the system cannot."""
+    at_cwd, exchange = -100, 2
+    call: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return call is not None and call(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0

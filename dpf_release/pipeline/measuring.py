@@ -1,0 +1,168 @@
+"""What a candidate keeps and what it hides, measured on the vault's side; the second half of `poison`.
+
+`val` is measured from the candidate's bank as it lies on disk. `test` is never released: P is applied to it in memory.
+These are the paper's own tests against attackers that P knew. They are a floor, not a claim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpf_release.bank import FeatureBank
+from dpf_release.errors import ConfigError
+from dpf_release.figures import write_grid
+from dpf_release.metrics import bootstrap_interval, l1, mean_absolute_error, psnr, ssim, topk_correct
+from dpf_release.models.functions import RowSource
+from dpf_release.models.reconstructors import Reconstructor
+from dpf_release.pipeline.fitting import (
+    AttributeAttacker,
+    attribute_classifier,
+    attribute_of_rows,
+    load_function,
+    private_bank,
+    straw_man,
+)
+from dpf_release.pipeline.project import Project
+from dpf_release.storage import make_folder, write_json
+from dpf_release.vault import read_record
+
+Rows = NDArray[np.int64]
+RECONSTRUCTED_ROWS = 2000
+FIGURE_ROWS = 8
+
+
+def measure(project: Project, name: str = "default") -> dict[str, Any]:
+    """Measures a candidate, writes `measurements.json` and `reconstructions.png` under the vault's reports.
+
+    Returns:
+        For `val` and `test`: rows; φ2's scores on clean and poisoned rows, with the paired difference and its bootstrap
+        95 % interval; for each straw man L1, PSNR, SSIM and |SSIM| of the reconstructions, means over images, clean and
+        poisoned; for each attribute classifier the accuracy, clean and poisoned.
+    """
+    function = load_function(project, name)
+    candidate = FeatureBank(project.vault.candidate(name) / "features", "val")
+    recipe = read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
+    judge = _Judge(project, recipe["straw_men"], recipe["confuse"])
+    report: dict[str, Any] = {"function": recipe["function"], "objective": recipe["objective"]}
+    report["val"] = judge.compare("val", private_bank(project, "val"), candidate)
+    test = private_bank(project, "test")
+    secret = hashlib.sha256(function.digest.encode()).digest()  # any secret will do: these rows go nowhere
+    try:
+        plans = function.chain.plan(test, judge.phi_2, secret)
+        report["test"] = judge.compare("test", test, function.chain.on(test, plans))
+    except ConfigError as error:  # `recombine` with fewer than k rows of a class
+        report["test"] = {"not_measured": str(error)}
+    folder = make_folder(project.vault.reports(name))
+    write_json(folder / "measurements.json", report)
+    judge.draw(folder / "reconstructions.png", private_bank(project, "val"), candidate)
+    return report
+
+
+class _Judge:
+    """φ2 and the byproduct attackers, asked about clean and poisoned rows."""
+
+    def __init__(self, project: Project, straw_men: list[str], attributes: list[str]) -> None:
+        self.project = project
+        self.phi_2 = project.frozen(project.cut.split.classifier)
+        self.reconstructors = {name: straw_man(project, name) for name in straw_men}
+        self.attributes = {column: attribute_classifier(project, column) for column in attributes}
+
+    def compare(self, split: str, clean: FeatureBank, poisoned: RowSource) -> dict[str, Any]:
+        outputs = [self._run(self.phi_2, source) for source in (clean, poisoned)]
+        report: dict[str, Any] = {"rows": len(clean), "task": self._task(*outputs, clean.targets)}
+        report["reconstruction"] = {
+            name: {
+                f"{metric}_{kind}": float(values.mean())
+                for kind, source in (("clean", clean), ("poisoned", poisoned))
+                for metric, values in self._likeness(split, network, source).items()
+            }
+            for name, network in self.reconstructors.items()
+        }
+        report["attributes"] = {
+            column: self._identified(split, column, attacker, clean, poisoned)
+            for column, attacker in self.attributes.items()
+        }
+        return report
+
+    def draw(self, path: Any, clean: FeatureBank, poisoned: RowSource) -> None:
+        if not self.reconstructors:
+            return
+        rows = np.arange(min(FIGURE_ROWS, len(clean)))
+        network = next(iter(self.reconstructors.values()))
+        write_grid(
+            path,
+            {
+                "original": self._pictures("val", rows),
+                "before": self._batch(network, clean, rows),
+                "after": self._batch(network, poisoned, rows),
+            },
+        )
+
+    def _task(self, clean: Tensor, poisoned: Tensor, targets: NDArray[Any]) -> dict[str, Any]:
+        wanted = torch.from_numpy(targets)
+        if self.project.config.task.kind == "regression":
+            errors = [mean_absolute_error(outputs, wanted).mean(dim=1).numpy() for outputs in (clean, poisoned)]
+            return _paired("mae", errors[0], errors[1])
+        correct = [topk_correct(outputs, wanted, 1).float().numpy() for outputs in (clean, poisoned)]
+        report = _paired("top1", correct[0], correct[1])
+        if clean.shape[1] > 5:
+            report["top5_clean"], report["top5_poisoned"] = (
+                float(topk_correct(outputs, wanted, 5).float().mean()) for outputs in (clean, poisoned)
+            )
+        divergence = (clean.softmax(1) * (clean.log_softmax(1) - poisoned.log_softmax(1))).sum(1)
+        return report | {"kl": float(divergence.mean())}
+
+    def _likeness(self, split: str, network: Reconstructor, source: RowSource) -> dict[str, NDArray[Any]]:
+        parts: dict[str, list[Tensor]] = {"l1": [], "psnr": [], "ssim": [], "abs_ssim": []}
+        for start in range(0, min(len(source), RECONSTRUCTED_ROWS), 256):
+            rows = np.arange(start, min(start + 256, len(source), RECONSTRUCTED_ROWS))
+            original = self._pictures(split, rows)
+            reconstruction = self._batch(network, source, rows)
+            parts["l1"].append(l1(reconstruction, original))
+            parts["psnr"].append(psnr(reconstruction, original))
+            parts["ssim"].append(ssim(reconstruction, original))
+            parts["abs_ssim"].append(parts["ssim"][-1].abs())
+        return {metric: torch.cat(values).numpy() for metric, values in parts.items()}
+
+    def _identified(
+        self, split: str, column: str, attacker: AttributeAttacker, clean: RowSource, poisoned: RowSource
+    ) -> dict[str, Any]:
+        labels = attribute_of_rows(self.project, column, split)
+        known = np.flatnonzero(np.isin(labels, attacker.values))
+        truth = np.searchsorted(attacker.values, labels[known])
+        right = [
+            (self._run(attacker.network, source)[known].argmax(1).numpy() == truth).astype(np.float32)
+            for source in (clean, poisoned)
+        ]
+        return _paired("top1", right[0], right[1]) | {"rows": len(known), "values": len(attacker.values)}
+
+    def _pictures(self, split: str, rows: Rows) -> Tensor:
+        table_rows = self.project.bank_order[0][split]
+        return self.project.private_images.pictures.read(table_rows[rows]).float() / 255
+
+    def _run(self, network: nn.Module, source: RowSource) -> Tensor:
+        starts = range(0, len(source), 256)
+        return torch.cat([self._batch(network, source, np.arange(s, min(s + 256, len(source)))) for s in starts])
+
+    def _batch(self, network: nn.Module, source: RowSource, rows: Rows) -> Tensor:
+        features = torch.from_numpy(np.asarray(source.read(rows), np.float32)).to(self.project.device)
+        with torch.inference_mode():
+            out: Tensor = network(features.contiguous(memory_format=torch.channels_last)).float().cpu()
+        return out
+
+
+def _paired(metric: str, clean: NDArray[Any], poisoned: NDArray[Any]) -> dict[str, Any]:
+    """Means of a metric on the same rows, and what poisoning costs: clean minus poisoned, with its 95 % interval."""
+    low, high = bootstrap_interval(clean - poisoned) if len(clean) else (float("nan"),) * 2
+    return {
+        f"{metric}_clean": float(clean.mean()),
+        f"{metric}_poisoned": float(poisoned.mean()),
+        f"{metric}_difference": float((clean - poisoned).mean()),
+        f"{metric}_difference_95": [low, high],
+    }

@@ -1,0 +1,156 @@
+"""`train`: Φ, fitted on S or brought along by the owner."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpf_release.errors import VaultError
+from dpf_release.metrics import mean_absolute_error, topk_correct
+from dpf_release.models.weights import load_weights
+from dpf_release.pipeline.project import ImageSet, Project
+from dpf_release.storage import make_folder, write_json
+from dpf_release.training import Recipe, fit
+
+Rows = NDArray[np.int64]
+
+
+def train(project: Project, restart: bool = False) -> dict[str, float]:
+    """Trains Φ on S train; `val` chooses the epoch. Weights named under [model] are where it starts.
+
+    Returns:
+        Accuracies on `val` and `test` (0 to 1), or mean absolute errors in the target's unit.
+
+    Raises:
+        VaultError: the vault has a network already, and `restart` is not set.
+    """
+    vault, section = project.vault, project.config.train
+    if (vault.network / "network.json").is_file() and not restart:
+        raise VaultError(f"{vault.network} holds a network already. Use it, or train anew with --restart.")
+    images = project.private_images
+    rows = {name: images.rows(name) for name in ("train", "val", "test")}
+    network = project.new_network()
+    if project.config.model.weights:
+        load_weights(network, project.config.locate(project.config.model.weights))
+    project.save_network(network)  # a wrong hook point is refused now, not after hours of training
+    (vault.network / "network.json").unlink()
+    task = TargetTask.of(project)
+
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        chosen = rows["train"][chosen]
+        pictures = augment(images.pictures.read(chosen), generator, section.flip, section.shift)
+        return pictures, torch.from_numpy(images.table.targets[chosen])
+
+    def loss(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        pictures, targets = batch
+        outputs = network(project.preprocess.normalise(pictures))
+        return {"loss": task.loss(outputs.float(), targets)}
+
+    recipe = Recipe(
+        section.epochs,
+        section.batch_size,
+        section.learning_rate,
+        "sgd",
+        section.weight_decay,
+        bf16=project.config.compute.bf16,
+    )
+    history = fit(
+        network,
+        len(rows["train"]),
+        read_batch,
+        loss,
+        recipe,
+        title="Training the network",
+        device=project.device,
+        validate=(lambda: task.error(_answers(project, network, rows["val"]), rows["val"])) if len(rows["val"]) else None,
+        checkpoint=make_folder(vault.network) / "checkpoint.safetensors",
+    )
+    scores = {
+        name: task.score(_answers(project, network, rows[name]), rows[name]) for name in ("val", "test") if len(rows[name])
+    }
+    project.save_network(network.to(memory_format=torch.contiguous_format))
+    write_json(vault.network / "history.json", {"epochs": history.epochs, "bf16": history.bf16, "scores": scores})
+    (vault.network / "checkpoint.safetensors").unlink(missing_ok=True)
+    return scores
+
+
+def import_network(project: Project) -> None:
+    """Φ from the weights that [model] names, into the vault.
+
+    Raises:
+        VaultError: the configuration names none.
+        WeightsError: they do not fit the architecture, or are not in a safe format.
+    """
+    weights = project.config.model.weights
+    if weights is None:
+        raise VaultError("expected a network. Run `dpf-release train`, or name its weights under [model] weights.")
+    network = project.new_network()
+    load_weights(network, project.config.locate(weights))
+    project.save_network(network)
+
+
+class TargetTask:
+    """What Φ is for: its loss and its scores.
+
+    Attributes:
+        scale: (K,) standard deviation of each regression target on S train; `None` for classification.
+    """
+
+    def __init__(self, images: ImageSet, regression: bool) -> None:
+        self._targets = images.table.targets
+        train = self._targets[images.rows("train")]
+        self.scale = torch.from_numpy(train.std(axis=0) + 1e-6) if regression else None
+
+    @classmethod
+    def of(cls, project: Project) -> TargetTask:
+        """The task of a project."""
+        return cls(project.private_images, project.config.task.kind == "regression")
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy (Eq. 1), or smooth L1 in standard deviations of the target."""
+        if self.scale is None:
+            return F.cross_entropy(outputs, targets)
+        scale = self.scale.to(outputs.device)
+        return F.smooth_l1_loss(outputs / scale, targets / scale)
+
+    def score(self, outputs: Tensor, rows: Rows) -> float:
+        """Top-1 (0 to 1), or mean absolute error in the target's unit."""
+        targets = torch.from_numpy(self._targets[rows])
+        if self.scale is None:
+            return float(topk_correct(outputs, targets, 1).float().mean())
+        return float(mean_absolute_error(outputs, targets).mean())
+
+    def error(self, outputs: Tensor, rows: Rows) -> float:
+        """The score as something to be made small."""
+        return 1.0 - self.score(outputs, rows) if self.scale is None else self.score(outputs, rows)
+
+
+def augment(pictures: Tensor, generator: np.random.Generator, flip: bool, shift: int) -> Tensor:
+    """Random horizontal flips and random shifts by up to `shift` pixels (black comes in), (N, 3, H, W) uint8."""
+    if flip:
+        mirrored = torch.from_numpy(generator.random(len(pictures)) < 0.5)
+        pictures = torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures)
+    if shift:
+        height, width = pictures.shape[2:]
+        padded = F.pad(pictures, (shift,) * 4)
+        corners = generator.integers(0, 2 * shift + 1, size=(len(pictures), 2))
+        pictures = torch.stack(
+            [picture[:, y : y + height, x : x + width] for picture, (y, x) in zip(padded, corners, strict=True)]
+        )
+    return pictures
+
+
+def _answers(project: Project, network: nn.Module, rows: Rows, batch: int = 256) -> Tensor:
+    """Φ's outputs for rows of S, (n, outputs), on the CPU."""
+    read = project.private_images.pictures.read
+    network.eval()
+    with torch.inference_mode():
+        return torch.cat(
+            [
+                network(project.preprocess.normalise(read(rows[start : start + batch]).to(project.device))).float().cpu()
+                for start in range(0, len(rows), batch)
+            ]
+        )

@@ -1,0 +1,230 @@
+"""An owner's project: the configuration, the vault beside it, and what both describe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dpf_release.bank import ID_BYTES
+from dpf_release.config import CONFIG_NAME, Config, read_config
+from dpf_release.errors import VaultError
+from dpf_release.image_table import ImageTable, read_table, read_unlabelled
+from dpf_release.images import BadImage, Pictures, Preprocess, refuse_bad, survey
+from dpf_release.models.hooks import Split, split
+from dpf_release.models.weights import freeze, load_state, save_state, state_file
+from dpf_release.models.zoo import build_network
+from dpf_release.progress import Progress
+from dpf_release.record import ModelRecord, read_model_record
+from dpf_release.storage import make_folder, replacing, write_json
+from dpf_release.training import pick_device
+from dpf_release.vault import SPLITS, Vault, read_ids
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """The images of one set, with the unreadable ones left out of every split and listed.
+
+    Attributes:
+        table: all images, the unreadable ones too.
+        pictures: decoded, by row of the table.
+        bad: what could not be read, and why.
+    """
+
+    table: ImageTable
+    pictures: Pictures
+    bad: tuple[BadImage, ...]
+
+    def rows(self, split_name: str) -> Rows:
+        """Rows of a split, without the unreadable images, ascending."""
+        return np.setdiff1d(self.table.rows_of(split_name), [image.row for image in self.bad])
+
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """What the owner's commands work on; one instance serves one run."""
+
+    config: Config
+    vault: Vault
+
+    @classmethod
+    def open(cls, config: Path = Path(CONFIG_NAME), overrides: Mapping[str, Any] | None = None) -> Project:
+        """The project of a `dpf.toml`, with options laid over it (dotted keys, as `"poison.epochs"`).
+
+        Raises:
+            ConfigError: the configuration does not fit.
+            VaultError: no vault beside it, or one that others can read.
+        """
+        read = read_config(config, overrides)
+        return cls(read, Vault.open(read.folder / "vault"))
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where networks run."""
+        return pick_device(self.config.compute.device)
+
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        """From an image file to the input of Φ."""
+        model = self.config.model
+        return Preprocess(model.size, model.resize or None, model.mean, model.std)
+
+    @cached_property
+    def private_images(self) -> ImageSet:
+        """S."""
+        task, section = self.config.task, self.config.images.private
+        table = read_table(
+            self.config.locate(section.path),
+            task=task.kind,
+            target_columns=task.targets,
+            group_column=section.group,
+            classes=section.classes,
+            val_fraction=section.val_fraction,
+            test_fraction=section.test_fraction,
+            seed=section.seed,
+        )
+        return self._surveyed("private", table, section.max_bad)
+
+    @cached_property
+    def public_images(self) -> ImageSet:
+        """Q."""
+        section = self.config.images.public
+        table = read_unlabelled(self.config.locate(section.path), classes=section.classes)
+        return self._surveyed("public", table, section.max_bad)
+
+    def _surveyed(self, name: Literal["private", "public"], table: ImageTable, max_bad: float) -> ImageSet:
+        """The set with its unreadable images found; the finding is kept in the vault while the files stay the same."""
+        pictures = Pictures(table, self.preprocess, self.config.compute.workers)
+        path = self.vault.survey(name)
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if known.get("digest") == table.digest():
+            row_of = {source: row for row, source in enumerate(table.paths)}
+            bad = [BadImage(row_of[entry["name"]], entry["name"], entry["reason"]) for entry in known["bad"]]
+        else:
+            with Progress(f"Reading the {name} images", len(table)) as progress:
+                bad = survey(pictures, progress.advance)
+            write_json(path, {"digest": table.digest(), "bad": [{"name": b.name, "reason": b.reason} for b in bad]})
+        refuse_bad(bad, len(table), max_bad)
+        return ImageSet(table, pictures, tuple(bad))
+
+    @cached_property
+    def bank_order(self) -> tuple[dict[str, Rows], dict[str, NDArray[np.uint8]]]:
+        """For each split, the image table's row and the id (16 bytes) of each bank row, in bank order.
+
+        Raises:
+            VaultError: no id map, or an image of it is no longer there.
+        """
+        row_of = {source: row for row, source in enumerate(self.private_images.table.paths)}
+        rows: dict[str, list[int]] = {name: [] for name in SPLITS}
+        ids: dict[str, list[bytes]] = {name: [] for name in SPLITS}
+        for line in read_ids(self.vault.ids):
+            if line["source"] not in row_of:
+                raise VaultError(f"{line['source']} is in {self.vault.ids} but no longer among the private images.")
+            rows[line["split"]].append(row_of[line["source"]])
+            ids[line["split"]].append(bytes.fromhex(line["id"]))
+        return (
+            {name: np.array(members, np.int64) for name, members in rows.items()},
+            {name: np.frombuffer(b"".join(members), np.uint8).reshape(-1, ID_BYTES) for name, members in ids.items()},
+        )
+
+    # ------------------------------------------------------------------------------------------ the network
+
+    def new_network(self) -> nn.Module:
+        """Φ with random weights, drawn from a fixed seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build_network(self.config.model.arch, len(self.output_names), self.config.model.arguments, allow_import=True)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Classes, or regression targets, in the order of Φ's outputs."""
+        return self.config.task.targets or self.private_images.table.classes
+
+    def save_network(self, network: nn.Module) -> ModelRecord:
+        """Φ into the vault, with the record that rebuilds it.
+
+        Raises:
+            HookError: it cannot be cut at the configured hook point.
+        """
+        model, task = self.config.model, self.config.task
+        hook = split(network.cpu(), model.hook, model.size).hook
+        record = ModelRecord.model_validate(
+            {
+                "arch": model.arch,
+                "arguments": model.arguments,
+                "outputs": len(self.output_names),
+                "hook": hook.name,
+                "feature_shape": hook.shape,
+                "preprocess": self.preprocess.to_json(),
+                "task": task.kind,
+                "classes": () if task.targets else self.output_names,
+                "targets": task.targets,
+                "unit": task.unit,
+            }
+        )
+        make_folder(self.vault.network)
+        with replacing(self.vault.network / "phi.safetensors") as partial:
+            save_state(partial, network.state_dict())
+        write_json(self.vault.network / "network.json", record.model_dump(mode="json"))
+        return record
+
+    @cached_property
+    def cut(self) -> CutNetwork:
+        """Φ from the vault, cut at the configured hook point and frozen.
+
+        Raises:
+            VaultError: no network in the vault, or one of another architecture or preprocessing.
+            HookError: it cannot be cut there.
+        """
+        path = self.vault.network / "network.json"
+        if not path.is_file():
+            raise VaultError(
+                f"expected a network in {self.vault.network}, found none. Run `dpf-release train`, or name your weights "
+                "under [model] weights and run `dpf-release featurize`."
+            )
+        record, model = read_model_record(path), self.config.model
+        wanted = {"arch": model.arch, "arguments": model.arguments, "preprocess": self.preprocess.to_json()}
+        found = record.model_dump(mode="json", include=set(wanted))
+        if found != wanted:
+            raise VaultError(
+                f"the vault's network is {found}, but [model] asks for {wanted}. Set [model] back, or run "
+                "`dpf-release train --restart` for a new network."
+            )
+        network = build_network(record.arch, record.outputs, record.arguments, allow_import=True)
+        network.load_state_dict(load_state(self.vault.network / "phi.safetensors"))
+        parts = split(network, model.hook, model.size)
+        return CutNetwork(
+            record.model_copy(update={"hook": parts.hook.name, "feature_shape": parts.hook.shape}),
+            parts,
+            hashlib.sha256(state_file(parts.featurizer.state_dict())).hexdigest(),
+        )
+
+    def frozen(self, network: nn.Module) -> nn.Module:
+        """The network where it computes, in evaluation mode, without gradients for its weights."""
+        return freeze(network).to(device=self.device, memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, eq=False)
+class CutNetwork:
+    """Φ in two.
+
+    Attributes:
+        record: of Φ, with hook point and feature shape of this cut.
+        split: φ1 and φ2.
+        featurizer_sha256: of φ1's safetensors file; a bank names it.
+    """
+
+    record: ModelRecord
+    split: Split
+    featurizer_sha256: str

@@ -1,0 +1,78 @@
+"""The model record: what rebuilds φ1 and φ2 without running a stranger's code. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpf_release.errors import VerificationError
+
+CUSTOM = "custom"  # the public name of an owner's own network; the record never names an import
+MAX_BYTES = 64 * 2**20
+
+ClassName = Annotated[str, Field(min_length=1, max_length=200)]
+Side = Annotated[int, Field(ge=8, le=4096)]
+Extent = Annotated[int, Field(ge=1, le=2**20)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PreprocessRecord(_Record):
+    """Resize of the shorter side (`None`: none), centre crop to `size` (H, W), then (x - mean) / std on [0, 1]."""
+
+    size: tuple[Side, Side]
+    resize: Annotated[int, Field(ge=8, le=4096)] | None
+    mean: tuple[float, float, float]
+    std: tuple[
+        Annotated[float, Field(gt=0)],
+        Annotated[float, Field(gt=0)],
+        Annotated[float, Field(gt=0)],
+    ]
+
+
+class ModelRecord(_Record):
+    """`model.json` of a release, and `network.json` of a vault (there `arch` may be an import of the owner's)."""
+
+    format: Literal["dpf-release-model"] = "dpf-release-model"
+    version: Literal[1] = 1
+    arch: Annotated[str, Field(max_length=200)]
+    arguments: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = {}
+    outputs: Annotated[int, Field(ge=1, le=1_000_000)]
+    hook: Annotated[str, Field(max_length=200)]
+    feature_shape: tuple[Extent, Extent, Extent]
+    feature_dtype: Literal["float16"] = "float16"
+    preprocess: PreprocessRecord
+    task: Literal["classification", "regression"]
+    classes: tuple[ClassName, ...] = ()
+    targets: tuple[ClassName, ...] = ()
+    unit: Annotated[str, Field(max_length=40)] = ""
+
+    @model_validator(mode="after")
+    def _names_match_outputs(self) -> ModelRecord:
+        names = self.classes if self.task == "classification" else self.targets
+        if len(names) != self.outputs:
+            raise ValueError(f"{self.outputs} outputs, but {len(names)} names for them")
+        return self
+
+    @property
+    def target_columns(self) -> int:
+        """Columns of `/target` in a bank of this task; 0 where it holds labels."""
+        return len(self.targets) if self.task == "regression" else 0
+
+
+def read_model_record(path: Path) -> ModelRecord:
+    """A model record from its file.
+
+    Raises:
+        VerificationError: no file, too large, or not a record of format 1.
+    """
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise VerificationError(f"expected a model record of at most {MAX_BYTES >> 20} MiB at {path}, found none.")
+    try:
+        return ModelRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise VerificationError(f"{path.name} is not a model record of format 1: {error}") from error
