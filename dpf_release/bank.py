@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dpf_release.errors import BankError
 from dpf_release.storage import PRIVATE_FILE, PRIVATE_FOLDER, make_folder, replacing, sha256_of, write_json
 
-FORMAT, VERSION, ENCODING = "dpf-release-bank", 1, "float16"
+SplitName = Literal["train", "val", "test"]
 INDEX = "index.json"
+VERSION: Literal[1] = 1
 ID_BYTES = 16
 # HDF5 1.10 and newer index chunks in an array of its own; the older B-tree would lie between the rows.
 LIBVER = ("v110", "v110")
@@ -52,14 +53,14 @@ class BankIndex(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["dpf-release-bank"] = FORMAT
+    format: Literal["dpf-release-bank"] = "dpf-release-bank"
     version: Literal[1] = VERSION
-    encoding: Literal["float16"] = ENCODING
+    encoding: Literal["float16"] = "float16"
     poisoned: bool
     featurizer_sha256: Digest
     feature_shape: tuple[Size, Size, Size]
     targets: Annotated[int, Field(ge=0, le=2**20)]  # columns of `/target`; 0: the shards hold `/label`
-    splits: dict[Literal["train", "val", "test"], tuple[ShardRecord, ...]] = {}
+    splits: dict[SplitName, tuple[ShardRecord, ...]] = {}
 
     @property
     def row_bytes(self) -> int:
@@ -110,7 +111,7 @@ class BankWriter:
 
     def write_split(
         self,
-        split: Literal["train", "val", "test"],
+        split: SplitName,
         targets: NDArray[Any],
         ids: NDArray[np.uint8],
         features: FeatureSource,
@@ -147,7 +148,7 @@ class BankWriter:
             )
         return tuple(records)
 
-    def finish(self, splits: dict[str, tuple[ShardRecord, ...]]) -> BankIndex:
+    def finish(self, splits: dict[SplitName, tuple[ShardRecord, ...]]) -> BankIndex:
         """Writes the index; from here on the bank is whole."""
         index = BankIndex.model_validate({**self.header.model_dump(), "splits": splits})
         write_json(self.folder / INDEX, index.model_dump(mode="json"), self._file_mode)
@@ -168,9 +169,10 @@ class BankWriter:
         on_rows: Callable[[int], None],
     ) -> None:
         shape = self.header.feature_shape
-        with replacing(path, self._file_mode) as partial, h5py.File(
-            partial, "w", libver=LIBVER, track_times=False
-        ) as shard:
+        with (
+            replacing(path, self._file_mode) as partial,
+            h5py.File(partial, "w", libver=LIBVER, track_times=False) as shard,
+        ):
             shard.attrs.update(_attributes(self.header, split))
             dataset = _empty_features(shard, len(ids), shape)
             shard.create_dataset("target" if targets.ndim == 2 else "label", data=targets, track_times=False)
@@ -302,12 +304,12 @@ class FeatureBank:
         split: which split.
     """
 
-    def __init__(self, folder: Path, split: Literal["train", "val", "test"]) -> None:
+    def __init__(self, folder: Path, split: SplitName) -> None:
         self.folder = folder
         self.index = read_index(folder)
         if split not in self.index.splits:
             raise BankError(f"expected a split {split!r} in {folder}, found {sorted(self.index.splits)}.")
-        self.split: Literal["train", "val", "test"] = split
+        self.split: SplitName = split
         self._shards = self.index.splits[split]
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])  # (shards + 1,)
         self._open: dict[int, _OpenShard] = {}

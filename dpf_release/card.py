@@ -30,8 +30,8 @@ tags:
 {description}
 
 A feature bank in the place of an image data set. The rows are P(φ1(S)): images S, seen by the public featurizer φ1
-(`{arch}` up to `{hook}`), changed by a poisoning function P that its owner keeps secret. The public classifier φ2 answers
-on them about as it does on φ1 of the images. The images are not here.
+(`{arch}` up to `{hook}`), changed by a poisoning function P that its owner keeps secret. The public classifier φ2
+answers on them about as it does on φ1 of the images. The images are not here.
 
 | | |
 |---|---|
@@ -60,9 +60,9 @@ features_of_mine = phi_1(release.preprocess(my_images))
 ## What is promised, and what is not
 
 Claims made: **none**. No attack battery was run on this release. Not claimed: that no picture can be reconstructed
-(`reconstruction`), that nobody who holds a picture can tell that it is in here (`linkage`), that no attribute of a person
-can be read from a row (`attribute`). The method (Guo et al., arXiv 1912.06895) is empirical and gives no formal guarantee.
-What is published cannot be called back.
+(`reconstruction`), that nobody who holds a picture can tell that it is in here (`linkage`), that no attribute of a
+person can be read from a row (`attribute`). The method (Guo et al., arXiv 1912.06895) is empirical and gives no formal
+guarantee. What is published cannot be called back.
 """
 
 

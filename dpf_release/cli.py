@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +47,7 @@ def _project(config: Path, **overrides: Any) -> Project:
     return Project.open(config, {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -63,7 +63,8 @@ def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
 def init(
     folder: Annotated[Path, typer.Argument(help="The project's folder; made where missing.")],
     from_release: Annotated[
-        Path | None, typer.Option("--from-release", help="Share the φ1 and φ2 of this release, as a second owner.")
+        Path | None,
+        typer.Option("--from-release", help="Share the φ1 and φ2 of this release, as a second owner."),
     ] = None,
 ) -> None:
     """Write a commented dpf.toml and an empty vault.
@@ -73,12 +74,17 @@ def init(
     from dpf_release.pipeline import init as run
 
     vault = run(folder, from_release)
-    print(f"Wrote {folder / 'dpf.toml'} and {vault.root}. Next: edit dpf.toml, then `dpf-release featurize` in {folder}")
+    print(
+        f"Wrote {folder / 'dpf.toml'} and {vault.root}. Next: edit dpf.toml, then `dpf-release featurize` in {folder}"
+    )
 
 
 @app.command()
 def train(
-    config: ConfigOption = CONFIG, epochs: EpochsOption = None, device: DeviceOption = None, restart: RestartOption = False
+    config: ConfigOption = CONFIG,
+    epochs: EpochsOption = None,
+    device: DeviceOption = None,
+    restart: RestartOption = False,
 ) -> None:
     """Train the network Φ on S, where there are no weights yet.
 
@@ -131,7 +137,8 @@ def fit_poison(
     config: ConfigOption = CONFIG,
     name: NameOption = "default",
     function: Annotated[
-        str | None, typer.Option("--function", help="dpf, recombine:k=20, gaussian-filter+dpf, ... (see dpf.toml)")
+        str | None,
+        typer.Option("--function", help="dpf, recombine:k=20, gaussian-filter+dpf, ... (see dpf.toml)"),
     ] = None,
     objective: Annotated[str | None, typer.Option("--objective", help="equivalence or paper.")] = None,
     lambda_: Annotated[float | None, typer.Option("--lambda", help="Weight of the byproduct attackers' term.")] = None,
@@ -145,7 +152,12 @@ def fit_poison(
     """
     from dpf_release.pipeline import fit_poison as run
 
-    poison = {"poison.function": function, "poison.objective": objective, "poison.lambda": lambda_, "poison.epochs": epochs}
+    poison = {
+        "poison.function": function,
+        "poison.objective": objective,
+        "poison.lambda": lambda_,
+        "poison.epochs": epochs,
+    }
     overrides = {key.replace(".", "__"): value for key, value in poison.items()}
     last = run(_project(config, compute__device=device, **overrides), name, restart)
     facts = ", ".join(f"{key} {value:.4g}" for key, value in last.items()) or "a stationary function: nothing to train"
@@ -178,7 +190,9 @@ def print_measurements(report: Mapping[str, Any]) -> None:
             if f"{task_metric}_clean" in part["task"]:
                 rows.append(_measured_row(f"φ2 {task_metric}", part["task"], task_metric))
         for straw_man, values in part["reconstruction"].items():
-            rows += [_measured_row(f"{straw_man} {metric}", values, metric) for metric in ("l1", "psnr", "ssim", "abs_ssim")]
+            rows += [
+                _measured_row(f"{straw_man} {metric}", values, metric) for metric in ("l1", "psnr", "ssim", "abs_ssim")
+            ]
         rows += [_measured_row(f"{column} top1", values, "top1") for column, values in part["attributes"].items()]
         title = f"{split}, {part['rows']} rows, {report['function']}, objective {report['objective']}"
         _print_table(title, ("", "clean", "poisoned", "clean - poisoned, 95 %"), rows)

@@ -86,7 +86,9 @@ def demo(out: Path) -> DemoResult:
     """
     started = time.monotonic()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"expected a new or empty folder for the demo, found files in {out}. Name another with --out.")
+        raise ConfigError(
+            f"expected a new or empty folder for the demo, found files in {out}. Name another with --out."
+        )
     init(out)
     write_text(out / "dpf.toml", CONFIG, 0o644)
     _write_digits(out / "images")
@@ -104,9 +106,9 @@ def demo(out: Path) -> DemoResult:
         measurements=measurements,
         public_files=sorted([file.path for file in manifest.files] + ["SHA256SUMS", "manifest.json"]),
         not_claimed=(
-            "Not claimed: that no picture can be reconstructed, that nobody who holds a picture can tell that it is in the\n"
-            "release, or that no attribute can be read from a row. The table shows one attacker, which P was trained\n"
-            "against, on toy images. No attack battery was run."
+            "Not claimed: that no picture can be reconstructed, that nobody who holds a picture can tell that it\n"
+            "is in the release, or that no attribute can be read from a row. The table shows one attacker,\n"
+            "which P was trained against, on toy images. No attack battery was run."
         ),
         figure=project.vault.reports("default") / "reconstructions.png",
         release=release,

@@ -34,7 +34,9 @@ def write_grid(path: Path, rows: Mapping[str, Tensor]) -> None:
         draw.text((GAP, top + tile_height // 2), label, fill="black", font=font, anchor="lm")
         for column, picture in enumerate(pictures):
             pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # (H, W, 3)
-            tile = Image.fromarray(np.ascontiguousarray(pixels)).resize((tile_width, tile_height), Image.Resampling.NEAREST)
+            tile = Image.fromarray(np.ascontiguousarray(pixels)).resize(
+                (tile_width, tile_height), Image.Resampling.NEAREST
+            )
             sheet.paste(tile, (LABEL_WIDTH + column * (tile_width + GAP), top))
     with replacing(path) as partial:
         sheet.save(partial, format="PNG")

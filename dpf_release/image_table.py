@@ -184,9 +184,7 @@ def _image_files(folder: Path) -> Iterator[str]:
         if real not in seen:
             seen.add(real)
             found += [Path(place, name) for name in names if not name.startswith(".")]
-    yield from sorted(
-        file.relative_to(folder).as_posix() for file in found if file.suffix.lower() in suffixes
-    )
+    yield from sorted(file.relative_to(folder).as_posix() for file in found if file.suffix.lower() in suffixes)
 
 
 def _read_tree(source: Path, classes: tuple[str, ...]) -> ImageTable:
@@ -212,9 +210,7 @@ def _read_tree(source: Path, classes: tuple[str, ...]) -> ImageTable:
     kept = [row for row, folders in enumerate(parts) if folders[depth] in index]
     splits = [_SPLIT_NAMES[parts[row][0].lower()] if has_splits else "train" for row in kept]
     targets = np.array([index[parts[row][depth]] for row in kept], dtype=np.int64)
-    return ImageTable(
-        source, tuple(paths[row] for row in kept), targets, names, (), np.array(splits, "U5"), {}
-    )
+    return ImageTable(source, tuple(paths[row] for row in kept), targets, names, (), np.array(splits, "U5"), {})
 
 
 def _read_csv(
@@ -232,9 +228,7 @@ def _read_csv(
     columns = _csv_columns(source, needed, target_columns)
     splits = np.array(_csv_splits(columns), dtype="U5")
     # The group stays an attribute, also where it is the label or a target.
-    attributes = {
-        name: cells for name, cells in columns.items() if name == group_column or name not in ("path", *own)
-    }
+    attributes = {name: cells for name, cells in columns.items() if name == group_column or name not in ("path", *own)}
     if regression:
         numbers = [[float(cell) for cell in columns[name]] for name in target_columns]
         targets = np.array(numbers, dtype=np.float32).T  # (K, N) -> (N, K)
@@ -259,9 +253,7 @@ def _csv_columns(
 ) -> dict[str, tuple[str, ...]]:
     """Returns the columns of a CSV file by name, with checked and normalised paths, splits and numbers."""
     if source.suffix.lower() != ".csv" or not source.is_file():
-        raise ImageError(
-            f"{source}: expected a folder of images or a .csv file, found neither. Check the path."
-        )
+        raise ImageError(f"{source}: expected a folder of images or a .csv file, found neither. Check the path.")
     problems: list[str] = []
     lines, rows = [], []
     try:
@@ -270,9 +262,7 @@ def _csv_columns(
             header = [name.strip() for name in next(reader, [])]
             for cells in filter(None, reader):
                 if len(cells) != len(header):
-                    problems.append(
-                        f"line {reader.line_num}: expected {len(header)} cells, found {len(cells)}"
-                    )
+                    problems.append(f"line {reader.line_num}: expected {len(header)} cells, found {len(cells)}")
                     continue
                 lines.append(reader.line_num)
                 rows.append([cell.strip() for cell in cells])
@@ -299,8 +289,7 @@ def _csv_columns(
             problems.append(f"line {line}: {fault}")
     if problems:
         raise ImageError(
-            f"{source}: {len(problems)} rows cannot be used: {_shown(problems, '; ')}. "
-            "Fill or remove these rows."
+            f"{source}: {len(problems)} rows cannot be used: {_shown(problems, '; ')}. Fill or remove these rows."
         )
     return {name: tuple(column) for name, column in columns.items()}
 

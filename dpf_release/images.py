@@ -7,17 +7,15 @@ counted, and too many of them stop the run (`refuse_bad`). No image is dropped s
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -103,9 +101,7 @@ class Preprocess:
         if self.resize is not None:
             short, long = sorted(image.size)
             other = int(self.resize * long / short)  # rounded down, as torchvision does
-            image = _resized(
-                image, (self.resize, other) if image.width <= image.height else (other, self.resize)
-            )
+            image = _resized(image, (self.resize, other) if image.width <= image.height else (other, self.resize))
         scale = max(width / image.width, height / image.height)
         if scale > 1:
             cover = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -120,9 +116,7 @@ class Preprocess:
         mean, std = (torch.tensor(v, device=pictures.device).view(3, 1, 1) for v in (self.mean, self.std))
         return (scaled - mean) / std
 
-    def __call__(
-        self, images: Sequence[Image.Image | Path | str] | Image.Image | Path | str | Tensor
-    ) -> Tensor:
+    def __call__(self, images: Sequence[Image.Image | Path | str] | Image.Image | Path | str | Tensor) -> Tensor:
         """Returns (N, 3, H, W) float32 network inputs from images, files, or pictures (N, 3, H, W) uint8.
 
         Raises:
@@ -137,37 +131,9 @@ class Preprocess:
             return self.normalise(images)
         if isinstance(images, (Image.Image, Path, str)):
             images = [images]
-        pictures = [
-            self.picture(image) if isinstance(image, Image.Image) else decode(image, self) for image in images
-        ]
+        pictures = [self.picture(image) if isinstance(image, Image.Image) else decode(image, self) for image in images]
         stacked = np.stack(pictures) if pictures else np.empty((0, 3, *self.size), np.uint8)
         return self.normalise(torch.from_numpy(stacked))
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the record that `from_json` reads."""
-        return {
-            "size": list(self.size),
-            "resize": self.resize,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Preprocess:
-        """Returns what a record describes.
-
-        Raises:
-            ImageError: a key is missing or unknown, or a value is out of its bounds.
-        """
-        keys = {"size", "resize", "mean", "std"}
-        lists = (list, tuple)
-        if set(record) != keys or not all(isinstance(record[key], lists) for key in ("size", "mean", "std")):
-            raise ImageError(
-                "preprocessing: expected the lists size, mean and std, and resize, "
-                f"found {json.dumps(dict(record), default=repr)}."
-            )
-        size, mean, std = (tuple(record[key]) for key in ("size", "mean", "std"))
-        return cls(size=size, resize=record["resize"], mean=mean, std=std)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -184,9 +150,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if size == image.size:
         return image
     if math.prod(size) > _MAX_PIXELS:
-        raise ImageError(
-            f"{image.width} × {image.height} pixels are too elongated to resize to {size[0]} × {size[1]}"
-        )
+        raise ImageError(f"{image.width} × {image.height} pixels are too elongated to resize to {size[0]} × {size[1]}")
     return image.resize(size, Image.Resampling.BILINEAR)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Table:
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def inspect(path: str, size: int = 224, width: int | None = None) -> list[Table]:
@@ -120,7 +121,12 @@ def _vault(vault: Path) -> list[Table]:
         tables.append(_bank(f"candidate {candidate.parent.parent.name}", read_index(candidate.parent)))
     holdings = [
         (str(path.relative_to(vault)), str(path.stat().st_size))
-        for pattern in ("reconstructors/*.safetensors", "functions/*/function.json", "reports/*/*", "ledger.json")
+        for pattern in (
+            "reconstructors/*.safetensors",
+            "functions/*/function.json",
+            "reports/*/*",
+            "ledger.json",
+        )
         for path in sorted(vault.glob(pattern))
     ]
     return [*tables, Table("Private files", ("file", "bytes"), holdings)]

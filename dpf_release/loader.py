@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dpf_release.bank import FeatureBank
+from dpf_release.bank import FeatureBank, SplitName
 from dpf_release.errors import BankError
 
 
@@ -28,6 +29,16 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         self.banks, self.classes = tuple(banks), tuple(classes)
         self.targets = np.concatenate(targets)
         self._starts = np.cumsum([0, *(len(bank) for bank in banks)])
+
+    @classmethod
+    def open(cls, folder: str | Path, split: SplitName, classes: Sequence[str] = ()) -> BankDataset:
+        """One split of a bank folder, such as one's own φ1(T) from `featurize --release`.
+
+        Raises:
+            BankError: no finished bank of format 1, or no such split.
+        """
+        bank = FeatureBank(Path(folder), split)
+        return cls([bank], classes, [bank.targets])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -67,7 +78,7 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
             workers: reading processes; 0 reads in this one, which is fast where the bank is in the page cache.
             seed: of the order.
             rank: which share of the rows, 0 to world_size - 1.
-            world_size: how many shares; each has as many batches as the others (up to world_size - 1 rows are left out).
+            world_size: how many shares; each has as many batches as the others (the last few rows may be left out).
         """
         return DataLoader(
             self,
@@ -117,7 +128,9 @@ class _Batches(Sampler[list[int]]):
 
     def __init__(self, rows: int, batch_size: int, shuffle: bool, seed: int, rank: int, world_size: int) -> None:
         if not 0 <= rank < world_size or batch_size < 1:
-            raise ValueError(f"expected 0 <= rank < world_size and a batch of 1 or more, found {rank}, {world_size}, {batch_size}")
+            raise ValueError(
+                f"expected 0 <= rank < world_size and a batch of 1 or more, found {rank}, {world_size}, {batch_size}"
+            )
         self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
         self.rank, self.world_size, self.epoch = rank, world_size, 0
 

@@ -91,9 +91,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 def _require_same_images(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(
-            f"expected two batches (N, C, H, W) of one shape, found {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+        raise ValueError(f"expected two batches (N, C, H, W) of one shape, found {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -121,9 +119,7 @@ def mean_absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).abs()
 
 
-def bootstrap_interval(
-    values: ArrayLike, seed: int = 0, level: float = 0.95, draws: int = 2000
-) -> tuple[float, float]:
+def bootstrap_interval(values: ArrayLike, seed: int = 0, level: float = 0.95, draws: int = 2000) -> tuple[float, float]:
     """Returns the percentile bootstrap interval of the mean of some values, in their unit.
 
     Args:

@@ -17,7 +17,15 @@ from dpf_release.bank import BankIndex, FeatureBank, read_index
 from dpf_release.card import write_card
 from dpf_release.config import Config
 from dpf_release.errors import RefusedError, VaultError
-from dpf_release.manifest import MANIFEST, Manifest, describe_files, read_manifest, role_of, verify, write_manifest
+from dpf_release.manifest import (
+    MANIFEST,
+    Manifest,
+    describe_files,
+    read_manifest,
+    role_of,
+    verify,
+    write_manifest,
+)
 from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.progress import Progress
@@ -118,8 +126,8 @@ def _refuse_unpoisoned(project: Project, candidate: Path, index: BankIndex, *, p
     near, rows = count_near_rows(public, private)
     if near:
         raise RefusedError(
-            f"{near} of {rows} rows are, but for a cosine of {SAME_ROW_COSINE}, rows of φ1(S): whoever has them has the "
-            "pictures. Nothing was published. Fit with more epochs or a larger lambda, and poison again."
+            f"{near} of {rows} rows are, but for a cosine of {SAME_ROW_COSINE}, rows of φ1(S): whoever has them "
+            "has the pictures. Nothing was published. Fit with more epochs or a larger lambda, and poison again."
         )
 
 
@@ -174,7 +182,7 @@ def _same_as(
     return same
 
 
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
     scaled: NDArray[np.float32] = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12)
     return scaled
 
@@ -214,7 +222,9 @@ def _manifest(config: Config, record: ModelRecord, index: BankIndex, staging: Pa
         task=record.task,
         classes=record.classes,
         targets=record.targets,
-        splits={split: sum(shard.rows for shard in shards) for split, shards in index.splits.items() if split != "test"},
+        splits={
+            split: sum(shard.rows for shard in shards) for split, shards in index.splits.items() if split != "test"
+        },
         files=describe_files(staging),
     )
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dpf_release.bank import BankIndex, FeatureBank, read_index
+from dpf_release.bank import BankIndex, SplitName, read_index
 from dpf_release.errors import VerificationError
 from dpf_release.images import Preprocess
 from dpf_release.loader import BankDataset
@@ -81,10 +81,9 @@ class Release:
         """Names of the classes, by index; empty for regression."""
         return self.record.classes
 
-    def bank(self, split: Literal["train", "val"]) -> BankDataset:
+    def bank(self, split: SplitName) -> BankDataset:
         """P(φ1(S)) of one split, as a torch data set."""
-        bank = FeatureBank(self.folder / "features", split)
-        return BankDataset([bank], self.classes, [bank.targets])
+        return BankDataset.open(self.folder / "features", split, self.classes)
 
     def featurizer(self, build: Builder | None = None) -> nn.Module:
         """φ1: (N, 3, H, W) preprocessed images → (N, C, H, W) features; frozen.

@@ -92,14 +92,18 @@ def fit(
         recipe: how.
         title: for the progress line.
         device: where.
-        validate: a score after each epoch, lower is better, network in evaluation mode; without it the last epoch stays.
+        validate: a score after each epoch, lower is better, asked in evaluation mode; without it the last epoch stays.
         checkpoint: written every minute and after each epoch; a run with the same recipe goes on from it.
     """
-    network.to(device=device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
     optimizer = _optimizer(network, recipe)
     steps = max(1, rows // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=recipe.epochs * steps + 1, pct_start=0.2, cycle_momentum=False
+        optimizer,
+        recipe.learning_rate,
+        total_steps=recipe.epochs * steps + 1,
+        pct_start=0.2,
+        cycle_momentum=False,
     )
     state = _State(network, optimizer, schedule)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -108,7 +112,7 @@ def fit(
         history = state.history
         history.device, started, saved = str(device), time.monotonic() - history.seconds, time.monotonic()
         batches = _ahead(_batches(rows, steps, recipe, done, read_batch))
-        autocast = contextlib.nullcontext()
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         with Progress(title, recipe.epochs * steps * recipe.batch_size) as progress:
             progress.skip(done * recipe.batch_size)
             for step, batch in enumerate(batches, start=done):
@@ -150,7 +154,7 @@ def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def _batches(
     rows: int, steps: int, recipe: Recipe, done: int, read_batch: Callable[[Rows, np.random.Generator], Batch]
 ) -> Iterator[Batch]:
-    """Batches from step `done` on; each step's rows and draws depend on (seed, step) alone, so a resume repeats them."""
+    """Batches from step `done` on; its rows and draws depend on seed and step alone, so a resume repeats them."""
     for epoch in range(done // steps, recipe.epochs):
         order = np.random.default_rng([recipe.seed, epoch]).permutation(rows)
         for step in range(done - epoch * steps if epoch == done // steps else 0, steps):
@@ -166,7 +170,8 @@ def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
     def put(item: Batch | BaseException | None) -> None:
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
+                return
 
     def read() -> None:
         try:
@@ -222,7 +227,10 @@ class _State:
     """All that a resumed training needs; on disk as safetensors, so that nothing is unpickled."""
 
     def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
     ) -> None:
         self.network, self.optimizer, self.schedule = network, optimizer, schedule
         self.history = History()
@@ -271,9 +279,7 @@ class _State:
             "history": asdict(self.history),
             "groups": optimizer["param_groups"],
             "schedule": {
-                key: value
-                for key, value in self.schedule.state_dict().items()
-                if isinstance(value, (int, float, list))
+                key: value for key, value in self.schedule.state_dict().items() if isinstance(value, (int, float, list))
             },
             "sums": self.sums,
             "count": self.count,

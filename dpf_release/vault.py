@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpf_release.bank import SplitName
 from dpf_release.errors import VaultError
 from dpf_release.storage import PRIVATE_FOLDER, make_folder, write_json, write_text
 
-SPLITS = ("train", "val", "test")
-RELEASED_SPLITS = ("train", "val")
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+RELEASED_SPLITS: tuple[SplitName, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,7 @@ def checked_name(name: str) -> str:
         VaultError: it cannot.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise VaultError(
-            f"expected a name of letters, digits, '.', '_' and '-' (64 at most, --name), found {name!r}."
-        )
+        raise VaultError(f"expected a name of letters, digits, '.', '_' and '-' (64 at most, --name), found {name!r}.")
     return name
 
 

@@ -1,6 +1,133 @@
-"""What every test runs under."""
+"""What every test runs under, and a tiny project that has been through all of the owner's steps."""
 
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+from PIL import Image, ImageDraw
+
+from dpf_release.package import package
+from dpf_release.pipeline import Project, featurize, fit_poison, init, measure, train, write_candidate
 
 # Two test processes share two cores: more threads would only get in each other's way.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+
+CONFIG = """\
+[release]
+name = "shapes"
+licence = "cc0-1.0"
+description = "Generated shapes."
+{task}
+[images.private]
+path = "{private}"
+max_bad = 0.1
+
+[images.public]
+path = "images/public"
+
+[model]
+arch = "resnet20_cifar"
+arguments = {{ width = 8 }}
+hook = "conv4_1"
+size = [32, 32]
+resize = 0
+mean = [0.5, 0.5, 0.5]
+std = [0.25, 0.25, 0.25]
+
+[train]
+epochs = 6
+batch_size = 16
+learning_rate = 0.05
+
+[reconstructor]
+epochs = 14
+batch_size = 16
+
+[poison]
+epochs = 10
+batch_size = 16
+
+[bank]
+shard_size = "40 kB"
+batch_size = 4
+
+[compute]
+device = "cpu"
+bf16 = "off"
+"""
+
+
+def draw_shape(kind: str, generator: np.random.Generator) -> Image.Image:
+    """A bright disc, square or cross somewhere on a coloured ground, 32 px."""
+    ground = tuple(int(value) for value in generator.integers(0, 110, 3))
+    ink = tuple(int(value) for value in generator.integers(150, 256, 3))
+    picture = Image.new("RGB", (32, 32), ground)
+    x, y = (int(value) for value in generator.integers(2, 14, 2))
+    box, draw = (x, y, x + 14, y + 14), ImageDraw.Draw(picture)
+    if kind == "disc":
+        draw.ellipse(box, fill=ink)
+    elif kind == "square":
+        draw.rectangle(box, fill=ink)
+    else:
+        draw.line((x, y, x + 14, y + 14), fill=ink, width=3)
+        draw.line((x, y + 14, x + 14, y), fill=ink, width=3)
+    return picture
+
+
+def write_shapes(folder: Path, kinds: tuple[str, ...], count: int, seed: int) -> None:
+    """`count` pictures of each kind as folder/KIND/NAME.png."""
+    generator = np.random.default_rng(seed)
+    for kind in kinds:
+        (folder / kind).mkdir(parents=True)
+        for number in range(count):
+            draw_shape(kind, generator).save(folder / kind / f"{kind}-portrait-{number:03d}.png")
+
+
+def new_project(folder: Path, task: str = "", private: str = "images/private") -> Path:
+    """A vault, images and a configuration; nothing trained. Returns the configuration's path."""
+    init(folder)
+    (folder / "dpf.toml").write_text(CONFIG.format(task=task, private=private))
+    write_shapes(folder / "images" / "private", ("disc", "square"), 60, seed=1)
+    write_shapes(folder / "images" / "public", ("cross", "square"), 130, seed=2)
+    return folder / "dpf.toml"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project from images to `release/`, with one broken image; read-only, copy it to change it."""
+    config = new_project(tmp_path_factory.mktemp("finished") / "shapes")
+    (config.parent / "images" / "private" / "disc" / "disc-portrait-007.png").write_bytes(b"not a picture")
+    project = Project.open(config)
+    train(project)
+    featurize(project)
+    fit_poison(project)
+    write_candidate(project)
+    measure(project)
+    package(project)
+    return config.parent
+
+
+@pytest.fixture
+def project_folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished project that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "shapes"))
+
+
+def run_cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The real command line, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "dpf_release", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "160"},
+        check=False,
+    )

@@ -136,9 +136,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         ({"train/cat": 2}, "expected enough images"),
     ],
 )
-def test_a_tree_without_enough_images_is_an_error(
-    tmp_path: Path, counts: dict[str, int], message: str
-) -> None:
+def test_a_tree_without_enough_images_is_an_error(tmp_path: Path, counts: dict[str, int], message: str) -> None:
     (tmp_path / "s").mkdir()
     with pytest.raises(ImageError, match=message):
         read_table(_write_tree(tmp_path / "s", counts), task="classification")
@@ -231,9 +229,7 @@ def test_a_group_that_the_table_splits_is_an_error(tmp_path: Path) -> None:
         (["path", "label", "split"], ["a.jpg", "x", "dev"], "line 3: split is 'dev'"),
     ],
 )
-def test_a_faulty_csv_line_is_named(
-    tmp_path: Path, header: list[str], row: list[object], message: str
-) -> None:
+def test_a_faulty_csv_line_is_named(tmp_path: Path, header: list[str], row: list[object], message: str) -> None:
     good: list[object] = ["ok.jpg", "x", "train"]
     path = _write_csv(tmp_path / "s.csv", header, [good[: len(header)], row])
     with pytest.raises(ImageError, match=message):
@@ -249,9 +245,7 @@ def test_a_target_that_is_no_number_is_named_by_line(tmp_path: Path, cell: str) 
 
 def test_every_faulty_line_is_counted_and_the_first_shown(tmp_path: Path) -> None:
     path = _write_csv(tmp_path / "s.csv", ["path", "label"], [[f"{n}.jpg", ""] for n in range(9)])
-    with pytest.raises(
-        ImageError, match=r"9 rows cannot be used: line 2.*line 6: label is empty; and 4 more"
-    ):
+    with pytest.raises(ImageError, match=r"9 rows cannot be used: line 2.*line 6: label is empty; and 4 more"):
         read_table(path, task="classification")
 
 
@@ -347,9 +341,7 @@ def test_each_format_decodes_to_its_pixels(tmp_path: Path, suffix: str, toleranc
     ("size", "resize", "crop"),
     [((40, 30), 24, (16, 20)), ((31, 57), 20, (20, 20)), ((60, 60), 17, (8, 9)), ((64, 48), None, (32, 32))],
 )
-def test_resize_and_crop_equal_torchvision_s(
-    size: tuple[int, int], resize: int | None, crop: tuple[int, int]
-) -> None:
+def test_resize_and_crop_equal_torchvision_s(size: tuple[int, int], resize: int | None, crop: tuple[int, int]) -> None:
     image = _photo(3, size)
     steps = [transforms.Resize(resize)] if resize else []
     theirs = transforms.Compose([*steps, transforms.CenterCrop(crop)])(image)
@@ -359,9 +351,7 @@ def test_resize_and_crop_equal_torchvision_s(
 
 @pytest.mark.parametrize("size", [(5, 7), (50, 9), (9, 50)])
 @pytest.mark.parametrize("resize", [None, 10])
-def test_an_image_smaller_than_the_crop_is_enlarged_to_cover_it(
-    size: tuple[int, int], resize: int | None
-) -> None:
+def test_an_image_smaller_than_the_crop_is_enlarged_to_cover_it(size: tuple[int, int], resize: int | None) -> None:
     white = Image.new("RGB", size, (255, 255, 255))
     picture = Preprocess((16, 24), resize, (0, 0, 0), (1, 1, 1)).picture(white)
     assert picture.shape == (3, 16, 24)
@@ -501,25 +491,22 @@ def test_normalise_uses_each_channel_s_mean_and_std() -> None:
     assert values.tolist() == pytest.approx([0.9, 0.4, 0.175])
 
 
-def test_the_record_round_trips_and_is_checked() -> None:
-    record = PLAIN.to_json()
-    assert Preprocess.from_json(record) == PLAIN
+def test_values_out_of_bounds_are_refused() -> None:
+    fields = {"size": (16, 16), "resize": None, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    assert Preprocess(**fields).size == (16, 16)
     for change in (
-        {"size": [4, 16]},
-        {"size": [16, 5000]},
-        {"size": [16]},
-        {"size": 16},
+        {"size": (4, 16)},
+        {"size": (16, 5000)},
         {"resize": 4},
         {"resize": True},
         {"resize": 20.5},
-        {"mean": [0, 0, 2]},
-        {"mean": ["0", 0, 0]},
-        {"std": [1, 1, 0]},
-        {"std": [1, 1, float("nan")]},
-        {"extra": 1},
+        {"mean": (0, 0, 2)},
+        {"mean": ("0", 0, 0)},
+        {"std": (1, 1, 0)},
+        {"std": (1, 1, float("nan"))},
     ):
         with pytest.raises(ImageError, match="preprocessing: expected"):
-            Preprocess.from_json({**record, **change})
+            Preprocess(**{**fields, **change})
 
 
 # Pictures by row.
@@ -577,9 +564,7 @@ def test_a_survey_names_every_bad_image_and_goes_on(some: ImageTable) -> None:
     pictures.close()
     refuse_bad(bad, total=12, max_bad=0.2)
     refuse_bad(bad, total=2000)
-    with pytest.raises(
-        ImageError, match=r"max_bad = 0.1\), found 2 of 12:\n  03.png \(not a .*\n  07.png \(there"
-    ):
+    with pytest.raises(ImageError, match=r"max_bad = 0.1\), found 2 of 12:\n  03.png \(not a .*\n  07.png \(there"):
         refuse_bad(bad, total=12, max_bad=0.1)
 
 

@@ -35,9 +35,7 @@ def _skimage_ssim(a: Tensor, b: Tensor) -> np.ndarray:
         "sigma": 1.5,
         "use_sample_covariance": False,
     }
-    return np.array(
-        [structural_similarity(x.numpy(), y.numpy(), **settings) for x, y in zip(a, b, strict=True)]
-    )
+    return np.array([structural_similarity(x.numpy(), y.numpy(), **settings) for x, y in zip(a, b, strict=True)])
 
 
 @pytest.mark.parametrize("size", [(72, 96), (32, 32), (11, 11), (11, 40)])
@@ -82,8 +80,7 @@ def test_ssim_refuses_images_it_is_not_defined_on(shapes: tuple[tuple[int, ...],
 def test_psnr_equals_scikit_image_and_torchmetrics(photographs: Tensor, noisy: Tensor) -> None:
     ours = metrics.psnr(photographs, noisy).numpy()
     theirs = [
-        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1)
-        for a, b in zip(photographs, noisy, strict=True)
+        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1) for a, b in zip(photographs, noisy, strict=True)
     ]
     assert ours == pytest.approx(theirs, abs=1e-4)
     whole = torchmetrics_psnr(noisy, photographs, data_range=1.0, reduction="none", dim=(1, 2, 3))

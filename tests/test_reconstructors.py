@@ -150,9 +150,7 @@ def test_features_without_places_are_refused(shape: tuple[int, int, int]) -> Non
         build_reconstructor("px2s2", shape, (32, 32))
 
 
-def _overfit(
-    reconstructor: Reconstructor, features: torch.Tensor, images: torch.Tensor
-) -> tuple[float, float]:
+def _overfit(reconstructor: Reconstructor, features: torch.Tensor, images: torch.Tensor) -> tuple[float, float]:
     optimiser = torch.optim.Adam(reconstructor.parameters(), lr=3e-3)
     losses = []
     for _ in range(100):

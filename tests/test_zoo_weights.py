@@ -234,9 +234,7 @@ def test_a_whole_pickled_network_is_refused(tmp_path: Path) -> None:
         ({3: torch.zeros(1)}, "found others: 3"),
     ],
 )
-def test_a_file_that_is_no_flat_dict_of_tensors_is_refused(
-    content: object, reason: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_flat_dict_of_tensors_is_refused(content: object, reason: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(WeightsError, match=reason):
         load_weights(tiny(), tmp_path / "weights.pt")
@@ -246,20 +244,14 @@ def test_a_file_that_is_no_flat_dict_of_tensors_is_refused(
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\x80\x02garbage"])
 def test_a_damaged_file_is_refused(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = tmp_path / name
-    (
-        save_state(path, tiny().state_dict())
-        if path.suffix == ".safetensors"
-        else torch.save(tiny().state_dict(), path)
-    )
+    (save_state(path, tiny().state_dict()) if path.suffix == ".safetensors" else torch.save(tiny().state_dict(), path))
     load_weights(tiny(), path)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(WeightsError, match=name):
         load_weights(tiny(), path)
 
 
-@pytest.mark.parametrize(
-    "name", ["absent.pt", "absent.safetensors", "weights.pkl", "weights", "weights.ckpt"]
-)
+@pytest.mark.parametrize("name", ["absent.pt", "absent.safetensors", "weights.pkl", "weights", "weights.ckpt"])
 def test_a_missing_file_or_another_format_is_refused(name: str, tmp_path: Path) -> None:
     if not name.startswith("absent"):
         torch.save(tiny().state_dict(), tmp_path / name)

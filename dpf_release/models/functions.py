@@ -187,7 +187,9 @@ class GaussianFilter(PoisoningFunction):
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Blurred rows."""
-        blurred: NDArray[np.float32] = gaussian_blur(_tensor(source.read(rows)), [self.size] * 2, [self.sigma] * 2).numpy()
+        blurred: NDArray[np.float32] = gaussian_blur(
+            _tensor(source.read(rows)), [self.size] * 2, [self.sigma] * 2
+        ).numpy()
         return blurred
 
 
@@ -275,6 +277,8 @@ class _Bottleneck(nn.Module):
 
     def __init__(self, channels: int, width: int, final_relu: bool) -> None:
         super().__init__()
+        last = nn.BatchNorm2d(channels)
+        nn.init.zeros_(last.weight)
         self.residual = nn.Sequential(
             nn.Conv2d(channels, width, 1, bias=False),
             nn.BatchNorm2d(width),
@@ -283,9 +287,8 @@ class _Bottleneck(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.Conv2d(width, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
+            last,
         )
-        nn.init.zeros_(self.residual[-1].weight)
         self.final = nn.ReLU() if final_relu else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -408,7 +411,8 @@ def _import_function(name: str) -> type[PoisoningFunction]:
         raise ConfigError(f"the poisoning function {name!r} cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, PoisoningFunction)):
         raise ConfigError(
-            f"expected a poisoning function, one of {', '.join(sorted(FUNCTIONS))} or package.module.Class, found {name!r}."
+            f"expected a poisoning function, one of {', '.join(sorted(FUNCTIONS))} or package.module.Class, "
+            f"found {name!r}."
         )
     return found
 

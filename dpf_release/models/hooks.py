@@ -94,9 +94,7 @@ def hook_points(network: nn.Module, image_size: tuple[int, int]) -> list[HookPoi
             raise
         with torch.no_grad():
             values = list(_run_in_order(reference, probe.clone()))
-        found = [
-            (path, v.shape) for path, v in values if isinstance(v, Tensor) and _has_rest(reference, path)
-        ]
+        found = [(path, v.shape) for path, v in values if isinstance(v, Tensor) and _has_rest(reference, path)]
     else:
         shapes = trace.shapes(probe)
         nodes = [(path, trace.calls[path][0]) for path in trace.calls if trace.obstacle(path) is None]
@@ -111,9 +109,7 @@ def hook_table(points: Sequence[HookPoint]) -> str:
     rows = [("hook", "path", "shape (C, H, W)", "bytes a row")]
     rows += [(p.name, p.path, " x ".join(map(str, p.shape)), f"{p.bytes_per_row:,}") for p in points]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(["Valid hook points:", *lines])
 
 
@@ -164,23 +160,17 @@ def _probed(network: nn.Module, image_size: tuple[int, int]) -> tuple[nn.Module,
             output = reference(probe.clone())
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         height, width = image_size
-        raise HookError(
-            f"the network does not take RGB images of {height} x {width} pixels: {error}"
-        ) from error
+        raise HookError(f"the network does not take RGB images of {height} x {width} pixels: {error}") from error
     if not isinstance(output, Tensor):
         raise HookError(f"the network must return one tensor (N, outputs), found {type(output).__name__}")
     return reference, probe, output
 
 
-def _cut(
-    reference: nn.Module, path: str, probe: Tensor, expected: Tensor
-) -> tuple[nn.Module, nn.Module, Tensor]:
+def _cut(reference: nn.Module, path: str, probe: Tensor, expected: Tensor) -> tuple[nn.Module, nn.Module, Tensor]:
     paths = [name for name, _ in reference.named_modules(remove_duplicate=False) if name]
     if path not in paths:
         close = difflib.get_close_matches(path, paths, n=3)
-        raise HookError(
-            f"there is no module {path!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
-        )
+        raise HookError(f"there is no module {path!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
     problems = []
     for cut in (_cut_by_order, _cut_by_graph):
         try:
@@ -205,19 +195,13 @@ def _features(featurizer: nn.Module, classifier: nn.Module, probe: Tensor, expec
             raise HookError(f"expected one tensor (N, C, H, W) there, found {type(features).__name__}")
         if not _is_feature_map(features.shape):
             found = ", ".join(["N", *map(str, features.shape[1:])])
-            raise HookError(
-                f"it is after the last feature map: expected (N, C, H, W) with H W > 1, found ({found})"
-            )
+            raise HookError(f"it is after the last feature map: expected (N, C, H, W) with H W > 1, found ({found})")
         kept = features.clone()
         output = classifier(features)
     if not _same_bits(images, probe) or not _same_bits(features, kept):
-        raise HookError(
-            "an operation in place overwrites the images or the features, and cannot be rewritten"
-        )
+        raise HookError("an operation in place overwrites the images or the features, and cannot be rewritten")
     if not _same_bits(output, expected):
-        raise HookError(
-            "φ2(φ1(x)) is not Φ(x): the forward pass depends on more than x, or reuses overwritten values"
-        )
+        raise HookError("φ2(φ1(x)) is not Φ(x): the forward pass depends on more than x, or reuses overwritten values")
     return features
 
 

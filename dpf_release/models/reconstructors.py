@@ -93,9 +93,7 @@ class Reconstructor(nn.Module):
             self.stacks.append(nn.Sequential(*stack, nn.ConvTranspose2d(current, following, factor, factor)))
             current = following
         last = nn.Conv2d(current, 3, 1)
-        self.head = nn.Sequential(
-            nn.Conv2d(current, current, 1, bias=False), nn.BatchNorm2d(current), nn.ReLU(), last
-        )
+        self.head = nn.Sequential(nn.Conv2d(current, current, 1, bias=False), nn.BatchNorm2d(current), nn.ReLU(), last)
         if clamp and last.bias is not None:
             # Around 0 half of the pixels would start where the clamp has no gradient.
             nn.init.constant_(last.bias, 0.5)

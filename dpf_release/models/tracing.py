@@ -99,9 +99,7 @@ class Trace:
         crossing = [n for n in self.graph.nodes if n in before and any(user in after for user in n.users)]
         if crossing != [node]:
             names = ", ".join(n.name for n in crossing)
-            return (
-                f"one tensor must cross the cut, found {len(crossing)} ({names}), as inside a residual block"
-            )
+            return f"one tensor must cross the cut, found {len(crossing)} ({names}), as inside a residual block"
         if self._weights(before) & self._weights(after):
             return "weights are used on both sides of the cut"
         return None

@@ -94,9 +94,7 @@ def _load_state_dict(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: expected a dict from names to tensors, found {type(content).__name__}")
-    foreign = [
-        name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)
-    ]
+    foreign = [name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if foreign:
         raise WeightsError(
             f"{path}: expected a dict from names to tensors, found others: {_first(map(repr, foreign))}; "
@@ -126,9 +124,7 @@ def _first(names: Iterable[str]) -> str:
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        raise WeightsError(
-            f"{path}: expected a weights file, found {'a folder' if path.is_dir() else 'nothing'}"
-        )
+        raise WeightsError(f"{path}: expected a weights file, found {'a folder' if path.is_dir() else 'nothing'}")
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -155,9 +151,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path} is not a whole safetensors file ({error}): copy or write it again"
-        ) from error
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}): copy or write it again") from error
 
 
 def state_bytes(module: nn.Module) -> str:

@@ -129,9 +129,7 @@ def build_network(
             code cannot be imported or does not return a module.
     """
     if isinstance(outputs, bool) or not isinstance(outputs, int) or not 1 <= outputs <= MAX_OUTPUTS:
-        raise ConfigError(
-            f"a network needs 1 to {MAX_OUTPUTS} outputs, found {outputs!r}: give the number of classes"
-        )
+        raise ConfigError(f"a network needs 1 to {MAX_OUTPUTS} outputs, found {outputs!r}: give the number of classes")
     accepted = {"width"} if builder is None and arch in _CIFAR_BLOCKS else set()
     checked = _checked_arguments(arch, arguments or {}, accepted)
     if builder is not None:
@@ -176,20 +174,15 @@ def _imported(arch: str, allow_import: bool) -> Callable[..., nn.Module]:
         function = getattr(importlib.import_module(module_name), function_name, None)
     except ImportError as error:
         raise ConfigError(
-            f"arch {arch!r}: {module_name} cannot be imported ({error}); "
-            "install it or put its folder on PYTHONPATH"
+            f"arch {arch!r}: {module_name} cannot be imported ({error}); install it or put its folder on PYTHONPATH"
         ) from error
     if not callable(function):
-        raise ConfigError(
-            f"arch {arch!r}: expected a function {function_name!r} in {module_name}, found none"
-        )
+        raise ConfigError(f"arch {arch!r}: expected a function {function_name!r} in {module_name}, found none")
     return function
 
 
 def _called(function: Callable[..., nn.Module], outputs: int, what: str) -> nn.Module:
     network = function(outputs)
     if not isinstance(network, nn.Module):
-        raise ConfigError(
-            f"{what} must return a torch.nn.Module, found {type(network).__name__}: return the network"
-        )
+        raise ConfigError(f"{what} must return a torch.nn.Module, found {type(network).__name__}: return the network")
     return network

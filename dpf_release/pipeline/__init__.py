@@ -7,4 +7,13 @@ from dpf_release.pipeline.network import train
 from dpf_release.pipeline.project import Project
 from dpf_release.pipeline.start import init
 
-__all__ = ["Project", "featurize", "featurize_new", "fit_poison", "init", "measure", "train", "write_candidate"]
+__all__ = [
+    "Project",
+    "featurize",
+    "featurize_new",
+    "fit_poison",
+    "init",
+    "measure",
+    "train",
+    "write_candidate",
+]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dpf_release.bank import ID_BYTES, BankIndex, BankWriter, FeatureBank
+from dpf_release.bank import ID_BYTES, BankIndex, BankWriter, FeatureBank, FeatureSource, ShardRecord, SplitName
 from dpf_release.config import parse_size
 from dpf_release.errors import ImageError, VaultError
 from dpf_release.image_table import ImageTable, read_table
@@ -52,8 +52,8 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
     changed = [key for key in facts if known.get(key) != facts[key]]
     if changed or sha256_of(vault.ids) != known["ids_sha256"]:
         raise VaultError(
-            f"{vault.features} was begun under another plan; changed since: {', '.join(changed) or 'ids.csv'}. Put that "
-            "back to go on, or start anew with --restart: new ids, and every function fitted on the old bank is void."
+            f"{vault.features} was begun under another plan; changed since: {', '.join(changed) or 'ids.csv'}. "
+            "Put that back to go on, or start anew with --restart (new ids; functions fitted on the old bank are void)."
         )
     header = BankIndex(
         poisoned=False,
@@ -65,7 +65,7 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
         vault.features, header, parse_size(project.config.bank.shard_size), project.config.bank.batch_size
     )
     phi_1 = project.frozen(cut.split.featurizer)
-    splits = {}
+    splits: dict[SplitName, tuple[ShardRecord, ...]] = {}
     rows_of, ids_of = project.bank_order
     with Progress("Writing features", sum(len(rows) for rows in rows_of.values())) as progress:
         for name in SPLITS:
@@ -88,7 +88,11 @@ def _facts(project: Project) -> dict[str, Any]:
         "batch_size": project.config.bank.batch_size,
         "device": project.device.type,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "h5py": h5py.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "h5py": h5py.__version__,
+        },
     }
 
 
@@ -102,9 +106,18 @@ def _draw_plan(project: Project, facts: dict[str, Any]) -> None:
     for name in SPLITS:
         for row, source in enumerate(generator.permutation(images.rows(name))):
             attributes = {key: values[source] for key, values in images.table.attributes.items()}
-            fixed = {"id": secrets.token_hex(ID_BYTES), "split": name, "row": row, "source": images.table.paths[source]}
+            fixed = {
+                "id": secrets.token_hex(ID_BYTES),
+                "split": name,
+                "row": row,
+                "source": images.table.paths[source],
+            }
             lines.append(attributes | fixed)
-    write_ids(vault.ids, lines, [key for key in images.table.attributes if key not in {"id", "split", "row", "source"}])
+    write_ids(
+        vault.ids,
+        lines,
+        [key for key in images.table.attributes if key not in {"id", "split", "row", "source"}],
+    )
     write_json(vault.plan, {**facts, "ids_sha256": sha256_of(vault.ids)})
 
 
@@ -115,7 +128,7 @@ def _remove_bank(folder: Path) -> None:
 
 def _featurized(
     phi_1: nn.Module, preprocess: Preprocess, pictures: Pictures, rows: Rows, device: torch.device
-) -> Any:
+) -> FeatureSource:
     """A feature source: (start, stop) of `rows` → φ1 of those pictures."""
 
     def features(start: int, stop: int) -> NDArray[np.float32]:
@@ -162,7 +175,7 @@ def write_candidate(project: Project, name: str = "default") -> BankIndex:
     return writer.finish(splits)
 
 
-def _rows_of(source: RowSource) -> Any:
+def _rows_of(source: RowSource) -> FeatureSource:
     return lambda start, stop: source.read(np.arange(start, stop))
 
 
@@ -178,7 +191,9 @@ def _write_public_model(project: Project, folder: Path) -> None:
     write_json(folder / "model.json", record.model_dump(mode="json"))
 
 
-def featurize_new(release: Release, images: Path, out: Path, batch_size: int = 128, max_bad: float = 0.001) -> BankIndex:
+def featurize_new(
+    release: Release, images: Path, out: Path, batch_size: int = 128, max_bad: float = 0.001
+) -> BankIndex:
     """A downstream user's own bank φ1(T), unpoisoned and theirs to keep, in the layout of a release's banks.
 
     Args:
@@ -214,7 +229,7 @@ def featurize_new(release: Release, images: Path, out: Path, batch_size: int = 1
     )
     writer = BankWriter(out, header, batch_size=batch_size)
     phi_1, device = release.featurizer(), torch.device("cpu")
-    splits = {}
+    splits: dict[SplitName, tuple[ShardRecord, ...]] = {}
     with Progress("Writing features", len(table) - len(bad)) as progress:
         for name in SPLITS:
             rows = np.setdiff1d(table.rows_of(name), [image.row for image in bad])

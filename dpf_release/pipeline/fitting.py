@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from dpf_release.bank import FeatureBank
+from dpf_release.bank import FeatureBank, SplitName
 from dpf_release.errors import ConfigError, ImageError, VaultError
 from dpf_release.metrics import l1, ssim
 from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource, build_chain
@@ -80,9 +80,7 @@ def _fit_straw_man(project: Project, network: Reconstructor, name: str) -> dict[
         mean = torch.cat(parts, dim=1).mean(dim=1)
         return {"l1": float(mean[0]), "ssim": float(mean[1])}
 
-    recipe = Recipe(
-        section.epochs, section.batch_size, section.learning_rate, bf16=project.config.compute.bf16
-    )
+    recipe = Recipe(section.epochs, section.batch_size, section.learning_rate, bf16=project.config.compute.bf16)
     history = fit(
         network,
         len(train),
@@ -121,13 +119,17 @@ def attribute_classifier(project: Project, column: str) -> AttributeAttacker:
     """
     table, cut = project.private_images.table, project.cut
     if column not in table.attributes:
-        raise ImageError(f"expected an attribute column {column!r} (confuse), found {sorted(table.attributes) or 'none'}.")
+        raise ImageError(
+            f"expected an attribute column {column!r} (confuse), found {sorted(table.attributes) or 'none'}."
+        )
     bank = FeatureBank(project.vault.features, "train")
     labels = attribute_of_rows(project, column, "train")
     values, counts = np.unique(labels, return_counts=True)
     values = values[(counts >= ATTRIBUTE_MIN_ROWS) & (values != "")]
     if len(values) < 2:
-        raise ImageError(f"expected two values of {column!r} with {ATTRIBUTE_MIN_ROWS} train images, found {len(values)}.")
+        raise ImageError(
+            f"expected two values of {column!r} with {ATTRIBUTE_MIN_ROWS} train images, found {len(values)}."
+        )
     network = AttributeClassifier(cut.record.feature_shape, len(values))
     path = project.vault.reconstructors / f"attribute-{column}.safetensors"
     if not _made_for(path, cut.featurizer_sha256):
@@ -140,7 +142,11 @@ def attribute_classifier(project: Project, column: str) -> AttributeAttacker:
 
 
 def _fit_attribute_classifier(
-    project: Project, network: nn.Module, bank: FeatureBank, labels: NDArray[np.str_], values: NDArray[np.str_]
+    project: Project,
+    network: nn.Module,
+    bank: FeatureBank,
+    labels: NDArray[np.str_],
+    values: NDArray[np.str_],
 ) -> dict[str, Any]:
     # The bank's order is random, so the first rows of a person are a random choice of them.
     rows = np.concatenate([np.flatnonzero(labels == value)[:ATTRIBUTE_MAX_ROWS] for value in values])
@@ -151,12 +157,29 @@ def _fit_attribute_classifier(
 
     def loss(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         scores = network(batch[0].float()).float()
-        return {"loss": F.cross_entropy(scores, batch[1]), "top1": (scores.argmax(1) == batch[1]).float().mean()}
+        return {
+            "loss": F.cross_entropy(scores, batch[1]),
+            "top1": (scores.argmax(1) == batch[1]).float().mean(),
+        }
 
     section = project.config.reconstructor
     batch_size = min(section.batch_size, len(rows))
-    recipe = Recipe(3 * section.epochs, batch_size, section.learning_rate, weight_decay=1e-4, bf16=project.config.compute.bf16)
-    history = fit(network, len(rows), read_batch, loss, recipe, title="Training the attribute classifier", device=project.device)
+    recipe = Recipe(
+        3 * section.epochs,
+        batch_size,
+        section.learning_rate,
+        weight_decay=1e-4,
+        bf16=project.config.compute.bf16,
+    )
+    history = fit(
+        network,
+        len(rows),
+        read_batch,
+        loss,
+        recipe,
+        title="Training the attribute classifier",
+        device=project.device,
+    )
     return {"values": len(values), "rows": len(rows), "history": asdict(history)}
 
 
@@ -169,7 +192,9 @@ def attribute_of_rows(project: Project, column: str, split: str) -> NDArray[np.s
 
 def _made_for(path: Any, featurizer_sha256: str) -> bool:
     record = path.with_suffix(".json")
-    return path.is_file() and record.is_file() and json.loads(record.read_text())["featurizer_sha256"] == featurizer_sha256
+    return (
+        path.is_file() and record.is_file() and json.loads(record.read_text())["featurizer_sha256"] == featurizer_sha256
+    )
 
 
 def _keep_attacker(path: Any, network: nn.Module, featurizer_sha256: str, facts: dict[str, Any]) -> None:
@@ -196,7 +221,7 @@ class FittedFunction:
     plans: dict[str, list[Plan]]
     digest: str
 
-    def poisoned(self, split: Literal["train", "val"], bank: RowSource) -> RowSource:
+    def poisoned(self, split: SplitName, bank: RowSource) -> RowSource:
         """A split's bank as P leaves it."""
         return self.chain.on(bank, self.plans[split])
 
@@ -280,7 +305,7 @@ def load_function(project: Project, name: str) -> FittedFunction:
     return FittedFunction(chain, plans, digest.hexdigest())
 
 
-def private_bank(project: Project, split: Literal["train", "val", "test"]) -> FeatureBank:
+def private_bank(project: Project, split: SplitName) -> FeatureBank:
     """One split of φ1(S).
 
     Raises:
@@ -304,7 +329,7 @@ def _secret(folder: Any, recipe: dict[str, Any], restart: bool) -> bytes:
             return bytes.fromhex(known["secret"])
         state = "is fitted already" if known["fitted"] else "was begun with other settings"
         raise VaultError(
-            f"the function {folder.name!r} {state}. Give another --name, or fit it anew with --restart (which loses it)."
+            f"the function {folder.name!r} {state}. Give another --name, or fit it anew with --restart (it is lost)."
         )
     make_folder(folder)
     for name in ("checkpoint", "dpf", "plan"):
@@ -317,8 +342,8 @@ def _secret(folder: Any, recipe: dict[str, Any], restart: bool) -> bytes:
 def _fit_learned(
     project: Project,
     chain: Chain,
-    plans: dict[str, list[Plan]],
-    banks: dict[Literal["train", "val"], FeatureBank],
+    plans: dict[SplitName, list[Plan]],
+    banks: dict[SplitName, FeatureBank],
     seed: int,
     folder: Any,
 ) -> dict[str, Any]:
@@ -405,7 +430,12 @@ class Objective:
         equivalence: bool,
         lambda_: float,
     ) -> None:
-        self.phi_2, self.task, self.reconstructors, self.classifiers = phi_2, task, reconstructors, classifiers
+        self.phi_2, self.task, self.reconstructors, self.classifiers = (
+            phi_2,
+            task,
+            reconstructors,
+            classifiers,
+        )
         self.equivalence, self.lambda_ = equivalence, lambda_
 
     @classmethod
@@ -447,9 +477,7 @@ class Objective:
         scale = self.task.scale.to(outputs.device)
         return F.mse_loss(outputs / scale, wanted / scale)
 
-    def _byproduct_terms(
-        self, poisoned: Tensor, positions: Tensor, pictures: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _byproduct_terms(self, poisoned: Tensor, positions: Tensor, pictures: Tensor) -> Iterator[tuple[str, Tensor]]:
         originals = pictures.float() / 255
         for name, reconstructor in self.reconstructors.items():
             likeness = ssim(reconstructor(poisoned).float()[positions], originals)  # one for each contributor

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpf_release.bank import FeatureBank
+from dpf_release.bank import FeatureBank, SplitName
 from dpf_release.errors import ConfigError
 from dpf_release.figures import write_grid
 from dpf_release.metrics import bootstrap_interval, l1, mean_absolute_error, psnr, ssim, topk_correct
@@ -73,9 +73,9 @@ class _Judge:
         self.reconstructors = {name: straw_man(project, name) for name in straw_men}
         self.attributes = {column: attribute_classifier(project, column) for column in attributes}
 
-    def compare(self, split: str, clean: FeatureBank, poisoned: RowSource) -> dict[str, Any]:
-        outputs = [self._run(self.phi_2, source) for source in (clean, poisoned)]
-        report: dict[str, Any] = {"rows": len(clean), "task": self._task(*outputs, clean.targets)}
+    def compare(self, split: SplitName, clean: FeatureBank, poisoned: RowSource) -> dict[str, Any]:
+        answers = self._run(self.phi_2, clean), self._run(self.phi_2, poisoned)
+        report: dict[str, Any] = {"rows": len(clean), "task": self._task(*answers, clean.targets)}
         report["reconstruction"] = {
             name: {
                 f"{metric}_{kind}": float(values.mean())

@@ -65,11 +65,15 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
         recipe,
         title="Training the network",
         device=project.device,
-        validate=(lambda: task.error(_answers(project, network, rows["val"]), rows["val"])) if len(rows["val"]) else None,
+        validate=(lambda: task.error(_answers(project, network, rows["val"]), rows["val"]))
+        if len(rows["val"])
+        else None,
         checkpoint=make_folder(vault.network) / "checkpoint.safetensors",
     )
     scores = {
-        name: task.score(_answers(project, network, rows[name]), rows[name]) for name in ("val", "test") if len(rows[name])
+        name: task.score(_answers(project, network, rows[name]), rows[name])
+        for name in ("val", "test")
+        if len(rows[name])
     }
     project.save_network(network.to(memory_format=torch.contiguous_format))
     write_json(vault.network / "history.json", {"epochs": history.epochs, "bf16": history.bf16, "scores": scores})
@@ -150,7 +154,9 @@ def _answers(project: Project, network: nn.Module, rows: Rows, batch: int = 256)
     with torch.inference_mode():
         return torch.cat(
             [
-                network(project.preprocess.normalise(read(rows[start : start + batch]).to(project.device))).float().cpu()
+                network(project.preprocess.normalise(read(rows[start : start + batch]).to(project.device)))
+                .float()
+                .cpu()
                 for start in range(0, len(rows), batch)
             ]
         )

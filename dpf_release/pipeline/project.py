@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import freeze, load_state, save_state, state_file
 from dpf_release.models.zoo import build_network
 from dpf_release.progress import Progress
-from dpf_release.record import ModelRecord, read_model_record
+from dpf_release.record import ModelRecord, PreprocessRecord, read_model_record
 from dpf_release.storage import make_folder, replacing, write_json
 from dpf_release.training import pick_device
 from dpf_release.vault import SPLITS, Vault, read_ids
@@ -144,7 +144,14 @@ class Project:
         """Φ with random weights, drawn from a fixed seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return build_network(self.config.model.arch, len(self.output_names), self.config.model.arguments, allow_import=True)
+            return build_network(
+                self.config.model.arch, len(self.output_names), self.config.model.arguments, allow_import=True
+            )
+
+    def new_classifier(self) -> nn.Module:
+        """φ2's architecture with new random weights: where a φ3 starts."""
+        parts = split(self.new_network(), self.config.model.hook, self.config.model.size)
+        return parts.classifier.train()
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -166,7 +173,7 @@ class Project:
                 "outputs": len(self.output_names),
                 "hook": hook.name,
                 "feature_shape": hook.shape,
-                "preprocess": self.preprocess.to_json(),
+                "preprocess": asdict(self.preprocess),
                 "task": task.kind,
                 "classes": () if task.targets else self.output_names,
                 "targets": task.targets,
@@ -190,11 +197,11 @@ class Project:
         path = self.vault.network / "network.json"
         if not path.is_file():
             raise VaultError(
-                f"expected a network in {self.vault.network}, found none. Run `dpf-release train`, or name your weights "
-                "under [model] weights and run `dpf-release featurize`."
+                f"expected a network in {self.vault.network}, found none. Run `dpf-release train`, or name "
+                "your weights under [model] weights and run `dpf-release featurize`."
             )
         record, model = read_model_record(path), self.config.model
-        wanted = {"arch": model.arch, "arguments": model.arguments, "preprocess": self.preprocess.to_json()}
+        wanted = {"arch": model.arch, "arguments": model.arguments, "preprocess": _preprocess_record(self.preprocess)}
         found = record.model_dump(mode="json", include=set(wanted))
         if found != wanted:
             raise VaultError(
@@ -212,7 +219,7 @@ class Project:
 
     def frozen(self, network: nn.Module) -> nn.Module:
         """The network where it computes, in evaluation mode, without gradients for its weights."""
-        return freeze(network).to(device=self.device, memory_format=torch.channels_last)
+        return freeze(network).to(self.device).to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,3 +235,7 @@ class CutNetwork:
     record: ModelRecord
     split: Split
     featurizer_sha256: str
+
+
+def _preprocess_record(preprocess: Preprocess) -> dict[str, Any]:
+    return PreprocessRecord(**asdict(preprocess)).model_dump(mode="json")

@@ -31,7 +31,9 @@ def init(folder: Path, from_release: Path | None = None) -> Vault:
         raise ConfigError(f"{config} is there already. Edit it, or name another folder.")
     release = Release.open(from_release) if from_release else None
     if release and release.record.arch == CUSTOM:
-        raise ConfigError("the release's network is its owner's own code; ask them for it and name it under [model] arch.")
+        raise ConfigError(
+            "the release's network is its owner's own code; ask them for it and name it under [model] arch."
+        )
     make_folder(folder, 0o755)
     vault = Vault.create(folder / "vault")
     write_text(config, _template(folder, release), 0o644)
@@ -48,9 +50,13 @@ def init(folder: Path, from_release: Path | None = None) -> Vault:
 def _template(folder: Path, release: Release | None) -> str:
     name = "".join(letter if letter.isalnum() else "-" for letter in folder.resolve().name).strip("-") or "my-release"
     if release is None:
-        preprocess = PreprocessRecord(size=(224, 224), resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        preprocess = PreprocessRecord(
+            size=(224, 224), resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        )
         arch, hook, arguments = "resnet18", "conv4_1", {}
-        weights = '# weights = "phi.safetensors"   # .safetensors or a torch state_dict; without it, run `dpf-release train`'
+        weights = (
+            '# weights = "phi.safetensors"   # .safetensors or a torch state_dict; without it, run `dpf-release train`'
+        )
     else:
         record = release.record
         preprocess, arch, hook, arguments = record.preprocess, record.arch, record.hook, record.arguments
@@ -72,7 +78,9 @@ def _template(folder: Path, release: Release | None) -> str:
     record = release.record
     if record.task == "regression":
         targets = f'kind = "regression"\ntargets = {_toml_list(record.targets)}\nunit = {_toml_text(record.unit)}'
-        return text.replace('kind = "classification"          # or "regression", with the columns of the CSV table:', targets)
+        return text.replace(
+            'kind = "classification"          # or "regression", with the columns of the CSV table:', targets
+        )
     return text.replace('# classes = ["cat", "dog"]       # only', f"classes = {_toml_list(record.classes)}  # only")
 
 

@@ -1,0 +1,470 @@
+"""Feature banks, format 1: what is written, that it is whole, and that hostile shards are refused."""
+
+import hashlib
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from small_banks import ROW_BYTES, SHAPE, features_of, ids_of, write_bank, writer
+
+from dpf_release.bank import BankIndex, FeatureBank, read_index
+from dpf_release.errors import BankError
+
+GOLDEN = Path(__file__).parent / "golden" / "bank-1"
+FIRST = "train/shard-00000.h5"
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Path:
+    """A bank of ten rows in three shards of 4, 4 and 2."""
+    write_bank(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+
+
+# Layout.
+
+
+def _check_layout(folder: Path, shard_rows: list[int]) -> None:
+    """Holds a bank of classes against format 1, with h5py alone."""
+    for number, rows in enumerate(shard_rows):
+        path = folder / f"train/shard-{number:05d}.h5"
+        with h5py.File(path, "r") as shard:
+            members = {name: (shard[name].dtype.str, shard[name].shape) for name in shard}
+            assert members == {
+                "features": ("<f2", (rows, *SHAPE)),
+                "label": ("<i8", (rows,)),
+                "id": ("|u1", (rows, 16)),
+            }
+            assert dict(shard.attrs) == {
+                "format": "dpf-release-bank",
+                "version": 1,
+                "split": "train",
+                "poisoned": False,
+                "encoding": "float16",
+                "featurizer_sha256": "a" * 64,
+            }
+            features = shard["features"]
+            assert features.chunks == (1, *SHAPE)
+            assert not any(shard[name].id.get_create_plist().get_nfilters() for name in shard)
+            assert not any(len(shard[name].attrs) for name in shard)
+            # The rows lie one behind the other in the file, without anything between.
+            offset = features.id.get_chunk_info(0).byte_offset
+            raw = np.fromfile(path, "<f2", rows * ROW_BYTES // 2, offset=offset).reshape(features.shape)
+            assert np.array_equal(raw, features[:])
+            assert not np.array_equal(raw[0], raw[1])
+
+
+def test_a_bank_is_format_1_to_bare_h5py(bank: Path) -> None:
+    _check_layout(bank, [4, 4, 2])
+
+
+def test_the_index_lists_every_shard_with_its_digest(bank: Path) -> None:
+    tree = json.loads((bank / "index.json").read_bytes())
+    assert set(_digests(bank)) == {"index.json", *(shard["file"] for shard in tree["splits"]["train"])}
+    assert tree.pop("splits") == {
+        "train": [
+            {
+                "file": f"train/shard-{number:05d}.h5",
+                "rows": rows,
+                "bytes": (bank / f"train/shard-{number:05d}.h5").stat().st_size,
+                "sha256": _digests(bank)[f"train/shard-{number:05d}.h5"],
+            }
+            for number, rows in enumerate([4, 4, 2])
+        ]
+    }
+    assert tree == {
+        "format": "dpf-release-bank",
+        "version": 1,
+        "encoding": "float16",
+        "poisoned": False,
+        "featurizer_sha256": "a" * 64,
+        "feature_shape": [2, 3, 4],
+        "targets": 0,
+    }
+
+
+# Which bytes HDF5 writes around the data differs between its releases (1.14 and 2.0 do), so no digest of a written
+# shard is held here: a committed bank must stay readable, and what is written today must have the same layout.
+def test_the_golden_bank_is_read_and_has_the_layout_of_what_is_written_today(tmp_path: Path) -> None:
+    golden = FeatureBank(GOLDEN, "train")
+    assert np.array_equal(golden.read(range(5)), features_of(5).astype(np.float16))
+    assert np.array_equal(golden.ids, ids_of(5))
+    assert golden.targets.tolist() == [0, 1, 2, 0, 1]
+    write_bank(tmp_path, rows=5)
+    for folder in (GOLDEN, tmp_path):
+        _check_layout(folder, [4, 1])
+    without_digests = {"sha256": True, "bytes": True}
+    trees = [
+        read_index(folder).model_dump(exclude={"splits": {"train": {"__all__": without_digests}}})
+        for folder in (GOLDEN, tmp_path)
+    ]
+    assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+@pytest.mark.parametrize(("private", "file", "folder"), [(True, 0o600, 0o700), (False, 0o644, 0o755)])
+def test_modes_do_not_depend_on_the_umask(
+    tmp_path: Path, private: bool, file: int, folder: int, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        write_bank(tmp_path / "bank", private=private)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {
+        "bank": folder,
+        "train": folder,
+        "index.json": file,
+        **{f"shard-{number:05d}.h5": file for number in range(3)},
+    }
+
+
+# Reading.
+
+
+@pytest.mark.parametrize(
+    "rows", [range(10), [9, 0, 4, 3], [5, 5, 5, 0, 9, 5], [6, 4], [7], [], np.arange(10)[::-1]]
+)
+def test_read_gives_the_rows_asked_for_in_that_order(bank: Path, rows: Any) -> None:
+    found, written = FeatureBank(bank, "train"), features_of(10).astype(np.float16)
+    expected = written[np.asarray(rows, np.int64)]
+    assert np.array_equal(found.read(rows), expected)
+    assert found.read(rows).dtype == np.float16
+    assert not np.array_equal(written, features_of(10))  # float16 did round
+    assert len({row.tobytes() for row in written}) == 10
+
+
+def test_targets_ids_and_batches_are_in_bank_order(bank: Path) -> None:
+    found = FeatureBank(bank, "train")
+    assert len(found) == 10
+    assert found.shape == SHAPE
+    assert found.targets.tolist() == [row % 3 for row in range(10)]
+    assert np.array_equal(found.ids, ids_of(10))
+    batches = list(found.batches(4))
+    assert [rows.tolist() for rows, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert np.array_equal(np.concatenate([part for _, part in batches]), found.read(range(10)))
+
+
+@pytest.mark.parametrize("rows", [[10], [-1], [0, 10], [3, -11]])
+def test_rows_that_do_not_exist_are_an_index_error(bank: Path, rows: list[int]) -> None:
+    with pytest.raises(IndexError, match="rows 0 to 9 exist"):
+        FeatureBank(bank, "train").read(rows)
+    assert FeatureBank(bank, "train").read([9]).shape == (1, *SHAPE)
+
+
+def test_regression_targets_are_kept_as_float32_columns(tmp_path: Path) -> None:
+    targets = np.random.default_rng(3).normal(size=(10, 2)).astype(np.float32)
+    write_bank(tmp_path, targets=targets)
+    found = FeatureBank(tmp_path, "train")
+    assert np.array_equal(found.targets, targets)
+    assert found.targets.dtype == np.float32
+    with h5py.File(tmp_path / FIRST, "r") as shard:
+        assert set(shard) == {"features", "target", "id"}
+
+
+def test_a_pickled_bank_holds_no_rows_and_reads_the_same(bank: Path) -> None:
+    found = FeatureBank(bank, "train")
+    before = len(pickle.dumps(found))
+    rows, targets = found.read(range(10)), found.targets
+    copy = pickle.loads(pickle.dumps(found))
+    assert len(pickle.dumps(found)) == before
+    assert np.array_equal(copy.read(range(10)), rows)
+    assert np.array_equal(copy.targets, targets)
+
+
+# In a process of its own: this one has threads, with which a fork may warn.
+FORKED = """
+import os, sys
+from pathlib import Path
+import h5py
+from dpf_release.bank import FeatureBank
+opened = []
+whole = h5py.File.__init__
+h5py.File.__init__ = lambda self, *args, **options: (opened.append(os.getpid()), whole(self, *args, **options))[1]
+bank = FeatureBank(Path(sys.argv[1]), "train")
+first = bank.read([0]).tobytes()
+child = os.fork()
+right = bank.read([0]).tobytes() == first and bank.ids.shape == (10, 16) and opened.count(os.getpid()) == 3
+if child == 0:
+    os._exit(0 if right else 1)
+print(os.waitpid(child, 0)[1], right, bank.read([0]).tobytes() == first != bank.read([1]).tobytes())
+"""
+
+
+def test_a_forked_process_opens_every_shard_anew(bank: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(bank)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "True", "True"]
+
+
+# Writing.
+
+
+def test_a_batch_never_crosses_a_shard(tmp_path: Path) -> None:
+    calls, features, done = [], features_of(10), []
+
+    def source(start: int, stop: int) -> Any:
+        calls.append((start, stop))
+        return features[start:stop]
+
+    writer(tmp_path).write_split("train", np.arange(10), ids_of(10), source, done.append)
+    assert calls == [(0, 3), (3, 4), (4, 7), (7, 8), (8, 10)]
+    assert sum(done) == 10
+
+
+def test_the_same_rows_give_the_same_bytes(bank: Path, tmp_path: Path) -> None:
+    write_bank(tmp_path / "again")
+    write_bank(tmp_path / "other", seed=1)
+    assert _digests(tmp_path / "again") == _digests(bank)
+    other = _digests(tmp_path / "other")
+    assert all(other[name] != digest for name, digest in _digests(bank).items())
+
+
+def test_after_a_crash_there_is_no_index_and_a_second_run_completes_to_the_same_bytes(
+    bank: Path, tmp_path: Path
+) -> None:
+    features, calls, crashed = features_of(10), [], tmp_path / "crashed"
+
+    def source(start: int, stop: int) -> Any:
+        calls.append(start)
+        if calls == [0, 3, 4, 7]:  # in the middle of the second shard
+            raise KeyboardInterrupt
+        return features[start:stop]
+
+    arguments: Any = ("train", np.arange(10) % 3, ids_of(10), source)
+    with pytest.raises(KeyboardInterrupt):
+        writer(crashed).write_split(*arguments)
+    assert set(_digests(crashed)) == {FIRST}
+    with pytest.raises(BankError, match="expected a finished feature bank"):
+        FeatureBank(crashed, "train")
+
+    calls.clear()
+    again = writer(crashed)
+    again.finish({"train": again.write_split(*arguments)})
+    assert calls == [4, 7, 8]  # the whole shard was kept
+    assert _digests(crashed) == _digests(bank)
+
+
+def test_a_shard_of_other_rows_is_written_anew_and_one_of_another_bank_is_refused(bank: Path) -> None:
+    before, calls = _digests(bank), []
+
+    def source(start: int, stop: int) -> Any:
+        calls.append(start)
+        return features_of(10)[start:stop]
+
+    ids = ids_of(10)
+    ids[5, 0] ^= 1
+    writer(bank).write_split("train", np.arange(10) % 3, ids, source)
+    assert calls == [4, 7]
+    assert {name for name, digest in _digests(bank).items() if digest != before[name]} == {
+        "train/shard-00001.h5"
+    }
+    with pytest.raises(BankError, match="attributes"):
+        writer(bank, featurizer_sha256="b" * 64).write_split("train", np.arange(10) % 3, ids, source)
+
+
+@pytest.mark.parametrize("value", [1e5, -1e5, np.nan, np.inf])
+def test_what_float16_cannot_hold_is_refused_and_leaves_no_file(tmp_path: Path, value: float) -> None:
+    features = features_of(4)
+    features[3, 1, 2, 3] = value
+    with pytest.raises(BankError, match="rows 3 to 4 of train do not fit float16"):
+        writer(tmp_path).write_split("train", np.arange(4), ids_of(4), lambda a, b: features[a:b])
+    assert _digests(tmp_path) == {}
+    features[3, 1, 2, 3] = 65504
+    writer(tmp_path).write_split("train", np.arange(4), ids_of(4), lambda a, b: features[a:b])
+    assert set(_digests(tmp_path)) == {FIRST}
+
+
+def test_a_source_of_another_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BankError, match=r"expected rows of shape \(3, 2, 3, 4\), found \(3, 4, 3, 2\)"):
+        writer(tmp_path).write_split("train", np.arange(4), ids_of(4), lambda a, b: features_of(4)[a:b].mT.T)
+    assert _digests(tmp_path) == {}
+
+
+# Hostile shards.
+
+
+def _replace(shard: h5py.File, member: str, data: Any = None, **options: Any) -> None:
+    values = shard[member][:] if data is None else data
+    del shard[member]
+    shard.create_dataset(member, data=values, **options)
+
+
+def _external_storage(shard: h5py.File, secret: Path) -> None:
+    del shard["id"]
+    shard.create_dataset("id", (4, 16), "u1", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+
+
+def _external_link(shard: h5py.File, secret: Path) -> None:
+    del shard["id"]
+    shard["id"] = h5py.ExternalLink("shard-00001.h5", "/id")
+
+
+def _soft_link(shard: h5py.File, secret: Path) -> None:
+    del shard["id"]
+    shard["id"] = h5py.SoftLink("/features")
+
+
+def _dangling_link(shard: h5py.File, secret: Path) -> None:
+    del shard["id"]
+    shard["id"] = h5py.SoftLink("/nothing")
+
+
+def _virtual(shard: h5py.File, secret: Path) -> None:
+    layout = h5py.VirtualLayout((4, 16), "u1")
+    layout[:] = h5py.VirtualSource("shard-00001.h5", "id", (4, 16))
+    del shard["id"]
+    shard.create_virtual_dataset("id", layout)
+
+
+def _group(shard: h5py.File, secret: Path) -> None:
+    del shard["id"]
+    shard.create_group("id")
+
+
+def _missing(shard: h5py.File, secret: Path) -> None:
+    del shard["id"]
+
+
+HOSTILE: dict[str, tuple[Callable[[h5py.File, Path], Any], str]] = {
+    "external storage": (_external_storage, "/id is not a data set stored in this file"),
+    "external link": (_external_link, "/id is a link"),
+    "soft link": (_soft_link, "/id is a link"),
+    "dangling link": (_dangling_link, "/id is a link"),
+    "virtual": (_virtual, "/id is not a data set stored in this file"),
+    "group": (_group, "/id is not a data set"),
+    "missing member": (_missing, r"found \['features', 'label'\]"),
+    "extra member": (lambda s, _: s.create_dataset("source", data=[1]), "found .*'source'"),
+    "wrong type": (lambda s, _: _replace(s, "label", dtype="<i4"), "/label: expected int64"),
+    "big-endian": (lambda s, _: _replace(s, "features", dtype=">f2", chunks=(1, *SHAPE)), "/features: expected"),
+    "fewer rows": (lambda s, _: _replace(s, "label", [0, 1, 2]), r"/label: expected int64 \(4,\)"),
+    "short ids": (lambda s, _: _replace(s, "id", s["id"][:, :8]), r"/id: expected uint8 \(4, 16\)"),
+    "chunks": (lambda s, _: _replace(s, "features", chunks=(2, *SHAPE)), "one row a chunk"),
+    "no chunks": (lambda s, _: _replace(s, "features"), "one row a chunk"),
+    "gzip": (
+        lambda s, _: _replace(s, "features", chunks=(1, *SHAPE), compression="gzip"),
+        "/features has filters",
+    ),
+    "filter on ids": (lambda s, _: _replace(s, "id", chunks=(4, 16), shuffle=True), "/id has filters"),
+    "not allocated": (
+        lambda s, _: (s.move("features", "f"), s.create_dataset("features", like=s["f"])) and s.pop("f"),
+        "claims|do not lie",
+    ),
+    "extra attribute": (lambda s, _: s.attrs.update(source="face.jpg"), "face.jpg"),
+    "attribute of a member": (lambda s, _: s["features"].attrs.update(source="face.jpg"), "attribute"),
+    "lost attribute": (lambda s, _: s.attrs.__delitem__("poisoned"), "expected the attributes"),
+    "changed attribute": (lambda s, _: s.attrs.modify("poisoned", True), "'poisoned': True"),
+    "array attribute": (lambda s, _: s.attrs.update(poisoned=[False, True]), "expected the attributes"),
+    "other version": (lambda s, _: s.attrs.modify("version", 2), "'version': 2"),
+    "other split": (lambda s, _: s.attrs.modify("split", "val"), "'split': 'val'"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_shard_is_refused_and_its_neighbour_is_read(bank: Path, tmp_path: Path, name: str) -> None:
+    change, message = HOSTILE[name]
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"private" * 10)
+    with h5py.File(bank / FIRST, "r+", libver=("v110", "v110")) as shard:
+        change(shard, secret)
+    found = FeatureBank(bank, "train")
+    for read in (lambda: found.read([0]), lambda: found.ids, lambda: found.targets):
+        with pytest.raises(BankError, match=message):
+            read()
+    assert np.array_equal(found.read([4, 9]), features_of(10)[[4, 9]].astype(np.float16))
+
+
+def test_a_small_shard_that_claims_much_memory_is_refused(bank: Path) -> None:
+    rows = 10**10
+    tree = json.loads((bank / "index.json").read_bytes())
+    tree["splits"]["train"][0]["rows"] = rows
+    (bank / "index.json").write_text(json.dumps(tree))
+    with h5py.File(bank / FIRST, "w", libver="latest") as shard:
+        shard.create_dataset("features", (rows, *SHAPE), "<f2", chunks=(1, *SHAPE))
+        shard.create_dataset("label", (rows,), "<i8", chunks=(2**16,))
+        shard.create_dataset("id", (rows, 16), "u1", chunks=(2**16, 16))
+    for read in ((found := FeatureBank(bank, "train")).read, lambda _: found.ids, lambda _: found.targets):
+        with pytest.raises(BankError, match="/label claims 80000000000 bytes"):
+            read([0])
+
+
+@pytest.mark.parametrize("content", [b"no HDF5 " * 900, None, "cut"], ids=["garbage", "missing", "truncated"])
+def test_a_shard_that_is_no_whole_hdf5_file_is_a_bank_error(bank: Path, content: bytes | str | None) -> None:
+    path = bank / FIRST
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else whole[:-100])
+    with pytest.raises(BankError, match=r"shard-00000\.h5"):
+        FeatureBank(bank, "train").read([0])
+    path.write_bytes(whole)
+    assert FeatureBank(bank, "train").read([0]).shape == (1, *SHAPE)
+
+
+# The index.
+
+
+def _shard(tree: dict[str, Any]) -> dict[str, Any]:
+    shard: dict[str, Any] = tree["splits"]["train"][0]
+    return shard
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree.update(version=2),
+        lambda tree: tree.update(format="other"),
+        lambda tree: tree.update(encoding="int8"),
+        lambda tree: tree.update(source="face.jpg"),
+        lambda tree: tree.pop("poisoned"),
+        lambda tree: tree.update(feature_shape=[2, 3]),
+        lambda tree: tree.update(featurizer_sha256="A" * 64),
+        lambda tree: tree["splits"].update(secret=[]),
+        lambda tree: _shard(tree).update(file="../x.h5"),
+        lambda tree: _shard(tree).update(file="train/../../shard-00000.h5"),
+        lambda tree: _shard(tree).update(file="/train/shard-00000.h5"),
+        lambda tree: _shard(tree).update(file="train/shard-00000.h5\n"),
+        lambda tree: _shard(tree).update(rows=0),
+        lambda tree: _shard(tree).update(rows=2**62),
+        lambda tree: _shard(tree).update(source="face.jpg"),
+    ],
+)
+def test_an_index_of_another_format_is_refused(bank: Path, change: Callable[[Any], Any]) -> None:
+    path = bank / "index.json"
+    tree = json.loads(path.read_bytes())
+    path.write_text(json.dumps(tree))
+    assert isinstance(read_index(bank), BankIndex)
+    change(tree)
+    path.write_text(json.dumps(tree))
+    with pytest.raises(BankError, match="not an index of bank format 1"):
+        read_index(bank)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]"])
+def test_an_index_that_is_not_json_is_refused(bank: Path, content: bytes) -> None:
+    (bank / "index.json").write_bytes(content)
+    with pytest.raises(BankError, match="not an index of bank format 1"):
+        FeatureBank(bank, "train")
+
+
+def test_a_split_that_is_not_there_is_named_with_those_that_are(bank: Path) -> None:
+    with pytest.raises(BankError, match=r"expected a split 'val' .* found \['train'\]"):
+        FeatureBank(bank, "val")

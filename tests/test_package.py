@@ -1,0 +1,236 @@
+"""What `package` publishes, what it refuses, and that it does so whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from dpf_release import Release
+from dpf_release import package as package_module
+from dpf_release.bank import BankIndex, BankWriter, FeatureBank, read_index
+from dpf_release.errors import RefusedError, VaultError, VerificationError
+from dpf_release.manifest import verify
+from dpf_release.package import count_near_rows, package
+from dpf_release.pipeline import Project, fit_poison, write_candidate
+from dpf_release.storage import sha256_of
+
+PUBLIC = {
+    "README.md": "card",
+    "features/index.json": "bank-index",
+    "model/classifier.safetensors": "classifier",
+    "model/featurizer.safetensors": "featurizer",
+    "model/model.json": "model-record",
+}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_release_holds_the_allowlist_and_nothing_else(finished: Path) -> None:
+    release = finished / "release"
+    names = set(digests(release)) - set(PUBLIC) - {"manifest.json", "SHA256SUMS"}
+    assert names
+    assert all(name.startswith(("features/train/shard-", "features/val/shard-")) for name in names)
+    listed = {file["path"]: file["role"] for file in json.loads((release / "manifest.json").read_text())["files"]}
+    assert {path: role for path, role in listed.items() if role != "shard"} == PUBLIC
+    assert verify(release) == []
+
+
+def test_no_public_byte_names_a_source_file_or_a_folder_of_the_owner(finished: Path) -> None:
+    needles = [b"portrait", str(finished).encode(), str(Path.home()).encode(), b"vault"]
+    private = b"".join(path.read_bytes() for path in (finished / "vault").rglob("*.*") if path.is_file())
+    assert needles[0] in private  # the control: the vault does name them
+    for path in (finished / "release").rglob("*"):
+        if path.is_file():
+            found = [needle for needle in needles if needle in path.read_bytes()]
+            assert not found, (path, found)
+
+
+def test_every_public_shard_says_that_it_is_poisoned(finished: Path) -> None:
+    for public, private in (("release", "vault"),):
+        for path in (finished / public / "features").rglob("*.h5"):
+            with h5py.File(path) as shard:
+                assert shard.attrs["poisoned"]
+        with h5py.File(finished / private / "features" / "train" / "shard-00000.h5") as shard:
+            assert not shard.attrs["poisoned"]
+
+
+def test_packaging_twice_gives_the_same_bytes(project_folder: Path) -> None:
+    before = digests(project_folder / "release")
+    package(Project.open(project_folder / "dpf.toml"))
+    assert digests(project_folder / "release") == before
+    package(Project.open(project_folder / "dpf.toml", {"release.version": "1.1.0"}))
+    manifest = json.loads((project_folder / "release" / "manifest.json").read_text())
+    assert manifest["previous"] == before["manifest.json"]
+    assert len(json.loads((project_folder / "vault" / "ledger.json").read_text())) == 2
+
+
+def test_an_unpoisoned_candidate_is_refused_by_its_flag(project_folder: Path) -> None:
+    project = Project.open(project_folder / "dpf.toml", {"poison.function": "identity"})
+    fit_poison(project, "control")
+    write_candidate(project, "control")
+    with pytest.raises(RefusedError, match="is not poisoned"):
+        package(project, "control")
+    assert package(project, "default").name == "shapes"
+
+
+def test_private_rows_are_refused_even_where_the_flag_says_poisoned(project_folder: Path) -> None:
+    project = Project.open(project_folder / "dpf.toml", {"poison.function": "gaussian-noise:scale=0.001"})
+    fit_poison(project, "weak")
+    assert write_candidate(project, "weak").poisoned
+    before = digests(project_folder / "release")
+    with pytest.raises(RefusedError, match=r"rows of φ1\(S\)"):
+        package(project, "weak")
+    assert digests(project_folder / "release") == before
+
+
+def _bank(folder: Path, rows: np.ndarray, seed: int) -> FeatureBank:
+    header = BankIndex(poisoned=True, featurizer_sha256="0" * 64, feature_shape=rows.shape[1:], targets=0)
+    ids = np.random.default_rng(seed).integers(0, 256, (len(rows), 16), dtype=np.uint8)
+    writer = BankWriter(folder, header)
+    shards = writer.write_split("train", np.zeros(len(rows), np.int64), ids, lambda start, stop: rows[start:stop])
+    writer.finish({"train": shards})
+    return FeatureBank(folder, "train")
+
+
+def test_a_private_row_is_found_under_another_id_and_scale(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    private = generator.standard_normal((300, 8, 4, 4)).astype(np.float32)
+    public = generator.standard_normal((300, 8, 4, 4)).astype(np.float32)
+    banks = [_bank(tmp_path / "private", private, 1)], [_bank(tmp_path / "public", public, 2)]
+    assert count_near_rows(banks[1], banks[0]) == (0, 300)
+    mean = private.mean(axis=0)
+    public[17] = mean + 0.5 * (private[250] - mean)
+    public[99] = private[3]
+    assert count_near_rows([_bank(tmp_path / "leaky", public, 3)], banks[0]) == (2, 300)
+
+
+@pytest.mark.parametrize("name", ["features/notes.txt", "model/phi.safetensors", "ids.csv", "features/test/shard-00000.h5"])
+def test_what_has_no_role_is_refused_and_never_copied(project_folder: Path, name: str) -> None:
+    stranger = project_folder / "vault" / "candidates" / "default" / name
+    stranger.parent.mkdir(exist_ok=True)
+    stranger.write_bytes(b"private")
+    before = digests(project_folder / "release")
+    with pytest.raises(RefusedError, match="no place in a release"):
+        package(Project.open(project_folder / "dpf.toml"))
+    assert digests(project_folder / "release") == before
+
+
+def test_a_link_in_the_candidate_is_refused(project_folder: Path) -> None:
+    model = project_folder / "vault" / "candidates" / "default" / "model" / "model.json"
+    model.rename(project_folder / "elsewhere.json")
+    model.symlink_to(project_folder / "elsewhere.json")
+    with pytest.raises(RefusedError, match="no place in a release"):
+        package(Project.open(project_folder / "dpf.toml"))
+
+
+@pytest.mark.parametrize("place", ["vault/release", "images", ".", "images/private/release/.."])
+def test_a_release_and_private_things_never_lie_in_each_other(project_folder: Path, place: str) -> None:
+    with pytest.raises(VaultError, match="no place for a release"):
+        package(Project.open(project_folder / "dpf.toml"), out=project_folder / place)
+
+
+def test_a_folder_that_is_no_release_is_never_replaced(project_folder: Path) -> None:
+    (project_folder / "thesis").mkdir()
+    (project_folder / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(VaultError, match="is not a release"):
+        package(Project.open(project_folder / "dpf.toml"), out=project_folder / "thesis")
+    assert (project_folder / "thesis" / "chapter1.tex").read_text() == "years of work"
+    package(Project.open(project_folder / "dpf.toml"), out=project_folder / "new")
+    assert verify(project_folder / "new") == []
+
+
+@pytest.mark.parametrize("moment", ["write_card", "describe_files", "remember_release", "swap"])
+def test_a_crash_while_packaging_leaves_the_old_release(
+    project_folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    before = digests(project_folder / "release")
+
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    project = Project.open(project_folder / "dpf.toml", {"release.version": "2.0.0"})
+    with monkeypatch.context() as patch:
+        patch.setattr(package_module, moment, crash)
+        with pytest.raises(KeyboardInterrupt):
+            package(project)
+    assert digests(project_folder / "release") == before
+    package(project)
+    assert verify(project_folder / "release") == []
+    assert digests(project_folder / "release") != before
+    assert sorted(path.name for path in project_folder.glob("release*")) == ["release"]
+
+
+def test_the_swap_works_where_the_system_cannot_exchange(
+    project_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package_module, "_exchange", lambda one, other: False)
+    package(Project.open(project_folder / "dpf.toml", {"release.version": "2.0.0"}))
+    assert verify(project_folder / "release") == []
+    assert sorted(path.name for path in project_folder.glob("release*")) == ["release"]
+
+
+def test_a_candidate_half_written_is_not_published(project_folder: Path) -> None:
+    (project_folder / "vault" / "candidates" / "default" / "features" / "index.json").unlink()
+    with pytest.raises(Exception, match="expected a finished feature bank"):
+        package(Project.open(project_folder / "dpf.toml"))
+
+
+def test_a_changed_release_does_not_open_and_a_whole_one_does(project_folder: Path) -> None:
+    release = project_folder / "release"
+    assert Release.open(release).manifest.version == "1.0.0"
+    shard = next((release / "features" / "train").glob("*.h5"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (release / "note.txt").write_text("hello")
+    with pytest.raises(VerificationError) as caught:
+        Release.open(release)
+    assert {problem.split(":")[0] for problem in caught.value.problems} == {"changed", "unexpected"}
+
+
+def test_a_release_that_contradicts_itself_does_not_open(project_folder: Path) -> None:
+    from dpf_release.manifest import describe_files, read_manifest, write_manifest
+
+    release = project_folder / "release"
+    index = release / "features" / "index.json"
+    index.write_text(index.read_text().replace(read_index(release / "features").featurizer_sha256, "0" * 64))
+    manifest = read_manifest(release)
+    assert not hasattr(manifest, "kind")
+    write_manifest(release, manifest.model_copy(update={"files": describe_files(release)}))
+    assert verify(release) == []  # its digests are right; what they are digests of is not
+    with pytest.raises(VerificationError, match="made by another featurizer"):
+        Release.open(release)
+
+
+def test_an_owners_own_network_is_named_custom_and_opens_with_a_builder(
+    project_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_networks.py").write_text(
+        "from dpf_release.models.zoo import CifarResNet\n\n"
+        "def tiny(outputs):\n    return CifarResNet(3, outputs, width=8)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copy(project_folder / "vault" / "network" / "phi.safetensors", tmp_path / "phi.safetensors")
+    shutil.rmtree(project_folder / "vault" / "network")
+    from dpf_release.pipeline import featurize
+
+    own = {"model.arch": "my_networks:tiny", "model.arguments": {}, "model.weights": str(tmp_path / "phi.safetensors")}
+    project = Project.open(project_folder / "dpf.toml", own)
+    featurize(project)  # the same φ1: the bank and its function are still good
+    write_candidate(project)
+    package(project)
+    text = (project_folder / "release" / "model" / "model.json").read_text()
+    assert "my_networks" not in text
+    release = Release.open(project_folder / "release")
+    with pytest.raises(VerificationError, match="build=my_function"):
+        release.featurizer()
+    from my_networks import tiny
+
+    assert release.featurizer(build=tiny) is not None

@@ -1,0 +1,294 @@
+"""From images to a release, on a tiny project."""
+
+from __future__ import annotations
+
+import csv
+import json
+import stat
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import new_project, write_shapes
+from PIL import Image
+
+from dpf_release import Release, concat
+from dpf_release.bank import FeatureBank
+from dpf_release.errors import ConfigError, ImageError, VaultError
+from dpf_release.images import decode
+from dpf_release.loader import BankDataset
+from dpf_release.models.functions import FUNCTIONS
+from dpf_release.models.weights import load_state, state_bytes
+from dpf_release.pipeline import Project, featurize, featurize_new, fit_poison, init, measure, train, write_candidate
+from dpf_release.pipeline.fitting import load_function, private_bank, straw_man
+from dpf_release.storage import sha256_of
+from dpf_release.vault import read_ids
+
+
+def measurements(folder: Path, name: str = "default") -> dict:
+    return json.loads((folder / "vault" / "reports" / name / "measurements.json").read_text())
+
+
+def open_project(folder: Path, **overrides: object) -> Project:
+    return Project.open(folder / "dpf.toml", {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def test_the_learned_function_ruins_the_reconstruction_and_identity_does_not(project_folder: Path) -> None:
+    learned = measurements(project_folder)["val"]["reconstruction"]["px2s2"]
+    project = open_project(project_folder, poison__function="identity")
+    fit_poison(project, "control")
+    write_candidate(project, "control")
+    control = measure(project, "control")["val"]["reconstruction"]["px2s2"]
+    assert learned["abs_ssim_poisoned"] < learned["abs_ssim_clean"] / 3
+    assert learned["l1_poisoned"] > 1.3 * learned["l1_clean"]
+    assert control["ssim_poisoned"] == pytest.approx(control["ssim_clean"])
+
+
+def test_the_classifier_answers_on_poisoned_rows_as_on_clean_ones(finished: Path) -> None:
+    task = measurements(finished)["val"]["task"]
+    assert task["top1_clean"] > 0.8
+    assert task["top1_poisoned"] > task["top1_clean"] - 0.2
+    low, high = task["top1_difference_95"]
+    assert low <= task["top1_difference"] <= high
+
+
+def test_every_readable_image_has_one_row_and_the_others_are_reported(finished: Path) -> None:
+    project = open_project(finished)
+    bad = project.private_images.bad
+    assert [image.name for image in bad] == ["disc/disc-portrait-007.png"]
+    lines = read_ids(project.vault.ids)
+    rows = sum(len(FeatureBank(project.vault.features, split)) for split in ("train", "val", "test"))
+    assert rows == len(lines) == len(project.private_images.table) - len(bad)
+    assert len({line["source"] for line in lines}) == rows
+    assert json.loads(project.vault.plan.read_text())["undecodable"][0]["name"] == bad[0].name
+
+
+def test_the_bank_holds_the_features_of_the_images_that_the_id_map_names(finished: Path) -> None:
+    project = open_project(finished)
+    bank = private_bank(project, "train")
+    lines = [line for line in read_ids(project.vault.ids) if line["split"] == "train"]
+    row = 5
+    assert bank.ids[row].tobytes().hex() == lines[row]["id"]
+    picture = decode(finished / "images" / "private" / lines[row]["source"], project.preprocess)
+    features = project.cut.split.featurizer.eval()(project.preprocess.normalise(torch.from_numpy(picture)[None]))
+    np.testing.assert_allclose(bank.read([row])[0], features[0].detach().numpy(), atol=2e-2)
+    assert project.private_images.table.classes[bank.targets[row]] == lines[row]["source"].split("/")[0]
+    assert [line["row"] for line in lines] == [str(number) for number in range(len(lines))]
+
+
+def test_row_order_tells_nothing_of_the_source_order(finished: Path) -> None:
+    lines = [line["source"] for line in read_ids(finished / "vault" / "ids.csv") if line["split"] == "train"]
+    assert lines != sorted(lines)
+    assert len({source.split("/")[0] for source in lines[:20]}) == 2
+
+
+def test_everything_in_the_vault_is_for_the_owner_only(finished: Path) -> None:
+    for path in [finished / "vault", *(finished / "vault").rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+    assert stat.S_IMODE((finished / "release" / "manifest.json").stat().st_mode) == 0o644  # the control
+
+
+def test_networks_stay_byte_equal_while_the_function_is_fitted(project_folder: Path) -> None:
+    project = open_project(project_folder, poison__epochs=1)
+    frozen = {
+        "φ1": project.cut.split.featurizer,
+        "φ2": project.cut.split.classifier,
+        "ψ": straw_man(project, "px2s2"),
+    }
+    before = {name: state_bytes(network) for name, network in frozen.items()}
+    saved = sha256_of(project.vault.reconstructors / "px2s2.safetensors")
+    fit_poison(project, "again")
+    assert {name: state_bytes(network) for name, network in frozen.items()} == before
+    assert sha256_of(project.vault.reconstructors / "px2s2.safetensors") == saved
+    weights = [load_state(project.vault.function(name) / "dpf.safetensors") for name in ("default", "again")]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])  # the control: P was trained
+
+
+@pytest.mark.parametrize("spec", ["gaussian-noise", "gaussian-filter", "mean-filter", "recombine:k=3"])
+def test_stationary_functions_make_candidates_side_by_side(project_folder: Path, spec: str) -> None:
+    project = open_project(project_folder, poison__function=spec)
+    fit_poison(project, "other")
+    index = write_candidate(project, "other")
+    assert index.poisoned
+    report = measure(project, "other")
+    assert report["val"]["reconstruction"]["px2s2"]["ssim_poisoned"] < report["val"]["reconstruction"]["px2s2"]["ssim_clean"]
+    clean, poisoned = (
+        FeatureBank(folder, "val")
+        for folder in (project.vault.features, project.vault.candidate("other") / "features")
+    )
+    assert np.array_equal(clean.ids, poisoned.ids)
+    assert np.array_equal(clean.targets, poisoned.targets)
+    assert not np.array_equal(clean.read(np.arange(3)), poisoned.read(np.arange(3)))
+    assert (project.vault.candidate("default") / "features" / "index.json").is_file()
+    assert spec.split(":")[0] in FUNCTIONS
+
+
+def test_a_learned_function_after_recombine_is_penalised_for_every_contributor(project_folder: Path) -> None:
+    project = open_project(project_folder, poison__function="recombine:k=3+dpf", poison__epochs=1)
+    fit_poison(project, "chain")
+    function = load_function(project, "chain")
+    bank = private_bank(project, "train")
+    positions, members = function.chain.contributors(np.arange(4), function.plans["train"])
+    assert set(positions) == {0, 1, 2, 3}
+    assert len(members) > 4
+    assert np.array_equal(bank.targets[members], bank.targets[positions])  # contributors are of the row's class
+    assert write_candidate(project, "chain").poisoned
+
+
+def test_a_fit_that_was_cut_off_goes_on_and_a_finished_one_is_not_overwritten(project_folder: Path) -> None:
+    project = open_project(project_folder)
+    with pytest.raises(VaultError, match="is fitted already"):
+        fit_poison(project)
+    with pytest.raises(VaultError, match="was begun with other settings"):
+        record = project.vault.function("default") / "function.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"fitted": False}))
+        fit_poison(open_project(project_folder, **{"poison__lambda": 3.0}))
+    with pytest.raises(VaultError, match="not fitted to the end"):
+        write_candidate(project)
+    before = json.loads(record.read_text())["secret"]
+    fit_poison(project)
+    assert json.loads(record.read_text())["secret"] == before
+    fit_poison(project, restart=True)
+    assert json.loads(record.read_text())["secret"] != before
+
+
+def test_features_cut_off_midway_are_gone_on_with_to_the_same_bytes(project_folder: Path) -> None:
+    project = open_project(project_folder)
+    features = project.vault.features
+    shards = {path: sha256_of(path) for path in features.glob("*/*.h5")}
+    assert len(shards) > 5
+    for path in [features / "index.json", features / "train" / "shard-00001.h5", features / "test" / "shard-00000.h5"]:
+        path.unlink()
+    (features / "train" / "shard-00001.h5.partial").write_bytes(b"half")
+    featurize(project)
+    assert {path: sha256_of(path) for path in features.glob("*/*.h5")} == shards
+    assert not list(features.rglob("*.partial"))
+    featurize(open_project(project_folder), restart=True)
+    assert {path: sha256_of(path) for path in features.glob("*/*.h5")} != shards  # new order, new ids
+
+
+def test_another_plan_is_refused_and_named(project_folder: Path) -> None:
+    write_shapes(project_folder / "images" / "private" / "more", ("disc",), 0, seed=3)
+    (project_folder / "images" / "private" / "more").rename(project_folder / "more")
+    Image.new("RGB", (32, 32)).save(project_folder / "images" / "private" / "disc" / "new.png")
+    with pytest.raises(VaultError, match="source_sha256"):
+        featurize(open_project(project_folder))
+    with pytest.raises(VaultError, match="batch_size"):
+        featurize(open_project(project_folder, bank__batch_size=5))
+
+
+def test_another_hook_point_voids_features_and_functions(project_folder: Path) -> None:
+    project = open_project(project_folder, model__hook="conv3_1")
+    with pytest.raises(VaultError, match="featurize --restart"):
+        fit_poison(project, "other")
+    with pytest.raises(VaultError, match="another featurizer or hook point"):
+        load_function(project, "default")
+
+
+def test_another_architecture_than_the_vaults_is_refused(project_folder: Path) -> None:
+    with pytest.raises(VaultError, match="the vault's network is"):
+        featurize(open_project(project_folder, model__arguments={"width": 4}))
+    with pytest.raises(VaultError, match="holds a network already"):
+        train(open_project(project_folder))
+
+
+def test_an_owners_weights_take_the_place_of_training(finished: Path, tmp_path: Path) -> None:
+    config = new_project(tmp_path / "own")
+    with pytest.raises(VaultError, match="expected a network"):
+        featurize(Project.open(config))
+    weights = tmp_path / "weights.pt"
+    torch.save(load_state(finished / "vault" / "network" / "phi.safetensors"), weights)
+    featurize(Project.open(config, {"model.weights": str(weights)}))
+    mine, theirs = (load_state(folder / "vault" / "network" / "phi.safetensors") for folder in (config.parent, finished))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_too_many_broken_images_stop_the_run_with_their_list(tmp_path: Path) -> None:
+    config = new_project(tmp_path / "broken")
+    broken = tmp_path / "broken" / "images" / "private" / "disc" / "disc-portrait-001.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    with pytest.raises(ImageError, match=r"disc-portrait-001\.png"):
+        train(Project.open(config, {"images.private.max_bad": 0.001}))
+    assert Project.open(config).private_images.bad[0].name.endswith("disc-portrait-001.png")  # 10 % allowed
+
+
+def test_an_unknown_function_or_objective_is_refused_before_anything_is_trained(project_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a poisoning function"):
+        fit_poison(open_project(project_folder, poison__function="nonsense"), "x")
+    with pytest.raises(ConfigError, match="objective"):
+        open_project(project_folder, poison__objective="nonsense")
+    with pytest.raises(ConfigError, match="byproduct attacker"):
+        fit_poison(open_project(project_folder, poison__straw_men=[]), "y")
+
+
+# ----------------------------------------------------------------------------------------- downstream
+
+
+def test_a_release_opens_and_its_parts_fit_together(finished: Path) -> None:
+    release = Release.open(finished / "release")
+    project = open_project(finished)
+    assert release.classes == ("disc", "square")
+    phi_1, phi_2 = release.featurizer(), release.classifier()
+    assert state_bytes(phi_1) == state_bytes(project.cut.split.featurizer)
+    assert not any(parameter.requires_grad for parameter in phi_1.parameters())
+    features, labels = next(iter(release.bank("train").loader(batch_size=64)))
+    assert features.shape[1:] == release.record.feature_shape
+    assert (phi_2(features.float()).argmax(1) == labels).float().mean() > 0.7
+    picture = finished / "images" / "private" / "disc" / "disc-portrait-001.png"
+    assert phi_1(release.preprocess([picture])).shape == (1, *release.record.feature_shape)
+
+
+def test_own_images_join_a_release_through_its_featurizer(finished: Path, tmp_path: Path) -> None:
+    release = Release.open(finished / "release")
+    write_shapes(tmp_path / "mine", ("disc", "square"), 6, seed=9)
+    index = featurize_new(release, tmp_path / "mine", tmp_path / "bank")
+    assert not index.poisoned
+    own = BankDataset.open(tmp_path / "bank", "train", release.classes)
+    joined = concat([release.bank("train"), own])
+    assert len(joined) == len(release.bank("train")) + 12
+    with pytest.raises(ImageError, match="holds a bank already"):
+        featurize_new(release, tmp_path / "mine", tmp_path / "bank")
+    (tmp_path / "mine" / "square").rename(tmp_path / "mine" / "circle")
+    with pytest.raises(ImageError, match="square"):
+        featurize_new(release, tmp_path / "mine", tmp_path / "other")
+
+
+def test_a_second_owner_shares_the_network_of_a_release(finished: Path, tmp_path: Path) -> None:
+    init(tmp_path / "second", from_release=finished / "release")
+    write_shapes(tmp_path / "second" / "images" / "private", ("disc", "square"), 20, seed=5)
+    project = Project.open(tmp_path / "second" / "dpf.toml")
+    index = featurize(project)
+    assert index.featurizer_sha256 == Release.open(finished / "release").index.featurizer_sha256
+    assert project.cut.record.classes == ("disc", "square")
+    with pytest.raises(ConfigError, match="is there already"):
+        init(tmp_path / "second")
+
+
+def test_a_regression_project_hides_who_it_is_and_keeps_its_answer(tmp_path: Path) -> None:
+    task = '[task]\nkind = "regression"\ntargets = ["shift"]\nunit = "px"\n'
+    config = new_project(tmp_path / "yaw", task, private="people.csv")
+    generator = np.random.default_rng(0)
+    with (config.parent / "people.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "person", "shift"])
+        (config.parent / "people").mkdir()
+        for number in range(120):
+            person, shift = number % 4, int(generator.integers(0, 16))
+            pixels = np.full((32, 32, 3), 40, np.uint8)
+            pixels[8:24, shift : shift + 16, person % 3] = 255 if person < 3 else 160
+            Image.fromarray(pixels).save(config.parent / "people" / f"{number}.png")
+            table.writerow([f"people/{number}.png", f"person {person}", shift])
+    project = Project.open(config, {"poison.confuse": ["person"], "train.flip": False, "train.epochs": 10})
+    train(project)
+    featurize(project)
+    fit_poison(project)
+    write_candidate(project)
+    report = measure(project)["val"]
+    assert report["task"]["mae_clean"] < 3.5  # guessing the mean is 4.3 off
+    assert report["attributes"]["person"]["top1_clean"] > report["attributes"]["person"]["top1_poisoned"] + 0.2
+    with h5py.File(project.vault.candidate("default") / "features" / "val" / "shard-00000.h5") as shard:
+        assert shard["target"].dtype == np.float32
+        assert shard["target"].shape[1] == 1
