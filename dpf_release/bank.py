@@ -275,7 +275,7 @@ class _OpenShard:
         self.features = _mapped(self.file["features"], path)
 
     def read(self, rows: Rows) -> NDArray[np.float16]:
-        return self.features[rows]
+        return np.asarray(self.features[rows])
 
 
 def _mapped(dataset: h5py.Dataset, path: Path) -> NDArray[np.float16]:

@@ -13,6 +13,7 @@ from dpf_release.errors import DPFReleaseError, VerificationError
 
 if TYPE_CHECKING:
     from dpf_release.pipeline import Project
+    from dpf_release.pipeline.project import ImageSet
 
 app = typer.Typer(
     help="Publish an image data set as poisoned feature banks, without publishing the images.\n\n"
@@ -45,6 +46,11 @@ def _project(config: Path, **overrides: Any) -> Project:
     from dpf_release.pipeline import Project
 
     return Project.open(config, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def _print_unreadable(images: ImageSet) -> None:
+    for bad in images.bad:
+        print(f"left out, unreadable: {bad.name}: {bad.reason}")
 
 
 def _print_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -94,6 +100,7 @@ def train(
 
     project = _project(config, train__epochs=epochs, compute__device=device)
     scores = run(project, restart)
+    _print_unreadable(project.private_images)
     unit = project.config.task.unit
     for split, score in scores.items():
         print(f"{split}: " + (f"MAE {score:.4g} {unit}" if project.config.task.targets else f"top-1 {score:.2%}"))
@@ -126,8 +133,7 @@ def featurize(
     else:
         project = _project(config, compute__device=device)
         index, where = pipeline.featurize(project, restart), project.vault.features
-        for bad in project.private_images.bad:
-            print(f"left out: {bad.name}: {bad.reason}")
+        _print_unreadable(project.private_images)
     counts = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
     print(f"Wrote {where}: {counts}, {index.row_bytes} bytes a row")
 
@@ -159,7 +165,10 @@ def fit_poison(
         "poison.epochs": epochs,
     }
     overrides = {key.replace(".", "__"): value for key, value in poison.items()}
-    last = run(_project(config, compute__device=device, **overrides), name, restart)
+    project = _project(config, compute__device=device, **overrides)
+    last = run(project, name, restart)
+    if project.config.poison.straw_men:
+        _print_unreadable(project.public_images)
     facts = ", ".join(f"{key} {value:.4g}" for key, value in last.items()) or "a stationary function: nothing to train"
     print(f"Fitted {name}: {facts}. Next: dpf-release poison --name {name}")
 

@@ -48,11 +48,11 @@ flip = false
 shift = 2
 
 [reconstructor]
-epochs = 25
+epochs = 16
 batch_size = 32
 
 [poison]
-epochs = 25
+epochs = 18
 batch_size = 32
 """
 

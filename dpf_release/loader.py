@@ -54,6 +54,8 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Rows by number, in the order asked for: (n, C, H, W) float16 and their targets."""
         numbers = np.asarray(rows, np.int64)
+        if len(self.banks) == 1:
+            return torch.from_numpy(self.banks[0].read(numbers)), torch.from_numpy(self.targets[numbers])
         of_bank = np.searchsorted(self._starts, numbers, side="right") - 1
         features = np.empty((len(numbers), *self.banks[0].shape), np.float16)
         for bank in np.unique(of_bank):

@@ -88,8 +88,12 @@ def package(project: Project, name: str = "default", out: Path | None = None) ->
 
 def _refuse_place(out: Path, project: Project) -> None:
     config, vault = project.config, project.vault.root.resolve()
-    private = {"the vault": vault, "the private images": config.locate(config.images.private.path)}
-    for what, path in private.items():
+    inputs = {
+        "the vault": vault,
+        "the private images": config.locate(config.images.private.path),
+        "the public images": config.locate(config.images.public.path),
+    }
+    for what, path in inputs.items():
         folder = path if path.is_dir() else path.parent
         if out.is_relative_to(vault) or folder.is_relative_to(out):
             raise VaultError(f"{out} is no place for a release: {what} ({path}) and it must not lie in each other.")

@@ -32,9 +32,7 @@ def bank(tmp_path: Path) -> Path:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 # Layout.
@@ -67,7 +65,7 @@ def _check_layout(folder: Path, shard_rows: list[int]) -> None:
             offset = features.id.get_chunk_info(0).byte_offset
             raw = np.fromfile(path, "<f2", rows * ROW_BYTES // 2, offset=offset).reshape(features.shape)
             assert np.array_equal(raw, features[:])
-            assert not np.array_equal(raw[0], raw[1])
+            assert rows == len(np.unique(raw, axis=0))
 
 
 def test_a_bank_is_format_1_to_bare_h5py(bank: Path) -> None:
@@ -119,9 +117,7 @@ def test_the_golden_bank_is_read_and_has_the_layout_of_what_is_written_today(tmp
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 @pytest.mark.parametrize(("private", "file", "folder"), [(True, 0o600, 0o700), (False, 0o644, 0o755)])
-def test_modes_do_not_depend_on_the_umask(
-    tmp_path: Path, private: bool, file: int, folder: int, umask: int
-) -> None:
+def test_modes_do_not_depend_on_the_umask(tmp_path: Path, private: bool, file: int, folder: int, umask: int) -> None:
     before = os.umask(umask)
     try:
         write_bank(tmp_path / "bank", private=private)
@@ -139,9 +135,7 @@ def test_modes_do_not_depend_on_the_umask(
 # Reading.
 
 
-@pytest.mark.parametrize(
-    "rows", [range(10), [9, 0, 4, 3], [5, 5, 5, 0, 9, 5], [6, 4], [7], [], np.arange(10)[::-1]]
-)
+@pytest.mark.parametrize("rows", [range(10), [9, 0, 4, 3], [5, 5, 5, 0, 9, 5], [6, 4], [7], [], np.arange(10)[::-1]])
 def test_read_gives_the_rows_asked_for_in_that_order(bank: Path, rows: Any) -> None:
     found, written = FeatureBank(bank, "train"), features_of(10).astype(np.float16)
     expected = written[np.asarray(rows, np.int64)]
@@ -195,24 +189,25 @@ import os, sys
 from pathlib import Path
 import h5py
 from dpf_release.bank import FeatureBank
-opened = []
-whole = h5py.File.__init__
-h5py.File.__init__ = lambda self, *args, **options: (opened.append(os.getpid()), whole(self, *args, **options))[1]
+opened, whole = set(), h5py.File.__init__
+def noting(self, name, *args, **options):
+    opened.add((os.getpid(), str(name)))
+    whole(self, name, *args, **options)
+h5py.File.__init__ = noting
 bank = FeatureBank(Path(sys.argv[1]), "train")
 first = bank.read([0]).tobytes()
 child = os.fork()
-right = bank.read([0]).tobytes() == first and bank.ids.shape == (10, 16) and opened.count(os.getpid()) == 3
+right = bank.read([0]).tobytes() == first != bank.read([1]).tobytes()
+anew = (os.getpid(), str(bank.folder / "train/shard-00000.h5")) in opened
 if child == 0:
-    os._exit(0 if right else 1)
-print(os.waitpid(child, 0)[1], right, bank.read([0]).tobytes() == first != bank.read([1]).tobytes())
+    os._exit(0 if right and anew and bank.ids.shape == (10, 16) else 1)
+print(os.waitpid(child, 0)[1], right and anew)
 """
 
 
-def test_a_forked_process_opens_every_shard_anew(bank: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED, str(bank)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["0", "True", "True"]
+def test_a_forked_process_opens_a_shard_anew(bank: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED, str(bank)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True"]
 
 
 # Writing.
@@ -274,9 +269,7 @@ def test_a_shard_of_other_rows_is_written_anew_and_one_of_another_bank_is_refuse
     ids[5, 0] ^= 1
     writer(bank).write_split("train", np.arange(10) % 3, ids, source)
     assert calls == [4, 7]
-    assert {name for name, digest in _digests(bank).items() if digest != before[name]} == {
-        "train/shard-00001.h5"
-    }
+    assert {name for name, digest in _digests(bank).items() if digest != before[name]} == {"train/shard-00001.h5"}
     with pytest.raises(BankError, match="attributes"):
         writer(bank, featurizer_sha256="b" * 64).write_split("train", np.arange(10) % 3, ids, source)
 
@@ -294,7 +287,7 @@ def test_what_float16_cannot_hold_is_refused_and_leaves_no_file(tmp_path: Path, 
 
 
 def test_a_source_of_another_shape_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BankError, match=r"expected rows of shape \(3, 2, 3, 4\), found \(3, 4, 3, 2\)"):
+    with pytest.raises(BankError, match=r"expected rows of shape \(3, 2, 3, 4\), found \(3, 4, 2, 3\)"):
         writer(tmp_path).write_split("train", np.arange(4), ids_of(4), lambda a, b: features_of(4)[a:b].mT.T)
     assert _digests(tmp_path) == {}
 
@@ -365,8 +358,8 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File, Path], Any], str]] = {
     ),
     "filter on ids": (lambda s, _: _replace(s, "id", chunks=(4, 16), shuffle=True), "/id has filters"),
     "not allocated": (
-        lambda s, _: (s.move("features", "f"), s.create_dataset("features", like=s["f"])) and s.pop("f"),
-        "claims|do not lie",
+        lambda s, _: (s.pop("features"), s.create_dataset("features", (4, *SHAPE), "<f2", chunks=(1, *SHAPE))),
+        "do not lie one behind the other",
     ),
     "extra attribute": (lambda s, _: s.attrs.update(source="face.jpg"), "face.jpg"),
     "attribute of a member": (lambda s, _: s["features"].attrs.update(source="face.jpg"), "attribute"),

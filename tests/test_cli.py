@@ -33,8 +33,10 @@ def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) ->
 def test_an_owner_goes_from_images_to_a_release(tmp_path: Path) -> None:
     config = new_project(tmp_path / "shapes")
     folder = config.parent
+    broken = folder / "images" / "private" / "disc" / "disc-portrait-003.png"
+    broken.write_bytes(b"")
     for arguments, says in (
-        (["train"], "test: top-1"),
+        (["train"], "left out, unreadable: disc/disc-portrait-003.png"),
         (["featurize"], "bytes a row"),
         (["fit-poison", "--name", "a", "--epochs", "12", "--lambda", "2"], "Next: dpf-release poison --name a"),
         (["poison", "--name", "a"], "px2s2 abs_ssim"),

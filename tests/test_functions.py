@@ -168,9 +168,7 @@ def test_gaussian_filter_is_a_truncated_gaussian_with_mirrored_borders(
     shape: tuple[int, int, int], sigma: float, size: int
 ) -> None:
     source = rows_of(np.zeros(3), shape)
-    wanted = gaussian_filter(
-        source.features, (0, 0, sigma, sigma), mode="mirror", radius=(0, 0, size // 2, size // 2)
-    )
+    wanted = gaussian_filter(source.features, (0, 0, sigma, sigma), mode="mirror", radius=(0, 0, size // 2, size // 2))
     blurred = poisoned(f"gaussian-filter:sigma={sigma},size={size}", source)
     np.testing.assert_allclose(blurred, wanted, atol=1e-6)
     assert np.abs(blurred - source.features).max() > 0.05
@@ -230,9 +228,7 @@ def test_groups_are_a_partition_of_each_class_into_k_or_more(counts: tuple[int, 
     ("shape", "patch"),
     [((3, 4, 4), 2), ((2, 5, 7), 1), ((2, 5, 7), 2), ((1, 3, 3), 2), ((1, 3, 4), 3), ((2, 1, 1), 1)],
 )
-def test_each_window_of_a_row_comes_whole_from_a_member_of_its_group(
-    shape: tuple[int, int, int], patch: int
-) -> None:
+def test_each_window_of_a_row_comes_whole_from_a_member_of_its_group(shape: tuple[int, int, int], patch: int) -> None:
     source = rows_of(np.repeat([0, 1], 6), shape)
     chain, (plan,) = planned(f"recombine:k=3,patch={patch}", source)
     rows = np.array([7, 2, 11, 2])
@@ -253,9 +249,7 @@ def test_contributors_are_the_members_of_a_row_each_once() -> None:
     _, (plan,) = planned("recombine:k=4", source)
     rows = np.array([13, 2, 5])
     positions, members = plan.contributors(rows)
-    wanted = [
-        (position, member) for position, row in enumerate(rows) for member in sorted({*plan.pieces[row]})
-    ]
+    wanted = [(position, member) for position, row in enumerate(rows) for member in sorted({*plan.pieces[row]})]
     assert list(zip(positions.tolist(), members.tolist(), strict=True)) == wanted
     assert len(wanted) > len(rows)
     assert [part.tolist() for part in Plan(SECRET).contributors(rows)] == [[0, 1, 2], [13, 2, 5]]
@@ -301,9 +295,7 @@ def test_two_regression_targets_make_joint_bins() -> None:
 
 def test_the_secret_alone_decides_the_plan() -> None:
     source = rows_of(np.repeat([0, 1], 12))
-    plan, again, other = (
-        planned("recombine:k=3", source, secret)[1][0] for secret in (SECRET, SECRET, OTHER_SECRET)
-    )
+    plan, again, other = (planned("recombine:k=3", source, secret)[1][0] for secret in (SECRET, SECRET, OTHER_SECRET))
     assert np.array_equal(plan.pieces, again.pieces)
     assert not np.array_equal(plan.pieces, other.pieces)
     assert groups_of(plan) != groups_of(other)
@@ -341,9 +333,7 @@ def test_a_chain_applies_its_first_stage_first() -> None:
         for first, second in ((blur, learned), (learned, blur))
     )
     assert np.array_equal(chain.on(source, plans).read(everything), wanted)
-    assert np.array_equal(
-        chain.on(source, plans, 1).read(everything), blur.apply(everything, source, plans[0])
-    )
+    assert np.array_equal(chain.on(source, plans, 1).read(everything), blur.apply(everything, source, plans[0]))
     assert np.array_equal(chain.on(source, plans, 0).read(everything), source.features)
     assert np.abs(wanted - reversed_).max() > 1e-3
 
@@ -365,9 +355,7 @@ def test_a_learned_function_is_refused_but_at_the_end(spec: str) -> None:
     assert build_chain("mean-filter+identity+dpf", FeatureSpec((3, 8, 8), True)).learned is not None
 
 
-@pytest.mark.parametrize(
-    "spec", ["recombine:k=3+recombine:k=3", "recombine:k=3,patch=1+mean-filter+recombine:k=2"]
-)
+@pytest.mark.parametrize("spec", ["recombine:k=3+recombine:k=3", "recombine:k=3,patch=1+mean-filter+recombine:k=2"])
 def test_a_row_depends_on_its_contributors_through_all_stages_and_on_nothing_else(spec: str) -> None:
     source = rows_of(np.repeat([0, 1], 9))
     chain, plans = planned(spec, source)
@@ -380,9 +368,7 @@ def test_a_row_depends_on_its_contributors_through_all_stages_and_on_nothing_els
         features = source.features.copy()
         features[row] += 1
         after = chain.on(replace(source, features=features), plans).read(rows)
-        depends |= {
-            (position, row) for position in range(2) if not np.array_equal(after[position], before[position])
-        }
+        depends |= {(position, row) for position in range(2) if not np.array_equal(after[position], before[position])}
     last = {*zip(*(part.tolist() for part in plans[-1].contributors(rows)), strict=True)}
     assert depends <= {*zip(positions.tolist(), members.tolist(), strict=True)}
     assert not depends <= last  # what the last stage draws on is not enough
@@ -453,9 +439,7 @@ def test_a_registered_class_is_known_by_its_name(registry: dict[str, type[Poison
     assert "plus-one" in registry
 
 
-def test_a_class_of_the_users_own_module_is_found_by_its_path(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_of_the_users_own_module_is_found_by_its_path(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owners_functions.py").write_text(
         "from dpf_release.models.functions import PoisoningFunction\n"
         "class Scaled(PoisoningFunction):\n"

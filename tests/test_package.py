@@ -111,7 +111,9 @@ def test_a_private_row_is_found_under_another_id_and_scale(tmp_path: Path) -> No
     assert count_near_rows([_bank(tmp_path / "leaky", public, 3)], banks[0]) == (2, 300)
 
 
-@pytest.mark.parametrize("name", ["features/notes.txt", "model/phi.safetensors", "ids.csv", "features/test/shard-00000.h5"])
+@pytest.mark.parametrize(
+    "name", ["features/notes.txt", "model/phi.safetensors", "ids.csv", "features/test/shard-00000.h5"]
+)
 def test_what_has_no_role_is_refused_and_never_copied(project_folder: Path, name: str) -> None:
     stranger = project_folder / "vault" / "candidates" / "default" / name
     stranger.parent.mkdir(exist_ok=True)
@@ -167,9 +169,7 @@ def test_a_crash_while_packaging_leaves_the_old_release(
     assert sorted(path.name for path in project_folder.glob("release*")) == ["release"]
 
 
-def test_the_swap_works_where_the_system_cannot_exchange(
-    project_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_swap_works_where_the_system_cannot_exchange(project_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package_module, "_exchange", lambda one, other: False)
     package(Project.open(project_folder / "dpf.toml", {"release.version": "2.0.0"}))
     assert verify(project_folder / "release") == []

@@ -113,10 +113,12 @@ def test_stationary_functions_make_candidates_side_by_side(project_folder: Path,
     index = write_candidate(project, "other")
     assert index.poisoned
     report = measure(project, "other")
-    assert report["val"]["reconstruction"]["px2s2"]["ssim_poisoned"] < report["val"]["reconstruction"]["px2s2"]["ssim_clean"]
+    assert (
+        report["val"]["reconstruction"]["px2s2"]["ssim_poisoned"]
+        < report["val"]["reconstruction"]["px2s2"]["ssim_clean"]
+    )
     clean, poisoned = (
-        FeatureBank(folder, "val")
-        for folder in (project.vault.features, project.vault.candidate("other") / "features")
+        FeatureBank(folder, "val") for folder in (project.vault.features, project.vault.candidate("other") / "features")
     )
     assert np.array_equal(clean.ids, poisoned.ids)
     assert np.array_equal(clean.targets, poisoned.targets)
@@ -141,9 +143,9 @@ def test_a_fit_that_was_cut_off_goes_on_and_a_finished_one_is_not_overwritten(pr
     project = open_project(project_folder)
     with pytest.raises(VaultError, match="is fitted already"):
         fit_poison(project)
+    record = project.vault.function("default") / "function.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"fitted": False}))
     with pytest.raises(VaultError, match="was begun with other settings"):
-        record = project.vault.function("default") / "function.json"
-        record.write_text(json.dumps(json.loads(record.read_text()) | {"fitted": False}))
         fit_poison(open_project(project_folder, **{"poison__lambda": 3.0}))
     with pytest.raises(VaultError, match="not fitted to the end"):
         write_candidate(project)
@@ -201,7 +203,9 @@ def test_an_owners_weights_take_the_place_of_training(finished: Path, tmp_path: 
     weights = tmp_path / "weights.pt"
     torch.save(load_state(finished / "vault" / "network" / "phi.safetensors"), weights)
     featurize(Project.open(config, {"model.weights": str(weights)}))
-    mine, theirs = (load_state(folder / "vault" / "network" / "phi.safetensors") for folder in (config.parent, finished))
+    mine, theirs = (
+        load_state(folder / "vault" / "network" / "phi.safetensors") for folder in (config.parent, finished)
+    )
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 

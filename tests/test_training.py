@@ -201,9 +201,7 @@ def test_a_finished_run_resumed_is_finished(tmp_path: Path) -> None:
     assert history.best_epoch == 1
 
 
-@pytest.mark.parametrize(
-    "changed", [{"seed": 3}, {"epochs": 4}, {"learning_rate": 0.01}, {"optimizer": "sgd"}]
-)
+@pytest.mark.parametrize("changed", [{"seed": 3}, {"epochs": 4}, {"learning_rate": 0.01}, {"optimizer": "sgd"}])
 def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(changed: dict[str, Any], tmp_path: Path) -> None:
     path, recipe = tmp_path / "checkpoint.safetensors", replace(RECIPE, **changed)
     Toy(seed=7).fit(checkpoint=path)
@@ -233,9 +231,7 @@ def test_a_checkpoint_is_a_private_safetensors_file(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- best epoch
 
 
-@pytest.mark.parametrize(
-    ("scores", "best"), [([3.0, 1.0, 2.0], 1), ([1.0, 1.0, 1.0], 0), ([3.0, 2.0, 1.0], 2)]
-)
+@pytest.mark.parametrize(("scores", "best"), [([3.0, 1.0, 2.0], 1), ([1.0, 1.0, 1.0], 0), ([3.0, 2.0, 1.0], 2)])
 def test_the_weights_of_the_best_epoch_are_returned(scores: list[float], best: int) -> None:
     toy, script, digests = Toy(), scripted(scores), []
 

@@ -1,0 +1,43 @@
+"""docs/reconstructions.png: public pictures of Q, what ψ makes of φ1 of them, and of P of that.
+
+    python examples/cifar10/picture.py --project /tmp/cifar10 --out docs/reconstructions.png
+
+An owner never does this with a P in use: a public picture beside its poisoned features is a known pair. This P is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpf_release.figures import write_grid
+from dpf_release.pipeline import Project
+from dpf_release.pipeline.fitting import load_function, straw_man
+
+PICTURES = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    project = Project.open(options.project / "dpf.toml")
+    images = project.public_images
+    rows = images.rows("val")
+    rows = rows[np.linspace(0, len(rows) - 1, PICTURES).astype(int)]  # the table is sorted by class: some of each
+    pictures = images.pictures.read(rows)
+    reconstructor = straw_man(project, "px2s2")
+    network = load_function(project, "equivalence").chain.learned
+    with torch.inference_mode():
+        features = project.frozen(project.cut.split.featurizer)(project.preprocess.normalise(pictures))
+        before, after = reconstructor(features), reconstructor(network(features))
+    write_grid(options.out, {"original": pictures.float() / 255, "before": before, "after": after})
+    options.out.chmod(0o644)
+
+
+if __name__ == "__main__":
+    main()

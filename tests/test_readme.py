@@ -1,0 +1,77 @@
+"""What the README and the docs show, run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import run_cli
+from typer.main import get_command
+
+from dpf_release.cli import app
+from dpf_release.models.functions import FUNCTIONS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_downstream_example_of_the_readme_runs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = blocks(README, "python")
+    (tmp_path / "release").symlink_to(finished / "release")
+    (tmp_path / "my-picture.jpg").write_bytes(
+        (finished / "images" / "private" / "disc" / "disc-portrait-001.png").read_bytes()
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["features_of_mine"].shape == (1, *names["release"].record.feature_shape)
+    features, targets = next(iter(names["loader"]))
+    assert len(features) == len(targets) > 1
+
+
+def test_every_command_and_option_that_the_readme_shows_exists() -> None:
+    commands = get_command(app).commands
+    shown = re.findall(r"dpf-release ([a-z-]+)((?: [^#`\n&]+)?)", README)
+    assert {name for name, _ in shown} >= {"init", "train", "featurize", "fit-poison", "poison", "package", "verify"}
+    for name, rest in shown:
+        assert name in commands, name
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {word for word in shlex.split(rest) if word.startswith("--")} <= options
+
+
+def test_the_auditors_commands_of_the_readme_run(finished: Path) -> None:
+    for arguments in (["verify", "release"], ["inspect", "release"], ["inspect", "vault"]):
+        assert f"dpf-release {' '.join(arguments)}" in README
+        assert run_cli(*arguments, folder=finished).returncode == 0
+
+
+def test_ci_runs_the_tests_as_the_readme_does() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -e ".[test]" && .venv/bin/python -m pytest -n 2' in README
+    assert 'install --quiet --no-cache-dir -e ".[test]"' in script
+    assert '"$work/venv/bin/python" -m pytest -n 2' in script
+
+
+def test_the_docs_name_every_function_and_their_example_works() -> None:
+    text = (ROOT / "docs" / "functions.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in FUNCTIONS if name != "sign-flip")
+    (code,) = blocks(text, "python")
+    try:
+        exec(compile(code, "functions.md", "exec"), {})
+        assert "sign-flip" in FUNCTIONS
+    finally:
+        FUNCTIONS.pop("sign-flip", None)
+
+
+def test_the_card_s_example_is_valid_python(finished: Path) -> None:
+    (code,) = blocks((finished / "release" / "README.md").read_text(encoding="utf-8"), "python")
+    compile(code, "card", "exec")
+    assert "Claims made: **none**" in (finished / "release" / "README.md").read_text(encoding="utf-8")
