@@ -22,7 +22,8 @@ from dpf_release.loader import BankDataset
 from dpf_release.models.functions import FUNCTIONS
 from dpf_release.models.weights import load_state, state_bytes
 from dpf_release.pipeline import Project, featurize, featurize_new, fit_poison, init, measure, train, write_candidate
-from dpf_release.pipeline.fitting import load_function, private_bank, straw_man
+from dpf_release.pipeline.attackers import straw_man
+from dpf_release.pipeline.fitting import load_function, private_bank
 from dpf_release.storage import sha256_of
 from dpf_release.vault import read_ids
 

@@ -20,14 +20,8 @@ from dpf_release.figures import write_grid
 from dpf_release.metrics import bootstrap_interval, l1, mean_absolute_error, psnr, ssim, topk_correct
 from dpf_release.models.functions import RowSource
 from dpf_release.models.reconstructors import Reconstructor
-from dpf_release.pipeline.fitting import (
-    AttributeAttacker,
-    attribute_classifier,
-    attribute_of_rows,
-    load_function,
-    private_bank,
-    straw_man,
-)
+from dpf_release.pipeline.attackers import AttributeAttacker, attribute_classifier, attribute_of_rows, straw_man
+from dpf_release.pipeline.fitting import load_function, private_bank
 from dpf_release.pipeline.project import Project
 from dpf_release.storage import make_folder, write_json
 from dpf_release.vault import read_record
@@ -118,7 +112,7 @@ class _Judge:
         divergence = (clean.softmax(1) * (clean.log_softmax(1) - poisoned.log_softmax(1))).sum(1)
         return report | {"kl": float(divergence.mean())}
 
-    def _likeness(self, split: str, network: Reconstructor, source: RowSource) -> dict[str, NDArray[Any]]:
+    def _likeness(self, split: SplitName, network: Reconstructor, source: RowSource) -> dict[str, NDArray[Any]]:
         parts: dict[str, list[Tensor]] = {"l1": [], "psnr": [], "ssim": [], "abs_ssim": []}
         for start in range(0, min(len(source), RECONSTRUCTED_ROWS), 256):
             rows = np.arange(start, min(start + 256, len(source), RECONSTRUCTED_ROWS))
@@ -131,7 +125,7 @@ class _Judge:
         return {metric: torch.cat(values).numpy() for metric, values in parts.items()}
 
     def _identified(
-        self, split: str, column: str, attacker: AttributeAttacker, clean: RowSource, poisoned: RowSource
+        self, split: SplitName, column: str, attacker: AttributeAttacker, clean: RowSource, poisoned: RowSource
     ) -> dict[str, Any]:
         labels = attribute_of_rows(self.project, column, split)
         known = np.flatnonzero(np.isin(labels, attacker.values))
@@ -142,7 +136,7 @@ class _Judge:
         ]
         return _paired("top1", right[0], right[1]) | {"rows": len(known), "values": len(attacker.values)}
 
-    def _pictures(self, split: str, rows: Rows) -> Tensor:
+    def _pictures(self, split: SplitName, rows: Rows) -> Tensor:
         table_rows = self.project.bank_order[0][split]
         return self.project.private_images.pictures.read(table_rows[rows]).float() / 255
 

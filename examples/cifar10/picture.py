@@ -15,7 +15,8 @@ import torch
 
 from dpf_release.figures import write_grid
 from dpf_release.pipeline import Project
-from dpf_release.pipeline.fitting import load_function, straw_man
+from dpf_release.pipeline.attackers import straw_man
+from dpf_release.pipeline.fitting import load_function
 
 PICTURES = 8
 

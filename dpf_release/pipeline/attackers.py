@@ -1,0 +1,195 @@
+"""The byproduct attackers that P is trained against: straw men on Q, attribute classifiers in the vault on S."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpf_release.bank import FeatureBank, SplitName
+from dpf_release.errors import ImageError
+from dpf_release.metrics import l1, ssim
+from dpf_release.models.probes import AttributeClassifier
+from dpf_release.models.reconstructors import Reconstructor, build_reconstructor
+from dpf_release.models.weights import load_state, save_state
+from dpf_release.pipeline.project import Project
+from dpf_release.storage import make_folder, replacing, write_json
+from dpf_release.training import Recipe, fit
+
+Rows = NDArray[np.int64]
+VALIDATION_ROWS = 2000  # enough for the third digit of a loss; more would cost a share of each epoch
+# The identity classifier of the paper's section 4.4 is trained on people with enough pictures, none overrepresented.
+ATTRIBUTE_MIN_ROWS, ATTRIBUTE_MAX_ROWS = 10, 30
+
+
+def straw_man(project: Project, name: str) -> Reconstructor:
+    """ψ of that name, frozen, for this featurizer; trained on Q with L1 (section 3.1.2) and kept where missing."""
+    cut, vault = project.cut, project.vault
+    network = build_reconstructor(name, cut.record.feature_shape, project.config.model.size)
+    path = vault.reconstructors / f"{name}.safetensors"
+    if not _made_for(path, cut.featurizer_sha256):
+        make_folder(vault.reconstructors)
+        scores = _fit_straw_man(project, network, name)
+        _keep_attacker(path, network, cut.featurizer_sha256, scores)
+    network.load_state_dict(load_state(path))
+    project.frozen(network)
+    return network
+
+
+def _fit_straw_man(project: Project, network: Reconstructor, name: str) -> dict[str, Any]:
+    section, images = project.config.reconstructor, project.public_images
+    phi_1 = project.frozen(project.cut.split.featurizer)
+    train, val = images.rows("train"), images.rows("val")[:VALIDATION_ROWS]
+
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        return (images.pictures.read(train[chosen]),)
+
+    def features(pictures: Tensor) -> Tensor:
+        # In float32, as the bank is made: an attacker has the exact features.
+        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
+            inputs = project.preprocess.normalise(pictures).contiguous(memory_format=torch.channels_last)
+            out: Tensor = phi_1(inputs)
+        return out
+
+    def loss(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        reconstruction = network(features(batch[0])).float()
+        return {"loss": F.l1_loss(reconstruction, batch[0].float() / 255)}
+
+    def scores() -> dict[str, float]:
+        parts = []
+        for start in range(0, len(val), 256):
+            pictures = images.pictures.read(val[start : start + 256]).to(project.device)
+            reconstruction, pictures = network(features(pictures)).float(), pictures.float() / 255
+            parts.append(torch.stack([l1(reconstruction, pictures), ssim(reconstruction, pictures)]))
+        mean = torch.cat(parts, dim=1).mean(dim=1)
+        return {"l1": float(mean[0]), "ssim": float(mean[1])}
+
+    recipe = Recipe(section.epochs, section.batch_size, section.learning_rate, bf16=project.config.compute.bf16)
+    history = fit(
+        network,
+        len(train),
+        read_batch,
+        loss,
+        recipe,
+        title=f"Training the straw man {name}",
+        device=project.device,
+        validate=lambda: scores()["l1"],
+        checkpoint=project.vault.reconstructors / f"{name}.checkpoint.safetensors",
+    )
+    with torch.inference_mode():
+        return {"public_val": scores(), "history": asdict(history)}
+
+
+@dataclass(frozen=True, eq=False)
+class AttributeAttacker:
+    """A classifier of an attribute from features, and which rows it can be asked about.
+
+    Attributes:
+        network: frozen; features → scores of `values`.
+        values: the attribute's values that it knows.
+    """
+
+    network: AttributeClassifier
+    values: tuple[str, ...]
+
+
+def attribute_classifier(project: Project, column: str) -> AttributeAttacker:
+    """The byproduct attacker of section 4.4, trained on φ1(S train) and kept in the vault where missing.
+
+    It knows the values of an attribute column with at least 10 rows, and learns from at most 30 of each.
+
+    Raises:
+        ImageError: the private images have no such column, or it has fewer than two such values.
+    """
+    table, cut = project.private_images.table, project.cut
+    if column not in table.attributes:
+        raise ImageError(
+            f"expected an attribute column {column!r} (confuse), found {sorted(table.attributes) or 'none'}."
+        )
+    bank = FeatureBank(project.vault.features, "train")
+    labels = attribute_of_rows(project, column, "train")
+    values, counts = np.unique(labels, return_counts=True)
+    values = values[(counts >= ATTRIBUTE_MIN_ROWS) & (values != "")]
+    if len(values) < 2:
+        raise ImageError(
+            f"expected two values of {column!r} with {ATTRIBUTE_MIN_ROWS} train images, found {len(values)}."
+        )
+    network = AttributeClassifier(cut.record.feature_shape, len(values))
+    path = project.vault.reconstructors / f"attribute-{column}.safetensors"
+    if not _made_for(path, cut.featurizer_sha256):
+        make_folder(project.vault.reconstructors)
+        scores = _fit_attribute_classifier(project, network, bank, labels, values)
+        _keep_attacker(path, network, cut.featurizer_sha256, scores)
+    network.load_state_dict(load_state(path))
+    project.frozen(network)
+    return AttributeAttacker(network, tuple(values))
+
+
+def _fit_attribute_classifier(
+    project: Project,
+    network: nn.Module,
+    bank: FeatureBank,
+    labels: NDArray[np.str_],
+    values: NDArray[np.str_],
+) -> dict[str, Any]:
+    # The bank's order is random, so the first rows of a person are a random choice of them.
+    rows = np.concatenate([np.flatnonzero(labels == value)[:ATTRIBUTE_MAX_ROWS] for value in values])
+    classes = np.searchsorted(values, labels[rows])
+
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        return torch.from_numpy(bank.read(rows[chosen])), torch.from_numpy(classes[chosen])
+
+    def loss(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        scores = network(batch[0].float()).float()
+        return {
+            "loss": F.cross_entropy(scores, batch[1]),
+            "top1": (scores.argmax(1) == batch[1]).float().mean(),
+        }
+
+    section = project.config.reconstructor
+    batch_size = min(section.batch_size, len(rows))
+    recipe = Recipe(
+        3 * section.epochs,
+        batch_size,
+        section.learning_rate,
+        weight_decay=1e-4,
+        bf16=project.config.compute.bf16,
+    )
+    history = fit(
+        network,
+        len(rows),
+        read_batch,
+        loss,
+        recipe,
+        title="Training the attribute classifier",
+        device=project.device,
+    )
+    return {"values": len(values), "rows": len(rows), "history": asdict(history)}
+
+
+def attribute_of_rows(project: Project, column: str, split: SplitName) -> NDArray[np.str_]:
+    """The attribute of each bank row of a split, (N,) texts."""
+    rows, _ = project.bank_order
+    values = project.private_images.table.attributes[column]
+    return np.array([values[row] for row in rows[split]])
+
+
+def _made_for(path: Path, featurizer_sha256: str) -> bool:
+    record = path.with_suffix(".json")
+    return (
+        path.is_file() and record.is_file() and json.loads(record.read_text())["featurizer_sha256"] == featurizer_sha256
+    )
+
+
+def _keep_attacker(path: Path, network: nn.Module, featurizer_sha256: str, facts: dict[str, Any]) -> None:
+    with replacing(path) as partial:
+        save_state(partial, network.state_dict())
+    write_json(path.with_suffix(".json"), {"featurizer_sha256": featurizer_sha256, **facts})
+    path.with_suffix(".checkpoint.safetensors").unlink(missing_ok=True)
