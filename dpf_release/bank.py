@@ -127,8 +127,12 @@ class BankWriter:
             on_rows: told how many more rows are done.
 
         Raises:
-            BankError: a row is not finite in float16.
+            BankError: a row is not finite in float16, or targets or ids are not what the header says.
         """
+        expected = (len(ids), self.header.targets) if self.header.targets else (len(ids),)
+        if targets.shape != expected or ids.shape != (len(ids), ID_BYTES) or ids.dtype != np.uint8:
+            raise BankError(f"expected targets {expected} and ids (N, {ID_BYTES}), found {targets.shape}, {ids.shape}.")
+        targets = targets.astype(np.float32 if self.header.targets else np.int64)
         folder = make_folder(self.folder / split, PRIVATE_FOLDER if self.private else 0o755)
         records = []
         for number, start in enumerate(range(0, len(ids), self.rows_per_shard)):
@@ -169,6 +173,7 @@ class BankWriter:
         on_rows: Callable[[int], None],
     ) -> None:
         shape = self.header.feature_shape
+        (self.folder / INDEX).unlink(missing_ok=True)  # a bank that changes is unfinished until `finish`
         with (
             replacing(path, self._file_mode) as partial,
             h5py.File(partial, "w", libver=LIBVER, track_times=False) as shard,
@@ -194,7 +199,7 @@ class BankWriter:
 
     def _holds(self, path: Path, split: str, targets: NDArray[Any], ids: NDArray[np.uint8]) -> bool:
         """Whether a shard under its final name, therefore whole, is the one that would be written."""
-        with h5py.File(path, "r") as shard:
+        with open_shard(path) as shard:
             check_shard(shard, path, self.header, split, len(ids))
             name = "target" if targets.ndim == 2 else "label"
             return np.array_equal(shard["id"][:], ids) and np.array_equal(shard[name][:], targets)
@@ -223,6 +228,18 @@ def _attributes(header: BankIndex, split: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------- reading
+
+
+def open_shard(path: Path) -> h5py.File:
+    """A shard, open for reading.
+
+    Raises:
+        BankError: it is missing, cut off, or no HDF5 file.
+    """
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
 
 
 def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, rows: int) -> None:
@@ -255,13 +272,17 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
             problems.append(f"/{member}: expected {dtype} {shape}, found {dataset.dtype} {dataset.shape}")
         elif dataset.id.get_create_plist().get_nfilters():
             problems.append(f"/{member} has filters; format 1 is written without")
+        elif len(dataset.attrs):
+            problems.append(f"/{member} has attributes of its own: {sorted(dataset.attrs)}")
         elif dataset.nbytes > size:
             problems.append(f"/{member} claims {dataset.nbytes} bytes in a file of {size}")
         elif member == "features" and dataset.chunks != (1, *header.feature_shape):
             problems.append(f"/features: expected one row a chunk, found chunks {dataset.chunks}")
-    found = {key: value.item() if hasattr(value, "item") else value for key, value in shard.attrs.items()}
-    if found != _attributes(header, split):
-        problems.append(f"expected the attributes {_attributes(header, split)}, found {found}")
+    found = {key: value.item() if isinstance(value, np.generic) else value for key, value in shard.attrs.items()}
+    attributes = _attributes(header, split)
+    # As text: an array, or a 0 in the place of False, is not equal.
+    if repr(sorted(found.items())) != repr(sorted(attributes.items())):
+        problems.append(f"expected the attributes {attributes}, found {found}")
     if problems:
         raise BankError(f"{path.name} of {split} is not a shard of this bank: " + "; ".join(problems) + ".")
 
@@ -270,7 +291,7 @@ class _OpenShard:
     """One mapped shard of one process."""
 
     def __init__(self, path: Path, header: BankIndex, split: str, rows: int) -> None:
-        self.file = h5py.File(path, "r")
+        self.file = open_shard(path)
         check_shard(self.file, path, header, split, rows)
         self.features = _mapped(self.file["features"], path)
 

@@ -17,15 +17,17 @@ CONFIG_NAME = "dpf.toml"
 # Names become folder names and, for a release, public text: nothing that needs escaping anywhere.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Epochs = Annotated[int, Field(ge=1, le=10_000)]
-BatchSize = Annotated[int, Field(ge=2, le=65_536)]
+Epochs = Annotated[int, Field(ge=1, le=10_000, strict=True)]
+BatchSize = Annotated[int, Field(ge=2, le=65_536, strict=True)]
 Rate = Annotated[float, Field(gt=0.0, le=10.0)]
+Side = Annotated[int, Field(ge=8, le=4096, strict=True)]
+Deviation = Annotated[float, Field(gt=0.0)]
 
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ReleaseSection(_Section):
@@ -46,6 +48,8 @@ class TaskSection(_Section):
 
     @model_validator(mode="after")
     def _targets_belong_to_regression(self) -> TaskSection:
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("`targets` lists a column twice")
         if (self.kind == "regression") != bool(self.targets):
             raise ValueError("`targets` lists the target columns of a regression task, and of no other")
         return self
@@ -61,6 +65,12 @@ class PrivateImagesSection(_Section):
     test_fraction: Fraction = 0.1
     seed: int = 0
     max_bad: Fraction = 0.001
+
+    @model_validator(mode="after")
+    def _some_are_left_to_train_on(self) -> PrivateImagesSection:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction and test_fraction leave nothing to train on")
+        return self
 
 
 class PublicImagesSection(_Section):
@@ -85,10 +95,10 @@ class ModelSection(_Section):
     arguments: dict[str, int] = {}
     weights: Path | None = None
     hook: str = "conv4_1"
-    size: tuple[int, int] = (224, 224)
+    size: tuple[Side, Side] = (224, 224)
     resize: Annotated[int, Field(ge=0, le=4096)] = 256
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
 
 
 class TrainSection(_Section):
@@ -98,7 +108,7 @@ class TrainSection(_Section):
     batch_size: BatchSize = 128
     learning_rate: Rate = 0.1
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 5e-4
-    flip: bool = True
+    flip: Annotated[bool, Field(strict=True)] = True
     shift: Annotated[int, Field(ge=0, le=512)] = 0
 
 
@@ -167,7 +177,7 @@ def parse_size(text: str) -> int:
     """Bytes in `"1 GiB"`, `"500 MB"`, `"4096"`.
 
     Raises:
-        ValueError: the text is no size, or one under 1 MiB is asked for in words of a unit we do not know.
+        ValueError: the text is no size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get((found.group(2) or "B").upper()) if found else None

@@ -22,23 +22,30 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
     An item is ((C, H, W) float16 features, target): the class index, or (K,) float32 regression targets.
 
     Attributes:
-        classes: names of the classes, by index; empty for regression.
+        names: of the classes, by index; of the target columns for regression.
     """
 
-    def __init__(self, banks: Sequence[FeatureBank], classes: Sequence[str], targets: Sequence[NDArray[Any]]) -> None:
-        self.banks, self.classes = tuple(banks), tuple(classes)
+    def __init__(self, banks: Sequence[FeatureBank], names: Sequence[str], targets: Sequence[NDArray[Any]]) -> None:
+        self.banks, self.names = tuple(banks), tuple(names)
         self.targets = np.concatenate(targets)
         self._starts = np.cumsum([0, *(len(bank) for bank in banks)])
 
     @classmethod
-    def open(cls, folder: str | Path, split: SplitName, classes: Sequence[str] = ()) -> BankDataset:
+    def open(cls, folder: str | Path, split: SplitName, names: Sequence[str] = ()) -> BankDataset:
         """One split of a bank folder, such as one's own φ1(T) from `featurize --release`.
 
+        Args:
+            folder: the bank.
+            split: which.
+            names: what its targets are, `release.names`.
+
         Raises:
-            BankError: no finished bank of format 1, or no such split.
+            BankError: no finished bank of format 1, no such split, or labels that are not among the names.
         """
         bank = FeatureBank(Path(folder), split)
-        return cls([bank], classes, [bank.targets])
+        if names and not bank.index.targets and not np.isin(bank.targets, np.arange(len(names))).all():
+            raise BankError(f"{folder} has labels beyond its {len(names)} classes. Fetch or write it again.")
+        return cls([bank], names, [bank.targets])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -110,14 +117,15 @@ def concat(datasets: Sequence[BankDataset]) -> BankDataset:
                 f"bank {number} was made by another featurizer (φ1) than bank 0: their features do not mix. "
                 f"Expected {index.featurizer_sha256[:12]}…, found {theirs.featurizer_sha256[:12]}…."
             )
-        if set(other.classes) != set(first.classes) or theirs.targets != index.targets:
+        same = other.names == first.names if index.targets else set(other.names) == set(first.names)
+        if not same or theirs.targets != index.targets:
             raise BankError(
-                f"bank {number} has other classes or targets than bank 0: expected {sorted(first.classes)}, found "
-                f"{sorted(other.classes)}. Select the common classes before releasing."
+                f"bank {number} has other classes or targets than bank 0: expected {list(first.names)}, found "
+                f"{list(other.names)}. Select the common classes before releasing."
             )
-        new_index = np.array([first.classes.index(name) for name in other.classes], np.int64)
-        targets.append(new_index[other.targets] if len(new_index) else other.targets)
-    return BankDataset([bank for other in datasets for bank in other.banks], first.classes, targets)
+        new_label = np.array([first.names.index(name) for name in other.names], np.int64)
+        targets.append(other.targets if index.targets or not len(new_label) else new_label[other.targets])
+    return BankDataset([bank for other in datasets for bank in other.banks], first.names, targets)
 
 
 def _as_is(batch: Any) -> Any:

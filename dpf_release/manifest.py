@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpf_release.storage import PUBLIC_FILE, sha256_of, write_json, write_text
 
@@ -43,6 +43,12 @@ class FileRecord(_Record):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=0)]
     role: Role
+
+    @model_validator(mode="after")
+    def _has_the_role_of_its_path(self) -> FileRecord:
+        if self.role != role_of(self.path):
+            raise ValueError(f"{self.path} has the role {role_of(self.path)}, not {self.role}")
+        return self
 
 
 class Claims(_Record):

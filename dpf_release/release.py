@@ -81,9 +81,14 @@ class Release:
         """Names of the classes, by index; empty for regression."""
         return self.record.classes
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, by index, or of the regression targets."""
+        return self.record.classes or self.record.targets
+
     def bank(self, split: SplitName) -> BankDataset:
         """P(φ1(S)) of one split, as a torch data set."""
-        return BankDataset.open(self.folder / "features", split, self.classes)
+        return BankDataset.open(self.folder / "features", split, self.names)
 
     def featurizer(self, build: Builder | None = None) -> nn.Module:
         """φ1: (N, 3, H, W) preprocessed images → (N, C, H, W) features; frozen.

@@ -28,7 +28,7 @@ def main() -> None:
     bank = release.bank("train")
     with tempfile.TemporaryDirectory() as folder:
         featurize_new(release, options.images, Path(folder) / "bank")  # φ1(T): yours, unpoisoned
-        own, test = (BankDataset.open(Path(folder) / "bank", split, release.classes) for split in ("train", "test"))
+        own, test = (BankDataset.open(Path(folder) / "bank", split, release.names) for split in ("train", "test"))
         print(f"{len(bank)} released rows, {len(own)} own, {len(test)} own test rows")
         print(f"φ2 as released: {score(release.classifier(), test):.4f}")
 

@@ -258,6 +258,17 @@ def test_after_a_crash_there_is_no_index_and_a_second_run_completes_to_the_same_
     assert _digests(crashed) == _digests(bank)
 
 
+def test_a_finished_bank_that_is_written_over_is_unfinished_until_it_is_whole_again(bank: Path) -> None:
+    def source(start: int, stop: int) -> Any:
+        raise KeyboardInterrupt
+
+    assert len(FeatureBank(bank, "train")) == 10
+    with pytest.raises(KeyboardInterrupt):
+        writer(bank).write_split("train", np.arange(10), ids_of(10, seed=2), source)
+    with pytest.raises(BankError, match="expected a finished feature bank"):
+        FeatureBank(bank, "train")
+
+
 def test_a_shard_of_other_rows_is_written_anew_and_one_of_another_bank_is_refused(bank: Path) -> None:
     before, calls = _digests(bank), []
 
@@ -366,6 +377,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File, Path], Any], str]] = {
     "lost attribute": (lambda s, _: s.attrs.__delitem__("poisoned"), "expected the attributes"),
     "changed attribute": (lambda s, _: s.attrs.modify("poisoned", True), "'poisoned': True"),
     "array attribute": (lambda s, _: s.attrs.update(poisoned=[False, True]), "expected the attributes"),
+    "attribute of another type": (lambda s, _: s.attrs.update(poisoned=0), "expected the attributes"),
     "other version": (lambda s, _: s.attrs.modify("version", 2), "'version': 2"),
     "other split": (lambda s, _: s.attrs.modify("split", "val"), "'split': 'val'"),
 }

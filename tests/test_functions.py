@@ -399,7 +399,7 @@ def test_parameters_are_read_from_the_name() -> None:
         ("recombine:size=3", r"'k', 'patch', 'bins'.*'size'"),
         ("identity:k=3", "none.*'k'"),
         ("recombine:k=many", "number for recombine:k.*'many'"),
-        ("recombine:k=2patch=2", "number for recombine:k"),
+        ("recombine:k=2patch=2", "expected .*2patch=2"),
         ("recombine:k=1", "recombine:k from 2 to 10000, found 1"),
         ("recombine:patch=9", "recombine:patch from 1 to 8"),
         ("gaussian-noise:scale=nan", "gaussian-noise:scale from 0"),

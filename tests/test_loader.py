@@ -109,10 +109,10 @@ def test_banks_are_combined_by_the_names_of_their_classes(tmp_path: Path) -> Non
     second = _open(tmp_path / "b", ("owl", "cat", "dog"), seed=1)
     both = concat([first, second])
     assert len(both) == 20
-    assert both.classes == ("cat", "dog", "owl")
+    assert both.names == ("cat", "dog", "owl")
 
     def names(dataset: BankDataset) -> list[str]:
-        return [dataset.classes[target] for target in dataset.targets]
+        return [dataset.names[target] for target in dataset.targets]
 
     assert names(both) == names(first) + names(second)
     assert both.targets[:10].tolist() != both.targets[10:].tolist()  # the numbers are others
@@ -133,7 +133,7 @@ def test_banks_are_combined_by_the_names_of_their_classes(tmp_path: Path) -> Non
             r"bank 1 was made by another featurizer .*Expected aaaaaaaaaaaa…, found bbbb",
         ),
         ({"classes": ("cat", "dog", "fox")}, r"bank 1 has other classes .*'owl'\], found \['cat', 'dog', 'fox'\]"),
-        ({"classes": ("cat", "dog")}, "bank 1 has other classes"),
+        ({"classes": ("cat", "dog")}, "labels beyond its 2 classes"),
         ({"classes": ()}, "bank 1 has other classes"),
         ({"targets": np.zeros((10, 2), np.float32)}, "bank 1 has other classes or targets"),
     ],
@@ -141,9 +141,8 @@ def test_banks_are_combined_by_the_names_of_their_classes(tmp_path: Path) -> Non
 def test_banks_that_do_not_mix_are_refused(tmp_path: Path, other: dict[str, Any], message: str) -> None:
     classes = ("cat", "dog", "owl")
     first = _open(tmp_path / "a", classes)
-    second = _open(tmp_path / "b", **{"classes": classes} | other)
     with pytest.raises(BankError, match=message):
-        concat([first, second])
+        concat([first, _open(tmp_path / "b", **{"classes": classes} | other)])
     assert len(concat([first, _open(tmp_path / "c", classes)])) == 20
 
 

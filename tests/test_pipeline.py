@@ -251,7 +251,7 @@ def test_own_images_join_a_release_through_its_featurizer(finished: Path, tmp_pa
     write_shapes(tmp_path / "mine", ("disc", "square"), 6, seed=9)
     index = featurize_new(release, tmp_path / "mine", tmp_path / "bank")
     assert not index.poisoned
-    own = BankDataset.open(tmp_path / "bank", "train", release.classes)
+    own = BankDataset.open(tmp_path / "bank", "train", release.names)
     joined = concat([release.bank("train"), own])
     assert len(joined) == len(release.bank("train")) + 12
     with pytest.raises(ImageError, match="holds a bank already"):

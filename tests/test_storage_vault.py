@@ -56,9 +56,14 @@ def test_a_writer_that_fails_leaves_what_was_there(
     path = tmp_path / "file"
     if old is not None:
         path.write_bytes(old)
-    with pytest.raises(error), replacing(path) as partial:
-        partial.write_bytes(b"half")
-        raise error
+
+    def fail() -> None:
+        with replacing(path) as partial:
+            partial.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == ({"file": old} if old else {})
 
 

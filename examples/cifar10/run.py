@@ -84,7 +84,7 @@ def new_classifier(project: Project, bank: Path, test: BankDataset) -> float:
     network = project.new_classifier()
     fit_classifier(
         network,
-        BankDataset.open(bank, "train", test.classes),
+        BankDataset.open(bank, "train", test.names),
         epochs=NEW_CLASSIFIER_EPOCHS,
         learning_rate=0.05,
     )
