@@ -27,6 +27,8 @@ def fit_classifier(
 ) -> History:
     """Fits a network from features to targets, in place: cross entropy, or smooth L1 for regression.
 
+    In float32: the same seed gives the same weights on the same machine.
+
     Args:
         network: (N, C, H, W) features → (N, outputs): `release.untrained_classifier()` for a new φ3,
             `release.classifier()` to refine φ2 (with a small learning rate).
@@ -46,7 +48,7 @@ def fit_classifier(
         regression = batch[1].is_floating_point()
         return {"loss": F.smooth_l1_loss(outputs, batch[1]) if regression else F.cross_entropy(outputs, batch[1])}
 
-    recipe = Recipe(epochs, min(batch_size, len(rows)), learning_rate, "sgd", 5e-4, seed=seed)
+    recipe = Recipe(epochs, min(batch_size, len(rows)), learning_rate, "sgd", 5e-4, seed, bf16="off")
     return fit(network, len(rows), read_batch, loss, recipe, title="Training on features", device=pick_device(device))
 
 
@@ -54,7 +56,7 @@ def score(network: nn.Module, rows: BankDataset) -> float:
     """Top-1 of a network on a bank (0 to 1), or its mean absolute error in the target's unit."""
     parts = []
     network.eval()
-    device = next(network.parameters()).device
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     with torch.inference_mode():
         for start in range(0, len(rows), 256):
             features, targets = rows.read(np.arange(start, min(start + 256, len(rows))))

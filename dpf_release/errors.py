@@ -35,6 +35,10 @@ class BankError(DPFReleaseError):
     """A feature bank cannot be written, or is not format 1."""
 
 
+class TrainingError(DPFReleaseError):
+    """A training cannot go on."""
+
+
 class RefusedError(DPFReleaseError):
     """A check before publication said no; nothing was published."""
 

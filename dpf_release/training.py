@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dpf_release.errors import TrainingError
 from dpf_release.progress import Progress
 from dpf_release.storage import replacing
 
@@ -105,15 +107,17 @@ def fit(
         pct_start=0.2,
         cycle_momentum=False,
     )
-    state = _State(network, optimizer, schedule)
+    state = _State(network, optimizer, schedule, {**asdict(recipe), "rows": rows})
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        done = state.load(checkpoint, recipe) if checkpoint else 0  # steps of earlier runs
+        done = state.load(checkpoint) if checkpoint else 0  # steps of earlier runs
         history = state.history
         history.device, started, saved = str(device), time.monotonic() - history.seconds, time.monotonic()
-        batches = _ahead(_batches(rows, steps, recipe, done, read_batch))
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        with Progress(title, recipe.epochs * steps * recipe.batch_size) as progress:
+        with (
+            Progress(title, recipe.epochs * steps * recipe.batch_size) as progress,
+            contextlib.closing(_ahead(_batches(rows, steps, recipe, done, read_batch))) as batches,
+        ):
             progress.skip(done * recipe.batch_size)
             for step, batch in enumerate(batches, start=done):
                 batch = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
@@ -124,6 +128,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 with autocast:
                     facts = loss(batch)
+                _refuse_divergence(title, float(facts["loss"].detach()))
                 facts["loss"].backward()
                 optimizer.step()
                 schedule.step()
@@ -133,13 +138,22 @@ def fit(
                 last_of_epoch = (step + 1) % steps == 0
                 if last_of_epoch:
                     state.end_epoch(validate)
+                    _refuse_divergence(title, history.epochs[-1].get("validation", 0.0))
                 history.seconds = time.monotonic() - started
                 if checkpoint and (last_of_epoch or time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS):
-                    state.save(checkpoint, recipe, step + 1)
+                    state.save(checkpoint, step + 1)
                     saved = time.monotonic()
     state.take_best()
     network.eval()
     return history
+
+
+def _refuse_divergence(title: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"{title}: expected a finite loss, found {value}: it diverged. Lower its learning_rate, and run the "
+            "command again with --restart."
+        )
 
 
 def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -162,7 +176,7 @@ def _batches(
             yield read_batch(chosen, np.random.default_rng([recipe.seed, epoch, step]))
 
 
-def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+def _ahead(batches: Iterator[Batch], depth: int = 2) -> Generator[Batch, None, None]:
     """The same batches, read in a thread while the network computes."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stopped = threading.Event()
@@ -231,8 +245,11 @@ class _State:
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
+        facts: dict[str, Any],
     ) -> None:
         self.network, self.optimizer, self.schedule = network, optimizer, schedule
+        shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+        self.fingerprint = facts | {"shapes": shapes}  # a checkpoint of anything else is not gone on from
         self.history = History()
         self.best: dict[str, Tensor] = {}
         self.sums: dict[str, float] = {}
@@ -251,7 +268,7 @@ class _State:
             with torch.inference_mode():
                 entry["validation"] = validate()
             scores = [epoch["validation"] for epoch in self.history.epochs]
-            if not scores or entry["validation"] < min(scores):
+            if not scores or entry["validation"] < scores[self.history.best_epoch]:
                 self.history.best_epoch = len(scores)
                 self.best = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         self.history.epochs.append(entry)
@@ -262,7 +279,7 @@ class _State:
         else:
             self.history.best_epoch = len(self.history.epochs) - 1
 
-    def save(self, path: Path, recipe: Recipe, step: int) -> None:
+    def save(self, path: Path, step: int) -> None:
         optimizer = self.optimizer.state_dict()
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
@@ -273,9 +290,11 @@ class _State:
             if isinstance(value, Tensor)
         }
         tensors["rng"] = torch.get_rng_state()
+        if self.history.device.startswith("cuda"):
+            tensors["rng_cuda"] = torch.cuda.get_rng_state(self.history.device)
         record = {
             "step": step,
-            "recipe": asdict(recipe),
+            "fingerprint": self.fingerprint,
             "history": asdict(self.history),
             "groups": optimizer["param_groups"],
             "schedule": {
@@ -288,15 +307,16 @@ class _State:
             ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
             save_file(ready, partial, {"record": json.dumps(record)})
 
-    def load(self, path: Path, recipe: Recipe) -> int:
-        """Steps done by an earlier run of the same recipe; 0 where there was none."""
-        if not path.is_file():
+    def load(self, path: Path) -> int:
+        """Steps done by an earlier run of the same training; 0 where there was none, or its checkpoint is damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads((file.metadata() or {}).get("record", "{}"))
+                if record.get("fingerprint") != self.fingerprint:
+                    return 0
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
+        except (FileNotFoundError, SafetensorError):
             return 0
-        with safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
-            if record["recipe"] != asdict(recipe):
-                return 0
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
         self.network.load_state_dict(_under("network.", tensors))
         self.best = _under("best.", tensors)
         state: dict[int, dict[str, Any]] = {}
@@ -306,6 +326,8 @@ class _State:
         self.optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
         self.schedule.load_state_dict(record["schedule"])
         torch.set_rng_state(tensors["rng"])
+        if "rng_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng_cuda"])
         self.history = History(**record["history"])
         self.sums, self.count = record["sums"], record["count"]
         return int(record["step"])

@@ -1,5 +1,6 @@
 """Poisoning functions do what their names say, to the pixel, and a plan decides all that is random."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,6 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from dpf_release.errors import ConfigError
-from dpf_release.models import functions
 from dpf_release.models.functions import (
     FUNCTIONS,
     Chain,
@@ -315,11 +315,12 @@ class Recorder(PoisoningFunction):
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type[PoisoningFunction]]:
-    """A copy of the registry, to register in."""
-    copy = dict(FUNCTIONS)
-    monkeypatch.setattr(functions, "FUNCTIONS", copy)
-    return copy
+def registry() -> Iterator[dict[str, type[PoisoningFunction]]]:
+    """The registry, put back as it was."""
+    before = dict(FUNCTIONS)
+    yield FUNCTIONS
+    FUNCTIONS.clear()
+    FUNCTIONS.update(before)
 
 
 def test_a_chain_applies_its_first_stage_first() -> None:
