@@ -200,7 +200,10 @@ class BankWriter:
     def _holds(self, path: Path, split: str, targets: NDArray[Any], ids: NDArray[np.uint8]) -> bool:
         """Whether a shard under its final name, therefore whole, is the one that would be written."""
         with open_shard(path) as shard:
-            check_shard(shard, path, self.header, split, len(ids))
+            try:
+                check_shard(shard, path, self.header, split, len(ids))
+            except BankError:
+                return False
             name = "target" if targets.ndim == 2 else "label"
             return np.array_equal(shard["id"][:], ids) and np.array_equal(shard[name][:], targets)
 

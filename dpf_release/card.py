@@ -30,8 +30,7 @@ tags:
 {description}
 
 A feature bank in the place of an image data set. The rows are P(φ1(S)): images S, seen by the public featurizer φ1
-(`{arch}` up to `{hook}`), changed by a poisoning function P that its owner keeps secret. The public classifier φ2
-answers on them about as it does on φ1 of the images. The images are not here.
+(`{arch}` up to `{hook}`), changed by a poisoning function P that is not published. Neither are the images.
 
 | | |
 |---|---|
@@ -74,7 +73,7 @@ def write_card(path: Path, config: Config, record: ModelRecord, index: BankIndex
         config: for the `[release]` section.
         record: the public model record.
         index: the public bank's.
-        scores: `task` of the measurements of `val`; empty where none were made.
+        scores: split → `task` of the measurements of this candidate; empty where none were made.
     """
     regression = record.task == "regression"
     text = CARD.format(
@@ -101,17 +100,18 @@ def write_card(path: Path, config: Config, record: ModelRecord, index: BankIndex
 
 
 def _score_rows(scores: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
-    if "top1_clean" in scores:
-        return [
-            ("top-1 of φ2 on φ1 of the `val` images", f"{scores['top1_clean']:.2%}"),
-            ("top-1 of φ2 on the `val` rows here", f"{scores['top1_poisoned']:.2%}"),
-        ]
-    if "mae_clean" in scores:
-        return [
-            ("mean absolute error of φ2 on φ1 of the `val` images", f"{scores['mae_clean']:.3g} {unit}"),
-            ("mean absolute error of φ2 on the `val` rows here", f"{scores['mae_poisoned']:.3g} {unit}"),
-        ]
-    return []
+    """What φ2 scores on clean and on poisoned rows; `test` is not released, and `val` chose the epochs."""
+    shown = {"top1": ("top-1", "{:.2%}"), "mae": ("mean absolute error", "{:.3g} " + unit)}
+    rows = [
+        (
+            f"φ2 on {split}: {label}, clean and poisoned",
+            f"{form.format(task[f'{key}_clean'])}, {form.format(task[f'{key}_poisoned'])}",
+        )
+        for split, task in scores.items()
+        for key, (label, form) in shown.items()
+        if f"{key}_clean" in task
+    ]
+    return rows or [("φ2 on clean and poisoned rows", "not measured")]
 
 
 def _cell(text: str, limit: int = 500) -> str:

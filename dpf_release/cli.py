@@ -12,8 +12,8 @@ import typer
 from dpf_release.errors import DPFReleaseError, VerificationError
 
 if TYPE_CHECKING:
+    from dpf_release.images import BadImage
     from dpf_release.pipeline import Project
-    from dpf_release.pipeline.project import ImageSet
 
 app = typer.Typer(
     help="Publish an image data set as poisoned feature banks, without publishing the images.\n\n"
@@ -48,8 +48,8 @@ def _project(config: Path, **overrides: Any) -> Project:
     return Project.open(config, {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def _print_unreadable(images: ImageSet) -> None:
-    for bad in images.bad:
+def _print_unreadable(images: Sequence[BadImage]) -> None:
+    for bad in images:
         print(f"left out, unreadable: {bad.name}: {bad.reason}")
 
 
@@ -100,7 +100,7 @@ def train(
 
     project = _project(config, train__epochs=epochs, compute__device=device)
     scores = run(project, restart)
-    _print_unreadable(project.private_images)
+    _print_unreadable(project.private_images.bad)
     unit = project.config.task.unit
     for split, score in scores.items():
         print(f"{split}: " + (f"MAE {score:.4g} {unit}" if project.config.task.targets else f"top-1 {score:.2%}"))
@@ -114,6 +114,7 @@ def featurize(
     release: Annotated[Path | None, typer.Option("--release", help="Downstream: use the φ1 of this release.")] = None,
     images: Annotated[Path | None, typer.Option("--images", help="Downstream: your own images T.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Downstream: folder for the bank φ1(T).")] = None,
+    max_bad: Annotated[float, typer.Option("--max-bad", help="Downstream: share of T that may be unreadable.")] = 0.001,
 ) -> None:
     """Split Φ and write the private bank φ1(S) into the vault.
 
@@ -128,12 +129,13 @@ def featurize(
             raise typer.BadParameter("--release, --images and --out go together")
         from dpf_release import Release
 
-        index = pipeline.featurize_new(Release.open(release), images, out)
+        index, unreadable = pipeline.featurize_new(Release.open(release), images, out, max_bad=max_bad)
         where = out
     else:
         project = _project(config, compute__device=device)
         index, where = pipeline.featurize(project, restart), project.vault.features
-        _print_unreadable(project.private_images)
+        unreadable = list(project.private_images.bad)
+    _print_unreadable(unreadable)
     counts = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
     print(f"Wrote {where}: {counts}, {index.row_bytes} bytes a row")
 
@@ -168,7 +170,7 @@ def fit_poison(
     project = _project(config, compute__device=device, **overrides)
     last = run(project, name, restart)
     if project.config.poison.straw_men:
-        _print_unreadable(project.public_images)
+        _print_unreadable(project.public_images.bad)
     facts = ", ".join(f"{key} {value:.4g}" for key, value in last.items()) or "a stationary function: nothing to train"
     print(f"Fitted {name}: {facts}. Next: dpf-release poison --name {name}")
 
@@ -184,7 +186,9 @@ def poison(config: ConfigOption = CONFIG, name: NameOption = "default", device: 
     project = _project(config, compute__device=device)
     pipeline.write_candidate(project, name)
     print_measurements(pipeline.measure(project, name))
-    print(f"Pictures: {project.vault.reports(name) / 'reconstructions.png'} (private)")
+    pictures = project.vault.reports(name) / "reconstructions.png"
+    if pictures.is_file():
+        print(f"Pictures: {pictures} (private)")
 
 
 def print_measurements(report: Mapping[str, Any]) -> None:
@@ -202,8 +206,13 @@ def print_measurements(report: Mapping[str, Any]) -> None:
             rows += [
                 _measured_row(f"{straw_man} {metric}", values, metric) for metric in ("l1", "psnr", "ssim", "abs_ssim")
             ]
-        rows += [_measured_row(f"{column} top1", values, "top1") for column, values in part["attributes"].items()]
-        title = f"{split}, {part['rows']} rows, {report['function']}, objective {report['objective']}"
+        for column, values in part["attributes"].items():
+            if "not_measured" in values:
+                rows.append((f"{column} top1", "", "", values["not_measured"]))
+            else:
+                rows.append(_measured_row(f"{column} top1", values, "top1"))
+        objective = f", objective {report['objective']}" if report["objective"] else ""
+        title = f"{split}, {part['rows']} rows, {report['function']}{objective}"
         _print_table(title, ("", "clean", "poisoned", "clean - poisoned, 95 %"), rows)
 
 

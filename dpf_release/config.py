@@ -61,7 +61,7 @@ class PrivateImagesSection(_Section):
     path: Path = Path("images/private")
     classes: tuple[str, ...] = ()
     group: str | None = None
-    val_fraction: Fraction = 0.1
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     test_fraction: Fraction = 0.1
     seed: int = 0
     max_bad: Fraction = 0.001

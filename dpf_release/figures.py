@@ -33,7 +33,7 @@ def write_grid(path: Path, rows: Mapping[str, Tensor]) -> None:
         top = GAP + line * (tile_height + GAP)
         draw.text((GAP, top + tile_height // 2), label, fill="black", font=font, anchor="lm")
         for column, picture in enumerate(pictures):
-            pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # (H, W, 3)
+            pixels = (picture.cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # (H, W, 3)
             tile = Image.fromarray(np.ascontiguousarray(pixels)).resize(
                 (tile_width, tile_height), Image.Resampling.NEAREST
             )

@@ -37,7 +37,7 @@ def inspect(path: str, size: int = 224, width: int | None = None) -> list[Table]
     """What a release, vault, bank, shard, `dpf.toml` or architecture is.
 
     Args:
-        path: a path; where nothing lies there, the name of an architecture.
+        path: the name of an architecture (which goes before a path of that name), or a path.
         size: side of an architecture's input, in pixels.
         width: argument of the CIFAR-sized ResNets.
 

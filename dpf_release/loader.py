@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         shuffle: bool = False,
         workers: int = 0,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> DataLoader[tuple[Tensor, Tensor]]:
         """Batches of ((n, C, H, W) float16, targets); the order depends on the seed and the epoch alone.
 
@@ -86,9 +87,12 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
             shuffle: another order each epoch.
             workers: reading processes; 0 reads in this one, which is fast where the bank is in the page cache.
             seed: of the order.
-            rank: which share of the rows, 0 to world_size - 1.
-            world_size: how many shares; each has as many batches as the others (the last few rows may be left out).
+            rank: which share of the rows, 0 to world_size - 1; by default what torchrun says.
+            world_size: how many shares, likewise; each has as many batches as the others (a few rows may be left
+                out).
         """
+        rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+        world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
         return DataLoader(
             self,
             batch_sampler=_Batches(len(self), batch_size, shuffle, seed, rank, world_size),

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-_WINDOW, _SIGMA = 11, 1.5
+WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2  # (K1 L)² and (K2 L)² for a data range L of 1
 
 
@@ -31,8 +31,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         ValueError: the shapes differ, or an image is smaller than the window.
     """
     _require_same_images(a, b)
-    if min(a.shape[-2:]) < _WINDOW:
-        raise ValueError(f"SSIM needs images of at least {_WINDOW}×{_WINDOW} pixels, found {tuple(a.shape)}")
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels, found {tuple(a.shape)}")
     # Variances are differences of nearly equal numbers: no half precision here, whatever the training uses.
     with torch.autocast(a.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -59,11 +59,11 @@ def _gaussian_mean(images: Tensor) -> Tensor:
 
 def _band(length: int, like: Tensor) -> Tensor:
     """Returns (length - 10, length): the window's weights, one row a place."""
-    places = torch.arange(_WINDOW, device=like.device, dtype=like.dtype) - _WINDOW // 2
+    places = torch.arange(WINDOW, device=like.device, dtype=like.dtype) - WINDOW // 2
     weights = torch.exp(-(places**2) / (2 * _SIGMA**2))
-    band = like.new_zeros(length - _WINDOW + 1, length)
+    band = like.new_zeros(length - WINDOW + 1, length)
     rows = torch.arange(len(band), device=like.device)[:, None]
-    band[rows, rows + torch.arange(_WINDOW, device=like.device)] = weights / weights.sum()
+    band[rows, rows + torch.arange(WINDOW, device=like.device)] = weights / weights.sum()
     return band
 
 

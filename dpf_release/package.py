@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -23,15 +24,16 @@ from dpf_release.manifest import (
     describe_files,
     read_manifest,
     role_of,
-    verify,
     write_manifest,
 )
-from dpf_release.pipeline.fitting import load_function
+from dpf_release.pipeline.banks import CANDIDATE, candidate_origin
+from dpf_release.pipeline.fitting import FittedFunction, load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.progress import Progress
 from dpf_release.record import ModelRecord, read_model_record
+from dpf_release.release import Release
 from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of
-from dpf_release.vault import SPLITS, remember_release
+from dpf_release.vault import SPLITS, read_record, remember_release
 
 # Above this mean-centred cosine a public row is a private one for every purpose.
 SAME_ROW_COSINE = 0.999
@@ -40,7 +42,7 @@ PROJECTED_DIMENSIONS = 256
 
 
 def package(project: Project, name: str = "default", out: Path | None = None) -> Manifest:
-    """Publishes a candidate into a folder, whole or not at all; a release that is there is replaced.
+    """Publishes a candidate into a folder, whole or not at all; a release of the same name that is there is replaced.
 
     Args:
         project: the owner's.
@@ -49,29 +51,28 @@ def package(project: Project, name: str = "default", out: Path | None = None) ->
 
     Raises:
         VaultError: the candidate is unfinished, or `out` is no place for a release.
-        RefusedError: the candidate holds what has no place in a release, is not poisoned, or has rows of φ1(S).
+        RefusedError: the candidate holds what has no place in a release, was made from something else than today's
+            function, features and network, is not poisoned, or has rows of φ1(S).
     """
     out = (out or project.config.folder / "release").resolve()
+    _recover(out)
     _refuse_place(out, project)
     candidate = project.vault.candidate(name)
     index = read_index(candidate / "features")
-    record = read_model_record(candidate / "model" / "model.json")
-    _refuse_strangers(candidate)
     function = load_function(project, name)
+    _refuse_strangers(candidate, index)
+    _refuse_other_origin(project, candidate, name, function)
+    record = read_model_record(candidate / "model" / "model.json")
     _refuse_unpoisoned(project, candidate, index, poisons=function.chain.poisons)
 
-    measured = project.vault.reports(name) / "measurements.json"
-    staging = out.with_name(out.name + ".staging")
+    staging = out.with_name(f".{out.name}.dpf-staging")
     shutil.rmtree(staging, ignore_errors=True)
     make_folder(staging, PUBLIC_FOLDER)
     _copy_public(candidate, staging)
-    scores = json.loads(measured.read_text(encoding="utf-8"))["val"]["task"] if measured.is_file() else {}
-    write_card(staging / "README.md", project.config, record, index, scores)
+    write_card(staging / "README.md", project.config, record, index, _scores(project, candidate, name))
     manifest = _manifest(project.config, record, index, staging, out)
     write_manifest(staging, manifest)
-    problems = verify(staging)
-    if problems:
-        raise RefusedError("the release did not come out as its manifest says: " + "; ".join(map(str, problems)))
+    Release.open(staging)  # what its reader will check: digests, and that its parts belong together
     remember_release(
         project.vault,
         {
@@ -97,23 +98,62 @@ def _refuse_place(out: Path, project: Project) -> None:
         folder = path if path.is_dir() else path.parent
         if out.is_relative_to(vault) or folder.is_relative_to(out):
             raise VaultError(f"{out} is no place for a release: {what} ({path}) and it must not lie in each other.")
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise VaultError(f"{out} is there and is not a release; it would be replaced. Name another place with --out.")
-
-
-def _refuse_strangers(candidate: Path) -> None:
-    strangers = [
-        path.relative_to(candidate).as_posix()
-        for path in sorted(candidate.rglob("*"))
-        if path.is_symlink()
-        or not (path.is_dir() or path.is_file())
-        or (path.is_file() and role_of(path.relative_to(candidate).as_posix()) is None)
-    ]
-    if strangers:
-        raise RefusedError(
-            f"the candidate holds what has no place in a release: {', '.join(strangers[:10])}. Nothing was published. "
-            f"Look at them, remove them from {candidate}, and package again."
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    there = read_manifest(out)
+    if not isinstance(there, Manifest) or there.name != config.release.name:
+        raise VaultError(
+            f"{out} is there and is not a release named {config.release.name!r}; it would be replaced. "
+            "Name another place with --out."
         )
+
+
+def _refuse_strangers(candidate: Path, index: BankIndex) -> None:
+    """That the candidate holds the files of a release, each of them, and nothing else."""
+    expected = {f"model/{name}" for name in ("model.json", "featurizer.safetensors", "classifier.safetensors")}
+    expected |= {"features/index.json"}
+    expected |= {f"features/{shard.file}" for shards in index.splits.values() for shard in shards}
+    found = {
+        path.relative_to(candidate).as_posix(): path.is_file() and not path.is_symlink()
+        for path in candidate.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    strangers = sorted({name for name, plain in found.items() if not plain} | (set(found) - expected))
+    strangers += sorted(name for name in expected if role_of(name) is None)
+    missing = sorted(expected - set(found))
+    if strangers or missing:
+        raise RefusedError(
+            f"the candidate is not what a release holds. No place in a release: {', '.join(strangers[:10]) or 'none'}. "
+            f"Missing: {', '.join(missing[:10]) or 'none'}. Nothing was published. Look at {candidate}, and run "
+            "`dpf-release poison` again."
+        )
+
+
+def _refuse_other_origin(project: Project, candidate: Path, name: str, function: FittedFunction) -> None:
+    """That the candidate was made by today's function from today's features and network, and is as it was made."""
+    made = read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
+    model, features = candidate / "model", candidate / "features"
+    weights = (model / "featurizer.safetensors").read_bytes() + (model / "classifier.safetensors").read_bytes()
+    today = candidate_origin(project, function)
+    problems = [f"another {key} than today's" for key in today if made["origin"].get(key) != today[key]]
+    if made["index_sha256"] != sha256_of(features / "index.json"):
+        problems.append("features/index.json changed since")
+    if today["model"] != hashlib.sha256(weights).hexdigest():
+        problems.append("weights changed since")
+    if problems:
+        raise RefusedError(
+            f"the candidate {name!r} is not of today: {'; '.join(problems)}. Nothing was published. Run "
+            f"`dpf-release poison --name {name}` again."
+        )
+
+
+def _scores(project: Project, candidate: Path, name: str) -> dict[str, Any]:
+    """What `measure` found for exactly this candidate: the `task` part of `val` and `test`; empty where it did not."""
+    path = project.vault.reports(name) / "measurements.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if report.get("index_sha256") != sha256_of(candidate / "features" / "index.json"):
+        return {}
+    return {split: report[split]["task"] for split in ("val", "test") if "task" in report[split]}
 
 
 # --------------------------------------------------------------------------------------------- is it poisoned?
@@ -226,9 +266,7 @@ def _manifest(config: Config, record: ModelRecord, index: BankIndex, staging: Pa
         task=record.task,
         classes=record.classes,
         targets=record.targets,
-        splits={
-            split: sum(shard.rows for shard in shards) for split, shards in index.splits.items() if split != "test"
-        },
+        splits={split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()},
         files=describe_files(staging),
     )
 
@@ -236,21 +274,32 @@ def _manifest(config: Config, record: ModelRecord, index: BankIndex, staging: Pa
 def swap(staging: Path, out: Path) -> None:
     """Puts `staging` in the place of `out`: whoever looks finds the old folder or the new one, whole.
 
-    Linux exchanges the two in one step. Elsewhere two renames are needed; a crash between them leaves the old release
-    under the name `.old`.
+    Linux exchanges the two in one step. Elsewhere two renames are needed; after a crash between them the next `package`
+    puts the old release back first.
     """
     flush_to_disk(staging)
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if not out.exists():
         staging.replace(out)
     elif _exchange(staging, out):
         shutil.rmtree(staging)
     else:
-        out.replace(old)
+        out.replace(_set_aside(out))
         staging.replace(out)
-        shutil.rmtree(old)
+        shutil.rmtree(_set_aside(out))
     flush_to_disk(out.parent)
+
+
+def _set_aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.dpf-old")
+
+
+def _recover(out: Path) -> None:
+    """After a crash between two renames: the old release back in its place, or out of the way of the new one."""
+    old = _set_aside(out)
+    if old.is_dir() and out.exists():
+        shutil.rmtree(old)
+    elif old.is_dir():
+        old.replace(out)
 
 
 def _exchange(one: Path, other: Path) -> bool:

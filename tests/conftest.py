@@ -52,7 +52,7 @@ epochs = 14
 batch_size = 16
 
 [poison]
-epochs = 10
+epochs = 30
 batch_size = 16
 
 [bank]

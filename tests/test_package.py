@@ -13,10 +13,10 @@ import pytest
 from dpf_release import Release
 from dpf_release import package as package_module
 from dpf_release.bank import BankIndex, BankWriter, FeatureBank, read_index
-from dpf_release.errors import RefusedError, VaultError, VerificationError
+from dpf_release.errors import BankError, RefusedError, VaultError, VerificationError
 from dpf_release.manifest import verify
 from dpf_release.package import count_near_rows, package
-from dpf_release.pipeline import Project, fit_poison, write_candidate
+from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
 from dpf_release.storage import sha256_of
 
 PUBLIC = {
@@ -119,16 +119,71 @@ def test_what_has_no_role_is_refused_and_never_copied(project_folder: Path, name
     stranger.parent.mkdir(exist_ok=True)
     stranger.write_bytes(b"private")
     before = digests(project_folder / "release")
-    with pytest.raises(RefusedError, match="no place in a release"):
+    with pytest.raises(RefusedError, match="No place in a release"):
         package(Project.open(project_folder / "dpf.toml"))
     assert digests(project_folder / "release") == before
+
+
+def test_a_shard_that_no_index_lists_is_refused(project_folder: Path) -> None:
+    vault = project_folder / "vault"
+    private, public = (folder / "features" / "train" for folder in (vault, vault / "candidates" / "default"))
+    shutil.copy(private / "shard-00000.h5", public / "shard-00099.h5")
+    with pytest.raises(RefusedError, match="shard-00099"):
+        package(Project.open(project_folder / "dpf.toml"))
+
+
+@pytest.mark.parametrize(
+    "target", ["features/train/shard-00000.h5", "model/classifier.safetensors", "model/model.json"]
+)
+def test_a_private_file_in_the_place_of_a_public_one_is_refused(project_folder: Path, target: str) -> None:
+    vault = project_folder / "vault"
+    source = {
+        "features/train/shard-00000.h5": vault / "features" / "train" / "shard-00000.h5",
+        "model/classifier.safetensors": vault / "functions" / "default" / "dpf.safetensors",
+        "model/model.json": vault / "functions" / "default" / "function.json",
+    }[target]
+    before = digests(project_folder / "release")
+    shutil.copy(source, vault / "candidates" / "default" / target)
+    with pytest.raises((RefusedError, VerificationError, BankError)):
+        package(Project.open(project_folder / "dpf.toml"))
+    assert digests(project_folder / "release") == before
+
+
+def test_a_candidate_of_another_function_or_bank_is_refused(project_folder: Path) -> None:
+    noise = {"poison.function": "gaussian-noise"}
+    fit_poison(Project.open(project_folder / "dpf.toml", noise), restart=True)
+    with pytest.raises(RefusedError, match="another function than today's"):
+        package(Project.open(project_folder / "dpf.toml"))
+    write_candidate(Project.open(project_folder / "dpf.toml"))
+    package(Project.open(project_folder / "dpf.toml"))
+    featurize(Project.open(project_folder / "dpf.toml"), restart=True)
+    with pytest.raises(VaultError, match="since written anew"):
+        package(Project.open(project_folder / "dpf.toml"))
+
+
+def test_shards_of_a_larger_bank_do_not_stay_behind(project_folder: Path) -> None:
+    project = Project.open(project_folder / "dpf.toml", {"bank.shard_size": "1 MB"})
+    candidate = project.vault.candidate("default") / "features"
+    before = len(list(candidate.rglob("*.h5")))
+    index = write_candidate(project)
+    assert len(list(candidate.rglob("*.h5"))) == sum(map(len, index.splits.values())) < before
+    package(project)
+
+
+def test_the_card_shows_the_scores_of_this_candidate_only(project_folder: Path) -> None:
+    project = Project.open(project_folder / "dpf.toml")
+    assert "φ2 on val: top-1" in (project_folder / "release" / "README.md").read_text()
+    fit_poison(Project.open(project_folder / "dpf.toml", {"poison.function": "mean-filter"}), restart=True)
+    write_candidate(project)
+    package(project)
+    assert "not measured" in (project_folder / "release" / "README.md").read_text()
 
 
 def test_a_link_in_the_candidate_is_refused(project_folder: Path) -> None:
     model = project_folder / "vault" / "candidates" / "default" / "model" / "model.json"
     model.rename(project_folder / "elsewhere.json")
     model.symlink_to(project_folder / "elsewhere.json")
-    with pytest.raises(RefusedError, match="no place in a release"):
+    with pytest.raises(RefusedError, match="No place in a release"):
         package(Project.open(project_folder / "dpf.toml"))
 
 
@@ -141,7 +196,7 @@ def test_a_release_and_private_things_never_lie_in_each_other(project_folder: Pa
 def test_a_folder_that_is_no_release_is_never_replaced(project_folder: Path) -> None:
     (project_folder / "thesis").mkdir()
     (project_folder / "thesis" / "chapter1.tex").write_text("years of work")
-    with pytest.raises(VaultError, match="is not a release"):
+    with pytest.raises(VaultError, match="is not a release named"):
         package(Project.open(project_folder / "dpf.toml"), out=project_folder / "thesis")
     assert (project_folder / "thesis" / "chapter1.tex").read_text() == "years of work"
     package(Project.open(project_folder / "dpf.toml"), out=project_folder / "new")
@@ -166,14 +221,34 @@ def test_a_crash_while_packaging_leaves_the_old_release(
     package(project)
     assert verify(project_folder / "release") == []
     assert digests(project_folder / "release") != before
-    assert sorted(path.name for path in project_folder.glob("release*")) == ["release"]
+    assert sorted(path.name for path in project_folder.glob("*release*")) == ["release"]
 
 
 def test_the_swap_works_where_the_system_cannot_exchange(project_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package_module, "_exchange", lambda one, other: False)
     package(Project.open(project_folder / "dpf.toml", {"release.version": "2.0.0"}))
     assert verify(project_folder / "release") == []
-    assert sorted(path.name for path in project_folder.glob("release*")) == ["release"]
+    assert sorted(path.name for path in project_folder.glob("*release*")) == ["release"]
+
+
+def test_a_crash_between_two_renames_is_put_right(project_folder: Path) -> None:
+    before = digests(project_folder / "release")
+    (project_folder / "release").rename(project_folder / ".release.dpf-old")
+    (project_folder / "vault" / "candidates" / "default" / "features" / "index.json").unlink()
+    with pytest.raises(BankError):
+        package(Project.open(project_folder / "dpf.toml"))
+    assert digests(project_folder / "release") == before
+
+
+def test_an_owners_own_folders_beside_the_release_stay(project_folder: Path) -> None:
+    for name in ("release.old", "release.staging"):
+        (project_folder / name).mkdir()
+        (project_folder / name / "backup").write_text("mine")
+    package(Project.open(project_folder / "dpf.toml", {"release.version": "3.0.0"}))
+    assert (project_folder / "release.old" / "backup").read_text() == "mine"
+    assert (project_folder / "release.staging" / "backup").read_text() == "mine"
+    with pytest.raises(VaultError, match="named 'other'"):
+        package(Project.open(project_folder / "dpf.toml", {"release.name": "other"}))
 
 
 def test_a_candidate_half_written_is_not_published(project_folder: Path) -> None:
@@ -219,11 +294,10 @@ def test_an_owners_own_network_is_named_custom_and_opens_with_a_builder(
     monkeypatch.syspath_prepend(tmp_path)
     shutil.copy(project_folder / "vault" / "network" / "phi.safetensors", tmp_path / "phi.safetensors")
     shutil.rmtree(project_folder / "vault" / "network")
-    from dpf_release.pipeline import featurize
-
     own = {"model.arch": "my_networks:tiny", "model.arguments": {}, "model.weights": str(tmp_path / "phi.safetensors")}
     project = Project.open(project_folder / "dpf.toml", own)
-    featurize(project)  # the same φ1: the bank and its function are still good
+    featurize(project, restart=True)  # a featurizer of another name is another featurizer
+    fit_poison(project, restart=True)
     write_candidate(project)
     package(project)
     text = (project_folder / "release" / "model" / "model.json").read_text()

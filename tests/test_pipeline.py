@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -23,7 +24,8 @@ from dpf_release.models.functions import FUNCTIONS
 from dpf_release.models.weights import load_state, state_bytes
 from dpf_release.pipeline import Project, featurize, featurize_new, fit_poison, init, measure, train, write_candidate
 from dpf_release.pipeline.attackers import straw_man
-from dpf_release.pipeline.fitting import load_function, private_bank
+from dpf_release.pipeline.fitting import load_function
+from dpf_release.pipeline.project import CutNetwork
 from dpf_release.storage import sha256_of
 from dpf_release.vault import read_ids
 
@@ -68,7 +70,7 @@ def test_every_readable_image_has_one_row_and_the_others_are_reported(finished: 
 
 def test_the_bank_holds_the_features_of_the_images_that_the_id_map_names(finished: Path) -> None:
     project = open_project(finished)
-    bank = private_bank(project, "train")
+    bank = project.private_bank("train")
     lines = [line for line in read_ids(project.vault.ids) if line["split"] == "train"]
     row = 5
     assert bank.ids[row].tobytes().hex() == lines[row]["id"]
@@ -132,7 +134,7 @@ def test_a_learned_function_after_recombine_is_penalised_for_every_contributor(p
     project = open_project(project_folder, poison__function="recombine:k=3+dpf", poison__epochs=1)
     fit_poison(project, "chain")
     function = load_function(project, "chain")
-    bank = private_bank(project, "train")
+    bank = project.private_bank("train")
     positions, members = function.chain.contributors(np.arange(4), function.plans["train"])
     assert set(positions) == {0, 1, 2, 3}
     assert len(members) > 4
@@ -184,10 +186,99 @@ def test_another_plan_is_refused_and_named(project_folder: Path) -> None:
 
 def test_another_hook_point_voids_features_and_functions(project_folder: Path) -> None:
     project = open_project(project_folder, model__hook="conv3_1")
-    with pytest.raises(VaultError, match="featurize --restart"):
+    with pytest.raises(VaultError, match="featurizer_sha256"):
         fit_poison(project, "other")
     with pytest.raises(VaultError, match="another featurizer or hook point"):
         load_function(project, "default")
+
+
+def test_a_hook_point_of_equal_weights_and_shape_is_another_featurizer(finished: Path) -> None:
+    # layer3.0.bn2 is followed by an addition and a ReLU: layer3.0 has the same weights and the same shape.
+    shas = set()
+    for preprocess in ({}, {"model__mean": [0.4, 0.4, 0.4]}):
+        project = open_project(finished, **preprocess)
+        try:
+            shas.add(project.cut.featurizer_sha256)
+        except VaultError as error:
+            shas.add(str(error))
+    assert len(shas) == 2
+    project = open_project(finished)
+    same = CutNetwork(project.cut.record, project.cut.split)
+    other = CutNetwork(
+        project.cut.record, replace(project.cut.split, hook=replace(project.cut.split.hook, path="layer3.0.bn2"))
+    )
+    assert same.featurizer_sha256 == project.cut.featurizer_sha256 != other.featurizer_sha256
+
+
+def test_classes_in_another_order_than_the_networks_are_refused(project_folder: Path) -> None:
+    project = open_project(project_folder, images__private__classes=["square", "disc"])
+    with pytest.raises(VaultError, match=r"answers \['disc', 'square'\], in this order"):
+        featurize(project, restart=True)
+    featurize(open_project(project_folder, images__private__classes=["disc", "square"]), restart=True)
+
+
+def test_features_written_anew_void_the_functions_fitted_before(project_folder: Path) -> None:
+    project = open_project(project_folder, poison__function="recombine:k=3")
+    fit_poison(project, "groups")
+    write_candidate(project, "groups")
+    featurize(open_project(project_folder), restart=True)
+    with pytest.raises(VaultError, match="since written anew"):
+        write_candidate(open_project(project_folder), "groups")
+    fit_poison(open_project(project_folder, poison__function="recombine:k=3"), "groups", restart=True)
+    write_candidate(open_project(project_folder), "groups")
+
+
+def test_a_mistake_with_restart_costs_nothing(project_folder: Path) -> None:
+    function = project_folder / "vault" / "functions" / "default"
+    before = {path.name: sha256_of(path) for path in function.iterdir()}
+    for wrong in (
+        {"poison__function": "dfp"},
+        {"poison__straw_men": ["px2"]},
+        {"poison__straw_men": []},
+        {"poison__confuse": ["person"]},
+    ):
+        with pytest.raises((ConfigError, ImageError)):
+            fit_poison(open_project(project_folder, **wrong), restart=True)
+    assert {path.name: sha256_of(path) for path in function.iterdir()} == before
+
+
+def test_an_attacker_is_trained_anew_where_its_images_or_its_featurizer_changed(project_folder: Path) -> None:
+    straw = project_folder / "vault" / "reconstructors" / "px2s2.safetensors"
+    before = sha256_of(straw)
+    straw_man(open_project(project_folder, reconstructor__epochs=14), "px2s2")
+    assert sha256_of(straw) == before
+    next((project_folder / "images" / "public" / "cross").iterdir()).unlink()
+    straw_man(open_project(project_folder), "px2s2")
+    assert sha256_of(straw) != before
+
+
+def test_an_attacker_never_sees_a_private_image(project_folder: Path) -> None:
+    project = open_project(project_folder, images__public__path="images/private", images__public__max_bad=0.1)
+    with pytest.raises(ImageError, match="not private, found 119 in both"):
+        straw_man(project, "px2s2")
+
+
+def test_new_weights_are_taken_over_when_asked_and_refused_otherwise(project_folder: Path, tmp_path: Path) -> None:
+    phi = load_state(project_folder / "vault" / "network" / "phi.safetensors")
+    weights = tmp_path / "weights.pt"
+    torch.save(phi, weights)
+    own = {"model__weights": str(weights)}
+    featurize(open_project(project_folder, **own))  # the network was trained here: it stays
+    for path in (project_folder / "vault" / "network").iterdir():
+        path.unlink()
+    featurize(open_project(project_folder, **own), restart=True)
+    torch.save(phi | {"fc.bias": phi["fc.bias"] + 1}, weights)
+    with pytest.raises(VaultError, match="is not the file that the vault's network came from"):
+        featurize(open_project(project_folder, **own))
+    featurize(open_project(project_folder, **own), restart=True)
+    taken = load_state(project_folder / "vault" / "network" / "phi.safetensors")
+    assert torch.equal(taken["fc.bias"], phi["fc.bias"] + 1)
+
+
+def test_a_device_that_is_not_there_is_a_users_mistake(project_folder: Path) -> None:
+    missing = "cuda:7"
+    with pytest.raises(ConfigError, match="expected a device that is there"):
+        featurize(open_project(project_folder, compute__device=missing))
 
 
 def test_another_architecture_than_the_vaults_is_refused(project_folder: Path) -> None:
@@ -249,16 +340,22 @@ def test_a_release_opens_and_its_parts_fit_together(finished: Path) -> None:
 def test_own_images_join_a_release_through_its_featurizer(finished: Path, tmp_path: Path) -> None:
     release = Release.open(finished / "release")
     write_shapes(tmp_path / "mine", ("disc", "square"), 6, seed=9)
-    index = featurize_new(release, tmp_path / "mine", tmp_path / "bank")
+    (tmp_path / "mine" / "disc" / "empty.png").write_bytes(b"")
+    index, bad = featurize_new(release, tmp_path / "mine", tmp_path / "bank", max_bad=0.1)
     assert not index.poisoned
+    assert [image.name for image in bad] == ["disc/empty.png"]
     own = BankDataset.open(tmp_path / "bank", "train", release.names)
     joined = concat([release.bank("train"), own])
     assert len(joined) == len(release.bank("train")) + 12
     with pytest.raises(ImageError, match="holds a bank already"):
         featurize_new(release, tmp_path / "mine", tmp_path / "bank")
-    (tmp_path / "mine" / "square").rename(tmp_path / "mine" / "circle")
-    with pytest.raises(ImageError, match="square"):
+    (tmp_path / "mine" / "disc" / "empty.png").unlink()
+    (tmp_path / "mine" / "disc").rename(tmp_path / "mine" / "circle")
+    with pytest.raises(ImageError, match="found also circle"):
         featurize_new(release, tmp_path / "mine", tmp_path / "other")
+    (tmp_path / "mine" / "circle").rename(tmp_path / "circle")
+    featurize_new(release, tmp_path / "mine", tmp_path / "other")  # squares alone are fine
+    assert set(BankDataset.open(tmp_path / "other", "train", release.names).targets) == {1}
 
 
 def test_a_second_owner_shares_the_network_of_a_release(finished: Path, tmp_path: Path) -> None:
@@ -286,7 +383,16 @@ def test_a_regression_project_hides_who_it_is_and_keeps_its_answer(tmp_path: Pat
             pixels[8:24, shift : shift + 16, person % 3] = 255 if person < 3 else 160
             Image.fromarray(pixels).save(config.parent / "people" / f"{number}.png")
             table.writerow([f"people/{number}.png", f"person {person}", shift])
-    project = Project.open(config, {"poison.confuse": ["person"], "train.flip": False, "train.epochs": 10})
+    project = Project.open(
+        config,
+        {
+            "poison.confuse": ["person"],
+            "poison.lambda": 2.0,
+            "train.flip": False,
+            "train.epochs": 10,
+            "poison.epochs": 60,
+        },
+    )
     train(project)
     featurize(project)
     fit_poison(project)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -127,18 +128,20 @@ def _require_file(path: Path) -> None:
         raise WeightsError(f"{path}: expected a weights file, found {'a folder' if path.is_dir() else 'nothing'}")
 
 
-def save_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_state(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> None:
     """Write tensors as safetensors; equal tensors make equal bytes, whatever their order or device.
 
     Tensors that share memory are written once each.
     """
-    path.write_bytes(state_file(tensors))
+    path.write_bytes(state_file(tensors, record))
 
 
-def state_file(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return the bytes of the file that `save_state` writes."""
+def state_file(tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> bytes:
+    """Return the bytes of the file that `save_state` writes; a record becomes one sorted JSON string in its header."""
     copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    return save(copies, metadata={"format": "pt"})
+    # One key: safetensors writes several in a random order.
+    metadata = {"record": json.dumps(record, sort_keys=True)} if record else {"format": "pt"}
+    return save(copies, metadata=metadata)
 
 
 def load_state(path: Path) -> dict[str, Tensor]:

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpf_release.bank import FeatureBank, SplitName
-from dpf_release.errors import ImageError
-from dpf_release.metrics import l1, ssim
+from dpf_release.errors import ConfigError, ImageError
+from dpf_release.metrics import WINDOW, l1, ssim
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.models.reconstructors import Reconstructor, build_reconstructor
 from dpf_release.models.weights import load_state, save_state
 from dpf_release.pipeline.project import Project
 from dpf_release.storage import make_folder, replacing, write_json
 from dpf_release.training import Recipe, fit
+from dpf_release.vault import SPLITS
 
 Rows = NDArray[np.int64]
 VALIDATION_ROWS = 2000  # enough for the third digit of a loss; more would cost a share of each epoch
@@ -30,20 +31,54 @@ ATTRIBUTE_MIN_ROWS, ATTRIBUTE_MAX_ROWS = 10, 30
 
 
 def straw_man(project: Project, name: str) -> Reconstructor:
-    """ψ of that name, frozen, for this featurizer; trained on Q with L1 (section 3.1.2) and kept where missing."""
-    cut, vault = project.cut, project.vault
-    network = build_reconstructor(name, cut.record.feature_shape, project.config.model.size)
-    path = vault.reconstructors / f"{name}.safetensors"
-    if not _made_for(path, cut.featurizer_sha256):
-        make_folder(vault.reconstructors)
-        scores = _fit_straw_man(project, network, name)
-        _keep_attacker(path, network, cut.featurizer_sha256, scores)
+    """ψ of that name, frozen; trained on Q with L1 (section 3.1.2) where the vault has none for this φ1 and Q.
+
+    Raises:
+        ConfigError: no such name, or the pictures are too small for SSIM.
+        ImageError: an image of Q is one of S.
+    """
+    network = new_straw_man(project, name)
+    path = project.vault.reconstructors / f"{name}.safetensors"
+    _refuse_shared_images(project)
+    subject = {
+        "featurizer_sha256": project.cut.featurizer_sha256,
+        "public_images_sha256": project.public_images.table.digest(),
+        "recipe": project.config.reconstructor.model_dump(),
+    }
+    if not _kept(path, subject):
+        make_folder(project.vault.reconstructors)
+        _keep(path, network, subject, _fit_straw_man(project, network, name, subject))
     network.load_state_dict(load_state(path))
     project.frozen(network)
     return network
 
 
-def _fit_straw_man(project: Project, network: Reconstructor, name: str) -> dict[str, Any]:
+def new_straw_man(project: Project, name: str) -> Reconstructor:
+    """ψ of that name, untrained.
+
+    Raises:
+        ConfigError: no such name, or the pictures are too small for SSIM.
+    """
+    size = project.config.model.size
+    if min(size) < WINDOW:
+        raise ConfigError(f"expected pictures of {WINDOW} px or more for SSIM ([model] size), found {list(size)}.")
+    return build_reconstructor(name, project.cut.record.feature_shape, size)
+
+
+def _refuse_shared_images(project: Project) -> None:
+    """An attacker has no image of S: one trained on them would say nothing."""
+    private, public = (
+        {images.table.root.resolve() / images.table.paths[row] for split in SPLITS for row in images.rows(split)}
+        for images in (project.private_images, project.public_images)
+    )
+    if shared := sorted(private & public):
+        raise ImageError(
+            f"expected public images that are not private, found {len(shared)} in both, {shared[0].name} for one. "
+            "Name other [images.public], or other classes of them."
+        )
+
+
+def _fit_straw_man(project: Project, network: Reconstructor, name: str, subject: dict[str, Any]) -> dict[str, Any]:
     section, images = project.config.reconstructor, project.public_images
     phi_1 = project.frozen(project.cut.split.featurizer)
     train, val = images.rows("train"), images.rows("val")[:VALIDATION_ROWS]
@@ -82,6 +117,7 @@ def _fit_straw_man(project: Project, network: Reconstructor, name: str) -> dict[
         device=project.device,
         validate=lambda: scores()["l1"],
         checkpoint=project.vault.reconstructors / f"{name}.checkpoint.safetensors",
+        subject=json.dumps(subject, sort_keys=True),
     )
     with torch.inference_mode():
         return {"public_val": scores(), "history": asdict(history)}
@@ -108,12 +144,7 @@ def attribute_classifier(project: Project, column: str) -> AttributeAttacker:
     Raises:
         ImageError: the private images have no such column, or it has fewer than two such values.
     """
-    table, cut = project.private_images.table, project.cut
-    if column not in table.attributes:
-        raise ImageError(
-            f"expected an attribute column {column!r} (confuse), found {sorted(table.attributes) or 'none'}."
-        )
-    bank = FeatureBank(project.vault.features, "train")
+    bank = project.private_bank("train")
     labels = attribute_of_rows(project, column, "train")
     values, counts = np.unique(labels, return_counts=True)
     values = values[(counts >= ATTRIBUTE_MIN_ROWS) & (values != "")]
@@ -121,15 +152,19 @@ def attribute_classifier(project: Project, column: str) -> AttributeAttacker:
         raise ImageError(
             f"expected two values of {column!r} with {ATTRIBUTE_MIN_ROWS} train images, found {len(values)}."
         )
-    network = AttributeClassifier(cut.record.feature_shape, len(values))
+    network = AttributeClassifier(project.cut.record.feature_shape, len(values))
     path = project.vault.reconstructors / f"attribute-{column}.safetensors"
-    if not _made_for(path, cut.featurizer_sha256):
+    subject = {
+        "bank": project.bank_id,
+        "values": values.tolist(),
+        "recipe": project.config.reconstructor.model_dump(),
+    }
+    if not _kept(path, subject):
         make_folder(project.vault.reconstructors)
-        scores = _fit_attribute_classifier(project, network, bank, labels, values)
-        _keep_attacker(path, network, cut.featurizer_sha256, scores)
+        _keep(path, network, subject, _fit_attribute_classifier(project, network, bank, labels, values))
     network.load_state_dict(load_state(path))
     project.frozen(network)
-    return AttributeAttacker(network, tuple(values))
+    return AttributeAttacker(network, tuple(values.tolist()))
 
 
 def _fit_attribute_classifier(
@@ -175,21 +210,28 @@ def _fit_attribute_classifier(
 
 
 def attribute_of_rows(project: Project, column: str, split: SplitName) -> NDArray[np.str_]:
-    """The attribute of each bank row of a split, (N,) texts."""
+    """The attribute of each bank row of a split, (N,) texts.
+
+    Raises:
+        ImageError: the private images have no such column.
+    """
+    attributes = project.private_images.table.attributes
+    if column not in attributes:
+        raise ImageError(f"expected an attribute column {column!r} (confuse), found {sorted(attributes) or 'none'}.")
     rows, _ = project.bank_order
-    values = project.private_images.table.attributes[column]
-    return np.array([values[row] for row in rows[split]])
+    return np.array([attributes[column][row] for row in rows[split]])
 
 
-def _made_for(path: Path, featurizer_sha256: str) -> bool:
+def _kept(path: Path, subject: dict[str, Any]) -> bool:
+    """Whether the vault has an attacker for exactly this."""
     record = path.with_suffix(".json")
-    return (
-        path.is_file() and record.is_file() and json.loads(record.read_text())["featurizer_sha256"] == featurizer_sha256
-    )
+    return path.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8"))["for"] == subject
 
 
-def _keep_attacker(path: Path, network: nn.Module, featurizer_sha256: str, facts: dict[str, Any]) -> None:
+def _keep(path: Path, network: nn.Module, subject: dict[str, Any], facts: dict[str, Any]) -> None:
+    record = path.with_suffix(".json")
+    record.unlink(missing_ok=True)  # weights without a record are trained again
     with replacing(path) as partial:
         save_state(partial, network.state_dict())
-    write_json(path.with_suffix(".json"), {"featurizer_sha256": featurizer_sha256, **facts})
+    write_json(record, {"for": subject, **facts})
     path.with_suffix(".checkpoint.safetensors").unlink(missing_ok=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,23 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dpf_release.bank import ID_BYTES, BankIndex, BankWriter, FeatureBank, FeatureSource, ShardRecord, SplitName
+from dpf_release.bank import ID_BYTES, BankIndex, BankWriter, FeatureSource, ShardRecord, SplitName
 from dpf_release.config import parse_size
 from dpf_release.errors import ImageError, VaultError
 from dpf_release.image_table import ImageTable, read_table
-from dpf_release.images import Pictures, Preprocess, refuse_bad, survey
+from dpf_release.images import BadImage, Pictures, Preprocess, refuse_bad, survey
 from dpf_release.models.functions import RowSource
-from dpf_release.models.weights import save_state
-from dpf_release.models.zoo import is_public_architecture
-from dpf_release.pipeline.fitting import load_function
+from dpf_release.pipeline.fitting import FittedFunction, load_function
 from dpf_release.pipeline.network import import_network
 from dpf_release.pipeline.project import Project
 from dpf_release.progress import Progress
-from dpf_release.record import CUSTOM, ModelRecord
+from dpf_release.record import ModelRecord
 from dpf_release.release import Release
 from dpf_release.storage import make_folder, replacing, sha256_of, write_json
 from dpf_release.vault import RELEASED_SPLITS, SPLITS, write_ids
 
 Rows = NDArray[np.int64]
+CANDIDATE = "candidate.json"  # beside a function: what its candidate was made from
 
 
 def featurize(project: Project, restart: bool = False) -> BankIndex:
@@ -42,8 +43,7 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
     Raises:
         VaultError: the folder holds a bank, or half of one, made under another plan, and `restart` is not set.
     """
-    if not (project.vault.network / "network.json").is_file():
-        import_network(project)
+    import_network(project, restart)
     cut, images, vault = project.cut, project.private_images, project.vault
     facts = _facts(project)
     if restart or not vault.plan.is_file():
@@ -78,12 +78,7 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
 
 def _facts(project: Project) -> dict[str, Any]:
     """What the bytes of the bank depend on beside the ids; a resume under other facts is refused."""
-    images = project.private_images
-    return {
-        "source_sha256": images.table.digest(),
-        "featurizer_sha256": project.cut.featurizer_sha256,
-        "hook": project.cut.record.hook,
-        "undecodable": [{"name": bad.name, "reason": bad.reason} for bad in images.bad],
+    return project.source_facts | {
         "shard_size": project.config.bank.shard_size,
         "batch_size": project.config.bank.batch_size,
         "device": project.device.type,
@@ -145,16 +140,19 @@ def write_candidate(project: Project, name: str = "default") -> BankIndex:
     """P(φ1(S)) of `train` and `val`, and the public weights, exactly as `package` will publish them.
 
     Raises:
-        VaultError: no function of that name is fitted, or it was fitted for another featurizer.
+        VaultError: no function of that name is fitted, or it was fitted for another bank or featurizer.
     """
     function, cut = load_function(project, name), project.cut
+    banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
     folder = make_folder(project.vault.candidate(name))
     (folder / "features" / "index.json").unlink(missing_ok=True)
-    digests = {"function": function.digest, "featurizer": cut.featurizer_sha256}
-    made_from = project.vault.function(name) / "candidate.json"
-    if not made_from.is_file() or json.loads(made_from.read_text(encoding="utf-8")) != digests:
-        _remove_bank(folder / "features")  # shards of another function are not gone on with
-        write_json(made_from, digests)
+    for measured in ("measurements.json", "reconstructions.png"):  # of the candidate before
+        (project.vault.reports(name) / measured).unlink(missing_ok=True)
+    origin = candidate_origin(project, function)
+    record = project.vault.function(name) / CANDIDATE
+    if not record.is_file() or json.loads(record.read_text(encoding="utf-8"))["origin"] != origin:
+        _remove_bank(folder / "features")  # shards of something else are not gone on with
+    write_json(record, {"origin": origin, "index_sha256": None})
     _write_public_model(project, folder / "model")
     header = BankIndex(
         poisoned=function.chain.poisons,
@@ -164,15 +162,27 @@ def write_candidate(project: Project, name: str = "default") -> BankIndex:
     )
     section = project.config.bank
     writer = BankWriter(folder / "features", header, parse_size(section.shard_size), section.batch_size)
-    banks = {split: FeatureBank(project.vault.features, split) for split in RELEASED_SPLITS}
+    splits: dict[SplitName, tuple[ShardRecord, ...]] = {}
     with Progress("Poisoning", sum(len(bank) for bank in banks.values()), "rows") as progress:
-        splits = {
-            split: writer.write_split(
-                split, bank.targets, bank.ids, _rows_of(function.poisoned(split, bank)), progress.advance
-            )
-            for split, bank in banks.items()
-        }
-    return writer.finish(splits)
+        for split, bank in banks.items():
+            source = _rows_of(function.poisoned(split, bank))
+            splits[split] = writer.write_split(split, bank.targets, bank.ids, source, progress.advance)
+    written = {folder / "features" / shard.file for shards in splits.values() for shard in shards}
+    for path in set((folder / "features").glob("*/*")) - written:  # of a run with other shard sizes
+        path.unlink()
+    index = writer.finish(splits)
+    write_json(record, {"origin": origin, "index_sha256": sha256_of(folder / "features" / "index.json")})
+    return index
+
+
+def candidate_origin(project: Project, function: FittedFunction) -> dict[str, str]:
+    """What a candidate is made from; `package` publishes no candidate of another origin than today's."""
+    return {
+        "function": function.digest,
+        "bank": project.bank_id,
+        "model": hashlib.sha256(project.cut.featurizer_file + project.cut.classifier_file).hexdigest(),
+        "record": project.cut.public_record.model_dump_json(),
+    }
 
 
 def _rows_of(source: RowSource) -> FeatureSource:
@@ -182,41 +192,35 @@ def _rows_of(source: RowSource) -> FeatureSource:
 def _write_public_model(project: Project, folder: Path) -> None:
     make_folder(folder)
     cut = project.cut
-    for name, part in (("featurizer", cut.split.featurizer), ("classifier", cut.split.classifier)):
+    for name, data in (("featurizer", cut.featurizer_file), ("classifier", cut.classifier_file)):
         with replacing(folder / f"{name}.safetensors") as partial:
-            save_state(partial, part.state_dict())
-    record: ModelRecord = cut.record
-    if not is_public_architecture(record.arch):
-        record = record.model_copy(update={"arch": CUSTOM, "arguments": {}})
-    write_json(folder / "model.json", record.model_dump(mode="json"))
+            partial.write_bytes(data)
+    write_json(folder / "model.json", cut.public_record.model_dump(mode="json"))
 
 
 def featurize_new(
     release: Release, images: Path, out: Path, batch_size: int = 128, max_bad: float = 0.001
-) -> BankIndex:
+) -> tuple[BankIndex, list[BadImage]]:
     """A downstream user's own bank φ1(T), unpoisoned and theirs to keep, in the layout of a release's banks.
 
     Args:
         release: whose φ1.
-        images: T, an ImageFolder tree or a CSV table with the release's classes or targets.
+        images: T, an ImageFolder tree or a CSV table; its classes are among the release's, its targets are the same.
         out: folder of the new bank; must not hold one.
         batch_size: images a step.
         max_bad: share of unreadable images above which nothing is written.
 
+    Returns:
+        The index, and the images that could not be read and have no row.
+
     Raises:
-        ImageError: the folder holds a bank already, or classes of T are not the release's.
+        ImageError: the folder holds a bank already, a class of T is not one of the release's, or too many images are
+            unreadable.
     """
     if (out / "index.json").exists():
         raise ImageError(f"{out} holds a bank already. Name another folder with --out, or remove it.")
     record = release.record
-    table: ImageTable = read_table(
-        images,
-        task=record.task,
-        target_columns=record.targets,
-        classes=record.classes,
-        val_fraction=0.0,
-        test_fraction=0.0,
-    )
+    table = _own_splits(images, record)
     pictures = Pictures(table, release.preprocess)
     with Progress("Reading images", len(table)) as progress:
         bad = survey(pictures, progress.advance)
@@ -237,4 +241,19 @@ def featurize_new(
             if len(rows):
                 source = _featurized(phi_1, release.preprocess, pictures, rows, device)
                 splits[name] = writer.write_split(name, table.targets[rows], ids, source, progress.advance)
-    return writer.finish(splits)
+    return writer.finish(splits), bad
+
+
+def _own_splits(images: Path, record: ModelRecord) -> ImageTable:
+    """T as it is split already (all of it `train` where it is not), its labels by the release's numbers."""
+    table = read_table(images, task=record.task, target_columns=record.targets, val_fraction=0.0, test_fraction=0.0)
+    unknown = sorted(set(table.classes) - set(record.classes))
+    if unknown:
+        raise ImageError(
+            f"expected images of the release's classes {', '.join(record.classes)}, found also {', '.join(unknown)}. "
+            "Rename or remove those."
+        )
+    if record.task == "regression":
+        return table
+    number = np.array([record.classes.index(name) for name in table.classes], np.int64)
+    return replace(table, targets=number[table.targets], classes=record.classes)

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from dpf_release.bank import FeatureBank, SplitName
-from dpf_release.errors import VaultError
+from dpf_release.errors import ConfigError, VaultError
 from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource, build_chain
 from dpf_release.models.weights import load_state, save_state
-from dpf_release.pipeline.attackers import VALIDATION_ROWS, straw_man
+from dpf_release.pipeline.attackers import VALIDATION_ROWS, attribute_of_rows, new_straw_man, straw_man
 from dpf_release.pipeline.objective import Objective, batch_reader
 from dpf_release.pipeline.project import Project
 from dpf_release.storage import make_folder, replacing, sha256_of, write_json
@@ -60,10 +60,12 @@ def fit_poison(project: Project, name: str = "default", restart: bool = False) -
     """
     section, cut = project.config.poison, project.cut
     folder = project.vault.function(name)
-    banks = {split: private_bank(project, split) for split in RELEASED_SPLITS}
+    banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
     spec = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
-    wanted = section.model_dump(by_alias=True, mode="json") | {"featurizer_sha256": cut.featurizer_sha256}
-    secret = _secret(folder, wanted, restart)
+    _refuse_mistakes(project, spec)  # before anything that is there is given up
+    wanted = section.model_dump(by_alias=True, mode="json")
+    subject = {"featurizer_sha256": cut.featurizer_sha256, "bank": project.bank_id}
+    secret = _secret(folder, wanted, subject, restart)
     seed = int.from_bytes(hashlib.sha256(secret + b"training").digest()[:8]) >> 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the start of P is as secret as P
@@ -91,6 +93,17 @@ def fit_poison(project: Project, name: str = "default", restart: bool = False) -
     return last
 
 
+def _refuse_mistakes(project: Project, spec: FeatureSpec) -> None:
+    section = project.config.poison
+    build_chain(section.function, spec)
+    for name in section.straw_men:
+        new_straw_man(project, name)
+    for column in section.confuse:
+        attribute_of_rows(project, column, "train")
+    if not section.straw_men and not section.confuse:
+        raise ConfigError("expected a byproduct attacker under [poison] straw_men or confuse, found none.")
+
+
 def load_function(project: Project, name: str) -> FittedFunction:
     """A fitted function from the vault.
 
@@ -101,10 +114,10 @@ def load_function(project: Project, name: str) -> FittedFunction:
     record = read_record(folder / "function.json", f"fit-poison --name {name}")
     if not record.get("fitted"):
         raise VaultError(f"the function {name!r} is not fitted to the end. Run `dpf-release fit-poison --name {name}`.")
-    if record["recipe"]["featurizer_sha256"] != cut.featurizer_sha256:
+    if record["for"] != {"featurizer_sha256": cut.featurizer_sha256, "bank": project.bank_id}:
         raise VaultError(
-            f"the function {name!r} was fitted for another featurizer or hook point. Fit it again: "
-            f"`dpf-release fit-poison --name {name} --restart`."
+            f"the function {name!r} was fitted for another featurizer or hook point, or for features since "
+            f"written anew. Fit it again: `dpf-release fit-poison --name {name} --restart`."
         )
     chain = build_chain(record["recipe"]["function"], FeatureSpec(cut.record.feature_shape, cut.split.non_negative))
     if chain.learned is not None:
@@ -120,41 +133,28 @@ def load_function(project: Project, name: str) -> FittedFunction:
             mine = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
             plans[split].append(Plan(chain.stage_secret(secret, stage), mine.pop("pieces", None), mine))
     files = [path for path in sorted(folder.glob("*.safetensors")) if path.stem in {"dpf", "plan"}]
-    digest = hashlib.sha256("".join([record["secret"], json.dumps(record["recipe"]), *map(sha256_of, files)]).encode())
+    digest = hashlib.sha256(
+        "".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *map(sha256_of, files)]).encode()
+    )
     return FittedFunction(chain, plans, digest.hexdigest())
 
 
-def private_bank(project: Project, split: SplitName) -> FeatureBank:
-    """One split of φ1(S).
-
-    Raises:
-        VaultError: it was made by another featurizer.
-    """
-    bank = FeatureBank(project.vault.features, split)
-    if bank.index.featurizer_sha256 != project.cut.featurizer_sha256:
-        raise VaultError(
-            f"{project.vault.features} was made by another network or at another hook point. "
-            "Run `dpf-release featurize --restart`."
-        )
-    return bank
-
-
-def _secret(folder: Path, recipe: dict[str, Any], restart: bool) -> bytes:
+def _secret(folder: Path, recipe: dict[str, Any], subject: dict[str, str], restart: bool) -> bytes:
     """The function's 32 secret bytes: drawn from the operating system at its first fitting, kept for its resumes."""
     path = folder / "function.json"
     if path.is_file() and not restart:
         known = json.loads(path.read_text(encoding="utf-8"))
-        if known["recipe"] == recipe and not known["fitted"]:
+        if known["recipe"] == recipe and known["for"] == subject and not known["fitted"]:
             return bytes.fromhex(known["secret"])
-        state = "is fitted already" if known["fitted"] else "was begun with other settings"
+        state = "is fitted already" if known["fitted"] else "was begun with other settings or features"
         raise VaultError(
             f"the function {folder.name!r} {state}. Give another --name, or fit it anew with --restart (it is lost)."
         )
     make_folder(folder)
+    secret = os.urandom(32)
+    write_json(path, {"recipe": recipe, "for": subject, "secret": secret.hex(), "fitted": False})
     for name in ("checkpoint", "dpf", "plan"):
         (folder / f"{name}.safetensors").unlink(missing_ok=True)
-    secret = os.urandom(32)
-    write_json(path, {"recipe": recipe, "secret": secret.hex(), "fitted": False})
     return secret
 
 
@@ -197,6 +197,7 @@ def _fit_learned(
         device=project.device,
         validate=validate if len(val) else None,
         checkpoint=folder / "checkpoint.safetensors",
+        subject=folder.joinpath("function.json").read_text(encoding="utf-8"),
     )
     write_json(folder / "history.json", asdict(history))
     return history.epochs[history.best_epoch]

@@ -15,20 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpf_release.bank import FeatureBank, SplitName
-from dpf_release.errors import ConfigError
+from dpf_release.errors import BankError, ConfigError
 from dpf_release.figures import write_grid
 from dpf_release.metrics import bootstrap_interval, l1, mean_absolute_error, psnr, ssim, topk_correct
 from dpf_release.models.functions import RowSource
 from dpf_release.models.reconstructors import Reconstructor
 from dpf_release.pipeline.attackers import AttributeAttacker, attribute_classifier, attribute_of_rows, straw_man
-from dpf_release.pipeline.fitting import load_function, private_bank
+from dpf_release.pipeline.fitting import FittedFunction, load_function
 from dpf_release.pipeline.project import Project
-from dpf_release.storage import make_folder, write_json
+from dpf_release.storage import make_folder, sha256_of, write_json
 from dpf_release.vault import read_record
 
 Rows = NDArray[np.int64]
 RECONSTRUCTED_ROWS = 2000
 FIGURE_ROWS = 8
+PSNR_LIMIT = 100.0  # of equal pictures it is infinite, which is no number for JSON
 
 
 def measure(project: Project, name: str = "default") -> dict[str, Any]:
@@ -40,22 +41,32 @@ def measure(project: Project, name: str = "default") -> dict[str, Any]:
         poisoned; for each attribute classifier the accuracy, clean and poisoned.
     """
     function = load_function(project, name)
-    candidate = FeatureBank(project.vault.candidate(name) / "features", "val")
+    features = project.vault.candidate(name) / "features"
+    candidate = FeatureBank(features, "val")
     recipe = read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
     judge = _Judge(project, recipe["straw_men"], recipe["confuse"])
-    report: dict[str, Any] = {"function": recipe["function"], "objective": recipe["objective"]}
-    report["val"] = judge.compare("val", private_bank(project, "val"), candidate)
-    test = private_bank(project, "test")
-    secret = hashlib.sha256(function.digest.encode()).digest()  # any secret will do: these rows go nowhere
-    try:
-        plans = function.chain.plan(test, judge.phi_2, secret)
-        report["test"] = judge.compare("test", test, function.chain.on(test, plans))
-    except ConfigError as error:  # `recombine` with fewer than k rows of a class
-        report["test"] = {"not_measured": str(error)}
+    clean = project.private_bank("val")
+    report: dict[str, Any] = {
+        "function": recipe["function"],
+        "objective": recipe["objective"] if function.chain.learned is not None else None,
+        "index_sha256": sha256_of(features / "index.json"),
+        "val": judge.compare("val", clean, candidate),
+        "test": _on_test(project, function, judge),
+    }
     folder = make_folder(project.vault.reports(name))
+    judge.draw(folder / "reconstructions.png", clean, candidate)
     write_json(folder / "measurements.json", report)
-    judge.draw(folder / "reconstructions.png", private_bank(project, "val"), candidate)
     return report
+
+
+def _on_test(project: Project, function: FittedFunction, judge: _Judge) -> dict[str, Any]:
+    try:
+        test = project.private_bank("test")
+        secret = hashlib.sha256(function.digest.encode()).digest()  # any secret will do: these rows go nowhere
+        plans = function.chain.plan(test, judge.phi_2, secret)
+    except (BankError, ConfigError) as error:  # no test split; `recombine` with fewer than k rows of a class
+        return {"not_measured": str(error)}
+    return judge.compare("test", test, function.chain.on(test, plans))
 
 
 class _Judge:
@@ -119,7 +130,7 @@ class _Judge:
             original = self._pictures(split, rows)
             reconstruction = self._batch(network, source, rows)
             parts["l1"].append(l1(reconstruction, original))
-            parts["psnr"].append(psnr(reconstruction, original))
+            parts["psnr"].append(psnr(reconstruction, original).clamp_max(PSNR_LIMIT))
             parts["ssim"].append(ssim(reconstruction, original))
             parts["abs_ssim"].append(parts["ssim"][-1].abs())
         return {metric: torch.cat(values).numpy() for metric, values in parts.items()}
@@ -129,6 +140,8 @@ class _Judge:
     ) -> dict[str, Any]:
         labels = attribute_of_rows(self.project, column, split)
         known = np.flatnonzero(np.isin(labels, attacker.values))
+        if not len(known):
+            return {"not_measured": f"no row of {split} has a value of {column!r} that the classifier knows"}
         truth = np.searchsorted(attacker.values, labels[known])
         right = [
             (self._run(attacker.network, source)[known].argmax(1).numpy() == truth).astype(np.float32)
@@ -153,7 +166,7 @@ class _Judge:
 
 def _paired(metric: str, clean: NDArray[Any], poisoned: NDArray[Any]) -> dict[str, Any]:
     """Means of a metric on the same rows, and what poisoning costs: clean minus poisoned, with its 95 % interval."""
-    low, high = bootstrap_interval(clean - poisoned) if len(clean) else (float("nan"),) * 2
+    low, high = bootstrap_interval(clean - poisoned)
     return {
         f"{metric}_clean": float(clean.mean()),
         f"{metric}_poisoned": float(poisoned.mean()),

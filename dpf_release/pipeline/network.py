@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,14 @@ from torch import Tensor, nn
 
 from dpf_release.errors import VaultError
 from dpf_release.metrics import mean_absolute_error, topk_correct
+from dpf_release.models.hooks import split
 from dpf_release.models.weights import load_weights
 from dpf_release.pipeline.project import ImageSet, Project
-from dpf_release.storage import make_folder, write_json
+from dpf_release.storage import make_folder, sha256_of, write_json
 from dpf_release.training import Recipe, fit
 
 Rows = NDArray[np.int64]
+IMPORTED = "imported.json"  # beside an imported network: the digest of the weights file it came from
 
 
 def train(project: Project, restart: bool = False) -> dict[str, float]:
@@ -35,8 +39,11 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
     network = project.new_network()
     if project.config.model.weights:
         load_weights(network, project.config.locate(project.config.model.weights))
-    project.save_network(network)  # a wrong hook point is refused now, not after hours of training
-    (vault.network / "network.json").unlink()
+    checkpoint = make_folder(vault.network) / "checkpoint.safetensors"
+    if restart:
+        checkpoint.unlink(missing_ok=True)
+    # A wrong hook point is refused now, not after hours of training.
+    split(network, project.config.model.hook, project.config.model.size)
     task = TargetTask.of(project)
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
@@ -68,7 +75,8 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
         validate=(lambda: task.error(_answers(project, network, rows["val"]), rows["val"]))
         if len(rows["val"])
         else None,
-        checkpoint=make_folder(vault.network) / "checkpoint.safetensors",
+        checkpoint=checkpoint,
+        subject=json.dumps([images.table.digest(), section.model_dump(), project.config.model.model_dump(mode="json")]),
     )
     scores = {
         name: task.score(_answers(project, network, rows[name]), rows[name])
@@ -77,23 +85,40 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
     }
     project.save_network(network.to(memory_format=torch.contiguous_format))
     write_json(vault.network / "history.json", {"epochs": history.epochs, "bf16": history.bf16, "scores": scores})
-    (vault.network / "checkpoint.safetensors").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
+    (vault.network / IMPORTED).unlink(missing_ok=True)
     return scores
 
 
-def import_network(project: Project) -> None:
-    """Φ from the weights that [model] names, into the vault.
+def import_network(project: Project, restart: bool = False) -> None:
+    """Φ from the weights that [model] names, into the vault, where there is none.
 
     Raises:
-        VaultError: the configuration names none.
-        WeightsError: they do not fit the architecture, or are not in a safe format.
+        VaultError: neither configuration nor vault has a network, or the weights file is no longer the one that the
+            vault's network came from, and `restart` is not set.
+        WeightsError: the weights do not fit the architecture, or are not in a safe format.
     """
-    weights = project.config.model.weights
+    folder, weights = project.vault.network, project.config.model.weights
+    there, came_from = (folder / "network.json").is_file(), folder / IMPORTED
     if weights is None:
-        raise VaultError("expected a network. Run `dpf-release train`, or name its weights under [model] weights.")
+        if not there:
+            raise VaultError("expected a network. Run `dpf-release train`, or name its weights under [model] weights.")
+        return
+    path = project.config.locate(weights)
+    if there and not came_from.is_file():
+        return  # trained here; the weights were where the training began
+    digest = {"sha256": sha256_of(path)} if path.is_file() else {}
+    if there and json.loads(came_from.read_text(encoding="utf-8")) == digest:
+        return
+    if there and not restart:
+        raise VaultError(
+            f"{path} is not the file that the vault's network came from. Put that back, or take over the new one with "
+            "`dpf-release featurize --restart`."
+        )
     network = project.new_network()
-    load_weights(network, project.config.locate(weights))
+    load_weights(network, path)
     project.save_network(network)
+    write_json(came_from, digest)
 
 
 class TargetTask:

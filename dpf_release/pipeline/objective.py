@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpf_release.bank import FeatureBank, SplitName
-from dpf_release.errors import ConfigError
 from dpf_release.metrics import ssim
 from dpf_release.models.functions import Chain, Plan
 from dpf_release.models.reconstructors import Reconstructor
@@ -79,14 +78,8 @@ class Objective:
 
     @classmethod
     def of(cls, project: Project) -> Objective:
-        """The configured objective.
-
-        Raises:
-            ConfigError: no byproduct attacker is named.
-        """
+        """The configured objective."""
         section = project.config.poison
-        if not section.straw_men and not section.confuse:
-            raise ConfigError("expected a byproduct attacker under [poison] straw_men or confuse, found none.")
         return cls(
             project.frozen(project.cut.split.classifier),
             TargetTask.of(project),

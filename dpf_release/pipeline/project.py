@@ -15,19 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dpf_release.bank import ID_BYTES
+from dpf_release.bank import ID_BYTES, FeatureBank, SplitName
 from dpf_release.config import CONFIG_NAME, Config, read_config
 from dpf_release.errors import VaultError
 from dpf_release.image_table import ImageTable, read_table, read_unlabelled
 from dpf_release.images import BadImage, Pictures, Preprocess, refuse_bad, survey
 from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import freeze, load_state, save_state, state_file
-from dpf_release.models.zoo import build_network
+from dpf_release.models.zoo import build_network, is_public_architecture
 from dpf_release.progress import Progress
-from dpf_release.record import ModelRecord, PreprocessRecord, read_model_record
-from dpf_release.storage import make_folder, replacing, write_json
+from dpf_release.record import CUSTOM, ModelRecord, PreprocessRecord, read_model_record
+from dpf_release.storage import make_folder, replacing, sha256_of, write_json
 from dpf_release.training import pick_device
-from dpf_release.vault import SPLITS, Vault, read_ids
+from dpf_release.vault import SPLITS, Vault, read_ids, read_record
 
 Rows = NDArray[np.int64]
 
@@ -214,8 +214,57 @@ class Project:
         return CutNetwork(
             record.model_copy(update={"hook": parts.hook.name, "feature_shape": parts.hook.shape}),
             parts,
-            hashlib.sha256(state_file(parts.featurizer.state_dict())).hexdigest(),
         )
+
+    @property
+    def bank_id(self) -> str:
+        """What φ1(S) in the vault is: a digest of the plan that it was written under.
+
+        Raises:
+            VaultError: there is no plan, thus no bank.
+        """
+        if not self.vault.plan.is_file():
+            raise VaultError(
+                f"expected features in {self.vault.features}, found none. Run `dpf-release featurize` first."
+            )
+        return sha256_of(self.vault.plan)
+
+    def private_bank(self, split_name: SplitName) -> FeatureBank:
+        """One split of φ1(S).
+
+        Raises:
+            VaultError: it was made from other images, labels, names or networks than those of today.
+        """
+        known, today = read_record(self.vault.plan, "featurize"), self.source_facts
+        changed = [key for key, value in today.items() if known.get(key) != value]
+        if sha256_of(self.vault.ids) != known["ids_sha256"]:
+            changed.append("ids.csv")
+        if changed:
+            raise VaultError(
+                f"the features in {self.vault.features} were made from something else; changed since: "
+                f"{', '.join(changed)}. Put that back, or run `dpf-release featurize --restart`."
+            )
+        return FeatureBank(self.vault.features, split_name)
+
+    @cached_property
+    def source_facts(self) -> dict[str, Any]:
+        """What a bank of S is made from: images, labels and their names, and φ1.
+
+        Raises:
+            VaultError: Φ's outputs are not what the images are labelled with.
+        """
+        images, answers = self.private_images, self.cut.record.classes or self.cut.record.targets
+        if answers != self.output_names:
+            raise VaultError(
+                f"the vault's network answers {list(answers)}, in this order; the images and [task] say "
+                f"{list(self.output_names)}. Set [images.private] classes or [task] targets to those, or train anew."
+            )
+        return {
+            "source_sha256": images.table.digest(),
+            "undecodable": [{"name": bad.name, "reason": bad.reason} for bad in images.bad],
+            "names": list(self.output_names),
+            "featurizer_sha256": self.cut.featurizer_sha256,
+        }
 
     def frozen(self, network: nn.Module) -> nn.Module:
         """The network where it computes, in evaluation mode, without gradients for its weights."""
@@ -229,12 +278,33 @@ class CutNetwork:
     Attributes:
         record: of Φ, with hook point and feature shape of this cut.
         split: φ1 and φ2.
-        featurizer_sha256: of φ1's safetensors file; a bank names it.
     """
 
     record: ModelRecord
     split: Split
-    featurizer_sha256: str
+
+    @property
+    def public_record(self) -> ModelRecord:
+        """The record as it may be published: an owner's own architecture is not named."""
+        if is_public_architecture(self.record.arch):
+            return self.record
+        return self.record.model_copy(update={"arch": CUSTOM, "arguments": {}})
+
+    @cached_property
+    def featurizer_file(self) -> bytes:
+        """φ1 as published. Its header says what the weights alone do not: where Φ is cut, and what it is fed."""
+        record = self.public_record.model_dump(mode="json", include={"arch", "arguments", "preprocess"})
+        return state_file(self.split.featurizer.state_dict(), record | {"hook": self.split.hook.path})
+
+    @cached_property
+    def classifier_file(self) -> bytes:
+        """φ2 as published."""
+        return state_file(self.split.classifier.state_dict())
+
+    @cached_property
+    def featurizer_sha256(self) -> str:
+        """Of φ1's file: what a bank, an attacker and a function name as the featurizer that they are for."""
+        return hashlib.sha256(self.featurizer_file).hexdigest()
 
 
 def _preprocess_record(preprocess: Preprocess) -> dict[str, Any]:

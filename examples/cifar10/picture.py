@@ -2,7 +2,8 @@
 
     python examples/cifar10/picture.py --project /tmp/cifar10 --out docs/reconstructions.png
 
-An owner never does this with a P in use: a public picture beside its poisoned features is a known pair. This P is not.
+An owner never does this: a public picture beside its poisoned features is a known pair for an attacker. Here S is
+public too, and the release is thrown away.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main() -> None:
     images = project.public_images
     rows = images.rows("val")
     rows = rows[np.linspace(0, len(rows) - 1, PICTURES).astype(int)]  # the table is sorted by class: some of each
-    pictures = images.pictures.read(rows)
+    pictures = images.pictures.read(rows).to(project.device)
     reconstructor = straw_man(project, "px2s2")
     network = load_function(project, "equivalence").chain.learned
     with torch.inference_mode():

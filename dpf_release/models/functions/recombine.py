@@ -27,8 +27,9 @@ class Recombine(PoisoningFunction):
     """Puts each row together from pieces of its group: every `patch`×`patch` window from a random member.
 
     Groups are a partition of each class into sets of at least `k` rows that φ2 sees alike (nearest in the input of its
-    last linear layer); what remains of a class joins its last group. For regression, deciles of each target are the
-    classes. This is fixed-size microaggregation, with pieces in the place of means. Planning costs O(n²/k) a class.
+    last linear layer); what remains of a class joins its last group. For regression, about `bins` quantile bins of the
+    targets are the classes. This is fixed-size microaggregation, with pieces in the place of means. Planning costs
+    O(n²/k) a class.
     """
 
     mixes_rows = True
