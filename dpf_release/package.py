@@ -7,12 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from dpf_release.bank import BankIndex, FeatureBank, read_index
 from dpf_release.card import write_card
@@ -26,19 +22,14 @@ from dpf_release.manifest import (
     role_of,
     write_manifest,
 )
+from dpf_release.near_rows import SAME_ROW_COSINE, count_near_rows
 from dpf_release.pipeline.banks import CANDIDATE, candidate_origin
 from dpf_release.pipeline.fitting import FittedFunction, load_function
 from dpf_release.pipeline.project import Project
-from dpf_release.progress import Progress
 from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.release import Release
 from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of
-from dpf_release.vault import SPLITS, read_record, remember_release
-
-# Above this mean-centred cosine a public row is a private one for every purpose.
-SAME_ROW_COSINE = 0.999
-PROJECTED_COSINE = 0.99  # what 256 random dimensions may make of 0.999; what is above is looked at exactly
-PROJECTED_DIMENSIONS = 256
+from dpf_release.vault import read_record, remember_release
 
 
 def package(project: Project, name: str = "default", out: Path | None = None) -> Manifest:
@@ -62,13 +53,13 @@ def package(project: Project, name: str = "default", out: Path | None = None) ->
     function = load_function(project, name)
     _refuse_strangers(candidate, index)
     _refuse_other_origin(project, candidate, name, function)
-    record = read_model_record(candidate / "model" / "model.json")
     _refuse_unpoisoned(project, candidate, index, poisons=function.chain.poisons)
 
     staging = out.with_name(f".{out.name}.dpf-staging")
     shutil.rmtree(staging, ignore_errors=True)
     make_folder(staging, PUBLIC_FOLDER)
     _copy_public(candidate, staging)
+    record = project.cut.public_record
     write_card(staging / "README.md", project.config, record, index, _scores(project, candidate, name))
     manifest = _manifest(project.config, record, index, staging, out)
     write_manifest(staging, manifest)
@@ -140,6 +131,8 @@ def _refuse_other_origin(project: Project, candidate: Path, name: str, function:
         problems.append("features/index.json changed since")
     if today["model"] != hashlib.sha256(weights).hexdigest():
         problems.append("weights changed since")
+    if read_model_record(model / "model.json") != project.cut.public_record:
+        problems.append("model/model.json changed since")
     if problems:
         raise RefusedError(
             f"the candidate {name!r} is not of today: {'; '.join(problems)}. Nothing was published. Run "
@@ -166,7 +159,7 @@ def _refuse_unpoisoned(project: Project, candidate: Path, index: BankIndex, *, p
             "Nothing was published. Fit a function with `dpf-release fit-poison`."
         )
     public = [FeatureBank(candidate / "features", split) for split in index.splits]
-    private = [FeatureBank(project.vault.features, split) for split in SPLITS if split in _splits_of(project)]
+    private = [FeatureBank(project.vault.features, split) for split in read_index(project.vault.features).splits]
     near, rows = count_near_rows(public, private)
     if near:
         raise RefusedError(
@@ -175,77 +168,13 @@ def _refuse_unpoisoned(project: Project, candidate: Path, index: BankIndex, *, p
         )
 
 
-def _splits_of(project: Project) -> set[str]:
-    return set(read_index(project.vault.features).splits)
-
-
-def count_near_rows(public: list[FeatureBank], private: list[FeatureBank]) -> tuple[int, int]:
-    """How many public rows are as good as equal to a private one, and how many public rows there are.
-
-    Equal: mean-centred cosine above 0.999. The nearest private row is found among random projections to 256 dimensions
-    (1 kB a private row in memory) and confirmed on the rows themselves; rows of the same id are compared in any case.
-    """
-    dimensions = int(np.prod(private[0].shape))
-    matrix = np.random.default_rng().standard_normal((dimensions, PROJECTED_DIMENSIONS)).astype(np.float32)
-    total = np.zeros(dimensions)
-    for _, rows in _flat_batches(private):
-        total += rows.sum(axis=0, dtype=np.float64)
-    mean = (total / sum(map(len, private))).astype(np.float32)
-    projected = np.concatenate([_unit((rows - mean) @ matrix) for _, rows in _flat_batches(private)])  # (N, 256)
-    ids = np.concatenate([bank.ids for bank in private])
-    row_of = {row_id.tobytes(): row for row, row_id in enumerate(ids)}
-    starts = np.cumsum([0, *map(len, private)])
-    count = sum(map(len, public))
-    near = 0
-    with Progress("Comparing with the private rows", count, "rows") as progress:
-        for row_ids, rows in _flat_batches(public):
-            centred = rows - mean
-            own = np.array([row_of.get(row_id.tobytes(), -1) for row_id in row_ids])
-            found = _same_as(centred, own, private, starts, mean)
-            likeness = _unit(centred @ matrix) @ projected.T  # (n, N)
-            best = np.where(likeness.max(axis=1) > PROJECTED_COSINE, likeness.argmax(axis=1), -1)
-            near += int((found | _same_as(centred, best, private, starts, mean)).sum())
-            progress.advance(len(rows))
-    return near, count
-
-
-def _same_as(
-    centred: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    private: list[FeatureBank],
-    starts: NDArray[np.int64],
-    mean: NDArray[np.float32],
-) -> NDArray[np.bool_]:
-    """Which of the public rows equal the private row numbered beside them; -1: none to compare with."""
-    same = np.zeros(len(rows), np.bool_)
-    for number, bank in enumerate(private):
-        mine = np.flatnonzero((rows >= starts[number]) & (rows < starts[number + 1]))
-        if len(mine):
-            theirs = bank.read(rows[mine] - starts[number]).reshape(len(mine), -1).astype(np.float32) - mean
-            same[mine] = (_unit(centred[mine]) * _unit(theirs)).sum(axis=1) > SAME_ROW_COSINE
-    return same
-
-
-def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
-    scaled: NDArray[np.float32] = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12)
-    return scaled
-
-
-def _flat_batches(banks: list[FeatureBank]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
-    for bank in banks:
-        for rows, features in bank.batches(256):
-            yield bank.ids[rows], features.reshape(len(rows), -1).astype(np.float32)
-
-
 # --------------------------------------------------------------------------------------------- publishing
 
 
 def _copy_public(candidate: Path, staging: Path) -> None:
     for path in sorted(candidate.rglob("*")):
-        target = staging / path.relative_to(candidate)
-        if path.is_dir():
-            make_folder(target, PUBLIC_FOLDER)
-        else:
+        if path.is_file():
+            target = staging / path.relative_to(candidate)
             make_folder(target.parent, PUBLIC_FOLDER)
             with replacing(target, PUBLIC_FILE) as partial:
                 shutil.copyfile(path, partial)

@@ -17,7 +17,7 @@ ORDER = [
     "metrics image_table images figures loader models release",
     "training",
     "pipeline downstream",
-    "package card inspection",
+    "package near_rows card inspection",
     "cli demo __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(ORDER) for name in names.split()}

@@ -15,7 +15,8 @@ from dpf_release import package as package_module
 from dpf_release.bank import BankIndex, BankWriter, FeatureBank, read_index
 from dpf_release.errors import BankError, RefusedError, VaultError, VerificationError
 from dpf_release.manifest import verify
-from dpf_release.package import count_near_rows, package
+from dpf_release.near_rows import count_near_rows
+from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
 from dpf_release.storage import sha256_of
 
