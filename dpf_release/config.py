@@ -265,7 +265,7 @@ path = "images/public"
 
 [model]
 arch = "{arch}"               # a torchvision classification network, resnet20_cifar, resnet56_cifar,
-                                 # or your own "package.module:function"
+                                 # or your own "package.module:function", beside this file
 {weights}
 hook = "{hook}"                 # `dpf-release inspect ARCH` lists the hook points
 size = {size}

@@ -14,6 +14,7 @@ from dpf_release.errors import ConfigError
 from dpf_release.manifest import MANIFEST
 from dpf_release.models.hooks import HookPoint, hook_points
 from dpf_release.models.zoo import build_network, is_public_architecture
+from dpf_release.pipeline.project import import_from
 from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.release import Release
 
@@ -51,7 +52,9 @@ def inspect(path: str, size: int = 224, width: int | None = None) -> list[Table]
     if place.suffix == ".h5" and place.is_file():
         return [_shard(place)]
     if place.suffix == ".toml":
-        model = read_config(place).model
+        config = read_config(place)
+        import_from(config.folder)
+        model = config.model
         network = build_network(model.arch, 10, model.arguments, allow_import=True)
         return [_hooks(f"{model.arch}, {model.size[0]} x {model.size[1]} px", hook_points(network, model.size))]
     if (place / MANIFEST).is_file():

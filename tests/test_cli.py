@@ -96,3 +96,18 @@ def test_inspect_lists_the_hook_points_of_an_architecture(tmp_path: Path) -> Non
     refused = run_cli("inspect", "vit_b_16", folder=tmp_path)
     assert refused.returncode == 1
     assert "(N, C, H, W)" in refused.stderr
+
+
+def test_an_owners_own_network_is_found_beside_the_configuration(tmp_path: Path) -> None:
+    config = new_project(tmp_path / "shapes")
+    (config.parent / "own_networks.py").write_text(
+        "from dpf_release.models.zoo import CifarResNet\n\n"
+        "def tiny(outputs):\n    return CifarResNet(3, outputs, width=4)\n"
+    )
+    text = config.read_text().replace("arguments = { width = 8 }\n", "")
+    config.write_text(text.replace('"resnet20_cifar"', '"own_networks:tiny"'))
+    result = run_cli("inspect", str(config), folder=tmp_path)  # run from elsewhere
+    assert result.returncode == 0, result.stderr
+    assert "conv4_1" in result.stdout
+    config.write_text(text.replace('"resnet20_cifar"', '"not_there:tiny"'))
+    assert run_cli("inspect", str(config), folder=tmp_path).returncode == 1

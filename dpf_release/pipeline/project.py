@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -67,6 +68,7 @@ class Project:
             VaultError: no vault beside it, or one that others can read.
         """
         read = read_config(config, overrides)
+        import_from(read.folder)
         return cls(read, Vault.open(read.folder / "vault"))
 
     @cached_property
@@ -269,6 +271,16 @@ class Project:
     def frozen(self, network: nn.Module) -> nn.Module:
         """The network where it computes, in evaluation mode, without gradients for its weights."""
         return freeze(network).to(self.device).to(memory_format=torch.channels_last)
+
+
+def import_from(folder: Path) -> None:
+    """Lets `package.module:function` of a `dpf.toml` be found beside it.
+
+    Last on the path, and only ever the owner's folder: nothing there can take the place of a module of ours, and a
+    stranger's release is never imported from.
+    """
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 @dataclass(frozen=True, eq=False)
