@@ -217,6 +217,17 @@ def test_classes_in_another_order_than_the_networks_are_refused(project_folder: 
     featurize(open_project(project_folder, images__private__classes=["disc", "square"]), restart=True)
 
 
+def test_one_project_sees_what_its_own_steps_replace(project_folder: Path) -> None:
+    project = open_project(project_folder, train__epochs=1)
+    before, phi_1 = project.bank_order[1]["train"].copy(), project.cut.featurizer_sha256
+    train(project, restart=True)
+    assert project.cut.featurizer_sha256 != phi_1
+    featurize(project, restart=True)
+    ids = [line["id"] for line in read_ids(project.vault.ids) if line["split"] == "train"]
+    assert [row_id.tobytes().hex() for row_id in project.private_bank("train").ids] == ids
+    assert not np.array_equal(project.bank_order[1]["train"], before)
+
+
 def test_features_written_anew_void_the_functions_fitted_before(project_folder: Path) -> None:
     project = open_project(project_folder, poison__function="recombine:k=3")
     fit_poison(project, "groups")

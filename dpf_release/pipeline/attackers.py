@@ -42,7 +42,7 @@ def straw_man(project: Project, name: str) -> Reconstructor:
     _refuse_shared_images(project)
     subject = {
         "featurizer_sha256": project.cut.featurizer_sha256,
-        "public_images_sha256": project.public_images.table.digest(),
+        "public_images_sha256": project.public_images.digest,
         "recipe": project.config.reconstructor.model_dump(),
     }
     if not _kept(path, subject):

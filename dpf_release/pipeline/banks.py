@@ -114,6 +114,7 @@ def _draw_plan(project: Project, facts: dict[str, Any]) -> None:
         [key for key in images.table.attributes if key not in {"id", "split", "row", "source"}],
     )
     write_json(vault.plan, {**facts, "ids_sha256": sha256_of(vault.ids)})
+    project.forget("bank_order")
 
 
 def _remove_bank(folder: Path) -> None:

@@ -76,7 +76,7 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
         if len(rows["val"])
         else None,
         checkpoint=checkpoint,
-        subject=json.dumps([images.table.digest(), section.model_dump(), project.config.model.model_dump(mode="json")]),
+        subject=json.dumps([images.digest, section.model_dump(), project.config.model.model_dump(mode="json")]),
     )
     scores = {
         name: task.score(_answers(project, network, rows[name]), rows[name])

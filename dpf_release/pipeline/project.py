@@ -41,11 +41,13 @@ class ImageSet:
         table: all images, the unreadable ones too.
         pictures: decoded, by row of the table.
         bad: what could not be read, and why.
+        digest: of the table and its files, as they were when this set was opened.
     """
 
     table: ImageTable
     pictures: Pictures
     bad: tuple[BadImage, ...]
+    digest: str
 
     def rows(self, split_name: str) -> Rows:
         """Rows of a split, without the unreadable images, ascending."""
@@ -70,6 +72,11 @@ class Project:
         read = read_config(config, overrides)
         import_from(read.folder)
         return cls(read, Vault.open(read.folder / "vault"))
+
+    def forget(self, *names: str) -> None:
+        """Lets the named properties be read from the vault again: a step calls it for what it has just replaced."""
+        for name in names:
+            self.__dict__.pop(name, None)
 
     @cached_property
     def device(self) -> torch.device:
@@ -108,17 +115,17 @@ class Project:
     def _surveyed(self, name: Literal["private", "public"], table: ImageTable, max_bad: float) -> ImageSet:
         """The set with its unreadable images found; the finding is kept in the vault while the files stay the same."""
         pictures = Pictures(table, self.preprocess, self.config.compute.workers)
-        path = self.vault.survey(name)
+        path, digest = self.vault.survey(name), table.digest()
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if known.get("digest") == table.digest():
+        if known.get("digest") == digest:
             row_of = {source: row for row, source in enumerate(table.paths)}
             bad = [BadImage(row_of[entry["name"]], entry["name"], entry["reason"]) for entry in known["bad"]]
         else:
             with Progress(f"Reading the {name} images", len(table)) as progress:
                 bad = survey(pictures, progress.advance)
-            write_json(path, {"digest": table.digest(), "bad": [{"name": b.name, "reason": b.reason} for b in bad]})
+            write_json(path, {"digest": digest, "bad": [{"name": b.name, "reason": b.reason} for b in bad]})
         refuse_bad(bad, len(table), max_bad)
-        return ImageSet(table, pictures, tuple(bad))
+        return ImageSet(table, pictures, tuple(bad), digest)
 
     @cached_property
     def bank_order(self) -> tuple[dict[str, Rows], dict[str, NDArray[np.uint8]]]:
@@ -186,6 +193,7 @@ class Project:
         with replacing(self.vault.network / "phi.safetensors") as partial:
             save_state(partial, network.state_dict())
         write_json(self.vault.network / "network.json", record.model_dump(mode="json"))
+        self.forget("cut", "source_facts")
         return record
 
     @cached_property
@@ -262,7 +270,7 @@ class Project:
                 f"{list(self.output_names)}. Set [images.private] classes or [task] targets to those, or train anew."
             )
         return {
-            "source_sha256": images.table.digest(),
+            "source_sha256": images.digest,
             "undecodable": [{"name": bad.name, "reason": bad.reason} for bad in images.bad],
             "names": list(self.output_names),
             "featurizer_sha256": self.cut.featurizer_sha256,
