@@ -20,7 +20,6 @@ import numpy as np
 from dpf_release.errors import ImageError
 from dpf_release.vault import SPLITS
 
-
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _READ_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
 # Other image formats are listed too: such a file becomes a reported bad image, not a missing one.
