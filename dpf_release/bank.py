@@ -1,15 +1,15 @@
-"""Feature banks, format 1: a folder of HDF5 shards and an index. No torch.
+"""Feature banks, format 1: a folder of HDF5 shards and an index, and how they are read. No torch.
 
 A shard `SPLIT/shard-NNNNN.h5` holds `/features` (N, C, H, W) float16 with one row a chunk, `/label` (N,) int64
 or `/target` (N, K) float32, `/id` (N, 16) uint8, and six attributes. `index.json` is written last, so a folder
-without one is unfinished.
+without one is unfinished. `bank_writer` writes them.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,18 +20,19 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dpf_release.errors import BankError
-from dpf_release.storage import PRIVATE_FILE, PRIVATE_FOLDER, make_folder, replacing, sha256_of, write_json
 
 SplitName = Literal["train", "val", "test"]
 INDEX = "index.json"
 VERSION: Literal[1] = 1
 ID_BYTES = 16
-# HDF5 1.10 and newer index chunks in an array of its own; the older B-tree would lie between the rows.
-LIBVER = ("v110", "v110")
+Compression = Literal["none", "gzip", "blosc2"]
+# HDF5's numbers of the filters that `/features` has, in order: byte shuffle, deflate; Blosc2 does both itself.
+FILTERS: dict[Compression, tuple[int, ...]] = {"none": (), "gzip": (2, 1), "blosc2": (32026,)}
+MOST_COMPRESSED = 1100  # deflate cannot do more than 1,032 to 1
+# Each open shard is a file handle; 1,024 is what a process commonly may have.
+MAX_OPEN_SHARDS = 256
 
 Rows = NDArray[np.int64]
-# (start, stop) of one split -> (stop - start, C, H, W), any float type
-FeatureSource = Callable[[int, int], NDArray[np.floating[Any]]]
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -56,6 +57,7 @@ class BankIndex(BaseModel):
     format: Literal["dpf-release-bank"] = "dpf-release-bank"
     version: Literal[1] = VERSION
     encoding: Literal["float16"] = "float16"
+    compression: Compression = "none"
     poisoned: bool
     featurizer_sha256: Digest
     feature_shape: tuple[Size, Size, Size]
@@ -83,143 +85,8 @@ def read_index(folder: Path) -> BankIndex:
         raise BankError(f"{path} is not an index of bank format {VERSION}: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
-
-@dataclass(frozen=True)
-class BankWriter:
-    """Writes a bank split by split; a shard that is there already is kept, so that a crash costs one shard.
-
-    Attributes:
-        folder: the bank; made if missing.
-        header: the index, without shards.
-        shard_bytes: feature bytes a shard holds at the most (at least one row).
-        batch_size: rows asked of the source at once; a batch never crosses a shard.
-        private: files 0600 and folders 0700, or 0644 and 0755.
-    """
-
-    folder: Path
-    header: BankIndex
-    shard_bytes: int = 2**30
-    batch_size: int = 128
-    private: bool = True
-
-    @property
-    def rows_per_shard(self) -> int:
-        """Rows of a full shard."""
-        return max(1, self.shard_bytes // self.header.row_bytes)
-
-    def write_split(
-        self,
-        split: SplitName,
-        targets: NDArray[Any],
-        ids: NDArray[np.uint8],
-        features: FeatureSource,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[ShardRecord, ...]:
-        """The shards of one split.
-
-        Args:
-            split: its name.
-            targets: (N,) class indices or (N, K) regression targets, in bank order.
-            ids: (N, 16) bytes.
-            features: called with (start, stop), in order; returns those rows.
-            on_rows: told how many more rows are done.
-
-        Raises:
-            BankError: a row is not finite in float16, or targets or ids are not what the header says.
-        """
-        expected = (len(ids), self.header.targets) if self.header.targets else (len(ids),)
-        if targets.shape != expected or ids.shape != (len(ids), ID_BYTES) or ids.dtype != np.uint8:
-            raise BankError(f"expected targets {expected} and ids (N, {ID_BYTES}), found {targets.shape}, {ids.shape}.")
-        targets = targets.astype(np.float32 if self.header.targets else np.int64)
-        folder = make_folder(self.folder / split, PRIVATE_FOLDER if self.private else 0o755)
-        records = []
-        for number, start in enumerate(range(0, len(ids), self.rows_per_shard)):
-            stop = min(start + self.rows_per_shard, len(ids))
-            path = folder / f"shard-{number:05d}.h5"
-            if path.exists() and self._holds(path, split, targets[start:stop], ids[start:stop]):
-                on_rows(stop - start)
-            else:
-                self._write_shard(path, split, start, targets[start:stop], ids[start:stop], features, on_rows)
-            records.append(
-                ShardRecord(
-                    file=f"{split}/{path.name}",
-                    rows=stop - start,
-                    bytes=path.stat().st_size,
-                    sha256=sha256_of(path),
-                )
-            )
-        return tuple(records)
-
-    def finish(self, splits: dict[SplitName, tuple[ShardRecord, ...]]) -> BankIndex:
-        """Writes the index; from here on the bank is whole."""
-        index = BankIndex.model_validate({**self.header.model_dump(), "splits": splits})
-        write_json(self.folder / INDEX, index.model_dump(mode="json"), self._file_mode)
-        return index
-
-    @property
-    def _file_mode(self) -> int:
-        return PRIVATE_FILE if self.private else 0o644
-
-    def _write_shard(
-        self,
-        path: Path,
-        split: str,
-        first: int,
-        targets: NDArray[Any],
-        ids: NDArray[np.uint8],
-        features: FeatureSource,
-        on_rows: Callable[[int], None],
-    ) -> None:
-        shape = self.header.feature_shape
-        (self.folder / INDEX).unlink(missing_ok=True)  # a bank that changes is unfinished until `finish`
-        with (
-            replacing(path, self._file_mode) as partial,
-            h5py.File(partial, "w", libver=LIBVER, track_times=False) as shard,
-        ):
-            shard.attrs.update(_attributes(self.header, split))
-            dataset = _empty_features(shard, len(ids), shape)
-            shard.create_dataset("target" if targets.ndim == 2 else "label", data=targets, track_times=False)
-            shard.create_dataset("id", data=ids, track_times=False)
-            for start in range(0, len(ids), self.batch_size):
-                stop = min(start + self.batch_size, len(ids))
-                rows = features(first + start, first + stop)  # (n, C, H, W)
-                if rows.shape != (stop - start, *shape):
-                    raise BankError(f"expected rows of shape {(stop - start, *shape)}, found {rows.shape}.")
-                with np.errstate(over="ignore"):
-                    encoded = rows.astype(np.float16)
-                if not np.isfinite(encoded).all():
-                    raise BankError(
-                        f"rows {first + start} to {first + stop} of {split} do not fit float16 (largest magnitude "
-                        f"{np.abs(rows).max():g}, limit 65504). Hook the network after a normalisation, or rescale."
-                    )
-                dataset[start:stop] = encoded
-                on_rows(stop - start)
-
-    def _holds(self, path: Path, split: str, targets: NDArray[Any], ids: NDArray[np.uint8]) -> bool:
-        """Whether a shard under its final name, therefore whole, is the one that would be written."""
-        with open_shard(path) as shard:
-            try:
-                check_shard(shard, path, self.header, split, len(ids))
-            except BankError:
-                return False
-            name = "target" if targets.ndim == 2 else "label"
-            return np.array_equal(shard["id"][:], ids) and np.array_equal(shard[name][:], targets)
-
-
-def _empty_features(shard: h5py.File, rows: int, shape: tuple[int, int, int]) -> h5py.Dataset:
-    """`/features`, its chunks allocated at once: they lie one behind the other, which readers can map."""
-    create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    create.set_chunk((1, *shape))
-    create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    create.set_obj_track_times(False)
-    space = h5py.h5s.create_simple((rows, *shape))
-    return h5py.Dataset(h5py.h5d.create(shard.id, b"features", h5py.h5t.IEEE_F16LE, space, create))
-
-
-def _attributes(header: BankIndex, split: str) -> dict[str, Any]:
+def attributes_of(header: BankIndex, split: str) -> dict[str, Any]:
+    """The attributes of a shard, all of them."""
     return {
         "format": header.format,
         "version": header.version,
@@ -228,9 +95,6 @@ def _attributes(header: BankIndex, split: str) -> dict[str, Any]:
         "encoding": header.encoding,
         "featurizer_sha256": header.featurizer_sha256,
     }
-
-
-# ---------------------------------------------------------------------------------------------- reading
 
 
 def open_shard(path: Path) -> h5py.File:
@@ -273,16 +137,16 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
             problems.append(f"/{member} is not a data set stored in this file")
         elif dataset.dtype != dtype or dataset.shape != shape:
             problems.append(f"/{member}: expected {dtype} {shape}, found {dataset.dtype} {dataset.shape}")
-        elif dataset.id.get_create_plist().get_nfilters():
-            problems.append(f"/{member} has filters; format 1 is written without")
+        elif _filters(dataset) != (FILTERS[header.compression] if member == "features" else ()):
+            problems.append(f"/{member} has the filters {_filters(dataset)}, not those of {header.compression!r}")
         elif len(dataset.attrs):
             problems.append(f"/{member} has attributes of its own: {sorted(dataset.attrs)}")
-        elif dataset.nbytes > size:
+        elif dataset.nbytes > size * (MOST_COMPRESSED if _filters(dataset) else 1):
             problems.append(f"/{member} claims {dataset.nbytes} bytes in a file of {size}")
         elif member == "features" and dataset.chunks != (1, *header.feature_shape):
             problems.append(f"/features: expected one row a chunk, found chunks {dataset.chunks}")
     found = {key: value.item() if isinstance(value, np.generic) else value for key, value in shard.attrs.items()}
-    attributes = _attributes(header, split)
+    attributes = attributes_of(header, split)
     # As text: an array, or a 0 in the place of False, is not equal.
     if repr(sorted(found.items())) != repr(sorted(attributes.items())):
         problems.append(f"expected the attributes {attributes}, found {found}")
@@ -290,38 +154,77 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
         raise BankError(f"{path.name} of {split} is not a shard of this bank: " + "; ".join(problems) + ".")
 
 
-class _OpenShard:
-    """One mapped shard of one process."""
-
-    def __init__(self, path: Path, header: BankIndex, split: str, rows: int) -> None:
-        self.file = open_shard(path)
-        check_shard(self.file, path, header, split, rows)
-        self.features = _mapped(self.file["features"], path)
-
-    def read(self, rows: Rows) -> NDArray[np.float16]:
-        return np.asarray(self.features[rows])
+def _filters(dataset: h5py.Dataset) -> tuple[int, ...]:
+    create = dataset.id.get_create_plist()
+    return tuple(create.get_filter(number)[0] for number in range(create.get_nfilters()))
 
 
-def _mapped(dataset: h5py.Dataset, path: Path) -> NDArray[np.float16]:
-    """The rows of `/features` mapped into memory where HDF5 says that they lie: as fast as a raw memmap."""
-    offsets = np.full(dataset.shape[0], -1, dtype=np.int64)
+def load_blosc2() -> Any:
+    """The package that teaches HDF5 to read and write Blosc2.
 
-    def note(chunk: Any) -> None:
-        offsets[chunk.chunk_offset[0]] = chunk.byte_offset
+    Raises:
+        BankError: it is not installed.
+    """
+    try:
+        import hdf5plugin
+    except ImportError as error:
+        raise BankError(
+            "expected the package hdf5plugin, which reads and writes Blosc2, found none. Install dpf-release[blosc2]."
+        ) from error
+    return hdf5plugin
 
-    dataset.id.chunk_iter(note)
-    stride = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
-    last = offsets[0] + stride * (len(offsets) - 1)
-    if offsets[0] < 0 or last + stride > path.stat().st_size or np.any(np.diff(offsets) != stride):
-        raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
-    mapped: NDArray[np.float16] = np.memmap(path, dtype="<f2", mode="r", offset=int(offsets[0]), shape=dataset.shape)
-    return mapped
+
+class _MappedShard:
+    """The rows of an uncompressed shard, mapped where HDF5 says that they lie: as fast as a raw `numpy.memmap`."""
+
+    def __init__(self, dataset: h5py.Dataset, path: Path) -> None:
+        rows, row_bytes = len(dataset), dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
+        offsets = np.full(rows, -1, dtype=np.int64)
+
+        def note(chunk: Any) -> None:
+            offsets[chunk.chunk_offset[0]] = chunk.byte_offset
+
+        dataset.id.chunk_iter(note)
+        with path.open("rb") as file:
+            self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.offset, self.row_bytes = int(offsets[0]), row_bytes
+        end = self.offset + row_bytes * rows
+        if self.offset < 0 or end > len(self.mapping) or np.any(np.diff(offsets) != row_bytes):
+            raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
+        flat = np.frombuffer(self.mapping, "<f2", rows * row_bytes // 2, self.offset)
+        self.features = flat.reshape(dataset.shape)
+
+    def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
+        np.take(self.features, rows, axis=0, out=out, mode="clip")  # "raise" would copy twice; bounds are checked above
+
+    def will_need(self, start: int, stop: int) -> None:
+        first = (self.offset + start * self.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        self.mapping.madvise(mmap.MADV_WILLNEED, first, self.offset + stop * self.row_bytes - first)
+
+
+class _CompressedShard:
+    """The rows of a compressed shard, read through HDF5, neighbours together."""
+
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self.dataset = dataset
+
+    def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        begins = np.flatnonzero(np.diff(ascending, prepend=-2) != 1)
+        for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True):
+            first = int(ascending[begin])
+            out[order[begin:end]] = self.dataset[first : first + int(end - begin)]
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Nothing: HDF5 has no way to be told."""
 
 
 class FeatureBank:
     """One split of a bank: rows by number, as numpy arrays.
 
-    Safe to pickle and to use after a fork: files are opened anew in each process, when first read.
+    Safe to pickle and to use after a fork: files are opened anew in each process, when first read. A slice or a list
+    of row numbers gives (features, targets): `bank[:100]`.
 
     Attributes:
         index: the bank's index.
@@ -336,7 +239,7 @@ class FeatureBank:
         self.split: SplitName = split
         self._shards = self.index.splits[split]
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])  # (shards + 1,)
-        self._open: dict[int, _OpenShard] = {}
+        self._open: dict[int, _MappedShard | _CompressedShard] = {}
         self._pid = os.getpid()
 
     def __len__(self) -> int:
@@ -364,8 +267,20 @@ class FeatureBank:
             return self._all("target", np.empty((0, self.index.targets), np.float32))
         return self._all("label", np.empty(0, np.int64))
 
-    def read(self, rows: Rows | Sequence[int]) -> NDArray[np.float16]:
+    def __getitem__(self, rows: int | slice | Sequence[int] | Rows) -> tuple[NDArray[np.float16], NDArray[Any]]:
+        """Features and targets: (C, H, W) and one target of a row, (n, C, H, W) and (n, ...) of several."""
+        if isinstance(rows, int | np.integer):
+            features, targets = self[[range(len(self))[rows]]]
+            return features[0], targets[0]
+        numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, np.int64)
+        return self.read(numbers), self.targets[numbers]
+
+    def read(self, rows: Rows | Sequence[int], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
         """Rows by number, (n, C, H, W), in the order asked for.
+
+        Args:
+            rows: their numbers.
+            out: where to; a new array where None.
 
         Raises:
             IndexError: a row number below 0 or beyond the last row.
@@ -373,15 +288,25 @@ class FeatureBank:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows 0 to {len(self) - 1} exist, asked for {rows.min()} to {rows.max()}")
+        out = np.empty((len(rows), *self.shape), dtype=np.float16) if out is None else out
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         present = np.unique(shards)
         if len(present) == 1:
-            return self._shard(int(present[0])).read(rows - self._starts[present[0]])
-        out = np.empty((len(rows), *self.shape), dtype=np.float16)
+            self._shard(int(present[0])).read(rows - self._starts[present[0]], out)
+            return out
         for number in present:
             mine = np.flatnonzero(shards == number)
-            out[mine] = self._shard(int(number)).read(rows[mine] - self._starts[number])
+            part = np.empty((len(mine), *self.shape), dtype=np.float16)
+            self._shard(int(number)).read(rows[mine] - self._starts[number], part)
+            out[mine] = part
         return out
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Asks the system to have rows `start` to `stop` in memory soon; returns at once."""
+        for number in range(len(self._shards)):
+            first, last = self._starts[number], self._starts[number + 1]
+            if start < last and first < stop:
+                self._shard(number).will_need(int(max(start, first) - first), int(min(stop, last) - first))
 
     def batches(self, size: int) -> Iterator[tuple[Rows, NDArray[np.float16]]]:
         """All rows in order: their numbers and their features, `size` at a time."""
@@ -389,14 +314,38 @@ class FeatureBank:
             rows = np.arange(start, min(start + size, len(self)))
             yield rows, self.read(rows)
 
-    def _shard(self, number: int) -> _OpenShard:
+    def _shard(self, number: int) -> _MappedShard | _CompressedShard:
         if self._pid != os.getpid():  # a handle belongs to the process that opened it
             self._open, self._pid = {}, os.getpid()
         if number not in self._open:
-            record = self._shards[number]
-            self._open[number] = _OpenShard(self.folder / record.file, self.index, self.split, record.rows)
+            while len(self._open) >= MAX_OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))
+            file, path = self._file(number)
+            if self.index.compression == "none":
+                with file:
+                    self._open[number] = _MappedShard(file["features"], path)
+            else:
+                self._open[number] = _CompressedShard(file["features"])
         return self._open[number]
 
+    def _file(self, number: int) -> tuple[h5py.File, Path]:
+        record = self._shards[number]
+        path = self.folder / record.file
+        if self.index.compression == "blosc2":
+            load_blosc2()
+        file = open_shard(path)
+        try:
+            check_shard(file, path, self.index, self.split, record.rows)
+        except BankError:
+            file.close()
+            raise
+        return file, path
+
     def _all(self, member: str, empty: NDArray[Any]) -> NDArray[Any]:
-        parts = [self._shard(number).file[member][:] for number in range(len(self._shards))]
-        return np.concatenate([empty, *parts])
+        parts = [empty]
+        for number in range(len(self._shards)):
+            self._shard(number)  # whose labels are taken must be whole
+            file, _ = self._file(number)
+            with file:
+                parts.append(file[member][:])
+        return np.concatenate(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import typer
 from dpf_release.errors import DPFReleaseError, VerificationError
 
 if TYPE_CHECKING:
-    from dpf_release.images import BadImage
+    from dpf_release.pictures import BadImage
     from dpf_release.pipeline import Project
 
 app = typer.Typer(
@@ -27,6 +29,9 @@ ConfigOption = Annotated[Path, typer.Option("--config", help="The owner's config
 NameOption = Annotated[str, typer.Option("--name", help="Which fitted function; several live side by side.")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew; what was made before is lost.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+ShardSizeOption = Annotated[
+    str | None, typer.Option("--shard-size", help="Largest file of the bank, as '500 MB'; default: 1 GiB.")
+]
 EpochsOption = Annotated[int | None, typer.Option("--epochs", help="Passes over the images.")]
 
 CONFIG = Path("dpf.toml")
@@ -34,10 +39,12 @@ CONFIG = Path("dpf.toml")
 
 def main() -> None:
     """Runs the command; a user's mistake ends with one paragraph and an exit code, a bug with its traceback."""
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        app()
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):  # noqa: PTH123
+            app()
     except DPFReleaseError as error:
-        print(f"dpf-release: {error}", file=sys.stderr)
+        print(f"dpf-release{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -111,6 +118,7 @@ def featurize(
     config: ConfigOption = CONFIG,
     restart: RestartOption = False,
     device: DeviceOption = None,
+    shard_size: ShardSizeOption = None,
     release: Annotated[Path | None, typer.Option("--release", help="Downstream: use the φ1 of this release.")] = None,
     images: Annotated[Path | None, typer.Option("--images", help="Downstream: your own images T.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Downstream: folder for the bank φ1(T).")] = None,
@@ -118,7 +126,9 @@ def featurize(
 ) -> None:
     """Split Φ and write the private bank φ1(S) into the vault.
 
-    Example: dpf-release featurize
+    Example: dpf-release featurize --shard-size "500 MB"
+
+    On several processes, GPUs or machines with a shared folder: torchrun --nproc-per-node 2 -m dpf_release featurize
 
     Downstream, with a release and images of your own: dpf-release featurize --release R --images T --out B
     """
@@ -129,10 +139,17 @@ def featurize(
             raise typer.BadParameter("--release, --images and --out go together")
         from dpf_release import Release
 
-        index, unreadable = pipeline.featurize_new(Release.open(release), images, out, max_bad=max_bad)
+        index, unreadable = pipeline.featurize_new(
+            Release.open(release),
+            images,
+            out,
+            shard_size=shard_size or "1 GiB",
+            max_bad=max_bad,
+            device=device or "auto",
+        )
         where = out
     else:
-        project = _project(config, compute__device=device)
+        project = _project(config, compute__device=device, bank__shard_size=shard_size)
         index, where = pipeline.featurize(project, restart), project.vault.features
         unreadable = list(project.private_images.bad)
     _print_unreadable(unreadable)
@@ -176,15 +193,23 @@ def fit_poison(
 
 
 @app.command()
-def poison(config: ConfigOption = CONFIG, name: NameOption = "default", device: DeviceOption = None) -> None:
+def poison(
+    config: ConfigOption = CONFIG,
+    name: NameOption = "default",
+    device: DeviceOption = None,
+    shard_size: ShardSizeOption = None,
+    restart: RestartOption = False,
+) -> None:
     """Write the candidate P(φ1(S)) into the vault, and measure it.
 
     Example: dpf-release poison --name paper
+
+    On several processes: torchrun --nproc-per-node 2 -m dpf_release poison --name paper
     """
     from dpf_release import pipeline
 
-    project = _project(config, compute__device=device)
-    pipeline.write_candidate(project, name)
+    project = _project(config, compute__device=device, bank__shard_size=shard_size)
+    pipeline.write_candidate(project, name, restart)
     print_measurements(pipeline.measure(project, name))
     pictures = project.vault.reports(name) / "reconstructions.png"
     if pictures.is_file():
@@ -193,7 +218,7 @@ def poison(config: ConfigOption = CONFIG, name: NameOption = "default", device: 
 
 def print_measurements(report: Mapping[str, Any]) -> None:
     """The table of `measure`: clean and poisoned, split by split."""
-    for split in ("val", "test"):
+    for split in [name for name in ("val", "test") if name in report]:
         part = report[split]
         if "not_measured" in part:
             print(f"{split}: {part['not_measured']}")

@@ -137,6 +137,7 @@ class BankSection(_Section):
     """How feature banks are written."""
 
     shard_size: str = "1 GiB"
+    compression: Literal["none", "gzip", "blosc2"] = "none"
     batch_size: BatchSize = 128
 
     @field_validator("shard_size")
@@ -147,10 +148,10 @@ class BankSection(_Section):
 
 
 class ComputeSection(_Section):
-    """The machine: `auto` takes a GPU where there is one; workers decode images (default: one a core)."""
+    """The machine: `auto` takes a GPU where there is one; `workers` processes decode (0: threads of this one)."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
-    workers: Annotated[int, Field(ge=1, le=256)] | None = None
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None
     bf16: Literal["auto", "on", "off"] = "auto"
 
 
@@ -293,4 +294,5 @@ epochs = 10
 
 [bank]
 shard_size = "1 GiB"
+compression = "none"             # or gzip, blosc2: smaller files, slower to read (docs/banks.md)
 """

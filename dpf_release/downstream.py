@@ -43,7 +43,7 @@ def fit_classifier(
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
         return rows.read(chosen)
 
-    def loss(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         outputs = network(batch[0].float().contiguous(memory_format=torch.channels_last)).float()
         regression = batch[1].is_floating_point()
         return {"loss": F.smooth_l1_loss(outputs, batch[1]) if regression else F.cross_entropy(outputs, batch[1])}

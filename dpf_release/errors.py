@@ -31,6 +31,14 @@ class WeightsError(DPFReleaseError):
     """A weights file is not what the network needs, or not a format that is safe to read."""
 
 
+class StorageError(DPFReleaseError):
+    """The disk is full or read-only, or another run works in the same folder."""
+
+
+class RankError(DPFReleaseError):
+    """One of the processes that work together ended, or they do not fit together."""
+
+
 class BankError(DPFReleaseError):
     """A feature bank cannot be written, or is not format 1."""
 

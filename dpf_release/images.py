@@ -1,19 +1,13 @@
-"""How an image file becomes a picture and a network's input; which files cannot; a table's pictures by row.
-
-A file that cannot be decoded stays a row of its table: it is reported with its name and reason (`survey`),
-counted, and too many of them stop the run (`refuse_bad`). No image is dropped silently.
-"""
+"""How an image file becomes a picture and a network's input, and which files cannot."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,19 +17,6 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dpf_release.errors import ImageError
-from dpf_release.image_table import ImageTable, read_table, read_unlabelled
-
-__all__ = [
-    "BadImage",
-    "ImageTable",
-    "Pictures",
-    "Preprocess",
-    "decode",
-    "read_table",
-    "read_unlabelled",
-    "refuse_bad",
-    "survey",
-]
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _TURNS = {
@@ -172,7 +153,7 @@ _BROKEN = (
 
 
 @contextlib.contextmanager
-def _strict_pillow() -> Iterator[None]:
+def strict_pillow() -> Iterator[None]:
     """Makes Pillow refuse bombs and be silent about the rest.
 
     The filters hold for all threads of the process: they are set around a pool's work, not in it, and name
@@ -184,7 +165,7 @@ def _strict_pillow() -> Iterator[None]:
         yield
 
 
-def _picture_or_reason(path: Path, preprocess: Preprocess) -> np.ndarray | str:
+def picture_or_reason(path: Path, preprocess: Preprocess) -> np.ndarray | str:
     """Returns the picture, (3, H, W) uint8, or the reason that there is none."""
     try:
         if not path.is_file():
@@ -207,128 +188,8 @@ def decode(path: Path | str, preprocess: Preprocess) -> np.ndarray:
         ImageError: `NAME: reason`, for a file that is missing, damaged, too large, or of another format.
     """
     path = Path(path)
-    with _strict_pillow():
-        found = _picture_or_reason(path, preprocess)
+    with strict_pillow():
+        found = picture_or_reason(path, preprocess)
     if isinstance(found, str):
         raise ImageError(f"{path.name}: {found}")
     return found
-
-
-@dataclass(frozen=True)
-class BadImage:
-    """An image that cannot be decoded: its row in the table, its path there, and why."""
-
-    row: int
-    name: str
-    reason: str
-
-
-class Pictures:
-    """The decoded pictures of a table, by row; kept in memory where they fit.
-
-    Decoding runs in threads: Pillow works outside Python's lock. An instance belongs to one process.
-
-    Args:
-        table: the images.
-        preprocess: size of the pictures.
-        workers: threads; the number of cores, 8 at most, where None.
-        memory_limit: bytes of pictures that may be kept. Larger tables are decoded anew at each read.
-    """
-
-    def __init__(
-        self,
-        table: ImageTable,
-        preprocess: Preprocess,
-        workers: int | None = None,
-        memory_limit: int = 2 * 2**30,
-    ) -> None:
-        self.table = table
-        self.preprocess = preprocess
-        self._pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
-        shape = (len(table), 3, *preprocess.size)
-        self._kept: Tensor | None = None
-        if math.prod(shape) <= memory_limit:
-            self._kept = torch.empty(shape, dtype=torch.uint8)  # the system gives the memory as it is filled
-        self._is_kept = np.zeros(len(table), dtype=bool)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def read(self, rows: Sequence[int] | np.ndarray) -> Tensor:
-        """Returns the pictures of these rows, (n, 3, H, W) uint8.
-
-        Raises:
-            ImageError: `PATH: reason` of the first that cannot be decoded.
-        """
-        rows = np.asarray(rows, dtype=np.int64)
-        pictures, bad = self._read(rows)
-        if bad:
-            raise ImageError(f"{bad[0].name}: {bad[0].reason}")
-        return pictures
-
-    def close(self) -> None:
-        """Ends the threads and frees the pictures."""
-        self._pool.shutdown(cancel_futures=True)
-        self._kept = None
-
-    def _read(self, rows: np.ndarray) -> tuple[Tensor, list[BadImage]]:
-        """Returns (n, 3, H, W) uint8, undefined at the bad images, and these."""
-        wanted, places = np.unique(rows, return_inverse=True)
-        missing = np.flatnonzero(~self._is_kept[wanted])
-        pictures = torch.empty((len(wanted), 3, *self.preprocess.size), dtype=torch.uint8)
-        if self._kept is not None and len(missing) < len(wanted):
-            pictures.copy_(self._kept[torch.from_numpy(wanted)])
-        bad = []
-        files = [self.table.root / self.table.paths[row] for row in wanted[missing]]
-        with _strict_pillow():
-            decoded = self._pool.map(_picture_or_reason, files, [self.preprocess] * len(files))
-            for place, found in zip(missing, decoded, strict=True):
-                row = int(wanted[place])
-                if isinstance(found, str):
-                    bad.append(BadImage(row, self.table.paths[row], found))
-                    continue
-                pictures[place] = torch.from_numpy(found)
-                if self._kept is not None:
-                    self._kept[row] = pictures[place]
-                    self._is_kept[row] = True
-        return pictures[torch.from_numpy(places)], bad
-
-
-def survey(
-    pictures: Pictures, on_progress: Callable[[int], None] | None = None, batch_size: int = 256
-) -> list[BadImage]:
-    """Decodes every picture once and returns those that cannot be; fills the memory of `pictures` on the way.
-
-    Args:
-        pictures: what to look at.
-        on_progress: called with the number of pictures after each batch.
-        batch_size: pictures a batch.
-    """
-    bad: list[BadImage] = []
-    for start in range(0, len(pictures), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(pictures)))
-        bad += pictures._read(rows)[1]
-        if on_progress is not None:
-            on_progress(len(rows))
-    return bad
-
-
-def refuse_bad(bad: Sequence[BadImage], total: int, max_bad: float = 0.001) -> None:
-    """Stops a run that has too many images that cannot be decoded.
-
-    Args:
-        bad: from `survey`.
-        total: number of images.
-        max_bad: share of the images that may be bad, 0 to 1.
-
-    Raises:
-        ImageError: there are more than that; the message lists the first 20.
-    """
-    if len(bad) > max_bad * total:
-        names = "\n  ".join(f"{image.name} ({image.reason})" for image in bad[:20])
-        more = f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise ImageError(
-            f"expected at most {max_bad:.3%} broken images (max_bad = {max_bad:g}), "
-            f"found {len(bad)} of {total}:\n"
-            f"  {names}{more}\nRepair or remove them, or raise max_bad to go on without them."
-        )

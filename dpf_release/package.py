@@ -23,8 +23,8 @@ from dpf_release.manifest import (
     write_manifest,
 )
 from dpf_release.near_rows import SAME_ROW_COSINE, count_near_rows
-from dpf_release.pipeline.banks import CANDIDATE, candidate_origin
-from dpf_release.pipeline.fitting import FittedFunction, load_function
+from dpf_release.pipeline.banks import candidate_origin
+from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.release import Release
@@ -44,8 +44,14 @@ def package(project: Project, name: str = "default", out: Path | None = None) ->
         VaultError: the candidate is unfinished, or `out` is no place for a release.
         RefusedError: the candidate holds what has no place in a release, was made from something else than today's
             function, features and network, is not poisoned, or has rows of φ1(S).
+        StorageError: another run works in the vault, or the disk does not take the release.
+        RankError: there are several ranks.
     """
-    out = (out or project.config.folder / "release").resolve()
+    with project.working(together=False):
+        return _package(project, name, (out or project.config.folder / "release").resolve())
+
+
+def _package(project: Project, name: str, out: Path) -> Manifest:
     _recover(out)
     _refuse_place(out, project)
     candidate = project.vault.candidate(name)

@@ -12,15 +12,20 @@ from rich.progress import Progress as RichProgress
 LOG_EVERY_SECONDS = 15.0
 
 
+def announce(text: str) -> None:
+    """A line on standard error."""
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
 class Progress:
     """Counts what is done; shows rate, time left and the latest facts (a loss, say)."""
 
-    def __init__(self, title: str, total: int, unit: str = "images") -> None:
+    def __init__(self, title: str, total: int, unit: str = "images", shown: bool = True) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._done = self._before = 0
         self._started = self._logged = time.monotonic()
         self._facts = ""
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=not shown)
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),

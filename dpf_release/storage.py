@@ -1,18 +1,25 @@
-"""Files that appear whole or not at all, and their digests."""
+"""Files that appear whole or not at all, their digests, and folders that one run at a time works in."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpf_release.errors import StorageError
+
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 PUBLIC_FILE, PUBLIC_FOLDER = 0o644, 0o755
 PARTIAL = ".partial"
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -23,18 +30,31 @@ def replacing(path: Path, mode: int = PRIVATE_FILE) -> Iterator[Path]:
     before anything is written to it: private bytes are never readable by others, whatever the umask.
     """
     partial = path.with_name(path.name + PARTIAL)
-    partial.unlink(missing_ok=True)
-    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
-    try:
-        partial.chmod(mode)
-        yield partial
-        flush_to_disk(partial)
-        partial.chmod(mode)  # a library that replaces the file instead of writing to it keeps its own mode
-        partial.replace(path)
-        flush_to_disk(path.parent)
-    except BaseException:
+    with _writing(path):
         partial.unlink(missing_ok=True)
-        raise
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        try:
+            partial.chmod(mode)
+            yield partial
+            flush_to_disk(partial)
+            partial.chmod(mode)  # a library that replaces the file instead of writing to it keeps its own mode
+            partial.replace(path)
+            flush_to_disk(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk, a read-only folder, a broken disk: told as what it is."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written: {error.strerror or error}. Nothing half-written is left, and what was there "
+            "before is as it was. Make room, or make the folder writable, and run the same command again."
+        ) from error
 
 
 def flush_to_disk(path: Path) -> None:
@@ -50,9 +70,87 @@ def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> Path:
     """The folder, with missing parents, each made with `mode` whatever the umask."""
     if not path.is_dir():
         make_folder(path.parent, mode)
-        path.mkdir()
-        path.chmod(mode)
+        with _writing(path):
+            path.mkdir(exist_ok=True)  # another rank may have been faster
+            path.chmod(mode)
     return path
+
+
+def refuse_small_disk(folder: Path, wanted: int) -> None:
+    """That the disk of a folder has room.
+
+    Args:
+        folder: which exists.
+        wanted: bytes.
+
+    Raises:
+        StorageError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise StorageError(
+            f"expected {readable_size(wanted)} of free space at {folder}, found {readable_size(free)}. Nothing was "
+            "written. Make room, or work on another disk."
+        )
+
+
+def readable_size(count: int) -> str:
+    """A number of bytes as a person reads it: `1.5 GiB`."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+
+
+@contextlib.contextmanager
+def locked(folder: Path, run: str = "") -> Iterator[None]:
+    """Holds a folder for one run. The system lets go when the process ends, however it ends.
+
+    Args:
+        folder: which exists.
+        run: what others that belong to the same run know it by; see `belongs_to_run`.
+
+    Raises:
+        StorageError: another process holds it, or the folder cannot be written to.
+    """
+    path = folder / LOCK
+    with _writing(path):
+        handle = _lock_file(path)
+        os.truncate(handle, 0)
+        holder = {"run": run, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "argv": sys.argv[1:]}
+        os.pwrite(handle, json.dumps(holder).encode(), 0)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock_file(path: Path) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE_FILE)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 2000).decode(errors="replace")
+            os.close(handle)
+            raise StorageError(
+                f"another run works in {path.parent}: {holder or 'it has just begun'}. Wait for its end, or stop it."
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
+        os.close(handle)  # whoever held it has just removed it
+
+
+def belongs_to_run(folder: Path, run: str) -> bool:
+    """Whether the process that holds a folder is of this run."""
+    try:
+        return bool(json.loads((folder / LOCK).read_text(encoding="utf-8"))["run"] == run)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def write_text(path: Path, text: str, mode: int = PRIVATE_FILE) -> None:

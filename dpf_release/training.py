@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import queue
-import threading
+import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +18,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from dpf_release.ahead import ahead
 from dpf_release.errors import ConfigError, TrainingError
 from dpf_release.progress import Progress
+from dpf_release.ranks import Ranks, together
 from dpf_release.storage import replacing
 
 Rows = NDArray[np.int64]
 Batch = tuple[Tensor, ...]
+# Network and batch, on the device -> {"loss": ..., other facts to show}
+Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 CHECKPOINT_EVERY_SECONDS = 60.0
 
 
@@ -35,7 +39,7 @@ class Recipe:
 
     Attributes:
         epochs: passes over the rows.
-        batch_size: rows a step; a shorter last batch is left out (other rows each epoch).
+        batch_size: rows a step, of all ranks together; a shorter last batch is left out (other rows each epoch).
         learning_rate: peak of the one-cycle schedule.
         optimizer: SGD with Nesterov momentum 0.9, or Adam.
         weight_decay: decoupled from nothing: as the optimizer defines it.
@@ -77,8 +81,8 @@ def pick_device(wanted: str = "auto") -> torch.device:
                 f"expected a device that is there, found {wanted!r}. Name another with --device, or auto."
             )
         return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
+    if torch.cuda.is_available():  # under torchrun each process of a machine takes its own
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -86,30 +90,45 @@ def fit(
     network: nn.Module,
     rows: int,
     read_batch: Callable[[Rows, np.random.Generator], Batch],
-    loss: Callable[[Batch], dict[str, Tensor]],
+    loss: Loss,
     recipe: Recipe,
     *,
     title: str,
     device: torch.device,
+    ranks: Ranks = Ranks(),  # noqa: B008, immutable
     validate: Callable[[], float] | None = None,
     checkpoint: Path | None = None,
     subject: str = "",
 ) -> History:
     """Fits `network` in place and leaves it in evaluation mode on `device`, at its best epoch.
 
+    Several ranks train as DistributedDataParallel: each takes an equal part of every batch, with the batch statistics
+    of its own part. What the first rank ends with is the result; it alone validates and writes checkpoints.
+
     Args:
         network: what is trained; everything else that `loss` uses must be frozen by the caller.
         rows: how many training rows there are.
         read_batch: row numbers and a generator (for augmentation) → tensors; runs one step ahead, in a thread.
-        loss: batch on `device` → `{"loss": ..., other facts to show}`; runs under autocast where that is on.
+        loss: network and batch → `{"loss": ..., other facts to show}`, means over the batch; runs under autocast where
+            that is on.
         recipe: how.
         title: for the progress line.
         device: where.
+        ranks: who takes part.
         validate: a score after each epoch, lower is better, asked in evaluation mode; without it the last epoch stays.
         checkpoint: written every minute and after each epoch; a run with the same recipe goes on from it.
         subject: what else the training depends on (digests of data and frozen networks); a checkpoint of another is not
             gone on from.
+
+    Raises:
+        ConfigError: the ranks cannot share a batch equally.
+        TrainingError: the loss is no longer finite.
+        RankError: a rank has ended.
     """
+    if recipe.batch_size % ranks.world_size:
+        raise ConfigError(
+            f"{title}: expected a batch_size that {ranks.world_size} ranks can share, found {recipe.batch_size}."
+        )
     network.to(device).to(memory_format=torch.channels_last)
     optimizer = _optimizer(network, recipe)
     steps = max(1, rows // recipe.batch_size)
@@ -124,25 +143,30 @@ def fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         done = state.load(checkpoint) if checkpoint else 0  # steps of earlier runs
+        if not ranks.is_first:
+            torch.manual_seed(_seed_of(recipe.seed, done, ranks.rank))  # a checkpoint has the first rank's state alone
         history = state.history
         history.device, started, saved = str(device), time.monotonic() - history.seconds, time.monotonic()
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        trained = _shared(network, ranks, device)
         with (
-            Progress(title, recipe.epochs * steps * recipe.batch_size) as progress,
-            contextlib.closing(_ahead(_batches(rows, steps, recipe, done, read_batch))) as batches,
+            Progress(title, recipe.epochs * steps * recipe.batch_size, shown=ranks.is_first) as progress,
+            contextlib.closing(ahead(_batches(rows, steps, recipe, done, read_batch, ranks))) as batches,
         ):
             progress.skip(done * recipe.batch_size)
             for step, batch in enumerate(batches, start=done):
                 batch = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
                 if step == done:
-                    history.bf16 = _use_bf16(recipe, network, loss, batch, device) if done == 0 else history.bf16
+                    if done == 0:
+                        history.bf16 = _use_bf16(recipe, network, loss, batch, device, ranks)
                     autocast = torch.autocast(device.type, torch.bfloat16, enabled=history.bf16)
                 network.train()
                 optimizer.zero_grad(set_to_none=True)
                 with autocast:
-                    facts = loss(batch)
+                    facts = loss(trained, batch)
                 _refuse_divergence(title, float(facts["loss"].detach()))
-                facts["loss"].backward()
+                with together() if ranks.world_size > 1 else contextlib.nullcontext():
+                    facts["loss"].backward()
                 optimizer.step()
                 schedule.step()
                 shown = {name: float(value.detach()) for name, value in facts.items()}
@@ -150,15 +174,29 @@ def fit(
                 progress.advance(recipe.batch_size, epoch=step // steps + 1, **shown)
                 last_of_epoch = (step + 1) % steps == 0
                 if last_of_epoch:
-                    state.end_epoch(validate)
+                    state.end_epoch(validate if ranks.is_first else None, ranks)
                     _refuse_divergence(title, history.epochs[-1].get("validation", 0.0))
                 history.seconds = time.monotonic() - started
-                if checkpoint and (last_of_epoch or time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS):
+                late = time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS
+                if checkpoint and ranks.is_first and (last_of_epoch or late):
                     state.save(checkpoint, step + 1)
                     saved = time.monotonic()
     state.take_best()
     network.eval()
     return history
+
+
+def _shared(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """What the loss runs: the network itself, or with several ranks the wrapper that averages their gradients."""
+    if ranks.world_size == 1:
+        return network
+    with together():
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=ids)
+
+
+def _seed_of(*numbers: int) -> int:
+    return int(np.random.default_rng(numbers).integers(2**63))
 
 
 def _refuse_divergence(title: str, value: float) -> None:
@@ -179,55 +217,33 @@ def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _batches(
-    rows: int, steps: int, recipe: Recipe, done: int, read_batch: Callable[[Rows, np.random.Generator], Batch]
+    rows: int,
+    steps: int,
+    recipe: Recipe,
+    done: int,
+    read_batch: Callable[[Rows, np.random.Generator], Batch],
+    ranks: Ranks,
 ) -> Iterator[Batch]:
-    """Batches from step `done` on; its rows and draws depend on seed and step alone, so a resume repeats them."""
+    """This rank's part of each batch from step `done` on.
+
+    Rows and draws depend on seed, step and rank alone, so a resume repeats them.
+    """
+    size = recipe.batch_size // ranks.world_size
     for epoch in range(done // steps, recipe.epochs):
         order = np.random.default_rng([recipe.seed, epoch]).permutation(rows)
         for step in range(done - epoch * steps if epoch == done // steps else 0, steps):
-            chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            yield read_batch(chosen, np.random.default_rng([recipe.seed, epoch, step]))
-
-
-def _ahead(batches: Iterator[Batch], depth: int = 2) -> Generator[Batch, None, None]:
-    """The same batches, read in a thread while the network computes."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    def read() -> None:
-        try:
-            for batch in batches:
-                put(batch)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # whatever it is, it belongs to the consumer's thread
-            put(error)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
+            first = step * recipe.batch_size + ranks.rank * size
+            draws = [recipe.seed, epoch, step] + [ranks.rank] * (not ranks.is_first)
+            yield read_batch(order[first : first + size], np.random.default_rng(draws))
 
 
 def _use_bf16(
     recipe: Recipe,
     network: nn.Module,
-    loss: Callable[[Batch], dict[str, Tensor]],
+    loss: Loss,
     batch: Batch,
     device: torch.device,
+    ranks: Ranks,
 ) -> bool:
     if recipe.bf16 != "auto":
         return recipe.bf16 == "on"
@@ -240,13 +256,14 @@ def _use_bf16(
         network.train()
         network.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            result = loss(batch)
+            result = loss(network, batch)
         result["loss"].backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds[bf16].append(time.monotonic() - started)
     network.load_state_dict(before)  # batch statistics moved
-    return min(seconds[True]) < 0.9 * min(seconds[False])  # the best of each: other work on the machine only adds
+    faster = min(seconds[True]) < 0.9 * min(seconds[False])  # the best of each: other work on the machine only adds
+    return bool(ranks.from_first(np.array([faster]))[0])
 
 
 class _State:
@@ -272,8 +289,9 @@ class _State:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
 
-    def end_epoch(self, validate: Callable[[], float] | None) -> None:
-        entry = {name: total / self.count for name, total in self.sums.items()}
+    def end_epoch(self, validate: Callable[[], float] | None, ranks: Ranks) -> None:
+        totals = ranks.total(np.array([self.sums[name] for name in sorted(self.sums)])) / ranks.world_size
+        entry = {name: float(total) / self.count for name, total in zip(sorted(self.sums), totals, strict=True)}
         self.sums, self.count = {}, 0
         if validate is not None:
             self.network.eval()

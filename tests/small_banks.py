@@ -1,12 +1,14 @@
 """Small feature banks that tests write and read."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpf_release.bank import BankIndex, BankWriter, ShardRecord
+from dpf_release.bank import BankIndex, ShardRecord
+from dpf_release.bank_writer import BankWriter, SplitRows
 
 SHAPE = (2, 3, 4)
 ROW_BYTES = 48
@@ -34,6 +36,21 @@ def write_bank(
     features = features_of(rows, seed)
     labels = np.arange(rows) % 3 if targets is None else targets
     bank = writer(folder, targets=labels.shape[1] if labels.ndim == 2 else 0, **header)
-    shards = bank.write_split("train", labels, ids_of(rows, seed), lambda start, stop: features[start:stop])
-    bank.finish({"train": shards})
+    shards = fill(bank, labels, ids_of(rows, seed), lambda start, stop: features[start:stop])
+    bank.finish(shards)
     return shards
+
+
+def fill(
+    bank: BankWriter,
+    targets: NDArray[Any],
+    ids: NDArray[np.uint8],
+    source: Callable[[int, int], NDArray[Any]],
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> tuple[ShardRecord, ...]:
+    """Writes the shards that are missing of one split, train, asking the source for each batch; no index."""
+    rows = {"train": SplitRows(targets, ids)}
+    shards = bank.shards(rows)
+    missing = [shard for shard in shards if not bank.holds(shard, rows)]
+    bank.write(missing, rows, (source(span.start, span.stop) for span in bank.batches(missing)), on_rows)
+    return tuple(bank.record(shard) for shard in shards)

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from small_banks import ROW_BYTES, SHAPE, features_of, ids_of, write_bank, writer
+from small_banks import ROW_BYTES, SHAPE, features_of, fill, ids_of, write_bank, writer
 
 from dpf_release.bank import BankIndex, FeatureBank, read_index
 from dpf_release.errors import BankError
@@ -87,6 +87,7 @@ def test_the_index_lists_every_shard_with_its_digest(bank: Path) -> None:
         ]
     }
     assert tree == {
+        "compression": "none",
         "format": "dpf-release-bank",
         "version": 1,
         "encoding": "float16",
@@ -220,7 +221,7 @@ def test_a_batch_never_crosses_a_shard(tmp_path: Path) -> None:
         calls.append((start, stop))
         return features[start:stop]
 
-    writer(tmp_path).write_split("train", np.arange(10), ids_of(10), source, done.append)
+    fill(writer(tmp_path), np.arange(10), ids_of(10), source, done.append)
     assert calls == [(0, 3), (3, 4), (4, 7), (7, 8), (8, 10)]
     assert sum(done) == 10
 
@@ -244,16 +245,16 @@ def test_after_a_crash_there_is_no_index_and_a_second_run_completes_to_the_same_
             raise KeyboardInterrupt
         return features[start:stop]
 
-    arguments: Any = ("train", np.arange(10) % 3, ids_of(10), source)
+    arguments: Any = (np.arange(10) % 3, ids_of(10), source)
     with pytest.raises(KeyboardInterrupt):
-        writer(crashed).write_split(*arguments)
+        fill(writer(crashed), *arguments)
     assert set(_digests(crashed)) == {FIRST}
     with pytest.raises(BankError, match="expected a finished feature bank"):
         FeatureBank(crashed, "train")
 
     calls.clear()
     again = writer(crashed)
-    again.finish({"train": again.write_split(*arguments)})
+    again.finish(fill(again, *arguments))
     assert calls == [4, 7, 8]  # the whole shard was kept
     assert _digests(crashed) == _digests(bank)
 
@@ -264,7 +265,7 @@ def test_a_finished_bank_that_is_written_over_is_unfinished_until_it_is_whole_ag
 
     assert len(FeatureBank(bank, "train")) == 10
     with pytest.raises(KeyboardInterrupt):
-        writer(bank).write_split("train", np.arange(10), ids_of(10, seed=2), source)
+        fill(writer(bank), np.arange(10), ids_of(10, seed=2), source)
     with pytest.raises(BankError, match="expected a finished feature bank"):
         FeatureBank(bank, "train")
 
@@ -278,11 +279,11 @@ def test_a_shard_of_other_rows_or_of_another_bank_is_written_anew(bank: Path) ->
 
     ids = ids_of(10)
     ids[5, 0] ^= 1
-    writer(bank).write_split("train", np.arange(10) % 3, ids, source)
+    fill(writer(bank), np.arange(10) % 3, ids, source)
     assert calls == [4, 7]
     assert {name for name, digest in _digests(bank).items() if digest != before[name]} == {"train/shard-00001.h5"}
     calls.clear()
-    writer(bank, featurizer_sha256="b" * 64).write_split("train", np.arange(10) % 3, ids, source)
+    fill(writer(bank, featurizer_sha256="b" * 64), np.arange(10) % 3, ids, source)
     assert calls == [0, 3, 4, 7, 8]
 
 
@@ -291,16 +292,16 @@ def test_what_float16_cannot_hold_is_refused_and_leaves_no_file(tmp_path: Path, 
     features = features_of(4)
     features[3, 1, 2, 3] = value
     with pytest.raises(BankError, match="rows 3 to 4 of train do not fit float16"):
-        writer(tmp_path).write_split("train", np.arange(4), ids_of(4), lambda a, b: features[a:b])
+        fill(writer(tmp_path), np.arange(4), ids_of(4), lambda a, b: features[a:b])
     assert _digests(tmp_path) == {}
     features[3, 1, 2, 3] = 65504
-    writer(tmp_path).write_split("train", np.arange(4), ids_of(4), lambda a, b: features[a:b])
+    fill(writer(tmp_path), np.arange(4), ids_of(4), lambda a, b: features[a:b])
     assert set(_digests(tmp_path)) == {FIRST}
 
 
 def test_a_source_of_another_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BankError, match=r"expected rows of shape \(3, 2, 3, 4\), found \(3, 4, 2, 3\)"):
-        writer(tmp_path).write_split("train", np.arange(4), ids_of(4), lambda a, b: features_of(4)[a:b].mT.T)
+        fill(writer(tmp_path), np.arange(4), ids_of(4), lambda a, b: features_of(4)[a:b].mT.T)
     assert _digests(tmp_path) == {}
 
 
@@ -366,9 +367,9 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File, Path], Any], str]] = {
     "no chunks": (lambda s, _: _replace(s, "features"), "one row a chunk"),
     "gzip": (
         lambda s, _: _replace(s, "features", chunks=(1, *SHAPE), compression="gzip"),
-        "/features has filters",
+        "/features has the filters",
     ),
-    "filter on ids": (lambda s, _: _replace(s, "id", chunks=(4, 16), shuffle=True), "/id has filters"),
+    "filter on ids": (lambda s, _: _replace(s, "id", chunks=(4, 16), shuffle=True), "/id has the filters"),
     "not allocated": (
         lambda s, _: (s.pop("features"), s.create_dataset("features", (4, *SHAPE), "<f2", chunks=(1, *SHAPE))),
         "do not lie one behind the other",

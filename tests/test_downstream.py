@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from small_banks import fill
 from torch import nn
 
-from dpf_release.bank import BankIndex, BankWriter
+from dpf_release.bank import BankIndex
+from dpf_release.bank_writer import BankWriter
 from dpf_release.downstream import fit_classifier, score
 from dpf_release.loader import BankDataset
 from dpf_release.models.weights import state_bytes
@@ -35,7 +37,7 @@ def bank(folder: Path, rows: int, kind: str, seed: int = 0) -> BankDataset:
     )
     writer = BankWriter(folder, header, shard_bytes=header.row_bytes * 50)
     ids = draw.integers(0, 256, (rows, 16), dtype=np.uint8)
-    writer.finish({"train": writer.write_split("train", targets, ids, lambda start, stop: features[start:stop])})
+    writer.finish(fill(writer, targets, ids, lambda start, stop: features[start:stop]))
     return BankDataset.open(folder, "train", ("a", "b", "c") if targets.ndim == 1 else ())
 
 

@@ -13,8 +13,8 @@ import dpf_release
 ROOT = Path(dpf_release.__file__).parent
 ORDER = [
     "errors",
-    "storage config vault manifest bank record progress",
-    "metrics image_table images figures loader models release",
+    "storage ahead config vault manifest bank bank_writer record progress",
+    "ranks metrics image_table images pictures figures loader models release",
     "training",
     "pipeline downstream",
     "package near_rows card inspection",

@@ -240,7 +240,7 @@ def test_training_p_leaves_the_classifier_and_the_attackers_byte_equal(
         recipe = Recipe(20, 4, 0.05, bf16="off")
         read: Any = lambda rows, _: batch  # noqa: E731
         device = torch.device("cpu")
-        return fit(p, 4, read, lambda batch: measure(p, batch), recipe, title="P", device=device).epochs
+        return fit(p, 4, read, measure, recipe, title="P", device=device).epochs
 
     epochs = train()
     assert [state_bytes(network) for network in others] == before

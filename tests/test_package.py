@@ -9,10 +9,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from small_banks import fill
 
 from dpf_release import Release
 from dpf_release import package as package_module
-from dpf_release.bank import BankIndex, BankWriter, FeatureBank, read_index
+from dpf_release.bank import BankIndex, FeatureBank, read_index
+from dpf_release.bank_writer import BankWriter
 from dpf_release.errors import BankError, RefusedError, VaultError, VerificationError
 from dpf_release.manifest import verify
 from dpf_release.near_rows import count_near_rows
@@ -95,8 +97,7 @@ def _bank(folder: Path, rows: np.ndarray, seed: int) -> FeatureBank:
     header = BankIndex(poisoned=True, featurizer_sha256="0" * 64, feature_shape=rows.shape[1:], targets=0)
     ids = np.random.default_rng(seed).integers(0, 256, (len(rows), 16), dtype=np.uint8)
     writer = BankWriter(folder, header)
-    shards = writer.write_split("train", np.zeros(len(rows), np.int64), ids, lambda start, stop: rows[start:stop])
-    writer.finish({"train": shards})
+    writer.finish(fill(writer, np.zeros(len(rows), np.int64), ids, lambda start, stop: rows[start:stop]))
     return FeatureBank(folder, "train")
 
 
@@ -153,9 +154,15 @@ def test_a_private_file_in_the_place_of_a_public_one_is_refused(project_folder: 
 def test_a_candidate_of_another_function_or_bank_is_refused(project_folder: Path) -> None:
     noise = {"poison.function": "gaussian-noise"}
     fit_poison(Project.open(project_folder / "dpf.toml", noise), restart=True)
-    with pytest.raises(RefusedError, match="another function than today's"):
+    with pytest.raises(VaultError, match="Run `dpf-release poison"):  # a function fitted anew has no candidate
         package(Project.open(project_folder / "dpf.toml"))
     write_candidate(Project.open(project_folder / "dpf.toml"))
+    record = project_folder / "vault" / "functions" / "default" / "candidate.json"
+    made = json.loads(record.read_text())
+    record.write_text(json.dumps(made | {"origin": made["origin"] | {"function": "0" * 64}}))
+    with pytest.raises(RefusedError, match="another function than today's"):
+        package(Project.open(project_folder / "dpf.toml"))
+    record.write_text(json.dumps(made))
     package(Project.open(project_folder / "dpf.toml"))
     featurize(Project.open(project_folder / "dpf.toml"), restart=True)
     with pytest.raises(VaultError, match="since written anew"):
@@ -166,7 +173,10 @@ def test_shards_of_a_larger_bank_do_not_stay_behind(project_folder: Path) -> Non
     project = Project.open(project_folder / "dpf.toml", {"bank.shard_size": "1 MB"})
     candidate = project.vault.candidate("default") / "features"
     before = len(list(candidate.rglob("*.h5")))
-    index = write_candidate(project)
+    with pytest.raises(VaultError, match="changed since: shard_size"):
+        write_candidate(project)
+    assert len(list(candidate.rglob("*.h5"))) == before
+    index = write_candidate(project, restart=True)
     assert len(list(candidate.rglob("*.h5"))) == sum(map(len, index.splits.values())) < before
     package(project)
 

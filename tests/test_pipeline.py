@@ -17,7 +17,7 @@ from PIL import Image
 
 from dpf_release import Release, concat
 from dpf_release.bank import FeatureBank
-from dpf_release.errors import ConfigError, ImageError, VaultError
+from dpf_release.errors import BankError, ConfigError, ImageError, VaultError
 from dpf_release.images import decode
 from dpf_release.loader import BankDataset
 from dpf_release.models.functions import FUNCTIONS
@@ -358,7 +358,7 @@ def test_own_images_join_a_release_through_its_featurizer(finished: Path, tmp_pa
     own = BankDataset.open(tmp_path / "bank", "train", release.names)
     joined = concat([release.bank("train"), own])
     assert len(joined) == len(release.bank("train")) + 12
-    with pytest.raises(ImageError, match="holds a bank already"):
+    with pytest.raises(BankError, match="holds a bank already"):
         featurize_new(release, tmp_path / "mine", tmp_path / "bank")
     (tmp_path / "mine" / "disc" / "empty.png").unlink()
     (tmp_path / "mine" / "disc").rename(tmp_path / "mine" / "circle")

@@ -45,9 +45,9 @@ def straw_man(project: Project, name: str) -> Reconstructor:
         "public_images_sha256": project.public_images.digest,
         "recipe": project.config.reconstructor.model_dump(),
     }
-    if not _kept(path, subject):
+    if not _kept(project, path, subject):
         make_folder(project.vault.reconstructors)
-        _keep(path, network, subject, _fit_straw_man(project, network, name, subject))
+        _keep(project, path, network, subject, _fit_straw_man(project, network, name, subject))
     network.load_state_dict(load_state(path))
     project.frozen(network)
     return network
@@ -93,7 +93,7 @@ def _fit_straw_man(project: Project, network: Reconstructor, name: str, subject:
             out: Tensor = phi_1(inputs)
         return out
 
-    def loss(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         reconstruction = network(features(batch[0])).float()
         return {"loss": F.l1_loss(reconstruction, batch[0].float() / 255)}
 
@@ -115,6 +115,7 @@ def _fit_straw_man(project: Project, network: Reconstructor, name: str, subject:
         recipe,
         title=f"Training the straw man {name}",
         device=project.device,
+        ranks=project.ranks,
         validate=lambda: scores()["l1"],
         checkpoint=project.vault.reconstructors / f"{name}.checkpoint.safetensors",
         subject=json.dumps(subject, sort_keys=True),
@@ -159,9 +160,9 @@ def attribute_classifier(project: Project, column: str) -> AttributeAttacker:
         "values": values.tolist(),
         "recipe": project.config.reconstructor.model_dump(),
     }
-    if not _kept(path, subject):
+    if not _kept(project, path, subject):
         make_folder(project.vault.reconstructors)
-        _keep(path, network, subject, _fit_attribute_classifier(project, network, bank, labels, values))
+        _keep(project, path, network, subject, _fit_attribute_classifier(project, network, bank, labels, values))
     network.load_state_dict(load_state(path))
     project.frozen(network)
     return AttributeAttacker(network, tuple(values.tolist()))
@@ -181,7 +182,7 @@ def _fit_attribute_classifier(
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
         return torch.from_numpy(bank.read(rows[chosen])), torch.from_numpy(classes[chosen])
 
-    def loss(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         scores = network(batch[0].float()).float()
         return {
             "loss": F.cross_entropy(scores, batch[1]),
@@ -205,6 +206,7 @@ def _fit_attribute_classifier(
         recipe,
         title="Training the attribute classifier",
         device=project.device,
+        ranks=project.ranks,
     )
     return {"values": len(values), "rows": len(rows), "history": asdict(history)}
 
@@ -222,16 +224,20 @@ def attribute_of_rows(project: Project, column: str, split: SplitName) -> NDArra
     return np.array([attributes[column][row] for row in rows[split]])
 
 
-def _kept(path: Path, subject: dict[str, Any]) -> bool:
-    """Whether the vault has an attacker for exactly this."""
+def _kept(project: Project, path: Path, subject: dict[str, Any]) -> bool:
+    """Whether the vault has an attacker for exactly this: the first rank's word."""
     record = path.with_suffix(".json")
-    return path.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8"))["for"] == subject
+    kept = path.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8"))["for"] == subject
+    return bool(project.ranks.from_first(np.array([kept]))[0])
 
 
-def _keep(path: Path, network: nn.Module, subject: dict[str, Any], facts: dict[str, Any]) -> None:
-    record = path.with_suffix(".json")
-    record.unlink(missing_ok=True)  # weights without a record are trained again
-    with replacing(path) as partial:
-        save_state(partial, network.state_dict())
-    write_json(record, {"for": subject, **facts})
-    path.with_suffix(".checkpoint.safetensors").unlink(missing_ok=True)
+def _keep(project: Project, path: Path, network: nn.Module, subject: dict[str, Any], facts: dict[str, Any]) -> None:
+    def write() -> None:
+        record = path.with_suffix(".json")
+        record.unlink(missing_ok=True)  # weights without a record are trained again
+        with replacing(path) as partial:
+            save_state(partial, network.state_dict())
+        write_json(record, {"for": subject, **facts})
+        path.with_suffix(".checkpoint.safetensors").unlink(missing_ok=True)
+
+    project.ranks.once(write)

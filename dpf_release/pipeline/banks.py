@@ -2,93 +2,87 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import platform
 import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dpf_release.bank import ID_BYTES, BankIndex, BankWriter, FeatureSource, ShardRecord, SplitName
+from dpf_release.bank import ID_BYTES, INDEX, BankIndex, SplitName
+from dpf_release.bank_writer import BankWriter, Span, SplitRows
 from dpf_release.config import parse_size
-from dpf_release.errors import ImageError, VaultError
+from dpf_release.errors import BankError, ImageError, VaultError
 from dpf_release.image_table import ImageTable, read_table
-from dpf_release.images import BadImage, Pictures, Preprocess, refuse_bad, survey
-from dpf_release.models.functions import RowSource
-from dpf_release.pipeline.fitting import FittedFunction, load_function
+from dpf_release.pictures import BadImage, Pictures, refuse_bad
+from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_function
 from dpf_release.pipeline.network import import_network
-from dpf_release.pipeline.project import Project
-from dpf_release.progress import Progress
+from dpf_release.pipeline.project import Project, survey_together
+from dpf_release.pipeline.writing import Compute, machine_facts, write_bank
+from dpf_release.ranks import Ranks
 from dpf_release.record import ModelRecord
 from dpf_release.release import Release
 from dpf_release.storage import make_folder, replacing, sha256_of, write_json
+from dpf_release.training import pick_device
 from dpf_release.vault import RELEASED_SPLITS, SPLITS, write_ids
 
 Rows = NDArray[np.int64]
-CANDIDATE = "candidate.json"  # beside a function: what its candidate was made from
+NEW_PLAN = ".plan.json"  # of a downstream user's bank, while it is written
 
 
 def featurize(project: Project, restart: bool = False) -> BankIndex:
     """Splits Φ and writes the private bank φ1(S), all three splits, rows in a secret random order.
 
-    What the bank depends on is drawn and written before row 0; a run that was cut off goes on under that plan.
+    What the bank depends on is drawn and written before row 0; a run that was cut off goes on under that plan. Under
+    `torchrun` the shards are divided among the ranks.
 
     Raises:
         VaultError: the folder holds a bank, or half of one, made under another plan, and `restart` is not set.
+        StorageError: another run works in the vault, or the disk has not enough room.
     """
-    import_network(project, restart)
-    cut, images, vault = project.cut, project.private_images, project.vault
-    facts = _facts(project)
-    if restart or not vault.plan.is_file():
-        _draw_plan(project, facts)
-    known = json.loads(vault.plan.read_text(encoding="utf-8"))
-    changed = [key for key in facts if known.get(key) != facts[key]]
-    if changed or sha256_of(vault.ids) != known["ids_sha256"]:
-        raise VaultError(
-            f"{vault.features} was begun under another plan; changed since: {', '.join(changed) or 'ids.csv'}. "
-            "Put that back to go on, or start anew with --restart (new ids; functions fitted on the old bank are void)."
-        )
+    with project.working():
+        project.ranks.once(lambda: import_network(project, restart))
+        cut, images, vault = project.cut, project.private_images, project.vault
+        facts = project.source_facts | _bank_facts(project)
+        project.ranks.once(lambda: _draw_plan(project, facts) if restart or not vault.plan.is_file() else None)
+        project.forget("bank_order")
+        known = json.loads(vault.plan.read_text(encoding="utf-8"))
+        changed = [key for key in facts if known.get(key) != facts[key]]
+        if changed or sha256_of(vault.ids) != known["ids_sha256"]:
+            raise VaultError(
+                f"{vault.features} was begun under another plan; changed since: {', '.join(changed) or 'ids.csv'}. Put "
+                "that back to go on, or start anew with --restart (new ids; functions fitted on the old bank are void)."
+            )
+        rows_of, ids_of = project.bank_order
+        rows = {name: SplitRows(images.table.targets[rows_of[name]], ids_of[name]) for name in SPLITS}
+        compute = _featurized(project.frozen(cut.split.featurizer), images.pictures, rows_of, project.device)
+        writer = _writer(project, vault.features, poisoned=False)
+        return write_bank(writer, rows, compute, project.ranks, "Writing features", "images")
+
+
+def _bank_facts(project: Project) -> dict[str, Any]:
+    """How a bank is written, as its plan keeps it."""
+    section = project.config.bank
+    return section.model_dump() | machine_facts(project.device, section.compression)
+
+
+def _writer(project: Project, folder: Path, poisoned: bool) -> BankWriter:
+    cut, section = project.cut, project.config.bank
     header = BankIndex(
-        poisoned=False,
+        compression=section.compression,
+        poisoned=poisoned,
         featurizer_sha256=cut.featurizer_sha256,
         feature_shape=cut.record.feature_shape,
         targets=cut.record.target_columns,
     )
-    writer = BankWriter(
-        vault.features, header, parse_size(project.config.bank.shard_size), project.config.bank.batch_size
-    )
-    phi_1 = project.frozen(cut.split.featurizer)
-    splits: dict[SplitName, tuple[ShardRecord, ...]] = {}
-    rows_of, ids_of = project.bank_order
-    with Progress("Writing features", sum(len(rows) for rows in rows_of.values())) as progress:
-        for name in SPLITS:
-            features = _featurized(phi_1, project.preprocess, images.pictures, rows_of[name], project.device)
-            targets = images.table.targets[rows_of[name]]
-            if len(targets):
-                splits[name] = writer.write_split(name, targets, ids_of[name], features, progress.advance)
-    return writer.finish(splits)
-
-
-def _facts(project: Project) -> dict[str, Any]:
-    """What the bytes of the bank depend on beside the ids; a resume under other facts is refused."""
-    return project.source_facts | {
-        "shard_size": project.config.bank.shard_size,
-        "batch_size": project.config.bank.batch_size,
-        "device": project.device.type,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "h5py": h5py.__version__,
-        },
-    }
+    return BankWriter(folder, header, parse_size(section.shard_size), section.batch_size)
 
 
 def _draw_plan(project: Project, facts: dict[str, Any]) -> None:
@@ -114,66 +108,79 @@ def _draw_plan(project: Project, facts: dict[str, Any]) -> None:
         [key for key in images.table.attributes if key not in {"id", "split", "row", "source"}],
     )
     write_json(vault.plan, {**facts, "ids_sha256": sha256_of(vault.ids)})
-    project.forget("bank_order")
 
 
 def _remove_bank(folder: Path) -> None:
-    for path in [folder / "plan.json", folder / "index.json", *folder.glob("*/shard-*.h5")]:
+    for path in [folder / "plan.json", folder / "index.json", *folder.glob("*/shard-*.h5*")]:
         path.unlink(missing_ok=True)
 
 
-def _featurized(
-    phi_1: nn.Module, preprocess: Preprocess, pictures: Pictures, rows: Rows, device: torch.device
-) -> FeatureSource:
-    """A feature source: (start, stop) of `rows` → φ1 of those pictures."""
+def _featurized(phi_1: nn.Module, pictures: Pictures, rows: Mapping[SplitName, Rows], device: torch.device) -> Compute:
+    """φ1 of the pictures at `rows` of the table, which are decoded ahead."""
 
-    def features(start: int, stop: int) -> NDArray[np.float32]:
-        batch = preprocess.normalise(pictures.read(rows[start:stop]).to(device))
-        with torch.inference_mode():
-            computed = phi_1(batch.contiguous(memory_format=torch.channels_last))
-        read: NDArray[np.float32] = computed.float().cpu().contiguous().numpy()
-        return read
+    def compute(spans: Sequence[Span]) -> Iterator[NDArray[np.floating[Any]]]:
+        decoded = pictures.stream([rows[span.split][span.start : span.stop] for span in spans])
+        with contextlib.closing(decoded):
+            for batch, bad in decoded:
+                if bad:  # it could be read when the images were surveyed
+                    raise ImageError(f"{bad[0].name}: {bad[0].reason}. Put it back as it was, and run again to go on.")
+                batch = pictures.preprocess.normalise(batch.to(device, non_blocking=True))
+                # The same bytes at each run: no choice of algorithms by a stopwatch.
+                with torch.inference_mode(), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+                    computed = phi_1(batch.contiguous(memory_format=torch.channels_last)).contiguous().cpu()
+                yield computed.numpy()
 
-    return features
+    return compute
 
 
-def write_candidate(project: Project, name: str = "default") -> BankIndex:
+def write_candidate(project: Project, name: str = "default", restart: bool = False) -> BankIndex:
     """P(φ1(S)) of `train` and `val`, and the public weights, exactly as `package` will publish them.
 
+    A run that was cut off goes on. Under `torchrun` the shards are divided among the ranks.
+
     Raises:
-        VaultError: no function of that name is fitted, or it was fitted for another bank or featurizer.
+        VaultError: no function of that name is fitted, or it was fitted for another bank or featurizer; or the folder
+            holds a candidate, or half of one, made under another plan, and `restart` is not set.
+        StorageError: another run works in the vault, or the disk has not enough room.
     """
-    function, cut = load_function(project, name), project.cut
-    banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
-    folder = make_folder(project.vault.candidate(name))
-    (folder / "features" / "index.json").unlink(missing_ok=True)
+    with project.working():
+        function = load_function(project, name)
+        banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
+        folder, record = project.vault.candidate(name), project.vault.function(name) / CANDIDATE
+        plan = {"origin": candidate_origin(project, function), "bank": _bank_facts(project)}
+        project.ranks.once(lambda: _begin_candidate(project, name, plan, restart))
+        writer = _writer(project, folder / "features", poisoned=function.chain.poisons)
+        rows = {split: SplitRows(bank.targets, bank.ids) for split, bank in banks.items()}
+        sources = {split: function.poisoned(split, bank) for split, bank in banks.items()}
+
+        def compute(spans: Sequence[Span]) -> Iterator[NDArray[np.floating[Any]]]:
+            for span in spans:
+                yield sources[span.split].read(np.arange(span.start, span.stop))
+
+        index = write_bank(writer, rows, compute, project.ranks, "Poisoning", "rows")
+        finished = plan | {"index_sha256": sha256_of(folder / "features" / "index.json")}
+        project.ranks.once(lambda: write_json(record, finished))
+        return index
+
+
+def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart: bool) -> None:
+    folder, record = project.vault.candidate(name), project.vault.function(name) / CANDIDATE
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if known is None or restart:
+        _remove_bank(folder / "features")
+    else:
+        changed = [
+            key for part in ("origin", "bank") for key in plan[part] if known.get(part, {}).get(key) != plan[part][key]
+        ]
+        if changed:
+            raise VaultError(
+                f"the candidate {name!r} was begun under another plan; changed since: {', '.join(changed)}. Put that "
+                f"back to go on, or start anew with `dpf-release poison --name {name} --restart`."
+            )
     for measured in ("measurements.json", "reconstructions.png"):  # of the candidate before
         (project.vault.reports(name) / measured).unlink(missing_ok=True)
-    origin = candidate_origin(project, function)
-    record = project.vault.function(name) / CANDIDATE
-    if not record.is_file() or json.loads(record.read_text(encoding="utf-8"))["origin"] != origin:
-        _remove_bank(folder / "features")  # shards of something else are not gone on with
-    write_json(record, {"origin": origin, "index_sha256": None})
+    write_json(record, plan | {"index_sha256": None})
     _write_public_model(project, folder / "model")
-    header = BankIndex(
-        poisoned=function.chain.poisons,
-        featurizer_sha256=cut.featurizer_sha256,
-        feature_shape=cut.record.feature_shape,
-        targets=cut.record.target_columns,
-    )
-    section = project.config.bank
-    writer = BankWriter(folder / "features", header, parse_size(section.shard_size), section.batch_size)
-    splits: dict[SplitName, tuple[ShardRecord, ...]] = {}
-    with Progress("Poisoning", sum(len(bank) for bank in banks.values()), "rows") as progress:
-        for split, bank in banks.items():
-            source = _rows_of(function.poisoned(split, bank))
-            splits[split] = writer.write_split(split, bank.targets, bank.ids, source, progress.advance)
-    written = {folder / "features" / shard.file for shards in splits.values() for shard in shards}
-    for path in set((folder / "features").glob("*/*")) - written:  # of a run with other shard sizes
-        path.unlink()
-    index = writer.finish(splits)
-    write_json(record, {"origin": origin, "index_sha256": sha256_of(folder / "features" / "index.json")})
-    return index
 
 
 def candidate_origin(project: Project, function: FittedFunction) -> dict[str, str]:
@@ -186,10 +193,6 @@ def candidate_origin(project: Project, function: FittedFunction) -> dict[str, st
     }
 
 
-def _rows_of(source: RowSource) -> FeatureSource:
-    return lambda start, stop: source.read(np.arange(start, stop))
-
-
 def _write_public_model(project: Project, folder: Path) -> None:
     make_folder(folder)
     cut = project.cut
@@ -200,49 +203,81 @@ def _write_public_model(project: Project, folder: Path) -> None:
 
 
 def featurize_new(
-    release: Release, images: Path, out: Path, batch_size: int = 128, max_bad: float = 0.001
+    release: Release,
+    images: Path,
+    out: Path,
+    shard_size: str = "1 GiB",
+    batch_size: int = 128,
+    max_bad: float = 0.001,
+    device: str = "auto",
 ) -> tuple[BankIndex, list[BadImage]]:
     """A downstream user's own bank φ1(T), unpoisoned and theirs to keep, in the layout of a release's banks.
+
+    A run that was cut off goes on. Under `torchrun` the shards are divided among the ranks.
 
     Args:
         release: whose φ1.
         images: T, an ImageFolder tree or a CSV table; its classes are among the release's, its targets are the same.
         out: folder of the new bank; must not hold one.
+        shard_size: of the bank's files at the most, as `"1 GiB"`.
         batch_size: images a step.
         max_bad: share of unreadable images above which nothing is written.
+        device: where φ1 computes.
 
     Returns:
         The index, and the images that could not be read and have no row.
 
     Raises:
-        ImageError: the folder holds a bank already, a class of T is not one of the release's, or too many images are
-            unreadable.
+        ImageError: a class of T is not one of the release's, or too many images are unreadable.
+        BankError: the folder holds a bank already, or half of one that was made from something else.
+        StorageError: another run works in the folder, or the disk has not enough room.
     """
-    if (out / "index.json").exists():
-        raise ImageError(f"{out} holds a bank already. Name another folder with --out, or remove it.")
-    record = release.record
-    table = _own_splits(images, record)
-    pictures = Pictures(table, release.preprocess)
-    with Progress("Reading images", len(table)) as progress:
-        bad = survey(pictures, progress.advance)
-    refuse_bad(bad, len(table), max_bad)
-    header = BankIndex(
-        poisoned=False,
-        featurizer_sha256=release.index.featurizer_sha256,
-        feature_shape=record.feature_shape,
-        targets=record.target_columns,
-    )
-    writer = BankWriter(out, header, batch_size=batch_size)
-    phi_1, device = release.featurizer(), torch.device("cpu")
-    splits: dict[SplitName, tuple[ShardRecord, ...]] = {}
-    with Progress("Writing features", len(table) - len(bad)) as progress:
-        for name in SPLITS:
-            rows = np.setdiff1d(table.rows_of(name), [image.row for image in bad])
-            ids = np.frombuffer(secrets.token_bytes(ID_BYTES * len(rows)), np.uint8).reshape(-1, ID_BYTES)
-            if len(rows):
-                source = _featurized(phi_1, release.preprocess, pictures, rows, device)
-                splits[name] = writer.write_split(name, table.targets[rows], ids, source, progress.advance)
-    return writer.finish(splits), bad
+    ranks, where = Ranks.of_torchrun(), pick_device(device)
+    if (out / INDEX).exists():
+        raise BankError(f"{out} holds a bank already. Name another folder with --out, or remove it.")
+    table = _own_splits(images, release.record)
+    make_folder(out)
+    with ranks.holding(out):
+        pictures = Pictures(table, release.preprocess)
+        bad = survey_together(pictures, ranks, "Reading images")
+        refuse_bad(bad, len(table), max_bad)
+        facts = {
+            "source_sha256": table.digest(),
+            "featurizer_sha256": release.index.featurizer_sha256,
+            "undecodable": [image.row for image in bad],
+            "shard_size": shard_size,
+            "batch_size": batch_size,
+            **machine_facts(where, "none"),
+        }
+        plan = out / NEW_PLAN
+        new = facts | {"ids": secrets.token_hex(32)}
+        ranks.once(lambda: None if plan.exists() else write_json(plan, new))
+        known = json.loads(plan.read_text(encoding="utf-8"))
+        changed = [key for key in facts if known.get(key) != facts[key]]
+        if changed:
+            raise BankError(
+                f"{out} holds half of a bank, begun under another plan; changed since: {', '.join(changed)}. Put that "
+                "back to go on, or remove the folder."
+            )
+        generator = np.random.default_rng(list(bytes.fromhex(known["ids"])))
+        rows_of = {name: np.setdiff1d(table.rows_of(name), [image.row for image in bad]) for name in SPLITS}
+        rows = {
+            name: SplitRows(table.targets[rows], generator.integers(0, 256, (len(rows), ID_BYTES), np.uint8))
+            for name, rows in rows_of.items()
+        }
+        header = BankIndex(
+            poisoned=False,
+            featurizer_sha256=release.index.featurizer_sha256,
+            feature_shape=release.record.feature_shape,
+            targets=release.record.target_columns,
+        )
+        writer = BankWriter(out, header, parse_size(shard_size), batch_size)
+        phi_1 = release.featurizer().to(where).to(memory_format=torch.channels_last)
+        index = write_bank(
+            writer, rows, _featurized(phi_1, pictures, rows_of, where), ranks, "Writing features", "images"
+        )
+        ranks.once(plan.unlink)  # its ids are in the bank now, and nobody else's business
+    return index, bad
 
 
 def _own_splits(images: Path, record: ModelRecord) -> ImageTable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
+from torch import nn
 
 from dpf_release.bank import FeatureBank, SplitName
 from dpf_release.errors import ConfigError, VaultError
@@ -24,6 +25,8 @@ from dpf_release.pipeline.project import Project
 from dpf_release.storage import make_folder, replacing, sha256_of, write_json
 from dpf_release.training import Recipe, fit
 from dpf_release.vault import RELEASED_SPLITS, read_record
+
+CANDIDATE = "candidate.json"  # beside a function: the plan that its candidate is written under
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class FittedFunction:
     """
 
     chain: Chain
-    plans: dict[str, list[Plan]]
+    plans: dict[SplitName, list[Plan]]
     digest: str
 
     def poisoned(self, split: SplitName, bank: RowSource) -> RowSource:
@@ -51,13 +54,21 @@ def fit_poison(project: Project, name: str = "default", restart: bool = False) -
     The straw men, and the attribute classifiers of `confuse`, are trained first where the vault has none. A stationary
     function is only planned. A run that was cut off goes on from its checkpoint.
 
+    Under `torchrun` the ranks share each batch.
+
     Returns:
         The last entry of the training's history; empty for a stationary function.
 
     Raises:
         VaultError: a function of that name is fitted already and `restart` is not set, or there is no φ1(S).
         ConfigError: no such function, parameter or reconstructor.
+        StorageError: another run works in the vault.
     """
+    with project.working(public=bool(project.config.poison.straw_men)):
+        return _fit_poison(project, name, restart)
+
+
+def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
     section, cut = project.config.poison, project.cut
     folder = project.vault.function(name)
     banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
@@ -65,7 +76,8 @@ def fit_poison(project: Project, name: str = "default", restart: bool = False) -
     _refuse_mistakes(project, spec)  # before anything that is there is given up
     wanted = section.model_dump(by_alias=True, mode="json")
     subject = {"featurizer_sha256": cut.featurizer_sha256, "bank": project.bank_id}
-    secret = _secret(folder, wanted, subject, restart)
+    project.ranks.once(lambda: _begin(folder, wanted, subject, restart))
+    secret = bytes.fromhex(json.loads((folder / "function.json").read_text(encoding="utf-8"))["secret"])
     seed = int.from_bytes(hashlib.sha256(secret + b"training").digest()[:8]) >> 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the start of P is as secret as P
@@ -73,24 +85,50 @@ def fit_poison(project: Project, name: str = "default", restart: bool = False) -
     for straw in section.straw_men:
         straw_man(project, straw)
     phi_2 = project.frozen(cut.split.classifier)
-    plans = {split: chain.plan(bank, phi_2, secret) for split, bank in banks.items()}
+    project.ranks.once(lambda: _draw_plans(chain, banks, phi_2, secret, folder))
+    plans = _read_plans(chain, secret, folder)
     last: dict[str, Any] = {}
     if chain.learned is not None:
         last = _fit_learned(project, chain, plans, banks, seed, folder)
+    project.ranks.once(lambda: _finish(chain, folder))
+    return last
+
+
+def _finish(chain: Chain, folder: Path) -> None:
+    if chain.learned is not None:
         with replacing(folder / "dpf.safetensors") as partial:
             save_state(partial, chain.learned.state_dict())
+    record = json.loads((folder / "function.json").read_text(encoding="utf-8"))
+    write_json(folder / "function.json", record | {"fitted": True})
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _draw_plans(
+    chain: Chain, banks: Mapping[SplitName, RowSource], phi_2: nn.Module, secret: bytes, folder: Path
+) -> None:
+    """What the function draws before it sees a row, into the vault; a resume goes on under it."""
+    if (folder / "plan.safetensors").is_file():
+        return
     arrays = {
         f"{split}/{stage}/{key}": array
-        for split, made in plans.items()
-        for stage, plan in enumerate(made)
+        for split, bank in banks.items()
+        for stage, plan in enumerate(chain.plan(bank, phi_2, secret))
         for key, array in (plan.arrays | ({} if plan.pieces is None else {"pieces": plan.pieces})).items()
     }
     with replacing(folder / "plan.safetensors") as partial:
         save_file(arrays, partial)
-    record = json.loads((folder / "function.json").read_text(encoding="utf-8"))
-    write_json(folder / "function.json", record | {"fitted": True})
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    return last
+
+
+def _read_plans(chain: Chain, secret: bytes, folder: Path) -> dict[SplitName, list[Plan]]:
+    arrays = load_file(folder / "plan.safetensors")
+    plans: dict[SplitName, list[Plan]] = {}
+    for split in RELEASED_SPLITS:
+        plans[split] = []
+        for stage in range(len(chain.stages)):
+            prefix = f"{split}/{stage}/"
+            mine = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+            plans[split].append(Plan(chain.stage_secret(secret, stage), mine.pop("pieces", None), mine))
+    return plans
 
 
 def _refuse_mistakes(project: Project, spec: FeatureSpec) -> None:
@@ -123,15 +161,7 @@ def load_function(project: Project, name: str) -> FittedFunction:
     if chain.learned is not None:
         chain.learned.load_state_dict(load_state(folder / "dpf.safetensors"))
         project.frozen(chain.learned)
-    arrays = load_file(folder / "plan.safetensors")
-    secret = bytes.fromhex(record["secret"])
-    plans: dict[str, list[Plan]] = {}
-    for split in RELEASED_SPLITS:
-        plans[split] = []
-        for stage in range(len(chain.stages)):
-            prefix = f"{split}/{stage}/"
-            mine = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-            plans[split].append(Plan(chain.stage_secret(secret, stage), mine.pop("pieces", None), mine))
+    plans = _read_plans(chain, bytes.fromhex(record["secret"]), folder)
     files = [path for path in sorted(folder.glob("*.safetensors")) if path.stem in {"dpf", "plan"}]
     digest = hashlib.sha256(
         "".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *map(sha256_of, files)]).encode()
@@ -139,23 +169,22 @@ def load_function(project: Project, name: str) -> FittedFunction:
     return FittedFunction(chain, plans, digest.hexdigest())
 
 
-def _secret(folder: Path, recipe: dict[str, Any], subject: dict[str, str], restart: bool) -> bytes:
+def _begin(folder: Path, recipe: dict[str, Any], subject: dict[str, str], restart: bool) -> None:
     """The function's 32 secret bytes: drawn from the operating system at its first fitting, kept for its resumes."""
     path = folder / "function.json"
     if path.is_file() and not restart:
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["recipe"] == recipe and known["for"] == subject and not known["fitted"]:
-            return bytes.fromhex(known["secret"])
+            return
         state = "is fitted already" if known["fitted"] else "was begun with other settings or features"
         raise VaultError(
             f"the function {folder.name!r} {state}. Give another --name, or fit it anew with --restart (it is lost)."
         )
     make_folder(folder)
-    secret = os.urandom(32)
-    write_json(path, {"recipe": recipe, "for": subject, "secret": secret.hex(), "fitted": False})
-    for name in ("checkpoint", "dpf", "plan"):
-        (folder / f"{name}.safetensors").unlink(missing_ok=True)
-    return secret
+    # The record first: what lies beside no record is nobody's, also after a crash between these lines.
+    for name in ("function.json", "checkpoint.safetensors", "dpf.safetensors", "plan.safetensors", CANDIDATE):
+        (folder / name).unlink(missing_ok=True)
+    write_json(path, {"recipe": recipe, "for": subject, "secret": os.urandom(32).hex(), "fitted": False})
 
 
 def _fit_learned(
@@ -173,15 +202,12 @@ def _fit_learned(
     objective = Objective.of(project)
     val = np.arange(min(len(banks["val"]), VALIDATION_ROWS))
 
-    def loss(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        return objective(network, batch)
-
     def validate() -> float:
         total = 0.0
         for start in range(0, len(val), 256):
             rows = val[start : start + 256]
             batch = tuple(tensor.to(project.device) for tensor in read["val"](rows))
-            total += float(loss(batch)["loss"]) * len(rows)
+            total += float(objective(network, batch)["loss"]) * len(rows)
         return total / len(val)
 
     recipe = Recipe(
@@ -191,13 +217,14 @@ def _fit_learned(
         network,
         len(banks["train"]),
         lambda rows, _: read["train"](rows),
-        loss,
+        objective,
         recipe,
         title=f"Training the poisoning function {folder.name}",
         device=project.device,
+        ranks=project.ranks,
         validate=validate if len(val) else None,
         checkpoint=folder / "checkpoint.safetensors",
         subject=folder.joinpath("function.json").read_text(encoding="utf-8"),
     )
-    write_json(folder / "history.json", asdict(history))
+    project.ranks.once(lambda: write_json(folder / "history.json", asdict(history)))
     return history.epochs[history.best_epoch]

@@ -7,6 +7,7 @@ These are the paper's own tests against attackers that P knew. They are a floor,
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from dpf_release.models.reconstructors import Reconstructor
 from dpf_release.pipeline.attackers import AttributeAttacker, attribute_classifier, attribute_of_rows, straw_man
 from dpf_release.pipeline.fitting import FittedFunction, load_function
 from dpf_release.pipeline.project import Project
+from dpf_release.ranks import Ranks
 from dpf_release.storage import make_folder, sha256_of, write_json
 from dpf_release.vault import read_record
 
@@ -38,8 +40,17 @@ def measure(project: Project, name: str = "default") -> dict[str, Any]:
     Returns:
         For `val` and `test`: rows; φ2's scores on clean and poisoned rows, with the paired difference and its bootstrap
         95 % interval; for each straw man L1, PSNR, SSIM and |SSIM| of the reconstructions, means over images, clean and
-        poisoned; for each attribute classifier the accuracy, clean and poisoned.
+        poisoned; for each attribute classifier the accuracy, clean and poisoned. Under `torchrun` the first rank
+        measures, the others return nothing.
     """
+    if not project.ranks.is_first:
+        return {}
+    project = replace(project, ranks=Ranks())
+    with project.working(public=True):
+        return _measure(project, name)
+
+
+def _measure(project: Project, name: str) -> dict[str, Any]:
     function = load_function(project, name)
     features = project.vault.candidate(name) / "features"
     candidate = FeatureBank(features, "val")

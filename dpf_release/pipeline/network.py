@@ -28,9 +28,17 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
     Returns:
         Accuracies on `val` and `test` (0 to 1), or mean absolute errors in the target's unit.
 
+    Under `torchrun` the ranks share each batch; only the first knows the scores, the others return none.
+
     Raises:
         VaultError: the vault has a network already, and `restart` is not set.
+        StorageError: another run works in the vault.
     """
+    with project.working():
+        return _train(project, restart)
+
+
+def _train(project: Project, restart: bool) -> dict[str, float]:
     vault, section = project.vault, project.config.train
     if (vault.network / "network.json").is_file() and not restart:
         raise VaultError(f"{vault.network} holds a network already. Use it, or train anew with --restart.")
@@ -40,8 +48,7 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
     if project.config.model.weights:
         load_weights(network, project.config.locate(project.config.model.weights))
     checkpoint = make_folder(vault.network) / "checkpoint.safetensors"
-    if restart:
-        checkpoint.unlink(missing_ok=True)
+    project.ranks.once(lambda: checkpoint.unlink(missing_ok=True) if restart else None)
     # A wrong hook point is refused now, not after hours of training.
     split(network, project.config.model.hook, project.config.model.size)
     task = TargetTask.of(project)
@@ -51,7 +58,7 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
         pictures = augment(images.pictures.read(chosen), generator, section.flip, section.shift)
         return pictures, torch.from_numpy(images.table.targets[chosen])
 
-    def loss(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         pictures, targets = batch
         outputs = network(project.preprocess.normalise(pictures))
         return {"loss": task.loss(outputs.float(), targets)}
@@ -72,12 +79,16 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
         recipe,
         title="Training the network",
         device=project.device,
+        ranks=project.ranks,
         validate=(lambda: task.error(_answers(project, network, rows["val"]), rows["val"]))
         if len(rows["val"])
         else None,
         checkpoint=checkpoint,
         subject=json.dumps([images.digest, section.model_dump(), project.config.model.model_dump(mode="json")]),
     )
+    if not project.ranks.is_first:
+        project.ranks.wait()
+        return {}
     scores = {
         name: task.score(_answers(project, network, rows[name]), rows[name])
         for name in ("val", "test")
@@ -87,6 +98,7 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
     write_json(vault.network / "history.json", {"epochs": history.epochs, "bf16": history.bf16, "scores": scores})
     checkpoint.unlink(missing_ok=True)
     (vault.network / IMPORTED).unlink(missing_ok=True)
+    project.ranks.wait()
     return scores
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +19,15 @@ from torch import nn
 
 from dpf_release.bank import ID_BYTES, FeatureBank, SplitName
 from dpf_release.config import CONFIG_NAME, Config, read_config
-from dpf_release.errors import VaultError
+from dpf_release.errors import RankError, VaultError
 from dpf_release.image_table import ImageTable, read_table, read_unlabelled
-from dpf_release.images import BadImage, Pictures, Preprocess, refuse_bad, survey
+from dpf_release.images import Preprocess
 from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import freeze, load_state, save_state, state_file
 from dpf_release.models.zoo import build_network, is_public_architecture
+from dpf_release.pictures import BadImage, Pictures, refuse_bad, survey
 from dpf_release.progress import Progress
+from dpf_release.ranks import Ranks
 from dpf_release.record import CUSTOM, ModelRecord, PreprocessRecord, read_model_record
 from dpf_release.storage import make_folder, replacing, sha256_of, write_json
 from dpf_release.training import pick_device
@@ -56,10 +59,14 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Project:
-    """What the owner's commands work on; one instance serves one run."""
+    """What the owner's commands work on; one instance serves one run.
+
+    Under `torchrun` all ranks run the same lines, and the first alone writes what there is one of.
+    """
 
     config: Config
     vault: Vault
+    ranks: Ranks = Ranks()
 
     @classmethod
     def open(cls, config: Path = Path(CONFIG_NAME), overrides: Mapping[str, Any] | None = None) -> Project:
@@ -71,7 +78,26 @@ class Project:
         """
         read = read_config(config, overrides)
         import_from(read.folder)
-        return cls(read, Vault.open(read.folder / "vault"))
+        return cls(read, Vault.open(read.folder / "vault"), Ranks.of_torchrun())
+
+    @contextlib.contextmanager
+    def working(self, *, public: bool = False, together: bool = True) -> Iterator[None]:
+        """Holds the vault for one step, its images surveyed.
+
+        Args:
+            public: whether the step needs Q.
+            together: whether several ranks can share the step.
+
+        Raises:
+            StorageError: another run works in the vault.
+            RankError: there are several ranks, and the step is one process's work.
+        """
+        if self.ranks.world_size > 1 and not together:
+            raise RankError("expected one process for this step, found several. Run it without torchrun.")
+        with self.ranks.holding(self.vault.root):
+            # Here, where all ranks come by: a survey is shared, and must not begin on one of them alone.
+            _ = self.private_images, self.public_images if public else None
+            yield
 
     def forget(self, *names: str) -> None:
         """Lets the named properties be read from the vault again: a step calls it for what it has just replaced."""
@@ -80,7 +106,7 @@ class Project:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where networks run."""
+        """Where networks run; of several GPUs each rank has its own."""
         return pick_device(self.config.compute.device)
 
     @cached_property
@@ -117,31 +143,34 @@ class Project:
         pictures = Pictures(table, self.preprocess, self.config.compute.workers)
         path, digest = self.vault.survey(name), table.digest()
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if known.get("digest") == digest:
+        # The first rank's word: another may come when it has written its finding already.
+        if self.ranks.from_first(np.array([known.get("digest") == digest]))[0]:
+            known = json.loads(path.read_text(encoding="utf-8"))
             row_of = {source: row for row, source in enumerate(table.paths)}
             bad = [BadImage(row_of[entry["name"]], entry["name"], entry["reason"]) for entry in known["bad"]]
         else:
-            with Progress(f"Reading the {name} images", len(table)) as progress:
-                bad = survey(pictures, progress.advance)
-            write_json(path, {"digest": digest, "bad": [{"name": b.name, "reason": b.reason} for b in bad]})
+            bad = survey_together(pictures, self.ranks, f"Reading the {name} images")
+            found = {"digest": digest, "bad": [{"name": b.name, "reason": b.reason} for b in bad]}
+            self.ranks.once(lambda: write_json(path, found))
         refuse_bad(bad, len(table), max_bad)
         return ImageSet(table, pictures, tuple(bad), digest)
 
     @cached_property
-    def bank_order(self) -> tuple[dict[str, Rows], dict[str, NDArray[np.uint8]]]:
+    def bank_order(self) -> tuple[dict[SplitName, Rows], dict[SplitName, NDArray[np.uint8]]]:
         """For each split, the image table's row and the id (16 bytes) of each bank row, in bank order.
 
         Raises:
             VaultError: no id map, or an image of it is no longer there.
         """
         row_of = {source: row for row, source in enumerate(self.private_images.table.paths)}
-        rows: dict[str, list[int]] = {name: [] for name in SPLITS}
-        ids: dict[str, list[bytes]] = {name: [] for name in SPLITS}
+        rows: dict[SplitName, list[int]] = {name: [] for name in SPLITS}
+        ids: dict[SplitName, list[bytes]] = {name: [] for name in SPLITS}
         for line in read_ids(self.vault.ids):
             if line["source"] not in row_of:
                 raise VaultError(f"{line['source']} is in {self.vault.ids} but no longer among the private images.")
-            rows[line["split"]].append(row_of[line["source"]])
-            ids[line["split"]].append(bytes.fromhex(line["id"]))
+            split_name: SplitName = line["split"]  # type: ignore[assignment]
+            rows[split_name].append(row_of[line["source"]])
+            ids[split_name].append(bytes.fromhex(line["id"]))
         return (
             {name: np.array(members, np.int64) for name, members in rows.items()},
             {name: np.frombuffer(b"".join(members), np.uint8).reshape(-1, ID_BYTES) for name, members in ids.items()},
@@ -279,6 +308,18 @@ class Project:
     def frozen(self, network: nn.Module) -> nn.Module:
         """The network where it computes, in evaluation mode, without gradients for its weights."""
         return freeze(network).to(self.device).to(memory_format=torch.channels_last)
+
+
+def survey_together(pictures: Pictures, ranks: Ranks, title: str) -> list[BadImage]:
+    """All pictures that cannot be decoded, each rank looking at its share."""
+    mine = np.arange(len(pictures))[ranks.share(len(pictures))]
+    is_bad = np.zeros(len(pictures), np.uint8)
+    with Progress(title, len(mine), shown=ranks.is_first) as progress:
+        bad = survey(pictures, progress.advance, mine)
+    if ranks.world_size == 1:
+        return bad
+    is_bad[[image.row for image in bad]] = 1
+    return survey(pictures, rows=np.flatnonzero(ranks.total(is_bad)))  # once more, for everyone to know the reasons
 
 
 def import_from(folder: Path) -> None:
