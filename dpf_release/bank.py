@@ -28,7 +28,9 @@ ID_BYTES = 16
 Compression = Literal["none", "gzip", "blosc2"]
 # HDF5's numbers of the filters that `/features` has, in order: byte shuffle, deflate; Blosc2 does both itself.
 FILTERS: dict[Compression, tuple[int, ...]] = {"none": (), "gzip": (2, 1), "blosc2": (32026,)}
-MOST_COMPRESSED = 1100  # deflate cannot do more than 1,032 to 1
+# A file claims at most so many times its size: 1,032 is deflate's limit; Blosc2 has a row of zeros in some 500 bytes.
+MOST_COMPRESSED: dict[Compression, int] = {"none": 1, "gzip": 1100, "blosc2": 100_000}
+LARGE_ROW_BYTES = 2**15
 # Each open shard is a file handle; 1,024 is what a process commonly may have.
 MAX_OPEN_SHARDS = 256
 
@@ -141,7 +143,7 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
             problems.append(f"/{member} has the filters {_filters(dataset)}, not those of {header.compression!r}")
         elif len(dataset.attrs):
             problems.append(f"/{member} has attributes of its own: {sorted(dataset.attrs)}")
-        elif dataset.nbytes > size * (MOST_COMPRESSED if _filters(dataset) else 1):
+        elif dataset.nbytes > size * (MOST_COMPRESSED[header.compression] if member == "features" else 1):
             problems.append(f"/{member} claims {dataset.nbytes} bytes in a file of {size}")
         elif member == "features" and dataset.chunks != (1, *header.feature_shape):
             problems.append(f"/features: expected one row a chunk, found chunks {dataset.chunks}")
@@ -195,7 +197,16 @@ class _MappedShard:
         self.features = flat.reshape(dataset.shape)
 
     def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
+        """All `rows` into `out`."""
         np.take(self.features, rows, axis=0, out=out, mode="clip")  # "raise" would copy twice; bounds are checked above
+
+    def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
+        """Those of `rows` that are at `places`, to the same places of `out`."""
+        if self.row_bytes < LARGE_ROW_BYTES:
+            out[places] = np.take(self.features, rows[places], axis=0)
+        else:  # one copy of each row, in the place of two
+            for place in places:
+                out[place] = self.features[rows[place]]
 
     def will_need(self, start: int, stop: int) -> None:
         first = (self.offset + start * self.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -209,6 +220,8 @@ class _CompressedShard:
         self.dataset = dataset
 
     def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
+        if not len(rows):
+            return
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
         begins = np.flatnonzero(np.diff(ascending, prepend=-2) != 1)
@@ -216,8 +229,25 @@ class _CompressedShard:
             first = int(ascending[begin])
             out[order[begin:end]] = self.dataset[first : first + int(end - begin)]
 
+    def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
+        part = np.empty((len(places), *out.shape[1:]), np.float16)
+        self.read(rows[places], part)
+        out[places] = part
+
     def will_need(self, start: int, stop: int) -> None:
         """Nothing: HDF5 has no way to be told."""
+
+
+def row_numbers(rows: Rows | Sequence[int]) -> Rows:
+    """Row numbers as an array.
+
+    Raises:
+        IndexError: a mask, or fractions.
+    """
+    numbers = np.asarray(rows)
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise IndexError(f"expected row numbers, found {numbers.dtype}; np.flatnonzero gives those of a mask")
+    return numbers.astype(np.int64, copy=False)
 
 
 class FeatureBank:
@@ -272,7 +302,7 @@ class FeatureBank:
         if isinstance(rows, int | np.integer):
             features, targets = self[[range(len(self))[rows]]]
             return features[0], targets[0]
-        numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, np.int64)
+        numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else row_numbers(rows)
         return self.read(numbers), self.targets[numbers]
 
     def read(self, rows: Rows | Sequence[int], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
@@ -285,20 +315,16 @@ class FeatureBank:
         Raises:
             IndexError: a row number below 0 or beyond the last row.
         """
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = row_numbers(rows)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows 0 to {len(self) - 1} exist, asked for {rows.min()} to {rows.max()}")
         out = np.empty((len(rows), *self.shape), dtype=np.float16) if out is None else out
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        present = np.unique(shards)
-        if len(present) == 1:
-            self._shard(int(present[0])).read(rows - self._starts[present[0]], out)
+        if len(self._shards) == 1:
+            self._shard(0).read(rows, out)
             return out
-        for number in present:
-            mine = np.flatnonzero(shards == number)
-            part = np.empty((len(mine), *self.shape), dtype=np.float16)
-            self._shard(int(number)).read(rows[mine] - self._starts[number], part)
-            out[mine] = part
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(shards):
+            self._shard(int(number)).read_some(rows - self._starts[number], np.flatnonzero(shards == number), out)
         return out
 
     def will_need(self, start: int, stop: int) -> None:

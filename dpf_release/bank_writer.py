@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from dpf_release.storage import (
     PUBLIC_FOLDER,
     make_folder,
     replacing,
+    reserve,
     sha256_of,
     write_json,
 )
@@ -38,7 +40,8 @@ from dpf_release.storage import (
 # HDF5 1.10 and newer index chunks in an array of its own; the older B-tree would lie between the rows.
 LIBVER = ("v110", "v110")
 GZIP_LEVEL = 1  # docs/banks.md: higher levels cost much and save little
-SHARD_OVERHEAD = 16_384  # bytes of a shard beside its rows, at the most
+# Bytes that HDF5 takes for itself, at the most: of a shard, and of a row (its chunk's place, a filter's header).
+SHARD_OVERHEAD, ROW_OVERHEAD = 16_384, 512
 
 
 @dataclass(frozen=True)
@@ -118,25 +121,25 @@ class BankWriter:
             for start in range(shard.start, shard.stop, self.batch_size)
         ]
 
-    def bytes_of(self, shards: Sequence[Shard]) -> int:
-        """Bytes that these shards take on disk, at the most."""
+    def bytes_of(self, shards: Sequence[Span]) -> int:
+        """Bytes that these rows take on disk, at the most."""
         row_bytes = self.header.row_bytes + ID_BYTES + max(8, 4 * self.header.targets)
-        return sum(row_bytes * len(shard) + SHARD_OVERHEAD for shard in shards)
+        return sum((row_bytes + ROW_OVERHEAD) * len(shard) + SHARD_OVERHEAD for shard in shards)
 
     def holds(self, shard: Shard, rows: Mapping[SplitName, SplitRows]) -> bool:
         """Whether the shard is there: under its final name, therefore whole, and of these rows."""
         path = self.folder / shard.file
         if not path.exists():
             return False
-        with open_shard(path) as file:
-            try:
+        targets, ids = self._encoded(rows[shard.split].targets), rows[shard.split].ids
+        try:
+            with open_shard(path) as file:
                 check_shard(file, path, self.header, shard.split, len(shard))
-            except BankError:
-                return False
-            targets, ids = self._encoded(rows[shard.split].targets), rows[shard.split].ids
-            return np.array_equal(file["id"][:], ids[shard.start : shard.stop]) and np.array_equal(
-                file[_target_name(self.header)][:], targets[shard.start : shard.stop]
-            )
+                return np.array_equal(file["id"][:], ids[shard.start : shard.stop]) and np.array_equal(
+                    file[_target_name(self.header)][:], targets[shard.start : shard.stop]
+                )
+        except (BankError, OSError):  # damaged since: written anew
+            return False
 
     def write(
         self,
@@ -161,11 +164,18 @@ class BankWriter:
             path = self.folder / shard.file
             make_folder(path.parent, PRIVATE_FOLDER if self.private else PUBLIC_FOLDER)
             (self.folder / INDEX).unlink(missing_ok=True)  # a bank that changes is unfinished until `finish`
-            with (
-                replacing(path, self._file_mode) as partial,
-                h5py.File(partial, "w", libver=LIBVER, track_times=False) as file,
-            ):
-                self._fill(file, shard, rows[shard.split], features, on_rows)
+            with replacing(path, self._file_mode) as partial:
+                # HDF5 does not survive a disk that fills up under it: all it may need is taken before, once to see
+                # whether it is there, and once for the file that HDF5 begins anew.
+                size = self.bytes_of([shard])
+                with partial.open("r+b") as empty:
+                    reserve(empty.fileno(), size)
+                with h5py.File(partial, "w", libver=LIBVER, track_times=False) as file:
+                    reserve(file.id.get_vfd_handle(), size)
+                    self._fill(file, shard, rows[shard.split], features, on_rows)
+                    file.flush()
+                    end = file.id.get_filesize()
+                os.truncate(partial, end)
 
     def record(self, shard: Shard) -> ShardRecord:
         """A shard that is there, as the index lists it."""
@@ -210,7 +220,13 @@ class BankWriter:
         file.create_dataset(_target_name(self.header), data=targets, track_times=False)
         file.create_dataset("id", data=rows.ids[shard.start : shard.stop], track_times=False)
         for span in self.batches([shard]):
-            computed = next(features)
+            try:
+                computed = next(features)
+            except OSError as error:  # not this file's: it must not be told as one
+                raise BankError(
+                    f"rows {span.start} to {span.stop} of {span.split} could not be made: {error}. What is written "
+                    "stays; run the same command again to go on."
+                ) from error
             if computed.shape != (len(span), *self.header.feature_shape):
                 expected = (len(span), *self.header.feature_shape)
                 raise BankError(f"expected rows of shape {expected}, found {computed.shape}.")

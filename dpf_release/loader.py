@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from dpf_release.bank import FeatureBank, SplitName
+from dpf_release.bank import FeatureBank, SplitName, row_numbers
 from dpf_release.errors import BankError
+
+BLOCK_BYTES = 8 * 2**20  # long enough for a disk to read at its full speed
+BATCHES_AHEAD = 2  # of each worker
+WINDOW_BLOCKS = 32  # as much as a machine can be asked to keep in its page cache for each loader
 
 
 class BankDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -51,25 +58,51 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        features, targets = self.read([range(len(self))[row]])
+    def __getitem__(self, rows: int | slice) -> tuple[Tensor, Tensor]:
+        """Features and targets: (C, H, W) and one target of a row, (n, C, H, W) and (n, ...) of a slice."""
+        if isinstance(rows, slice):
+            return self.read(range(len(self))[rows])
+        features, targets = self.read([range(len(self))[rows]])
         return features[0], targets[0]
 
-    def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Several rows at once: a whole batch, (n, C, H, W) and (n,) or (n, K)."""
         return self.read(rows)
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Rows by number, in the order asked for: (n, C, H, W) float16 and their targets."""
-        numbers = np.asarray(rows, np.int64)
+        numbers = row_numbers(rows)
+        return self.read_into(self.empty(len(numbers)), numbers)
+
+    def empty(self, rows: int) -> Tensor:
+        """Room for so many rows; in a worker process in shared memory at once, as torch's own collation does it."""
+        shape = (rows, *self.banks[0].shape)
+        if get_worker_info() is None:
+            return torch.from_numpy(np.empty(shape, np.float16))
+        storage = torch.UntypedStorage._new_shared(2 * math.prod(shape))
+        return torch.empty(0, dtype=torch.float16).set_(storage).view(shape)
+
+    def read_into(self, features: Tensor, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Reads rows into what `empty` made for them; returns that, and their targets."""
+        out = features.numpy()
         if len(self.banks) == 1:
-            return torch.from_numpy(self.banks[0].read(numbers)), torch.from_numpy(self.targets[numbers])
-        of_bank = np.searchsorted(self._starts, numbers, side="right") - 1
-        features = np.empty((len(numbers), *self.banks[0].shape), np.float16)
-        for bank in np.unique(of_bank):
-            mine = np.flatnonzero(of_bank == bank)
-            features[mine] = self.banks[bank].read(numbers[mine] - self._starts[bank])
-        return torch.from_numpy(features), torch.from_numpy(self.targets[numbers])
+            self.banks[0].read(rows, out)
+        else:
+            of_bank = np.searchsorted(self._starts, rows, side="right") - 1
+            for bank in np.unique(of_bank):
+                mine = np.flatnonzero(of_bank == bank)
+                out[mine] = self.banks[bank].read(rows[mine] - self._starts[bank])
+        return features, torch.from_numpy(self.targets[rows])
+
+    def numpy(self, rows: slice | Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.float16], NDArray[Any]]:
+        """Features and targets of some rows as arrays; without torch, open a `dpf_release.bank.FeatureBank`."""
+        features, targets = self.read(range(len(self))[rows] if isinstance(rows, slice) else rows)
+        return features.numpy(), targets.numpy()
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Asks the system to have rows `start` to `stop` in memory soon; returns at once."""
+        for bank, first in zip(self.banks, self._starts, strict=False):
+            bank.will_need(max(0, start - int(first)), stop - int(first))
 
     def loader(
         self,
@@ -79,28 +112,24 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         seed: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
-    ) -> DataLoader[tuple[Tensor, Tensor]]:
+        device: str | torch.device | None = None,
+    ) -> BankLoader:
         """Batches of ((n, C, H, W) float16, targets); the order depends on the seed and the epoch alone.
 
         Args:
             batch_size: rows a batch of one rank.
-            shuffle: another order each epoch.
-            workers: reading processes; 0 reads in this one, which is fast where the bank is in the page cache.
+            shuffle: another order each epoch, in blocks that are read one behind the other: see `block_shuffle`.
+            workers: how many read ahead: threads for an uncompressed bank, processes for a compressed one; 0: none.
             seed: of the order.
             rank: which share of the rows, 0 to world_size - 1; by default what torchrun says.
-            world_size: how many shares, likewise; each has as many batches as the others (a few rows may be left
-                out).
+            world_size: how many shares, likewise; each has as many batches as the others (a few rows are left out,
+                others each epoch).
+            device: where batches go; to a GPU from pinned memory, while the one before is computed on. None: they stay.
         """
         rank = int(os.environ.get("RANK", 0)) if rank is None else rank
         world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-        return DataLoader(
-            self,
-            batch_sampler=_Batches(len(self), batch_size, shuffle, seed, rank, world_size),
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-        )
+        batches = _Batches(self, batch_size, shuffle, seed, rank, world_size)
+        return BankLoader(self, batches, workers, None if device is None else torch.device(device))
 
 
 def concat(datasets: Sequence[BankDataset]) -> BankDataset:
@@ -132,30 +161,159 @@ def concat(datasets: Sequence[BankDataset]) -> BankDataset:
     return BankDataset([bank for other in datasets for bank in other.banks], first.names, targets)
 
 
-def _as_is(batch: Any) -> Any:
-    """A batch that `__getitems__` made is one already."""
-    return batch
+def block_shuffle(rows: int, row_bytes: int, generator: np.random.Generator) -> list[NDArray[np.int64]]:
+    """All row numbers in a random order that a disk reads in long runs, as windows one after the other.
+
+    Blocks of neighbouring rows (8 MiB) are shuffled; then the rows within each window of 32 blocks. A row comes
+    anywhere in the epoch with equal chance; it stays within one window (256 MiB, or all rows where they are fewer) of
+    the rows of its block, whose borders are others each epoch. A bank's rows lie in a random order already.
+    """
+    block = max(1, BLOCK_BYTES // row_bytes)
+    borders = np.arange(int(generator.integers(block)) - block, rows, block)
+    windows = []
+    for starts in np.array_split(generator.permutation(borders), -(-len(borders) // WINDOW_BLOCKS)):
+        members = [np.arange(max(0, start), min(start + block, rows)) for start in starts]
+        windows.append(generator.permutation(np.concatenate(members)))
+    return windows
 
 
-class _Batches(Sampler[list[int]]):
-    """Row numbers of each batch of one rank; an epoch is one pass of the iterator."""
+class _Batches(Sampler[NDArray[np.int64]]):
+    """Row numbers of each batch of one rank, from batch `start` of epoch `epoch` on."""
 
-    def __init__(self, rows: int, batch_size: int, shuffle: bool, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, dataset: BankDataset, batch_size: int, shuffle: bool, seed: int, rank: int, world_size: int
+    ) -> None:
         if not 0 <= rank < world_size or batch_size < 1:
             raise ValueError(
                 f"expected 0 <= rank < world_size and a batch of 1 or more, found {rank}, {world_size}, {batch_size}"
             )
-        self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.dataset, self.rank, self.world_size = dataset, rank, world_size
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.epoch = self.start = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of one rank in an epoch."""
+        return len(self.dataset) // self.world_size
 
     def __len__(self) -> int:
-        return -(-(self.rows // self.world_size) // self.batch_size)
+        return -(-self.rows // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.rows)
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        rows, row_bytes = len(self.dataset), self.dataset.banks[0].index.row_bytes
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
+            windows = block_shuffle(rows, row_bytes, np.random.default_rng([self.seed, self.epoch]))
+        else:
+            count = -(-rows * row_bytes // (WINDOW_BLOCKS * BLOCK_BYTES))
+            windows = np.array_split(np.arange(rows), max(1, count))
+        order, ends = np.concatenate(windows), np.cumsum([len(window) for window in windows])
+        announced = 0
+        first, last = self.rank * self.rows, (self.rank + 1) * self.rows
+        for start in range(first + self.start * self.batch_size, last, self.batch_size):
+            window = int(np.searchsorted(ends, start, side="right"))
+            for coming in range(max(announced, window), min(window + 2, len(windows))):
+                self._announce(windows[coming])
+                announced = coming + 1
+            yield order[start : min(start + self.batch_size, last)]
+
+    def _announce(self, rows: NDArray[np.int64]) -> None:
+        """Tells the system what is read next, in runs, so that the disk is read while batches are computed on."""
+        ascending = np.sort(rows)
+        for run in np.split(ascending, np.flatnonzero(np.diff(ascending) > 1) + 1):
+            self.dataset.will_need(int(run[0]), int(run[-1]) + 1)
+
+
+class BankLoader:
+    """Batches of a bank, epoch after epoch; an epoch is one `for` over it.
+
+    Attributes:
+        epoch: which epoch the next `for` is; set it to choose.
+        batch_sampler: the row numbers of the batches of that epoch.
+    """
+
+    def __init__(self, dataset: BankDataset, batches: _Batches, workers: int, device: torch.device | None) -> None:
+        self.dataset, self.batch_sampler, self._device, self._done = dataset, batches, device, 0
+        self._pin = torch.cuda.is_available() and (device is None or device.type == "cuda")
+        self._workers = workers
+        self._processes: DataLoader[tuple[Tensor, Tensor]] | None = None
+        # Mapped rows are copied outside Python's lock: threads read them, and hand over a batch for nothing. HDF5,
+        # which reads compressed rows, has a lock of its own: that takes processes, which copy each batch once more.
+        if workers and any(bank.index.compression != "none" for bank in dataset.banks):
+            self._processes = DataLoader(
+                dataset,
+                batch_sampler=batches,  # type: ignore[arg-type]  # it asks for lists, and takes arrays
+                num_workers=workers,
+                collate_fn=_as_is,
+                pin_memory=self._pin,
+                persistent_workers=True,
+            )
+
+    @property
+    def epoch(self) -> int:  # noqa: D102, an attribute
+        return self.batch_sampler.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.batch_sampler.epoch, self.batch_sampler.start, self._done = epoch, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._done > self.batch_sampler.start:  # the `for` before was left early
+            self.epoch += 1
+        read = self._processes or (self._in_threads() if self._workers else map(self._read, self.batch_sampler))
+        for features, targets in read:
+            self._done += 1
+            if self._device is not None:
+                features = features.to(self._device, non_blocking=True)
+                targets = targets.to(self._device, non_blocking=True)
+            yield features, targets
         self.epoch += 1
-        share = order[self.rank : self.rows - self.rows % self.world_size : self.world_size]
-        for start in range(0, len(share), self.batch_size):
-            yield share[start : start + self.batch_size].tolist()
+
+    def _read(self, rows: NDArray[np.int64], into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        features, targets = self.dataset.read_into(self.dataset.empty(len(rows)) if into is None else into, rows)
+        return (features.pin_memory(), targets.pin_memory()) if self._pin else (features, targets)
+
+    def _in_threads(self) -> Iterator[tuple[Tensor, Tensor]]:
+        with ThreadPoolExecutor(self._workers) as pool:
+            coming: deque[Future[tuple[Tensor, Tensor]]] = deque()
+            try:
+                for rows in self.batch_sampler:
+                    # Made here, as freed here: another thread's memory goes back to the system, and is zeroed anew.
+                    coming.append(pool.submit(self._read, rows, self.dataset.empty(len(rows))))
+                    if len(coming) > BATCHES_AHEAD * self._workers:
+                        yield coming.popleft().result()
+                while coming:
+                    yield coming.popleft().result()
+            finally:
+                for future in coming:
+                    future.cancel()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is: numbers and texts only, one state for all ranks."""
+        return {**self._order(), "epoch": self.epoch, "batches": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on there: the next `for` gives the batches that remain of that epoch.
+
+        Raises:
+            ValueError: the state is of a loader with other rows, batches, order or number of ranks.
+        """
+        order = self._order()
+        if {key: state.get(key) for key in order} != order:
+            raise ValueError(f"expected the state of a loader with {order}, found {dict(state)}")
+        self.epoch = int(state["epoch"])
+        self.batch_sampler.start = self._done = int(state["batches"])
+        if self._done == len(self):
+            self.epoch += 1
+
+    def _order(self) -> dict[str, Any]:
+        batches = self.batch_sampler
+        names = ("batch_size", "shuffle", "seed", "world_size")
+        return {"rows": len(batches.dataset), **{name: getattr(batches, name) for name in names}}
+
+
+def _as_is(batch: Any) -> Any:
+    """A batch that `__getitems__` made is one already."""
+    return batch

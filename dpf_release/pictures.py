@@ -10,6 +10,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,14 +141,16 @@ class Pictures:
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD,
             collate_fn=_as_is,
+            worker_init_fn=_end_with_parent,
             multiprocessing_context=context,
         )
         try:
             yield from loader
-        except RuntimeError as error:  # torch's word for a worker that was killed
+        except (RuntimeError, OSError, EOFError) as error:  # as a worker's death shows itself, by its moment
             raise ImageError(
-                f"a process that decodes images ended: {error}. Out of memory, or a picture that crashes the decoder. "
-                "What is written stays; run again to go on, with [compute] workers = 0 to decode in one process."
+                f"a process that decodes images ended: {error}. Out of memory, a picture that crashes the decoder, or "
+                'a script that starts processes without `if __name__ == "__main__":`. What is written stays; run again '
+                "to go on, with [compute] workers = 0 to decode in one process."
             ) from error
 
 
@@ -163,6 +166,16 @@ class _Decoder(Dataset[Any]):
     def __getitems__(self, files: Sequence[str]) -> _Decoded:
         with strict_pillow():
             return _stacked([picture_or_reason(Path(file), self.preprocess) for file in files], self.preprocess)
+
+
+def _end_with_parent(_: int) -> None:
+    """A worker does not outlive a run that was killed: neither torch nor the fork server sees to that."""
+
+    def watch(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
 def _as_is(batch: Any) -> Any:

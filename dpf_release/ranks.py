@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from dpf_release.errors import RankError, StorageError
+from dpf_release.errors import ConfigError, RankError, StorageError
 from dpf_release.storage import belongs_to_run, locked
 
 # A rank may wait for hours while another validates. One that dies is noticed at once: its connections close.
@@ -97,6 +97,28 @@ class Ranks:
             work()
         self.wait()
 
+    def mean(self, facts: Mapping[str, float]) -> dict[str, float]:
+        """Each fact's mean over the ranks, which all have the same ones.
+
+        Raises:
+            RankError: a rank has ended.
+        """
+        totals = self.total(np.array(list(facts.values()), np.float64)) / self.world_size
+        return dict(zip(facts, totals.tolist(), strict=True))
+
+    def refuse_uneven(self, **batch_sizes: int) -> None:
+        """That each batch can be divided equally.
+
+        Raises:
+            ConfigError: one cannot; nothing was begun.
+        """
+        for name, size in batch_sizes.items():
+            if size % self.world_size:
+                raise ConfigError(
+                    f"expected a batch_size that {self.world_size} ranks can share equally, found {size} under "
+                    f"[{name}]. Set it to {max(1, size // self.world_size) * self.world_size}."
+                )
+
     def share(self, rows: int) -> slice:
         """This rank's part of so many rows, as a slice."""
         return slice(self.rank, rows, self.world_size)
@@ -131,9 +153,9 @@ def together() -> Iterator[None]:
     """What the ranks do together; where one has ended, the others say so."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # gloo and nccl have no narrower one
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no class of its own
+            raise
         raise RankError(
             f"another rank ended, or cannot be reached ({str(error).splitlines()[0][:200]}). Look at its message. What "
             "is finished stays; run the same command again to go on."

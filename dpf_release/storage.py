@@ -94,6 +94,16 @@ def refuse_small_disk(folder: Path, wanted: int) -> None:
         )
 
 
+def reserve(handle: int, size: int) -> None:
+    """Takes disk space for an open file, so that later writes up to that size find room; it is then that long.
+
+    Raises:
+        OSError: there is not that much.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+
+
 def readable_size(count: int) -> str:
     """A number of bytes as a person reads it: `1.5 GiB`."""
     size, unit = float(count), "B"
@@ -118,10 +128,11 @@ def locked(folder: Path, run: str = "") -> Iterator[None]:
     path = folder / LOCK
     with _writing(path):
         handle = _lock_file(path)
-        os.truncate(handle, 0)
-        holder = {"run": run, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "argv": sys.argv[1:]}
-        os.pwrite(handle, json.dumps(holder).encode(), 0)
     try:
+        holder = {"run": run, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "argv": sys.argv[1:]}
+        with _writing(path):
+            os.truncate(handle, 0)
+            os.pwrite(handle, json.dumps(holder).encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -125,10 +125,7 @@ def fit(
         TrainingError: the loss is no longer finite.
         RankError: a rank has ended.
     """
-    if recipe.batch_size % ranks.world_size:
-        raise ConfigError(
-            f"{title}: expected a batch_size that {ranks.world_size} ranks can share, found {recipe.batch_size}."
-        )
+    ranks.refuse_uneven(**{title: recipe.batch_size})
     network.to(device).to(memory_format=torch.channels_last)
     optimizer = _optimizer(network, recipe)
     steps = max(1, rows // recipe.batch_size)
@@ -162,19 +159,19 @@ def fit(
                     autocast = torch.autocast(device.type, torch.bfloat16, enabled=history.bf16)
                 network.train()
                 optimizer.zero_grad(set_to_none=True)
-                with autocast:
-                    facts = loss(trained, batch)
-                _refuse_divergence(title, float(facts["loss"].detach()))
-                with together() if ranks.world_size > 1 else contextlib.nullcontext():
+                with together():
+                    with autocast:
+                        facts = loss(trained, batch)
+                    shown = ranks.mean({name: float(value.detach()) for name, value in facts.items()})
+                    _refuse_divergence(title, shown["loss"])
                     facts["loss"].backward()
                 optimizer.step()
                 schedule.step()
-                shown = {name: float(value.detach()) for name, value in facts.items()}
                 state.add(shown)
                 progress.advance(recipe.batch_size, epoch=step // steps + 1, **shown)
                 last_of_epoch = (step + 1) % steps == 0
                 if last_of_epoch:
-                    state.end_epoch(validate if ranks.is_first else None, ranks)
+                    state.end_epoch(validate if ranks.is_first else None)
                     _refuse_divergence(title, history.epochs[-1].get("validation", 0.0))
                 history.seconds = time.monotonic() - started
                 late = time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS
@@ -228,11 +225,11 @@ def _batches(
 
     Rows and draws depend on seed, step and rank alone, so a resume repeats them.
     """
-    size = recipe.batch_size // ranks.world_size
+    size = min(recipe.batch_size, rows) // ranks.world_size
     for epoch in range(done // steps, recipe.epochs):
         order = np.random.default_rng([recipe.seed, epoch]).permutation(rows)
         for step in range(done - epoch * steps if epoch == done // steps else 0, steps):
-            first = step * recipe.batch_size + ranks.rank * size
+            first = step * recipe.batch_size + ranks.rank * size  # of a step's rows, each rank has its run
             draws = [recipe.seed, epoch, step] + [ranks.rank] * (not ranks.is_first)
             yield read_batch(order[first : first + size], np.random.default_rng(draws))
 
@@ -289,9 +286,8 @@ class _State:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
 
-    def end_epoch(self, validate: Callable[[], float] | None, ranks: Ranks) -> None:
-        totals = ranks.total(np.array([self.sums[name] for name in sorted(self.sums)])) / ranks.world_size
-        entry = {name: float(total) / self.count for name, total in zip(sorted(self.sums), totals, strict=True)}
+    def end_epoch(self, validate: Callable[[], float] | None) -> None:
+        entry = {name: total / self.count for name, total in self.sums.items()}
         self.sums, self.count = {}, 0
         if validate is not None:
             self.network.eval()

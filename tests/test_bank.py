@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,210 @@ print(os.waitpid(child, 0)[1], right and anew)
 def test_a_forked_process_opens_a_shard_anew(bank: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FORKED, str(bank)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "True"]
+
+
+@pytest.mark.parametrize(
+    "rows", [[0, 0], np.array([], np.int64), slice(2, 9, 3), slice(None, None, -1), slice(-3, None)]
+)
+def test_slices_and_lists_give_features_with_their_targets(bank: Path, rows: Any) -> None:
+    found, written = FeatureBank(bank, "train"), features_of(10).astype(np.float16)
+    features, targets = found[rows]
+    assert np.array_equal(features, written[rows])
+    assert np.array_equal(targets, (np.arange(10) % 3)[rows])
+
+
+@pytest.mark.parametrize("row", [0, 4, 9, -1, -10, np.int64(3), np.int32(-2)])
+def test_a_number_gives_one_row_and_counts_from_the_end_below_zero(bank: Path, row: Any) -> None:
+    features, target = FeatureBank(bank, "train")[row]
+    assert features.shape == SHAPE
+    assert np.array_equal(features, features_of(10).astype(np.float16)[row])
+    assert target == (np.arange(10) % 3)[row]
+
+
+@pytest.mark.parametrize("row", [10, -11, [10], [-1]])
+def test_a_number_beyond_the_rows_is_an_index_error(bank: Path, row: Any) -> None:
+    with pytest.raises(IndexError):
+        FeatureBank(bank, "train")[row]
+
+
+def test_a_mask_or_a_fraction_is_not_taken_for_row_numbers(bank: Path) -> None:
+    found = FeatureBank(bank, "train")
+    for rows in (found.targets == 1, [0.5, 1.7]):
+        with pytest.raises((IndexError, TypeError)):
+            found[rows]
+        with pytest.raises((IndexError, TypeError)):
+            found.read(rows)
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "blosc2"])
+@pytest.mark.parametrize("rows", [[2, 0, 3], [9, 0, 4, 4]], ids=["one shard", "all shards"])
+def test_rows_are_read_to_where_they_are_wanted(tmp_path: Path, compression: Any, rows: list[int]) -> None:
+    write_bank(tmp_path, compression=compression)
+    found, written = FeatureBank(tmp_path, "train"), features_of(10).astype(np.float16)
+    whole = np.full((2 * len(rows), *SHAPE), 7, np.float16)
+    for out in (whole[: len(rows)], whole[::2]):
+        whole[:] = 7
+        assert found.read(rows, out=out) is out
+        assert np.array_equal(out, written[rows])
+        assert (whole == 7).all(axis=(1, 2, 3)).sum() == len(rows)  # the rest is as it was
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "blosc2"])
+def test_more_shards_than_may_be_open_are_read_right_with_few_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Any
+) -> None:
+    write_bank(tmp_path, rows=80, compression=compression)  # in 20 shards
+    written, order = features_of(80).astype(np.float16), np.random.default_rng(0).permutation(80)
+    most = {}
+    for limit in (2, 100):
+        monkeypatch.setattr("dpf_release.bank.MAX_OPEN_SHARDS", limit)
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        found, most[limit] = FeatureBank(tmp_path, "train"), 0
+        for start in range(0, 80, 10):
+            rows = order[start : start + 10]
+            assert np.array_equal(found.read(rows), written[rows])
+            most[limit] = max(most[limit], len(list(Path("/proc/self/fd").iterdir())) - before)
+        assert found.targets.tolist() == [row % 3 for row in range(80)]
+        assert np.array_equal(found.ids, ids_of(80))
+        del found
+    assert most[2] <= 2
+    assert most[100] >= 20
+
+
+# Compression.
+
+
+@pytest.mark.parametrize("compression", ["gzip", "blosc2"])
+@pytest.mark.parametrize("rows", [range(10), [9, 0, 4, 3], [5, 5, 5, 0, 9, 5], [7], [], np.arange(10)[::-1]])
+def test_compressed_rows_are_the_uncompressed_ones(bank: Path, tmp_path: Path, compression: Any, rows: Any) -> None:
+    write_bank(tmp_path / "packed", compression=compression)
+    plain, packed = FeatureBank(bank, "train"), FeatureBank(tmp_path / "packed", "train")
+    assert np.array_equal(packed.read(rows), plain.read(rows))
+    assert np.array_equal(packed.targets, plain.targets)
+    assert np.array_equal(packed.ids, plain.ids)
+    again = pickle.loads(pickle.dumps(packed))
+    assert np.array_equal(again[2:9][0], plain[2:9][0])
+    with pytest.raises(IndexError):
+        packed.read([10])
+
+
+FILTERS = {"none": [], "gzip": [2, 1], "blosc2": [32026]}
+
+
+@pytest.mark.parametrize("compression", FILTERS)
+def test_the_filters_are_those_that_the_index_names_and_the_bytes_repeat(tmp_path: Path, compression: Any) -> None:
+    for name in ("bank", "again"):
+        write_bank(tmp_path / name, compression=compression)
+    write_bank(tmp_path / "other", compression=compression, seed=1)
+    assert _digests(tmp_path / "bank") == _digests(tmp_path / "again") != _digests(tmp_path / "other")
+    assert json.loads((tmp_path / "bank" / "index.json").read_bytes())["compression"] == compression
+    with h5py.File(tmp_path / "bank" / FIRST) as shard:
+        for name in shard:
+            create = shard[name].id.get_create_plist()
+            found = [create.get_filter(number)[0] for number in range(create.get_nfilters())]
+            assert found == (FILTERS[compression] if name == "features" else [])
+        assert shard["features"].chunks == (1, *SHAPE)
+
+
+@pytest.mark.parametrize("written", FILTERS)
+@pytest.mark.parametrize("declared", FILTERS)
+def test_a_shard_with_other_filters_than_the_index_names_is_refused(
+    tmp_path: Path, written: Any, declared: Any
+) -> None:
+    write_bank(tmp_path, compression=written)
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"compression": declared}))
+    found = FeatureBank(tmp_path, "train")
+    if written == declared:
+        assert np.array_equal(found.read([4]), features_of(10).astype(np.float16)[[4]])
+        return
+    for read in (lambda: found.read([4]), lambda: found.ids, lambda: found.targets):
+        with pytest.raises(BankError, match=f"/features has the filters .*, not those of '{declared}'"):
+            read()
+
+
+def _features_after_a_relu(rows: int) -> Any:
+    return np.maximum(np.random.default_rng(0).normal(-3, 1, (rows, 8, 16, 16)), 0)
+
+
+@pytest.mark.parametrize("compression", ["gzip", "blosc2"])
+def test_features_after_a_relu_take_less_room_compressed_and_come_back(tmp_path: Path, compression: Any) -> None:
+    features, sizes, header = _features_after_a_relu(12), {}, {"feature_shape": (8, 16, 16)}
+    for name in ("none", compression):
+        bank = writer(tmp_path / name, compression=name, **header)
+        bank.finish(fill(bank, np.arange(12), ids_of(12), lambda a, b: features[a:b]))
+        sizes[name] = sum(path.stat().st_size for path in (tmp_path / name).glob("train/*.h5"))
+        assert np.array_equal(FeatureBank(tmp_path / name, "train").read(range(12)), features.astype(np.float16))
+    assert sizes[compression] < 0.75 * sizes["none"]
+
+
+@pytest.mark.parametrize("compression", FILTERS)
+def test_what_is_written_can_be_read_also_where_a_layer_is_dead(tmp_path: Path, compression: Any) -> None:
+    bank = replace(writer(tmp_path, compression=compression, feature_shape=(256, 56, 56)), shard_bytes=2**30)
+    bank.finish(fill(bank, np.arange(12), ids_of(12), lambda a, b: np.zeros((b - a, 256, 56, 56), np.float32)))
+    assert not FeatureBank(tmp_path, "train").read([0, 8]).any()
+
+
+@pytest.mark.parametrize("compression", FILTERS)
+def test_no_rows_are_read_from_a_bank_of_one_shard(tmp_path: Path, compression: Any) -> None:
+    write_bank(tmp_path, rows=4, compression=compression)
+    found = FeatureBank(tmp_path, "train")
+    assert found.read([]).shape == found[2:2][0].shape == (0, *SHAPE)
+    assert found.read([3, 3, 0]).shape == (3, *SHAPE)
+
+
+# In a process that has no hdf5plugin.
+BARE = """
+import sys
+sys.modules["hdf5plugin"] = None
+from pathlib import Path
+import h5py
+from dpf_release.bank import FeatureBank
+from dpf_release.errors import BankError
+gzip, blosc2 = map(Path, sys.argv[1:])
+with h5py.File(gzip / "train/shard-00000.h5") as shard:
+    print(shard["features"][:].tobytes() == FeatureBank(gzip, "train").read(range(4)).tobytes())
+try:
+    FeatureBank(blosc2, "train").read([0])
+except BankError as error:
+    print(error)
+try:
+    with h5py.File(blosc2 / "train/shard-00000.h5") as shard:
+        shard["features"][:]
+except OSError as error:
+    print("h5py cannot")
+"""
+
+
+def test_gzip_needs_h5py_alone_and_blosc2_names_the_extra_that_it_needs(tmp_path: Path) -> None:
+    for compression in ("gzip", "blosc2"):
+        write_bank(tmp_path / compression, compression=compression)
+    arguments = [sys.executable, "-c", BARE, str(tmp_path / "gzip"), str(tmp_path / "blosc2")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    right, message, bare = done.stdout.splitlines()
+    assert right == "True"
+    assert "expected the package hdf5plugin" in message
+    assert "Install dpf-release[blosc2]" in message
+    assert bare == "h5py cannot"
+
+
+def test_without_hdf5plugin_blosc2_is_not_written_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "hdf5plugin", None)
+        with pytest.raises(BankError, match=r"Install dpf-release\[blosc2\]"):
+            write_bank(tmp_path, compression="blosc2")
+        assert _digests(tmp_path) == {}
+    write_bank(tmp_path, compression="blosc2")
+    assert len(_digests(tmp_path)) == 4
+
+
+def test_a_compressed_bank_cut_off_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    for compression in ("gzip", "blosc2"):
+        write_bank(tmp_path / compression, compression=compression)
+        whole, bank = _digests(tmp_path / compression), writer(tmp_path / compression, compression=compression)
+        (tmp_path / compression / "train/shard-00001.h5").unlink()
+        bank.finish(fill(bank, np.arange(10) % 3, ids_of(10), lambda a, b: features_of(10)[a:b]))
+        assert _digests(tmp_path / compression) == whole
 
 
 # Writing.

@@ -17,7 +17,6 @@ from torchvision import transforms
 from dpf_release.errors import ImageError
 from dpf_release.image_table import ImageTable, read_table, read_unlabelled
 from dpf_release.images import Preprocess, decode
-from dpf_release.pictures import Pictures, refuse_bad, survey
 
 PLAIN = Preprocess(size=(16, 16), resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -500,76 +499,3 @@ def test_values_out_of_bounds_are_refused() -> None:
     ):
         with pytest.raises(ImageError, match="preprocessing: expected"):
             Preprocess(**{**fields, **change})
-
-
-# Pictures by row.
-
-
-@pytest.fixture
-def some(tmp_path: Path) -> ImageTable:
-    """Twelve different images; rows 3 and 7 cannot be decoded."""
-    for number in range(12):
-        _write(tmp_path / f"{number:02}.png", seed=number)
-    (tmp_path / "03.png").write_bytes(b"broken")
-    (tmp_path / "07.png").unlink()
-    rows = [[f"{n:02}.png", "ab"[n % 2]] for n in range(12)]
-    return read_table(
-        _write_csv(tmp_path / "s.csv", ["path", "label"], rows),
-        task="classification",
-        val_fraction=0,
-        test_fraction=0,
-    )
-
-
-@pytest.mark.parametrize("memory_limit", [2**30, 0])
-def test_pictures_are_read_by_row_in_order_and_again(some: ImageTable, memory_limit: int) -> None:
-    pictures = Pictures(some, PLAIN, workers=2, memory_limit=memory_limit)
-    rows = np.array([5, 0, 11, 5])
-    expected = torch.stack([torch.from_numpy(decode(some.root / some.paths[row], PLAIN)) for row in rows])
-    assert torch.equal(pictures.read(rows), expected)
-    assert torch.equal(pictures.read(rows[::-1].copy()), expected.flip(0))
-    assert not torch.equal(expected[0], expected[1])
-    assert pictures.read([]).shape == (0, 3, 16, 16)
-    assert len(pictures) == 12
-    with pytest.raises(ImageError, match=r"^03\.png: not a JPEG"):
-        pictures.read([2, 3])
-    pictures.close()
-
-
-def test_pictures_are_decoded_once_where_they_fit_in_memory(some: ImageTable) -> None:
-    kept, anew = Pictures(some, PLAIN), Pictures(some, PLAIN, memory_limit=100)
-    for pictures in (kept, anew):
-        assert pictures.read([5]).any()
-    (some.root / "05.png").unlink()
-    assert kept.read([5]).any()
-    with pytest.raises(ImageError, match="no such file"):
-        anew.read([5])
-    kept.close()
-    anew.close()
-
-
-def test_a_survey_names_every_bad_image_and_goes_on(some: ImageTable) -> None:
-    pictures, progress = Pictures(some, PLAIN), list[int]()
-    bad = survey(pictures, progress.append, batch_size=5)
-    assert [(image.row, image.name) for image in bad] == [(3, "03.png"), (7, "07.png")]
-    assert ["JPEG" in bad[0].reason, bad[1].reason] == [True, "there is no such file"]
-    assert progress == [5, 5, 2]
-    pictures.close()
-    refuse_bad(bad, total=12, max_bad=0.2)
-    refuse_bad(bad, total=2000)
-    with pytest.raises(ImageError, match=r"max_bad = 0.1\), found 2 of 12:\n  03.png \(not a .*\n  07.png \(there"):
-        refuse_bad(bad, total=12, max_bad=0.1)
-
-
-def test_a_long_list_of_bad_images_is_cut_and_counted(tmp_path: Path) -> None:
-    _write_tree(tmp_path / "s", {"cat": 3, "dog": 3})
-    for number in range(30):
-        (tmp_path / "s" / "cat" / f"scan{number:02}.bmp").write_bytes(b"BM")
-    table = read_table(tmp_path / "s", task="classification")
-    assert len(table) == 36  # images of other formats are rows too
-    pictures = Pictures(table, PLAIN)
-    bad = survey(pictures)
-    pictures.close()
-    with pytest.raises(ImageError, match=r"found 30 of 36:[\s\S]*scan19\.bmp[\s\S]*and 10 more") as caught:
-        refuse_bad(bad, len(table))
-    assert "scan20" not in str(caught.value)

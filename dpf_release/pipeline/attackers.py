@@ -190,7 +190,8 @@ def _fit_attribute_classifier(
         }
 
     section = project.config.reconstructor
-    batch_size = min(section.batch_size, len(rows))
+    world_size = project.ranks.world_size
+    batch_size = min(section.batch_size, len(rows) // world_size * world_size)
     recipe = Recipe(
         3 * section.epochs,
         batch_size,

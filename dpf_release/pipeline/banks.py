@@ -29,7 +29,7 @@ from dpf_release.pipeline.writing import Compute, machine_facts, write_bank
 from dpf_release.ranks import Ranks
 from dpf_release.record import ModelRecord
 from dpf_release.release import Release
-from dpf_release.storage import make_folder, replacing, sha256_of, write_json
+from dpf_release.storage import make_folder, refuse_small_disk, replacing, sha256_of, write_json
 from dpf_release.training import pick_device
 from dpf_release.vault import RELEASED_SPLITS, SPLITS, write_ids
 
@@ -51,7 +51,10 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
         project.ranks.once(lambda: import_network(project, restart))
         cut, images, vault = project.cut, project.private_images, project.vault
         facts = project.source_facts | _bank_facts(project)
-        project.ranks.once(lambda: _draw_plan(project, facts) if restart or not vault.plan.is_file() else None)
+        begin = restart or not vault.plan.is_file()
+        if begin:
+            _refuse_small_disk(project, vault.features, [len(images.rows(name)) for name in SPLITS])
+        project.ranks.once(lambda: _draw_plan(project, facts) if begin else None)
         project.forget("bank_order")
         known = json.loads(vault.plan.read_text(encoding="utf-8"))
         changed = [key for key in facts if known.get(key) != facts[key]]
@@ -83,6 +86,13 @@ def _writer(project: Project, folder: Path, poisoned: bool) -> BankWriter:
         targets=cut.record.target_columns,
     )
     return BankWriter(folder, header, parse_size(section.shard_size), section.batch_size)
+
+
+def _refuse_small_disk(project: Project, folder: Path, rows: Sequence[int]) -> None:
+    """That a bank has room when the one that is there is gone: before it is given up."""
+    there = sum(path.stat().st_size for path in folder.glob("*/*.h5"))
+    wanted = _writer(project, folder, poisoned=False).bytes_of([Span("train", 0, count) for count in rows])
+    refuse_small_disk(project.vault.root, wanted - there)
 
 
 def _draw_plan(project: Project, facts: dict[str, Any]) -> None:
@@ -122,8 +132,11 @@ def _featurized(phi_1: nn.Module, pictures: Pictures, rows: Mapping[SplitName, R
         decoded = pictures.stream([rows[span.split][span.start : span.stop] for span in spans])
         with contextlib.closing(decoded):
             for batch, bad in decoded:
-                if bad:  # it could be read when the images were surveyed
-                    raise ImageError(f"{bad[0].name}: {bad[0].reason}. Put it back as it was, and run again to go on.")
+                if bad:
+                    raise ImageError(
+                        f"{bad[0].name}: {bad[0].reason}. It could be read before. Put the file back with the time of "
+                        "its last change, and run again to go on; or begin anew with --restart."
+                    )
                 batch = pictures.preprocess.normalise(batch.to(device, non_blocking=True))
                 # The same bytes at each run: no choice of algorithms by a stopwatch.
                 with torch.inference_mode(), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
@@ -167,6 +180,8 @@ def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart:
     folder, record = project.vault.candidate(name), project.vault.function(name) / CANDIDATE
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     if known is None or restart:
+        rows = [len(project.private_bank(split)) for split in RELEASED_SPLITS]
+        _refuse_small_disk(project, folder / "features", rows)
         _remove_bank(folder / "features")
     else:
         changed = [
@@ -233,11 +248,12 @@ def featurize_new(
         StorageError: another run works in the folder, or the disk has not enough room.
     """
     ranks, where = Ranks.of_torchrun(), pick_device(device)
-    if (out / INDEX).exists():
-        raise BankError(f"{out} holds a bank already. Name another folder with --out, or remove it.")
+    plan = out / NEW_PLAN
     table = _own_splits(images, release.record)
     make_folder(out)
     with ranks.holding(out):
+        if (out / INDEX).exists() and not plan.exists():
+            raise BankError(f"{out} holds a bank already. Name another folder with --out, or remove it.")
         pictures = Pictures(table, release.preprocess)
         bad = survey_together(pictures, ranks, "Reading images")
         refuse_bad(bad, len(table), max_bad)
@@ -249,7 +265,6 @@ def featurize_new(
             "batch_size": batch_size,
             **machine_facts(where, "none"),
         }
-        plan = out / NEW_PLAN
         new = facts | {"ids": secrets.token_hex(32)}
         ranks.once(lambda: None if plan.exists() else write_json(plan, new))
         known = json.loads(plan.read_text(encoding="utf-8"))

@@ -133,6 +133,7 @@ def _read_plans(chain: Chain, secret: bytes, folder: Path) -> dict[SplitName, li
 
 def _refuse_mistakes(project: Project, spec: FeatureSpec) -> None:
     section = project.config.poison
+    project.ranks.refuse_uneven(poison=section.batch_size, reconstructor=project.config.reconstructor.batch_size)
     build_chain(section.function, spec)
     for name in section.straw_men:
         new_straw_man(project, name)

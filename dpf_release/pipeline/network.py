@@ -42,6 +42,7 @@ def _train(project: Project, restart: bool) -> dict[str, float]:
     vault, section = project.vault, project.config.train
     if (vault.network / "network.json").is_file() and not restart:
         raise VaultError(f"{vault.network} holds a network already. Use it, or train anew with --restart.")
+    project.ranks.refuse_uneven(train=section.batch_size)
     images = project.private_images
     rows = {name: images.rows(name) for name in ("train", "val", "test")}
     network = project.new_network()
