@@ -291,7 +291,8 @@ def trial(state: State, workers: int, shares: list[float], whole_group: bool) ->
         problems += [problem for session in sessions for problem in orphans(*session)]
     found, after = digests(project), state.after
     if after is None:
-        alone = without_shards(Path(shutil.copytree(project, project.with_name("alone"), dirs_exist_ok=True)))
+        shutil.rmtree(project.with_name("reference"), ignore_errors=True)
+        alone = without_shards(Path(shutil.copytree(project, project.with_name("reference"))))
         run(alone, state.command)
         after = digests(alone)
     problems += differences(found, after) + leftovers(project)

@@ -65,9 +65,9 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         features, targets = self.read([range(len(self))[rows]])
         return features[0], targets[0]
 
-    def __getitems__(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Several rows at once: a whole batch, (n, C, H, W) and (n,) or (n, K)."""
-        return self.read(rows)
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Several items, read at once: what a torch `DataLoader` with its own collation asks for."""
+        return list(zip(*self.read(rows), strict=True))
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Rows by number, in the order asked for: (n, C, H, W) float16 and their targets."""
@@ -130,6 +130,16 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
         batches = _Batches(self, batch_size, shuffle, seed, rank, world_size)
         return BankLoader(self, batches, workers, None if device is None else torch.device(device))
+
+
+class _Whole(Dataset[Any]):
+    """A data set that hands over whole batches, as they were read."""
+
+    def __init__(self, dataset: BankDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return self.dataset.read(rows)
 
 
 def concat(datasets: Sequence[BankDataset]) -> BankDataset:
@@ -240,7 +250,7 @@ class BankLoader:
         # which reads compressed rows, has a lock of its own: that takes processes, which copy each batch once more.
         if workers and any(bank.index.compression != "none" for bank in dataset.banks):
             self._processes = DataLoader(
-                dataset,
+                _Whole(dataset),
                 batch_sampler=batches,  # type: ignore[arg-type]  # it asks for lists, and takes arrays
                 num_workers=workers,
                 collate_fn=_as_is,
@@ -315,5 +325,5 @@ class BankLoader:
 
 
 def _as_is(batch: Any) -> Any:
-    """A batch that `__getitems__` made is one already."""
+    """A batch that `_Whole` made is one already."""
     return batch

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dpf_release.bank import BankIndex, SplitName, read_index
+from dpf_release.digests import CheckedDigests
 from dpf_release.errors import VerificationError
 from dpf_release.images import Preprocess
 from dpf_release.loader import BankDataset
@@ -39,13 +40,14 @@ class Release:
 
     @classmethod
     def open(cls, folder: str | Path) -> Release:
-        """Verifies every file, then opens.
+        """Verifies every file, then opens. What was read through on this machine, and is unchanged, is not read again.
 
         Raises:
             VerificationError: files are missing, changed or unexpected, or records contradict each other; all of it.
         """
         folder = Path(folder)
-        problems = verify(folder)
+        with CheckedDigests.open() as digests_here:
+            problems = verify(folder, digests_here.sha256)
         manifest = read_manifest(folder)
         if problems or isinstance(manifest, Problem):
             raise VerificationError(

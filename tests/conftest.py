@@ -115,6 +115,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def project_folder(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished project that a test may change."""
