@@ -7,6 +7,7 @@ without one is unfinished. `bank_writer` writes them.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -176,25 +177,33 @@ def load_blosc2() -> Any:
     return hdf5plugin
 
 
+def _offset_of_rows(dataset: h5py.Dataset, path: Path) -> int:
+    """Where in an uncompressed shard its rows begin, which lie one behind the other."""
+    offsets = np.full(len(dataset), -1, dtype=np.int64)
+
+    def note(chunk: Any) -> None:
+        offsets[chunk.chunk_offset[0]] = chunk.byte_offset
+
+    dataset.id.chunk_iter(note)
+    row_bytes = dataset.dtype.itemsize * math.prod(dataset.shape[1:])
+    end = offsets[0] + row_bytes * len(dataset)
+    if offsets[0] < 0 or end > path.stat().st_size or np.any(np.diff(offsets) != row_bytes):
+        raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
+    return int(offsets[0])
+
+
 class _MappedShard:
     """The rows of an uncompressed shard, mapped where HDF5 says that they lie: as fast as a raw `numpy.memmap`."""
 
-    def __init__(self, dataset: h5py.Dataset, path: Path) -> None:
-        rows, row_bytes = len(dataset), dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
-        offsets = np.full(rows, -1, dtype=np.int64)
-
-        def note(chunk: Any) -> None:
-            offsets[chunk.chunk_offset[0]] = chunk.byte_offset
-
-        dataset.id.chunk_iter(note)
-        with path.open("rb") as file:
-            self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.offset, self.row_bytes = int(offsets[0]), row_bytes
-        end = self.offset + row_bytes * rows
-        if self.offset < 0 or end > len(self.mapping) or np.any(np.diff(offsets) != row_bytes):
-            raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
-        flat = np.frombuffer(self.mapping, "<f2", rows * row_bytes // 2, self.offset)
-        self.features = flat.reshape(dataset.shape)
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...]) -> None:
+        self.offset, self.row_bytes = offset, 2 * math.prod(shape[1:])
+        try:
+            with path.open("rb") as file:
+                self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            flat = np.frombuffer(self.mapping, "<f2", math.prod(shape), offset)
+        except (OSError, ValueError) as error:  # gone, or shorter, since it was checked
+            raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
+        self.features = flat.reshape(shape)
 
     def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
         """All `rows` into `out`."""
@@ -234,9 +243,6 @@ class _CompressedShard:
         self.read(rows[places], part)
         out[places] = part
 
-    def will_need(self, start: int, stop: int) -> None:
-        """Nothing: HDF5 has no way to be told."""
-
 
 def row_numbers(rows: Rows | Sequence[int]) -> Rows:
     """Row numbers as an array.
@@ -270,6 +276,7 @@ class FeatureBank:
         self._shards = self.index.splits[split]
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])  # (shards + 1,)
         self._open: dict[int, _MappedShard | _CompressedShard] = {}
+        self._offsets: dict[int, int] = {}  # of the rows in the shards that were checked
         self._pid = os.getpid()
 
     def __len__(self) -> int:
@@ -329,10 +336,13 @@ class FeatureBank:
 
     def will_need(self, start: int, stop: int) -> None:
         """Asks the system to have rows `start` to `stop` in memory soon; returns at once."""
+        if self.index.compression != "none":
+            return  # HDF5 cannot be told
         for number in range(len(self._shards)):
             first, last = self._starts[number], self._starts[number + 1]
-            if start < last and first < stop:
-                self._shard(number).will_need(int(max(start, first) - first), int(min(stop, last) - first))
+            shard = self._shard(number) if start < last and first < stop else None
+            if isinstance(shard, _MappedShard):
+                shard.will_need(int(max(start, first) - first), int(min(stop, last) - first))
 
     def batches(self, size: int) -> Iterator[tuple[Rows, NDArray[np.float16]]]:
         """All rows in order: their numbers and their features, `size` at a time."""
@@ -343,16 +353,24 @@ class FeatureBank:
     def _shard(self, number: int) -> _MappedShard | _CompressedShard:
         if self._pid != os.getpid():  # a handle belongs to the process that opened it
             self._open, self._pid = {}, os.getpid()
-        if number not in self._open:
-            while len(self._open) >= MAX_OPEN_SHARDS:
-                self._open.pop(next(iter(self._open)))
-            file, path = self._file(number)
-            if self.index.compression == "none":
-                with file:
-                    self._open[number] = _MappedShard(file["features"], path)
-            else:
-                self._open[number] = _CompressedShard(file["features"])
-        return self._open[number]
+        opened = self._open  # of this thread from here on: another may put a shard out meanwhile
+        shard = opened.get(number)
+        if shard is None:
+            while len(opened) >= MAX_OPEN_SHARDS:
+                opened.pop(list(opened)[0], None)
+            shard = opened[number] = self._opened(number)
+        return shard
+
+    def _opened(self, number: int) -> _MappedShard | _CompressedShard:
+        if number in self._offsets:  # checked before: no need of HDF5
+            record = self._shards[number]
+            return _MappedShard(self.folder / record.file, self._offsets[number], (record.rows, *self.shape))
+        file, path = self._file(number)
+        if self.index.compression != "none":
+            return _CompressedShard(file["features"])
+        with file:
+            self._offsets[number] = _offset_of_rows(file["features"], path)
+        return self._opened(number)
 
     def _file(self, number: int) -> tuple[h5py.File, Path]:
         record = self._shards[number]

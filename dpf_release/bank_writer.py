@@ -138,7 +138,7 @@ class BankWriter:
                 return np.array_equal(file["id"][:], ids[shard.start : shard.stop]) and np.array_equal(
                     file[_target_name(self.header)][:], targets[shard.start : shard.stop]
                 )
-        except (BankError, OSError):  # damaged since: written anew
+        except (BankError, OSError, RuntimeError, KeyError):  # damaged since: written anew
             return False
 
     def write(

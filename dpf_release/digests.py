@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import io
 import json
 import os
 import time
@@ -18,13 +20,12 @@ from pathlib import Path
 from dpf_release.storage import PRIVATE_FILE, PRIVATE_FOLDER, sha256_of
 
 SETTLED_SECONDS = 2.0  # a file younger than that could change again within one tick of the file system's clock
-MOST_ENTRIES = 100_000
 
 
 class CheckedDigests:
     """Digests by file, kept for this user of this machine; without a place to keep them, each file is read.
 
-    They hold no path and no name. While one process reads files, others that want them too wait for its result.
+    They hold no path and no name. While one process reads a folder's files, others that want them wait for its result.
     """
 
     def __init__(self, known: dict[str, str]) -> None:
@@ -33,28 +34,21 @@ class CheckedDigests:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: Path | None = None) -> Iterator[CheckedDigests]:
-        """What is known; what is learned in the block is kept at its end.
-
-        Args:
-            folder: where they are kept; `dpf-release` in the user's cache folder by default.
-        """
-        folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpf-release"
-        try:
-            folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
-            handle = os.open(folder / "digests.json", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, PRIVATE_FILE)
-        except (OSError, RuntimeError):  # no home, or one that cannot be written to
-            yield cls({})
-            return
-        with open(handle, "r+b") as file:  # noqa: PTH123, an open handle
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    def open(cls, about: Path) -> Iterator[CheckedDigests]:
+        """What is known of the files below a folder; what is learned in the block is kept at its end."""
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(_memory_of(about))
+            except (OSError, RuntimeError):  # no home, one that cannot be written to or locked, or another user's file
+                yield cls({})
+                return
             digests = cls(_parsed(file.read()))
             yield digests
             if digests.changed:
-                latest = dict(list(digests._known.items())[-MOST_ENTRIES:])
-                file.seek(0)
-                file.truncate()
-                file.write(json.dumps(latest).encode())
+                with contextlib.suppress(OSError):  # then they are read again next time
+                    file.seek(0)
+                    file.truncate()
+                    file.write(json.dumps(digests._known).encode())
 
     def sha256(self, path: Path) -> str:
         """The SHA-256 of a file's bytes, hexadecimal."""
@@ -68,6 +62,21 @@ class CheckedDigests:
                 return digest
             self._known[key], self.changed = digest, True
         return self._known[key]
+
+
+@contextlib.contextmanager
+def _memory_of(folder: Path) -> Iterator[io.FileIO]:
+    """The file that remembers a folder's digests, locked; its name tells nothing."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpf-release"
+    cache.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    handle = os.open(cache / f"{name}.json", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, PRIVATE_FILE)
+    with io.FileIO(handle, "r+") as file:
+        owner = os.fstat(handle)
+        if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
+            raise PermissionError(f"{name} is another user's")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield file
 
 
 def _parsed(text: bytes) -> dict[str, str]:

@@ -243,7 +243,7 @@ class BankLoader:
 
     def __init__(self, dataset: BankDataset, batches: _Batches, workers: int, device: torch.device | None) -> None:
         self.dataset, self.batch_sampler, self._device, self._done = dataset, batches, device, 0
-        self._pin = torch.cuda.is_available() and (device is None or device.type == "cuda")
+        self._pin = device is not None and device.type == "cuda"
         self._workers = workers
         self._processes: DataLoader[tuple[Tensor, Tensor]] | None = None
         # Mapped rows are copied outside Python's lock: threads read them, and hand over a batch for nothing. HDF5,

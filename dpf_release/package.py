@@ -64,12 +64,16 @@ def _package(project: Project, name: str, out: Path) -> Manifest:
     staging = out.with_name(f".{out.name}.dpf-staging")
     shutil.rmtree(staging, ignore_errors=True)
     make_folder(staging, PUBLIC_FOLDER)
-    _copy_public(candidate, staging)
-    record = project.cut.public_record
-    write_card(staging / "README.md", project.config, record, index, _scores(project, candidate, name))
-    manifest = _manifest(project.config, record, index, staging, out)
-    write_manifest(staging, manifest)
-    Release.open(staging)  # what its reader will check: digests, and that its parts belong together
+    try:
+        _copy_public(candidate, staging)
+        record = project.cut.public_record
+        write_card(staging / "README.md", project.config, record, index, _scores(project, candidate, name))
+        manifest = _manifest(project.config, record, index, staging, out)
+        write_manifest(staging, manifest)
+        Release.open(staging)  # what its reader will check: digests, and that its parts belong together
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     remember_release(
         project.vault,
         {

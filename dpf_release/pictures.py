@@ -53,8 +53,8 @@ class Pictures:
     Args:
         table: the images.
         preprocess: size of the pictures.
-        workers: decoding processes of `stream`; 0: none, threads of this process. By default one a core, 16 at most,
-            for 4,096 pictures and more.
+        workers: decoding processes of `stream`; 0: none, threads of this process. By default one a core (of
+            this rank), 16 at most, for 4,096 pictures and more.
         memory_limit: bytes of pictures that may be kept. Larger tables are decoded anew at each read.
     """
 
@@ -110,7 +110,9 @@ class Pictures:
         count = sum(len(rows) for rows in batches)
         workers = self.workers
         if workers is None:
-            workers = min(16, os.cpu_count() or 1) if count >= WORTH_PROCESSES else 0
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks share them
+            workers = min(16, max(1, cores)) if count >= WORTH_PROCESSES else 0
         decoded = self._in_processes(batches, workers) if workers and len(batches) > 1 else self._in_threads(batches)
         with contextlib.closing(decoded):
             for rows, (pictures, reasons) in zip(batches, decoded, strict=True):

@@ -46,7 +46,7 @@ class Release:
             VerificationError: files are missing, changed or unexpected, or records contradict each other; all of it.
         """
         folder = Path(folder)
-        with CheckedDigests.open() as digests_here:
+        with CheckedDigests.open(folder) as digests_here:
             problems = verify(folder, digests_here.sha256)
         manifest = read_manifest(folder)
         if problems or isinstance(manifest, Problem):

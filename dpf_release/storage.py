@@ -133,6 +133,7 @@ def locked(folder: Path, run: str = "") -> Iterator[None]:
         with _writing(path):
             os.truncate(handle, 0)
             os.pwrite(handle, json.dumps(holder).encode(), 0)
+            os.fsync(handle)  # for the ranks of other machines to see
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -73,6 +73,8 @@ def pick_device(wanted: str = "auto") -> torch.device:
     Raises:
         ConfigError: the device that was asked for is not there.
     """
+    if wanted == "cuda" and torch.cuda.is_available():
+        wanted = "auto"  # which of them is torchrun's word
     if wanted != "auto":
         device = torch.device(wanted)
         there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
@@ -244,8 +246,6 @@ def _use_bf16(
 ) -> bool:
     if recipe.bf16 != "auto":
         return recipe.bf16 == "on"
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return False
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for bf16 in (False, True) * 4:
@@ -259,7 +259,10 @@ def _use_bf16(
             torch.cuda.synchronize(device)
         seconds[bf16].append(time.monotonic() - started)
     network.load_state_dict(before)  # batch statistics moved
-    faster = min(seconds[True]) < 0.9 * min(seconds[False])  # the best of each: other work on the machine only adds
+    there = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    faster = there and min(seconds[True]) < 0.9 * min(
+        seconds[False]
+    )  # the best of each: other work on the machine only adds
     return bool(ranks.from_first(np.array([faster]))[0])
 
 

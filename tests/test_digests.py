@@ -49,34 +49,36 @@ def test_a_file_that_is_hardly_written_is_not_remembered(
     path.write_bytes(b"features")
     monkeypatch.setattr(digests, "SETTLED_SECONDS", 60.0)
     for _ in range(2):
-        with CheckedDigests.open() as checked:
+        with CheckedDigests.open(tmp_path) as checked:
             checked.sha256(path)
     assert read == ["file"] * 2
     monkeypatch.setattr(digests, "SETTLED_SECONDS", 0.0)
     for _ in range(2):
-        with CheckedDigests.open() as checked:
+        with CheckedDigests.open(tmp_path) as checked:
             checked.sha256(path)
     assert read == ["file"] * 3
 
 
 def test_what_is_remembered_names_no_file_and_is_the_owners_alone(project_folder: Path, read: list[str]) -> None:
     Release.open(project_folder / "release")
-    kept = Path(os.environ["XDG_CACHE_HOME"]) / "dpf-release" / "digests.json"
+    (kept,) = (Path(os.environ["XDG_CACHE_HOME"]) / "dpf-release").iterdir()
     assert kept.stat().st_mode & 0o777 == 0o600
     known = json.loads(kept.read_text())
     assert len(known) == len(read)
     assert not any(character.isalpha() for key in known for character in key)
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "no folder"])
+@pytest.mark.parametrize("damage", ["cut", "other", "no folder", "another user's"])
 def test_without_a_memory_every_file_is_read(
     project_folder: Path, read: list[str], damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Release.open(project_folder / "release")
     files = len(read)
-    kept = Path(os.environ["XDG_CACHE_HOME"]) / "dpf-release" / "digests.json"
+    (kept,) = (Path(os.environ["XDG_CACHE_HOME"]) / "dpf-release").iterdir()
     if damage == "no folder":
         monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nothing")
+    elif damage == "another user's":
+        kept.chmod(0o666)
     else:
         kept.write_text('{"1": "a' if damage == "cut" else "[1]")
     Release.open(project_folder / "release")

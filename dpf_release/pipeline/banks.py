@@ -51,10 +51,7 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
         project.ranks.once(lambda: import_network(project, restart))
         cut, images, vault = project.cut, project.private_images, project.vault
         facts = project.source_facts | _bank_facts(project)
-        begin = restart or not vault.plan.is_file()
-        if begin:
-            _refuse_small_disk(project, vault.features, [len(images.rows(name)) for name in SPLITS])
-        project.ranks.once(lambda: _draw_plan(project, facts) if begin else None)
+        project.ranks.once(lambda: _draw_plan(project, facts, restart))
         project.forget("bank_order")
         known = json.loads(vault.plan.read_text(encoding="utf-8"))
         changed = [key for key in facts if known.get(key) != facts[key]]
@@ -95,9 +92,12 @@ def _refuse_small_disk(project: Project, folder: Path, rows: Sequence[int]) -> N
     refuse_small_disk(project.vault.root, wanted - there)
 
 
-def _draw_plan(project: Project, facts: dict[str, Any]) -> None:
+def _draw_plan(project: Project, facts: dict[str, Any], restart: bool) -> None:
     """The secret order and the random ids, from the operating system's randomness, and what goes with them."""
     vault, images = project.vault, project.private_images
+    if vault.plan.is_file() and not restart:
+        return
+    _refuse_small_disk(project, vault.features, [len(images.rows(name)) for name in SPLITS])
     _remove_bank(vault.features)
     make_folder(vault.features)
     generator = np.random.default_rng(secrets.randbits(256))

@@ -19,7 +19,7 @@ from dpf_release.bank import BankIndex, Compression, ShardRecord, SplitName, loa
 from dpf_release.bank_writer import BankWriter, Shard, Span, SplitRows
 from dpf_release.progress import Progress, announce
 from dpf_release.ranks import Ranks
-from dpf_release.storage import make_folder, readable_size, refuse_small_disk
+from dpf_release.storage import PARTIAL, make_folder, readable_size, refuse_small_disk
 
 # Batches of a bank, in order -> the features of each in turn, (n, C, H, W)
 Compute = Callable[[Sequence[Span]], Iterator[NDArray[np.floating[Any]]]]
@@ -72,7 +72,10 @@ def write_bank(
     mine = shards[ranks.share(len(shards))]
     missing = [shard for shard in mine if not writer.holds(shard, rows)]
     missing_bytes = writer.bytes_of(missing)
-    refuse_small_disk(writer.folder, int(ranks.total(np.array(missing_bytes))))
+    for shard in missing:  # what a killed run left would count against the room that there is
+        (writer.folder / (shard.file + PARTIAL)).unlink(missing_ok=True)
+    wanted = int(ranks.total(np.array(missing_bytes)))
+    ranks.once(lambda: refuse_small_disk(writer.folder, wanted))
     if missing:
         _announce(writer, missing, missing_bytes, len(mine), compute, ranks)
         with (
