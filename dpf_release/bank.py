@@ -284,7 +284,7 @@ class FeatureBank:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files and without what can be read again."""
-        state = self.__dict__ | {"_open": {}}
+        state = self.__dict__ | {"_open": {}, "_offsets": {}}
         return {key: value for key, value in state.items() if key not in {"ids", "targets"}}
 
     @property
@@ -352,7 +352,7 @@ class FeatureBank:
 
     def _shard(self, number: int) -> _MappedShard | _CompressedShard:
         if self._pid != os.getpid():  # a handle belongs to the process that opened it
-            self._open, self._pid = {}, os.getpid()
+            self._open, self._offsets, self._pid = {}, {}, os.getpid()
         opened = self._open  # of this thread from here on: another may put a shard out meanwhile
         shard = opened.get(number)
         if shard is None:
