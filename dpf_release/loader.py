@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -272,14 +272,18 @@ class BankLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._done > self.batch_sampler.start:  # the `for` before was left early
             self.epoch += 1
-        read = self._processes or (self._in_threads() if self._workers else map(self._read, self.batch_sampler))
-        for features, targets in read:
+        for features, targets in self._batches():
             self._done += 1
             if self._device is not None:
                 features = features.to(self._device, non_blocking=True)
                 targets = targets.to(self._device, non_blocking=True)
             yield features, targets
         self.epoch += 1
+
+    def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        if self._processes is not None:
+            return self._processes
+        return self._in_threads() if self._workers else map(self._read, self.batch_sampler)
 
     def _read(self, rows: NDArray[np.int64], into: Tensor | None = None) -> tuple[Tensor, Tensor]:
         features, targets = self.dataset.read_into(self.dataset.empty(len(rows)) if into is None else into, rows)

@@ -89,7 +89,9 @@ def write_bank(
     return read_index(writer.folder)
 
 
-def _announce(writer: BankWriter, missing: Sequence[Shard], size: int, of: int, compute: Compute, ranks: Ranks) -> None:
+def _announce(
+    writer: BankWriter, missing: Sequence[Shard], size: int, share: int, compute: Compute, ranks: Ranks
+) -> None:
     """Says what is to come; the time from a few rows, the first of which warm up."""
     count = sum(map(len, missing))
     first = writer.batches(missing[:1])[0]
@@ -103,7 +105,7 @@ def _announce(writer: BankWriter, missing: Sequence[Shard], size: int, of: int, 
     if ranks.is_first:
         whose = f" (rank 0 of {ranks.world_size})" if ranks.world_size > 1 else ""
         announce(
-            f"To write{whose}: {count} rows in {len(missing)} of {of} shards, at most {readable_size(size)}, "
+            f"To write{whose}: {count} rows in {len(missing)} of {share} shards, at most {readable_size(size)}, "
             f"about {_readable_time(seconds)}"
         )
 
