@@ -26,10 +26,6 @@ from dpf_release.bank import (
 )
 from dpf_release.errors import BankError
 from dpf_release.storage import (
-    PRIVATE_FILE,
-    PRIVATE_FOLDER,
-    PUBLIC_FILE,
-    PUBLIC_FOLDER,
     make_folder,
     replacing,
     reserve,
@@ -82,21 +78,19 @@ class Shard(Span):
 
 @dataclass(frozen=True)
 class BankWriter:
-    """Writes a bank shard by shard; a shard that is there already is kept, so that a crash costs one shard.
+    """Writes a bank shard by shard, for its owner alone; a shard that is there is kept, so that a crash costs one.
 
     Attributes:
         folder: the bank; made if missing.
         header: the index, without shards.
         shard_bytes: feature bytes a shard holds at the most, before compression (at least one row).
         batch_size: rows computed at once; a batch never crosses a shard.
-        private: files 0600 and folders 0700, or 0644 and 0755.
     """
 
     folder: Path
     header: BankIndex
     shard_bytes: int = 2**30
     batch_size: int = 128
-    private: bool = True
 
     def shards(self, rows: Mapping[SplitName, SplitRows]) -> list[Shard]:
         """All shards of a bank of these rows, in the order of the index.
@@ -162,9 +156,9 @@ class BankWriter:
         """
         for shard in shards:
             path = self.folder / shard.file
-            make_folder(path.parent, PRIVATE_FOLDER if self.private else PUBLIC_FOLDER)
+            make_folder(path.parent)
             (self.folder / INDEX).unlink(missing_ok=True)  # a bank that changes is unfinished until `finish`
-            with replacing(path, self._file_mode) as partial:
+            with replacing(path) as partial:
                 # HDF5 does not survive a disk that fills up under it: all it may need is taken before, once to see
                 # whether it is there, and once for the file that HDF5 begins anew.
                 size = self.bytes_of([shard])
@@ -188,12 +182,8 @@ class BankWriter:
         for record in records:
             splits.setdefault(record.file.split("/")[0], []).append(record)
         index = BankIndex.model_validate({**self.header.model_dump(), "splits": splits})
-        write_json(self.folder / INDEX, index.model_dump(mode="json"), self._file_mode)
+        write_json(self.folder / INDEX, index.model_dump(mode="json"))
         return index
-
-    @property
-    def _file_mode(self) -> int:
-        return PRIVATE_FILE if self.private else PUBLIC_FILE
 
     def _encoded(self, targets: NDArray[Any]) -> NDArray[Any]:
         return targets.astype(np.float32 if self.header.targets else np.int64)

@@ -137,6 +137,10 @@ def featurize(
     if release or images or out:
         if not (release and images and out):
             raise typer.BadParameter("--release, --images and --out go together")
+        if restart:
+            raise typer.BadParameter(
+                "--restart is the owner's; to begin a bank of your own anew, remove --out's folder"
+            )
         from dpf_release import Release
 
         index, unreadable = pipeline.featurize_new(

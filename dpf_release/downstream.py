@@ -49,7 +49,16 @@ def fit_classifier(
         return {"loss": F.smooth_l1_loss(outputs, batch[1]) if regression else F.cross_entropy(outputs, batch[1])}
 
     recipe = Recipe(epochs, min(batch_size, len(rows)), learning_rate, "sgd", 5e-4, seed, bf16="off")
-    return fit(network, len(rows), read_batch, loss, recipe, title="Training on features", device=pick_device(device))
+    return fit(
+        network,
+        len(rows),
+        read_batch,
+        loss,
+        recipe,
+        title="Training on features",
+        device=pick_device(device),
+        row_bytes=rows.row_bytes,
+    )
 
 
 def score(network: nn.Module, rows: BankDataset) -> float:

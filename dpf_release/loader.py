@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections import deque
@@ -68,6 +70,17 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Several items, read at once: what a torch `DataLoader` with its own collation asks for."""
         return list(zip(*self.read(rows), strict=True))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's features."""
+        return self.banks[0].index.row_bytes
+
+    @property
+    def digest(self) -> str:
+        """Changes with any row of any bank, and with their order: from the digests of the shards."""
+        shards = [[shard.sha256 for shard in bank.index.splits[bank.split]] for bank in self.banks]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Rows by number, in the order asked for: (n, C, H, W) float16 and their targets."""
@@ -210,7 +223,7 @@ class _Batches(Sampler[NDArray[np.int64]]):
         return -(-self.rows // self.batch_size)
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        rows, row_bytes = len(self.dataset), self.dataset.banks[0].index.row_bytes
+        rows, row_bytes = len(self.dataset), self.dataset.row_bytes
         if self.shuffle:
             windows = block_shuffle(rows, row_bytes, np.random.default_rng([self.seed, self.epoch]))
         else:
@@ -222,7 +235,8 @@ class _Batches(Sampler[NDArray[np.int64]]):
         for start in range(first + self.start * self.batch_size, last, self.batch_size):
             window = int(np.searchsorted(ends, start, side="right"))
             for coming in range(max(announced, window), min(window + 2, len(windows))):
-                self._announce(windows[coming])
+                begin = int(ends[coming]) - len(windows[coming])
+                self._announce(order[max(begin, first) : min(int(ends[coming]), last)])
                 announced = coming + 1
             yield order[start : min(start + self.batch_size, last)]
 
@@ -230,7 +244,8 @@ class _Batches(Sampler[NDArray[np.int64]]):
         """Tells the system what is read next, in runs, so that the disk is read while batches are computed on."""
         ascending = np.sort(rows)
         for run in np.split(ascending, np.flatnonzero(np.diff(ascending) > 1) + 1):
-            self.dataset.will_need(int(run[0]), int(run[-1]) + 1)
+            if len(run):  # none where the window is all of other ranks
+                self.dataset.will_need(int(run[0]), int(run[-1]) + 1)
 
 
 class BankLoader:
@@ -312,7 +327,7 @@ class BankLoader:
         """Goes on there: the next `for` gives the batches that remain of that epoch.
 
         Raises:
-            ValueError: the state is of a loader with other rows, batches, order or number of ranks.
+            ValueError: the state is of a loader with another bank, batches, order or number of ranks.
         """
         order = self._order()
         if {key: state.get(key) for key in order} != order:
@@ -325,7 +340,7 @@ class BankLoader:
     def _order(self) -> dict[str, Any]:
         batches = self.batch_sampler
         names = ("batch_size", "shuffle", "seed", "world_size")
-        return {"rows": len(batches.dataset), **{name: getattr(batches, name) for name in names}}
+        return {"bank": batches.dataset.digest, **{name: getattr(batches, name) for name in names}}
 
 
 def _as_is(batch: Any) -> Any:

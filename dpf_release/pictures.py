@@ -152,7 +152,7 @@ class Pictures:
             raise ImageError(
                 f"a process that decodes images ended: {error}. Out of memory, a picture that crashes the decoder, or "
                 'a script that starts processes without `if __name__ == "__main__":`. What is written stays; run again '
-                "to go on, with [compute] workers = 0 to decode in one process."
+                "to go on; an owner may set [compute] workers = 0, to decode in one process."
             ) from error
 
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dpf_release.ahead import ahead
 from dpf_release.errors import ConfigError, TrainingError
+from dpf_release.loader import block_shuffle
 from dpf_release.progress import Progress
 from dpf_release.ranks import Ranks, together
 from dpf_release.storage import replacing
@@ -101,6 +102,7 @@ def fit(
     validate: Callable[[], float] | None = None,
     checkpoint: Path | None = None,
     subject: str = "",
+    row_bytes: int = 0,
 ) -> History:
     """Fits `network` in place and leaves it in evaluation mode on `device`, at its best epoch.
 
@@ -121,13 +123,17 @@ def fit(
         checkpoint: written every minute and after each epoch; a run with the same recipe goes on from it.
         subject: what else the training depends on (digests of data and frozen networks); a checkpoint of another is not
             gone on from.
+        row_bytes: size of a row on disk, where neighbours are best read together: `loader.block_shuffle` draws the
+            order then.
 
     Raises:
-        ConfigError: the ranks cannot share a batch equally.
+        ConfigError: the ranks cannot share a batch equally, or there are fewer rows than ranks.
         TrainingError: the loss is no longer finite.
         RankError: a rank has ended.
     """
     ranks.refuse_uneven(**{title: recipe.batch_size})
+    if rows < ranks.world_size:
+        raise ConfigError(f"{title}: expected a row for each of {ranks.world_size} ranks, found {rows}. Start fewer.")
     network.to(device).to(memory_format=torch.channels_last)
     optimizer = _optimizer(network, recipe)
     steps = max(1, rows // recipe.batch_size)
@@ -150,7 +156,7 @@ def fit(
         trained = _shared(network, ranks, device)
         with (
             Progress(title, recipe.epochs * steps * recipe.batch_size, shown=ranks.is_first) as progress,
-            contextlib.closing(ahead(_batches(rows, steps, recipe, done, read_batch, ranks))) as batches,
+            contextlib.closing(ahead(_batches(rows, row_bytes, steps, recipe, done, read_batch, ranks))) as batches,
         ):
             progress.skip(done * recipe.batch_size)
             for step, batch in enumerate(batches, start=done):
@@ -217,6 +223,7 @@ def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def _batches(
     rows: int,
+    row_bytes: int,
     steps: int,
     recipe: Recipe,
     done: int,
@@ -229,7 +236,9 @@ def _batches(
     """
     size = min(recipe.batch_size, rows) // ranks.world_size
     for epoch in range(done // steps, recipe.epochs):
-        order = np.random.default_rng([recipe.seed, epoch]).permutation(rows)
+        generator = np.random.default_rng([recipe.seed, epoch])
+        windows = block_shuffle(rows, row_bytes, generator) if row_bytes else [generator.permutation(rows)]
+        order = np.concatenate(windows)
         for step in range(done - epoch * steps if epoch == done // steps else 0, steps):
             first = step * recipe.batch_size + ranks.rank * size  # of a step's rows, each rank has its run
             draws = [recipe.seed, epoch, step] + [ranks.rank] * (not ranks.is_first)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpf_release.bank import SplitName
 from dpf_release.errors import VaultError
-from dpf_release.storage import PRIVATE_FOLDER, make_folder, write_json, write_text
+from dpf_release.storage import PRIVATE_FOLDER, make_folder, replacing, write_json, write_text
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 RELEASED_SPLITS: tuple[SplitName, ...] = ("train", "val")
@@ -127,15 +126,14 @@ def read_record(path: Path, made_by: str) -> Any:
 
 def write_ids(path: Path, rows: Iterable[Mapping[str, Any]], attributes: Sequence[str]) -> None:
     """The id map: `id, split, row, source` and the attribute columns, one line a bank row, in bank order."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, ["id", "split", "row", "source", *attributes], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text(path, text.getvalue())
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, ["id", "split", "row", "source", *attributes], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
-def read_ids(path: Path) -> list[dict[str, str]]:
-    """The id map, a dictionary a row.
+def read_ids(path: Path) -> Iterator[dict[str, str]]:
+    """The id map, row by row.
 
     Raises:
         VaultError: there is none.
@@ -143,7 +141,7 @@ def read_ids(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise VaultError(f"expected {path}, found none. Run `dpf-release featurize` first.")
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        yield from csv.DictReader(file)
 
 
 def remember_release(vault: Vault, entry: Mapping[str, Any]) -> None:

@@ -23,10 +23,10 @@ def ids_of(rows: int, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng([seed, 1]).integers(0, 256, (rows, 16), dtype=np.uint8)
 
 
-def writer(folder: Path, private: bool = True, **header: Any) -> BankWriter:
+def writer(folder: Path, **header: Any) -> BankWriter:
     """Returns a writer of four rows a shard, three a batch."""
     index = {"poisoned": False, "featurizer_sha256": "a" * 64, "feature_shape": SHAPE, "targets": 0} | header
-    return BankWriter(folder, BankIndex(**index), shard_bytes=4 * ROW_BYTES, batch_size=3, private=private)
+    return BankWriter(folder, BankIndex(**index), shard_bytes=4 * ROW_BYTES, batch_size=3)
 
 
 def write_bank(

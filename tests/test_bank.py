@@ -118,19 +118,18 @@ def test_the_golden_bank_is_read_and_has_the_layout_of_what_is_written_today(tmp
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
-@pytest.mark.parametrize(("private", "file", "folder"), [(True, 0o600, 0o700), (False, 0o644, 0o755)])
-def test_modes_do_not_depend_on_the_umask(tmp_path: Path, private: bool, file: int, folder: int, umask: int) -> None:
+def test_a_bank_is_its_owners_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        write_bank(tmp_path / "bank", private=private)
+        write_bank(tmp_path / "bank")
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
     assert modes == {
-        "bank": folder,
-        "train": folder,
-        "index.json": file,
-        **{f"shard-{number:05d}.h5": file for number in range(3)},
+        "bank": 0o700,
+        "train": 0o700,
+        "index.json": 0o600,
+        **{f"shard-{number:05d}.h5": 0o600 for number in range(3)},
     }
 
 

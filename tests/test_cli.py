@@ -65,6 +65,14 @@ def test_a_mistake_is_one_paragraph_without_a_traceback(tmp_path: Path) -> None:
     assert run_cli("featurize", "--nonsense", folder=tmp_path).returncode == 2
 
 
+def test_restart_is_not_passed_over_in_silence_with_a_release(finished: Path, tmp_path: Path) -> None:
+    downstream = ["featurize", "--release", str(finished / "release"), "--images", str(tmp_path), "--out", "bank"]
+    refused = run_cli(*downstream, "--restart", folder=tmp_path)
+    assert refused.returncode == 2
+    assert "--restart is the owner's" in " ".join(refused.stderr.split())
+    assert "--restart" not in run_cli(*downstream, folder=tmp_path).stderr  # an empty folder: another mistake
+
+
 def test_a_verification_that_fails_exits_with_3(project_folder: Path) -> None:
     (project_folder / "release" / "README.md").write_text("changed")
     result = run_cli("verify", "release", folder=project_folder)

@@ -139,6 +139,14 @@ def test_the_state_of_another_order_is_refused(dataset: BankDataset, options: di
     dataset.loader(**same).load_state_dict(state)
 
 
+def test_the_state_of_another_bank_is_refused(dataset: BankDataset, tmp_path: Path) -> None:
+    write_bank(tmp_path / "other", targets=np.arange(10), seed=1)  # as many rows, other features
+    state = dataset.loader(3).state_dict()
+    with pytest.raises(ValueError, match="expected the state of a loader with"):
+        BankDataset.open(tmp_path / "other", "train").loader(3).load_state_dict(state)
+    BankDataset.open(tmp_path / "bank", "train").loader(3).load_state_dict(state)
+
+
 def test_a_block_shuffle_reads_in_runs_and_sends_rows_anywhere() -> None:
     rows, row_bytes = 100_000, 8192  # blocks of 1,024 rows, windows of 32 blocks and fewer
     windows = block_shuffle(rows, row_bytes, np.random.default_rng(0))

@@ -214,7 +214,7 @@ def test_a_long_list_of_bad_images_is_cut_and_counted(tmp_path: Path) -> None:
 
 # A process that decodes is killed.
 
-KILLED = r"a process that decodes images ended: .*run again to go on, with \[compute\] workers = 0"
+KILLED = r"a process that decodes images ended: .*run again to go on; an owner may set \[compute\] workers = 0"
 
 
 def _kill_one(before: set[int]) -> None:

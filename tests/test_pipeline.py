@@ -61,7 +61,7 @@ def test_every_readable_image_has_one_row_and_the_others_are_reported(finished: 
     project = open_project(finished)
     bad = project.private_images.bad
     assert [image.name for image in bad] == ["disc/disc-portrait-007.png"]
-    lines = read_ids(project.vault.ids)
+    lines = list(read_ids(project.vault.ids))
     rows = sum(len(FeatureBank(project.vault.features, split)) for split in ("train", "val", "test"))
     assert rows == len(lines) == len(project.private_images.table) - len(bad)
     assert len({line["source"] for line in lines}) == rows

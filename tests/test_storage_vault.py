@@ -155,12 +155,12 @@ def test_ids_come_back_as_they_were_written(tmp_path: Path) -> None:
     ]
     path = tmp_path / "ids.csv"
     write_ids(path, rows, ["person"])
-    assert read_ids(path) == [{key: str(value) for key, value in row.items()} for row in rows]
+    assert list(read_ids(path)) == [{key: str(value) for key, value in row.items()} for row in rows]
     assert _mode(path) == 0o600
     assert path.read_text("utf-8").startswith("id,split,row,source,person\n00ff,")
     path.unlink()
     with pytest.raises(VaultError, match=r"ids\.csv, found none\. Run `dpf-release featurize` first"):
-        read_ids(path)
+        next(read_ids(path))
 
 
 def test_a_record_is_read_and_one_that_is_missing_or_broken_says_which_command_makes_it(tmp_path: Path) -> None:

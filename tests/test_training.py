@@ -18,7 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpf_release import training
+from dpf_release.errors import ConfigError
+from dpf_release.loader import BLOCK_BYTES, block_shuffle
 from dpf_release.models.weights import state_bytes
+from dpf_release.ranks import Ranks
 from dpf_release.training import History, Recipe, fit
 
 CPU = torch.device("cpu")
@@ -124,6 +127,23 @@ def test_an_epoch_reads_whole_batches_of_different_rows_in_another_order_each() 
     assert all(len(set(rows)) == 16 for rows in epochs)
     assert len({tuple(rows) for rows in epochs}) == 12
     assert set(itertools.chain(*epochs)) == set(range(ROWS))  # those left out are others each time
+
+
+def test_rows_that_lie_on_a_disk_are_drawn_window_by_window() -> None:
+    def rows_in_order(row_bytes: int) -> list[int]:
+        toy = Toy(rows=128)
+        toy.fit(replace(RECIPE, epochs=1), row_bytes=row_bytes)
+        return list(itertools.chain(*toy.read))
+
+    windows = block_shuffle(128, BLOCK_BYTES, np.random.default_rng([RECIPE.seed, 0]))  # one row a block
+    assert len(windows) > 1
+    assert rows_in_order(BLOCK_BYTES) == np.concatenate(windows).tolist()
+    assert rows_in_order(0) != rows_in_order(BLOCK_BYTES)
+
+
+def test_a_rank_without_a_row_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a row for each of 4 ranks, found 3"):
+        Toy(rows=3).fit(ranks=Ranks(0, 4))
 
 
 def test_fewer_rows_than_a_batch_are_used_all_the_same() -> None:

@@ -19,12 +19,12 @@ from torch import nn
 from dpf_release.bank import ID_BYTES, INDEX, BankIndex, SplitName
 from dpf_release.bank_writer import BankWriter, Span, SplitRows
 from dpf_release.config import parse_size
-from dpf_release.errors import BankError, ImageError, VaultError
+from dpf_release.errors import BankError, DPFReleaseError, ImageError, VaultError
 from dpf_release.image_table import ImageTable, read_table
 from dpf_release.pictures import BadImage, Pictures, refuse_bad
 from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_function
 from dpf_release.pipeline.network import import_network
-from dpf_release.pipeline.project import Project, survey_together
+from dpf_release.pipeline.project import Project, changed_facts, survey_together
 from dpf_release.pipeline.writing import Compute, machine_facts, write_bank
 from dpf_release.ranks import Ranks
 from dpf_release.record import ModelRecord
@@ -54,12 +54,9 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
         project.ranks.once(lambda: _draw_plan(project, facts, restart))
         project.forget("bank_order")
         known = json.loads(vault.plan.read_text(encoding="utf-8"))
-        changed = [key for key in facts if known.get(key) != facts[key]]
-        if changed or sha256_of(vault.ids) != known["ids_sha256"]:
-            raise VaultError(
-                f"{vault.features} was begun under another plan; changed since: {', '.join(changed) or 'ids.csv'}. Put "
-                "that back to go on, or start anew with --restart (new ids; functions fitted on the old bank are void)."
-            )
+        changed = changed_facts(known, facts) + ["ids.csv"] * (sha256_of(vault.ids) != known["ids_sha256"])
+        anew = "start anew with --restart (new ids; functions fitted on the old bank are void)"
+        _refuse_other_plan(str(vault.features), changed, anew)
         rows_of, ids_of = project.bank_order
         rows = {name: SplitRows(images.table.targets[rows_of[name]], ids_of[name]) for name in SPLITS}
         compute = _featurized(project.frozen(cut.split.featurizer), images.pictures, rows_of, project.device)
@@ -70,7 +67,16 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
 def _bank_facts(project: Project) -> dict[str, Any]:
     """How a bank is written, as its plan keeps it."""
     section = project.config.bank
-    return section.model_dump() | machine_facts(project.device, section.compression)
+    written = section.model_dump() | {"shard_size": parse_size(section.shard_size)}
+    return written | machine_facts(project.device, section.compression)
+
+
+def _refuse_other_plan(what: str, changed: Sequence[str], anew: str, error: type[DPFReleaseError] = VaultError) -> None:
+    if changed:
+        raise error(
+            f"{what} was begun under another plan; changed since: {', '.join(changed)}. Put that back to go on, or "
+            f"{anew}."
+        )
 
 
 def _writer(project: Project, folder: Path, poisoned: bool) -> BankWriter:
@@ -184,14 +190,9 @@ def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart:
         _refuse_small_disk(project, folder / "features", rows)
         _remove_bank(folder / "features")
     else:
-        changed = [
-            key for part in ("origin", "bank") for key in plan[part] if known.get(part, {}).get(key) != plan[part][key]
-        ]
-        if changed:
-            raise VaultError(
-                f"the candidate {name!r} was begun under another plan; changed since: {', '.join(changed)}. Put that "
-                f"back to go on, or start anew with `dpf-release poison --name {name} --restart`."
-            )
+        changed = [key for part in ("origin", "bank") for key in changed_facts(known.get(part, {}), plan[part])]
+        anew = f"start anew with `dpf-release poison --name {name} --restart`"
+        _refuse_other_plan(f"the candidate {name!r}", changed, anew)
     for measured in ("measurements.json", "reconstructions.png"):  # of the candidate before
         (project.vault.reports(name) / measured).unlink(missing_ok=True)
     write_json(record, plan | {"index_sha256": None})
@@ -261,19 +262,14 @@ def featurize_new(
             "source_sha256": table.digest(),
             "featurizer_sha256": release.index.featurizer_sha256,
             "undecodable": [image.row for image in bad],
-            "shard_size": shard_size,
+            "shard_size": parse_size(shard_size),
             "batch_size": batch_size,
             **machine_facts(where, "none"),
         }
         new = facts | {"ids": secrets.token_hex(32)}
         ranks.once(lambda: None if plan.exists() else write_json(plan, new))
         known = json.loads(plan.read_text(encoding="utf-8"))
-        changed = [key for key in facts if known.get(key) != facts[key]]
-        if changed:
-            raise BankError(
-                f"{out} holds half of a bank, begun under another plan; changed since: {', '.join(changed)}. Put that "
-                "back to go on, or remove the folder."
-            )
+        _refuse_other_plan(f"the bank in {out}", changed_facts(known, facts), "remove the folder", BankError)
         generator = np.random.default_rng(list(bytes.fromhex(known["ids"])))
         rows_of = {name: np.setdiff1d(table.rows_of(name), [image.row for image in bad]) for name in SPLITS}
         rows = {

@@ -226,6 +226,7 @@ def _fit_learned(
         validate=validate if len(val) else None,
         checkpoint=folder / "checkpoint.safetensors",
         subject=folder.joinpath("function.json").read_text(encoding="utf-8"),
+        row_bytes=banks["train"].index.row_bytes,
     )
     project.ranks.once(lambda: write_json(folder / "history.json", asdict(history)))
     return history.epochs[history.best_epoch]

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import sys
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -163,17 +164,17 @@ class Project:
             VaultError: no id map, or an image of it is no longer there.
         """
         row_of = {source: row for row, source in enumerate(self.private_images.table.paths)}
-        rows: dict[SplitName, list[int]] = {name: [] for name in SPLITS}
-        ids: dict[SplitName, list[bytes]] = {name: [] for name in SPLITS}
+        rows = {name: array("q") for name in SPLITS}
+        ids = {name: bytearray() for name in SPLITS}
         for line in read_ids(self.vault.ids):
             if line["source"] not in row_of:
                 raise VaultError(f"{line['source']} is in {self.vault.ids} but no longer among the private images.")
             split_name: SplitName = line["split"]  # type: ignore[assignment]
             rows[split_name].append(row_of[line["source"]])
-            ids[split_name].append(bytes.fromhex(line["id"]))
+            ids[split_name] += bytes.fromhex(line["id"])
         return (
-            {name: np.array(members, np.int64) for name, members in rows.items()},
-            {name: np.frombuffer(b"".join(members), np.uint8).reshape(-1, ID_BYTES) for name, members in ids.items()},
+            {name: np.frombuffer(members, np.int64) for name, members in rows.items()},
+            {name: np.frombuffer(members, np.uint8).reshape(-1, ID_BYTES) for name, members in ids.items()},
         )
 
     # ------------------------------------------------------------------------------------------ the network
@@ -275,7 +276,7 @@ class Project:
             VaultError: it was made from other images, labels, names or networks than those of today.
         """
         known, today = read_record(self.vault.plan, "featurize"), self.source_facts
-        changed = [key for key, value in today.items() if known.get(key) != value]
+        changed = changed_facts(known, today)
         if sha256_of(self.vault.ids) != known["ids_sha256"]:
             changed.append("ids.csv")
         if changed:
@@ -308,6 +309,11 @@ class Project:
     def frozen(self, network: nn.Module) -> nn.Module:
         """The network where it computes, in evaluation mode, without gradients for its weights."""
         return freeze(network).to(self.device).to(memory_format=torch.channels_last)
+
+
+def changed_facts(known: Mapping[str, Any], today: Mapping[str, Any]) -> list[str]:
+    """The names of today's facts that a plan knows otherwise."""
+    return [name for name, value in today.items() if known.get(name) != value]
 
 
 def survey_together(pictures: Pictures, ranks: Ranks, title: str) -> list[BadImage]:

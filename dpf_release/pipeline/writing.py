@@ -77,7 +77,8 @@ def write_bank(
     wanted = int(ranks.total(np.array(missing_bytes)))
     ranks.once(lambda: refuse_small_disk(writer.folder, wanted))
     if missing:
-        _announce(writer, missing, missing_bytes, len(mine), compute, ranks)
+        if ranks.is_first:
+            _announce(writer, missing, missing_bytes, len(mine), compute, ranks.world_size)
         with (
             Progress(title, sum(map(len, mine)), unit, shown=ranks.is_first) as progress,
             contextlib.closing(ahead(compute(writer.batches(missing)))) as features,
@@ -90,7 +91,7 @@ def write_bank(
 
 
 def _announce(
-    writer: BankWriter, missing: Sequence[Shard], size: int, share: int, compute: Compute, ranks: Ranks
+    writer: BankWriter, missing: Sequence[Shard], size: int, share: int, compute: Compute, world_size: int
 ) -> None:
     """Says what is to come; the time from a few rows, the first of which warm up."""
     count = sum(map(len, missing))
@@ -102,12 +103,11 @@ def _announce(
             started = time.monotonic()
             for _ in compute(trial):
                 seconds = (time.monotonic() - started) * count / len(trial[0])
-    if ranks.is_first:
-        whose = f" (rank 0 of {ranks.world_size})" if ranks.world_size > 1 else ""
-        announce(
-            f"To write{whose}: {count} rows in {len(missing)} of {share} shards, at most {readable_size(size)}, "
-            f"about {_readable_time(seconds)}"
-        )
+    whose = f" (rank 0 of {world_size})" if world_size > 1 else ""
+    announce(
+        f"To write{whose}: {count} rows in {len(missing)} of {share} shards, at most {readable_size(size)}, "
+        f"about {_readable_time(seconds)}"
+    )
 
 
 def _readable_time(seconds: float) -> str:

@@ -13,7 +13,6 @@ from dpf_release.models.functions.interface import (
     PoisoningFunction,
     Rows,
     RowSource,
-    as_tensor,
     register,
     whole,
 )
@@ -62,5 +61,7 @@ class DeepPoisoningFunction(PoisoningFunction):
         """Rows through the network as it was fitted (evaluation mode)."""
         device = next(self.network.parameters()).device
         with torch.inference_mode():
-            poisoned: NDArray[np.float32] = self.network.eval()(as_tensor(source.read(rows)).to(device)).cpu().numpy()
+            features = torch.from_numpy(source.read(rows)).to(device)  # float16 where it can be: half the way
+            features = features.to(torch.float32, memory_format=torch.channels_last)
+            poisoned: NDArray[np.float32] = self.network.eval()(features).contiguous().cpu().numpy()
         return poisoned
