@@ -192,6 +192,8 @@ def block_shuffle(rows: int, row_bytes: int, generator: np.random.Generator) -> 
     the rows of its block, whose borders are others each epoch. A bank's rows lie in a random order already.
     """
     block = max(1, BLOCK_BYTES // row_bytes)
+    if rows <= block * WINDOW_BLOCKS:
+        return [generator.permutation(rows)]
     borders = np.arange(int(generator.integers(block)) - block, rows, block)
     windows = []
     for starts in np.array_split(generator.permutation(borders), -(-len(borders) // WINDOW_BLOCKS)):
