@@ -10,7 +10,8 @@ From the root of the project, on a machine with little else to do:
 Large rows are 1024x14x14 float16 (401 kB, batches of 64), small ones 64x8x8 (8 kB, batches of 256); the bank takes
 4.4 or 0.8 GB in FOLDER, and as much again each of the raw file, the MosaicML and the WebDataset copy. They are kept.
 
-A measurement is one whole epoch of a new loader with its files in the page cache. Rows/s counts from the first
+A measurement is one whole epoch of a new loader with its files in the page cache, where reading has brought them: what
+its writer left there, or `madvise` has fetched, is mapped page by page and is read up to a third slower. Rows/s counts from the first
 batch to the last, without the rows of the first: how long that one took (workers start, files are opened, buffers
 fill) is a column of its own. Who reads ahead has a few rows in hand by then: a DataLoader two batches a worker,
 WebDataset a part of its shuffle buffer. Every side maps or opens its files anew. Of each batch the shape and the
@@ -334,6 +335,10 @@ def warm(data: Data, repeats: int) -> dict[str, Any]:
     for name in PACKAGES:
         if not installed(name):
             print(f"skipped: {PACKAGES[name][1]} is not installed")
+    # A file lies in the page cache in other pieces where its writer left it, or where it was announced (which asking
+    # for the order of our batches does), than where it was read: the same start for all.
+    _ = data.row_numbers, data.expected
+    evict([path for side in {side.files for side in sides} for path in data.files(side)])
     for repeat in range(repeats):
         for side in sides:
             read_through(data.files(side.files))  # into the page cache, where something else took its place

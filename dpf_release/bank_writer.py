@@ -35,7 +35,7 @@ from dpf_release.storage import (
 
 # HDF5 1.10 and newer index chunks in an array of its own; the older B-tree would lie between the rows.
 LIBVER = ("v110", "v110")
-GZIP_LEVEL = 1  # docs/banks.md: higher levels cost much and save little
+GZIP_LEVEL = 1  # docs/banks.md: even this costs much and saves little
 # Bytes that HDF5 takes for itself, at the most: of a shard, and of a row (its chunk's place, a filter's header).
 SHARD_OVERHEAD, ROW_OVERHEAD = 16_384, 512
 
