@@ -11,14 +11,14 @@ Large rows are 1024x14x14 float16 (401 kB, batches of 64), small ones 64x8x8 (8 
 4.4 or 0.8 GB in FOLDER, and as much again each of the raw file, the MosaicML and the WebDataset copy. They are kept.
 
 A measurement is one whole epoch of a new loader with its files in the page cache, where reading has brought them: what
-its writer left there, or `madvise` has fetched, is mapped page by page and is read up to a third slower. Rows/s counts from the first
-batch to the last, without the rows of the first: how long that one took (workers start, files are opened, buffers
-fill) is a column of its own. Who reads ahead has a few rows in hand by then: a DataLoader two batches a worker,
-WebDataset a part of its shuffle buffer. Every side maps or opens its files anew. Of each batch the shape and the
-first number of each row are looked at, and their sum tells whether all rows came. Sides take turns, `--repeats` times.
-Threads are those, of all processes, that run for more than 1 % of the first half of an epoch; cores is the CPU time
-of all of them by the time. Torch computes on one thread everywhere, as in a DataLoader's workers: on two busy cores
-its second one makes `torch.stack`, which every side but the memmap and ours collates with, several times slower.
+its writer left there, or `madvise` has fetched, is mapped page by page and is read up to a third slower. Rows/s counts
+from the first batch to the last, without the rows of the first: how long that one took (workers start, files are
+opened, buffers fill) is a column of its own. Who reads ahead has a few rows in hand by then: a DataLoader two batches a
+worker, WebDataset a part of its shuffle buffer. Every side maps or opens its files anew. Of each batch the shape and
+the first number of each row are looked at, and their sum tells whether all rows came. Sides take turns, `--repeats`
+times. Threads are those, of all processes, that run for more than 1 % of the first half of an epoch; cores is the CPU
+time of all of them by the time. Torch computes on one thread everywhere, as in a DataLoader's workers: on two busy
+cores its second one makes `torch.stack`, which every side but the memmap and ours collates with, several times slower.
 `--cold` reads from the disk; its clock runs from before the bank is opened to the last batch.
 With `CUDA_VISIBLE_DEVICES=` no side pins memory.
 """
