@@ -178,7 +178,7 @@ def _path_problems(files: Any) -> dict[int, Problem]:
 def _schema_problems(error: ValidationError, known: set[int]) -> list[Problem]:
     """What the schema finds, in one problem, without the paths that are problems of their own already."""
     found = [
-        f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        f"{'.'.join(map(str, fault['loc']))[:MAX_NAME]}: {fault['msg'][:MAX_NAME]}"
         for fault in error.errors(include_url=False, include_context=False, include_input=False)
         if not (fault["loc"][::2] == ("files", "path") and fault["loc"][1] in known)
     ]
@@ -200,6 +200,8 @@ class _Check:
         if self.content is not None:
             self.manifest, self.problems = parse_manifest(self.content)
         self.listed = {record.path for record in self.manifest.files} if self.manifest else set()
+        if "." in tree.unseen:
+            self._add("unexpected", ".", tree.unseen["."])
 
     def _add(self, kind: Kind, path: str, detail: str) -> None:
         self.problems.append(Problem(kind, path, detail))
@@ -209,11 +211,9 @@ class _Check:
         entries, unseen = self.tree.entries, self.tree.unseen
         files = self.listed | UNLISTED
         folders = {str(parent) for path in self.listed for parent in PurePosixPath(path).parents}
-        filled = {str(PurePosixPath(path).parent) for path in entries} | set(unseen)
+        filled = {str(PurePosixPath(path).parent) for path in entries}
         inside = Counter((status.st_dev, status.st_ino) for status in entries.values())
         first = {_caseless(path): path for path in files | folders}
-        for path, why in unseen.items():
-            self._add("unexpected", path, why)
         for path, status in entries.items():
             other, mode = first.setdefault(_caseless(path), path), status.st_mode
             names = inside[status.st_dev, status.st_ino]
@@ -221,6 +221,8 @@ class _Check:
                 self._add("link", path, "a release holds no links; this one was not followed")
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 self._add("special file", path, "a pipe, socket or device; it was not opened")
+            elif path in unseen:
+                self._add("unexpected", path, unseen[path])
             elif stat.S_ISDIR(mode) and path not in filled:
                 self._add("empty folder", path, "a release holds no empty folders")
             elif path not in (folders if stat.S_ISDIR(mode) else files):

@@ -21,7 +21,7 @@ from small_releases import FILES, SHARD, edit_manifest, flip_bit, write_release
 
 from dpf_release import tree as tree_module
 from dpf_release import verification
-from dpf_release.manifest import Manifest
+from dpf_release.manifest import Manifest, describe_files, write_manifest
 from dpf_release.signing import new_key, read_private_key, write_signature
 from dpf_release.storage import digest_of
 from dpf_release.verification import Kind, Problem, parse_manifest, read_manifest, verify
@@ -65,6 +65,13 @@ def _socket(path: Path) -> None:
 def _add(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"private")
+
+
+def _describe_again(folder: Path) -> None:
+    """Writes the manifest anew, over the files as they are now."""
+    manifest = read_manifest(folder)
+    assert isinstance(manifest, Manifest)
+    write_manifest(folder, manifest.model_copy(update={"files": describe_files(folder)}))
 
 
 def _nest(folder: Path, depth: int) -> None:
@@ -144,8 +151,8 @@ TAMPERING: dict[str, tuple[Callable[[Path], Any], set[tuple[str, str]]]] = {
         {("collision", name) for name in ("Features", "Features/train", "Features/train/shard-00000.h5")},
     ),
     "two strangers that differ in Unicode form": (
-        lambda r: [_add(r / unicodedata.normalize(form, "é")) for form in ("NFC", "NFD")],
-        {("unexpected", "e\u0301"), ("collision", "é")},
+        lambda r: [_add(r / unicodedata.normalize(form, "\u00e9")) for form in ("NFC", "NFD")],
+        {("unexpected", "e\u0301"), ("collision", "\u00e9")},
     ),
     "a name that is no text": (
         lambda r: Path(os.fsdecode(os.fsencode(r) + b"/\xff")).touch(),
@@ -274,20 +281,12 @@ def test_a_release_may_be_reached_through_a_link(release: Path, tmp_path: Path) 
 
 
 def test_two_names_of_one_file_inside_a_release_are_no_finding(release: Path) -> None:
-    (release / VAL_SHARD).write_bytes((release / SHARD).read_bytes())
-    folder = write_release(release.with_name("other"))
-    for name in (SHARD, VAL_SHARD):
-        (folder / name).write_bytes(b"the same rows")
-    from dpf_release.manifest import describe_files, write_manifest
-
-    manifest = read_manifest(folder)
-    assert isinstance(manifest, Manifest)
-    write_manifest(folder, manifest.model_copy(update={"files": describe_files(folder)}))
-    (folder / VAL_SHARD).unlink()
-    (folder / VAL_SHARD).hardlink_to(folder / SHARD)
-    assert verify(folder) == []
-    (folder.parent / "third").hardlink_to(folder / SHARD)
-    assert found_in(folder) == {("hard link", SHARD), ("hard link", VAL_SHARD)}
+    (release / VAL_SHARD).unlink()
+    (release / VAL_SHARD).hardlink_to(release / SHARD)
+    _describe_again(release)
+    assert verify(release) == []
+    (release.parent / "third").hardlink_to(release / SHARD)
+    assert found_in(release) == {("hard link", SHARD), ("hard link", VAL_SHARD)}
 
 
 # --------------------------------------------------------------------------------------------- the manifest
@@ -426,7 +425,7 @@ def test_a_folder_of_very_many_entries_is_bounded(release: Path, monkeypatch: py
         (release / f"z{number}").touch()
     problems = verify(release)
     assert ("unexpected", ".") in {(problem.kind, problem.path) for problem in problems}
-    assert len(problems) <= 41
+    assert len(problems) < 50
 
 
 def test_a_deep_tree_is_not_followed_to_its_end(release: Path) -> None:
@@ -463,6 +462,7 @@ def test_what_is_exchanged_between_look_and_read_is_noticed(release: Path, by: s
             else:
                 os.mkfifo(shard)
 
+    os.utime(release / SHARD, (1, 1))  # so that a write is seen, however coarse the clock of the disk
     waiting = [exchange]
 
     def digest(file: Any) -> str:
@@ -476,6 +476,8 @@ def test_what_is_exchanged_between_look_and_read_is_noticed(release: Path, by: s
 
 
 def test_a_file_that_is_written_to_while_it_is_read_is_noticed(release: Path) -> None:
+    os.utime(release / SHARD, (1, 1))
+
     def digest(file: Any) -> str:
         found = digest_of(file)
         if file.name == "shard-00000.h5" and os.fstat(file.fileno()).st_ino == (release / SHARD).stat().st_ino:
@@ -528,12 +530,8 @@ def test_a_signature_that_is_not_the_given_keys_is_bad(release: Path, public_key
     assert found_in(release, public_key) == set()
 
     # A stranger changes a file, describes it and signs it with a key of their own: a whole release, of someone else.
-    from dpf_release.manifest import describe_files, write_manifest
-
     flip_bit(release / SHARD)
-    manifest = read_manifest(release)
-    assert isinstance(manifest, Manifest)
-    write_manifest(release, manifest.model_copy(update={"files": describe_files(release)}))
+    _describe_again(release)
     write_signature(release, read_private_key(tmp_path / "other-key"))
     assert found_in(release) == set()
     assert found_in(release, public_key) == bad
