@@ -50,8 +50,11 @@ def new_key(out: Path) -> tuple[Path, str]:
     except OSError as error:
         raise SigningError(f"{out} cannot be written: {error.strerror}. Name another file with --out.") from error
     with open(handle, "wb") as file:  # noqa: PTH123
+        os.fchmod(handle, PRIVATE_FILE)  # whatever the umask
         file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    flush_to_disk(out)
+        file.flush()
+        os.fsync(handle)
+    flush_to_disk(out.resolve().parent)
     _write(public, public_pem(key.public_key()))
     return public, fingerprint(key.public_key())
 
