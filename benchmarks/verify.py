@@ -7,10 +7,10 @@ From the root of the project, on a machine with little else to do:
 
 Releases of random bytes are generated in a temporary folder (`--folder`: on another disk): a few large shards, many of
 1 MiB, and very many small ones, as no owner would write them. Bytes are those of the files that the manifest lists.
-`hashlib` opens each of them in turn, in the order of the manifest, and feeds it to SHA-256 through `hashlib.file_digest`;
-`verify` is the whole function, manifest, folder and signature included, as the command and `Release.open` call it. Both
-take turns, `--repeats` times, in one process; the files are in the page cache. Medians, smallest and largest; the ratio is
-that of the medians.
+`hashlib` opens each of them in turn, in the order of the manifest, and feeds it to SHA-256 with `hashlib.file_digest`;
+`verify` is the whole function, manifest, folder and signature included, as the command and `Release.open` call it.
+Both take turns, `--repeats` times, in one process; the files are in the page cache. Medians, smallest and largest; the
+ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ from dpf_release.storage import readable_size
 from dpf_release.verification import verify
 
 MIB = 2**20
-SIZES = {"8 shards of 64 MiB": (8, 64 * MIB), "256 shards of 1 MiB": (256, MIB), "2000 shards of 64 KiB": (2000, MIB // 16)}
+SIZES = {
+    "8 shards of 64 MiB": (8, 64 * MIB),
+    "256 shards of 1 MiB": (256, MIB),
+    "2000 shards of 64 KiB": (2000, MIB // 16),
+}
 
 
 def write_release(folder: Path, shards: int, size: int) -> Manifest:
@@ -109,7 +113,9 @@ def main() -> None:
             "{median:,.0f}, {min:,.0f} to {max:,.0f}".format(**found[f"{name}_mib_per_s"])
             for name in ("hashlib", "verify")
         ]
-        print(f"| {title} | {readable_size(found['bytes'])} | {' | '.join(cells)} | {found['verify_over_hashlib']:.3f} |")
+        print(
+            f"| {title} | {readable_size(found['bytes'])} | {' | '.join(cells)} | {found['verify_over_hashlib']:.3f} |"
+        )
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 

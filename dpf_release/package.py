@@ -27,9 +27,7 @@ from dpf_release.vault import read_record, remember_release
 from dpf_release.verification import read_manifest
 
 
-def package(
-    project: Project, name: str = "default", out: Path | None = None, sign: Path | None = None
-) -> Manifest:
+def package(project: Project, name: str = "default", out: Path | None = None, sign: Path | None = None) -> Manifest:
     """Publishes a candidate into a folder, whole or not at all; a release of the same name that is there is replaced.
 
     Args:

@@ -48,7 +48,7 @@ class Release:
         """
         folder = Path(folder)
         with CheckedDigests.open(folder) as digests_here:
-            problems = verify(folder, digests_here.sha256)
+            problems = verify(folder, digest=digests_here.sha256)
         manifest = read_manifest(folder)
         if problems or isinstance(manifest, Problem):
             raise VerificationError(

@@ -128,7 +128,9 @@ def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Problem]]:
         return None, [_schema("nested deeper than a manifest is")]
     except ValueError as error:
         return None, [_schema(f"not JSON in UTF-8: {error}")]
-    problems = [Problem("duplicate", MANIFEST, f"a key stands twice in one object: {key[:MAX_NAME]}") for key in repeated]
+    problems = [
+        Problem("duplicate", MANIFEST, f"a key stands twice in one object: {key[:MAX_NAME]}") for key in repeated
+    ]
     fields = tree if isinstance(tree, dict) else {}
     version = fields.get("format_version", 1)
     if version != 1:
@@ -228,11 +230,15 @@ class _Check:
             elif path not in (folders if stat.S_ISDIR(mode) else files):
                 self._stranger(path, other)
             if stat.S_ISREG(mode) and status.st_nlink > names:
-                self._add("hard link", path, f"has {status.st_nlink} names, {names} of them in the release: copy the file")
+                self._add(
+                    "hard link", path, f"has {status.st_nlink} names, {names} of them in the release: copy the file"
+                )
 
     def _stranger(self, path: str, other: str) -> None:
         if other != path:
-            self._add("collision", path, f"differs from {other} in case or Unicode form alone: one file on some systems")
+            self._add(
+                "collision", path, f"differs from {other} in case or Unicode form alone: one file on some systems"
+            )
         elif any(name.startswith(".") for name in path.split("/")):
             self._add("hidden file", path, "not in the manifest, and not shown by many programs")
         elif self.manifest is not None:

@@ -165,7 +165,9 @@ def test_a_release_is_published_with_its_signature_or_not_at_all(
     manifest = package(project, sign=project_folder / "owner-key")
     assert verify(release, public) == []
     signed = _files(release)
-    assert {name: digest for name, digest in signed.items() if name not in {"manifest.sig", "signer.pub.pem"}} == unsigned
+    assert {
+        name: digest for name, digest in signed.items() if name not in {"manifest.sig", "signer.pub.pem"}
+    } == unsigned
     assert (release / "manifest.sig").stat().st_size == 64
     assert (release / "signer.pub.pem").read_bytes() == public.read_bytes()
     assert {"manifest.sig", "signer.pub.pem"}.isdisjoint(record.path for record in manifest.files)
@@ -273,7 +275,10 @@ def _by_hand(release: Path) -> list[bool]:
     version = subprocess.run(["openssl", "version"], capture_output=True, text=True, check=True).stdout
     if not re.match(r"OpenSSL ([3-9]|\d\d)\.", version):
         pytest.skip(f"{version.strip()} cannot check Ed25519 signatures on the command line")
-    return [subprocess.run(line, shell=True, cwd=release, capture_output=True, check=False).returncode == 0 for line in lines]
+    return [
+        subprocess.run(line, shell=True, cwd=release, capture_output=True, check=False).returncode == 0
+        for line in lines
+    ]
 
 
 def test_openssl_and_sha256sum_alone_check_a_release_as_the_readme_says(signed: Path) -> None:
