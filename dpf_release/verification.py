@@ -25,10 +25,11 @@ from dpf_release.storage import digest_of
 from dpf_release.tree import Tree, open_plain
 
 # A listed file takes 200 bytes of JSON and 5 of these values: 50,000 shards, or 50 TB at 1 GiB each, are let in. What
-# the parser takes grows with the values, up to some 300 bytes each: without this limit 16 MiB could take 2 GiB.
+# the parser takes grows with the values, up to a kilobyte each: without this limit 16 MiB could take 2 GiB.
 MAX_BYTES = 16 * 2**20
 MAX_VALUES = 2**18
 MAX_NAME = 255
+MAX_FAULTS = 10_000
 
 Kind = Literal[
     "missing",
@@ -179,6 +180,8 @@ def _path_problems(files: Any) -> dict[int, Problem]:
 
 def _schema_problems(error: ValidationError, known: set[int]) -> list[Problem]:
     """What the schema finds, in one problem, without the paths that are problems of their own already."""
+    if error.error_count() > MAX_FAULTS:  # each takes a kilobyte to tell
+        return [_schema(f"{error.error_count()} faults; no file was compared")]
     found = [
         f"{'.'.join(map(str, fault['loc']))[:MAX_NAME]}: {fault['msg'][:MAX_NAME]}"
         for fault in error.errors(include_url=False, include_context=False, include_input=False)
