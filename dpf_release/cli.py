@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +26,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,  # locals hold private paths
 )
+key_app = typer.Typer(
+    help="Keys that sign releases.\n\nExample: dpf-release key new --out ~/owner-key", no_args_is_help=True
+)
+app.add_typer(key_app, name="key")
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The owner's configuration.")]
 NameOption = Annotated[str, typer.Option("--name", help="Which fitted function; several live side by side.")]
@@ -256,15 +262,18 @@ def package(
     config: ConfigOption = CONFIG,
     name: NameOption = "default",
     out: Annotated[Path | None, typer.Option("--out", help="The release folder; default: release.")] = None,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", help="Sign with this private key, made by `dpf-release key new`.")
+    ] = None,
 ) -> None:
     """Check the candidate and publish it: the only command that writes public files.
 
-    Example: dpf-release package --name default --out release
+    Example: dpf-release package --name default --out release --sign ~/owner-key
     """
     from dpf_release.package import package as run
 
     project = _project(config)
-    manifest = run(project, name, out)
+    manifest = run(project, name, out, sign)
     print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
     for file in manifest.files:
         print(f"  {file.path}  {file.bytes} bytes  {file.role}")
@@ -272,17 +281,45 @@ def package(
 
 
 @app.command()
-def verify(release: Annotated[Path, typer.Argument(help="A release folder.")]) -> None:
-    """Check a release against its manifest: missing, changed and unexpected files.
+def verify(
+    release: Annotated[Path, typer.Argument(help="A release folder.")],
+    public_key: Annotated[
+        Path | None,
+        typer.Option("--public-key", help="The owner's, from where you trust it: the release must be signed with it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check a release against its manifest: missing, changed and unexpected files, links, signature.
 
-    Example: dpf-release verify release
+    Example: dpf-release verify release --public-key owner-key.pub.pem
     """
-    from dpf_release.manifest import verify as run
+    from dpf_release.signing import fingerprint, read_public_key
+    from dpf_release.verification import verify as run
 
-    problems = [str(problem) for problem in run(release)]
+    problems = run(release, public_key)
+    signer = None if public_key is None or problems else fingerprint(read_public_key(public_key, release))
+    if as_json:
+        found = [asdict(problem) for problem in problems]
+        print(json.dumps({"release": str(release), "signer": signer, "problems": found}, indent=2))
+        raise typer.Exit(VerificationError.exit_code if problems else 0)
     if problems:
-        raise VerificationError(f"{release} fails verification:\n  " + "\n  ".join(problems), problems)
-    print(f"{release}: every file is as its manifest says (integrity only: who published it is not checked)")
+        lines = [str(problem) for problem in problems]
+        raise VerificationError(f"{release} fails verification:\n  " + "\n  ".join(lines), lines)
+    who = f"signed by the key {signer}" if signer else "integrity only, signer unknown; see --public-key"
+    print(f"{release}: every file is as its manifest says ({who})")
+
+
+@key_app.command("new")
+def key_new(out: Annotated[Path, typer.Option("--out", help="The private key's file; a new one.")]) -> None:
+    """Make a key pair to sign releases with: the private key, and OUT.pub.pem to give to your users.
+
+    Example: dpf-release key new --out ~/owner-key
+    """
+    from dpf_release.signing import new_key
+
+    public, of_key = new_key(out)
+    print(f"Wrote {out} (private: keep it, and keep it out of every release) and {public} (public).")
+    print(f"Fingerprint of the public key: {of_key}")
 
 
 @app.command()

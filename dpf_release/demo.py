@@ -12,10 +12,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dpf_release.errors import ConfigError
-from dpf_release.manifest import verify
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, init, measure, train, write_candidate
 from dpf_release.storage import write_text
+from dpf_release.verification import verify
 
 SIDE = 32  # the digits are 8 x 8; networks and SSIM's window want more
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpf_release.storage import PRIVATE_FILE, PRIVATE_FOLDER, sha256_of
+from dpf_release.storage import PRIVATE_FILE, PRIVATE_FOLDER, digest_of
 
 SETTLED_SECONDS = 2.0  # a file younger than that could change again within one tick of the file system's clock
 
@@ -50,14 +50,14 @@ class CheckedDigests:
                     file.truncate()
                     file.write(json.dumps(digests._known).encode())
 
-    def sha256(self, path: Path) -> str:
-        """The SHA-256 of a file's bytes, hexadecimal."""
-        before = path.stat()
+    def sha256(self, file: io.FileIO) -> str:
+        """The SHA-256 of an open file's bytes, hexadecimal."""
+        before = os.fstat(file.fileno())
         key = f"{before.st_dev}-{before.st_ino}-{before.st_size}-{before.st_mtime_ns}-{before.st_ctime_ns}"
         if key not in self._known:
             settled = time.time() - max(before.st_mtime, before.st_ctime) > SETTLED_SECONDS
-            digest = sha256_of(path)
-            after = path.stat()
+            digest = digest_of(file)
+            after = os.fstat(file.fileno())
             if not settled or (after.st_mtime_ns, after.st_ctime_ns) != (before.st_mtime_ns, before.st_ctime_ns):
                 return digest
             self._known[key], self.changed = digest, True

@@ -39,6 +39,10 @@ class RankError(DPFReleaseError):
     """One of the processes that work together ended, or they do not fit together."""
 
 
+class SigningError(DPFReleaseError):
+    """A key cannot be made, read, or be used where it lies."""
+
+
 class BankError(DPFReleaseError):
     """A feature bank cannot be written, or is not format 1."""
 

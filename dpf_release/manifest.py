@@ -1,19 +1,17 @@
-"""The manifest of a release, and the check of a folder against it. No torch."""
+"""The manifest of a release: what it says, which files have a place, and how it is written. No torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpf_release.storage import PUBLIC_FILE, sha256_of, write_json, write_text
 
-MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
-MAX_BYTES = 64 * 2**20
+MANIFEST, SUMS, SIGNATURE, SIGNER = "manifest.json", "SHA256SUMS", "manifest.sig", "signer.pub.pem"
+UNLISTED = frozenset({MANIFEST, SUMS, SIGNATURE, SIGNER})  # by the manifest, whose bytes they depend on
 
 Role = Literal["card", "model-record", "featurizer", "classifier", "bank-index", "shard"]
 # The whole of what a release may hold: a path that fits none of these is never published.
@@ -60,7 +58,7 @@ class Claims(_Record):
 
 
 class Manifest(_Record):
-    """`manifest.json`: every other file but `SHA256SUMS`, and what the release is."""
+    """`manifest.json`: every other file but its sums and signature, and what the release is."""
 
     format: Literal["dpf-release"] = "dpf-release"
     format_version: Literal[1] = 1
@@ -77,7 +75,7 @@ class Manifest(_Record):
 
 
 def describe_files(folder: Path) -> tuple[FileRecord, ...]:
-    """Every file below a folder but the manifest and its sums, sorted by path.
+    """Every file below a folder but the manifest, its sums and its signature, sorted by path.
 
     Raises:
         ValueError: a file has no role in a release.
@@ -85,7 +83,7 @@ def describe_files(folder: Path) -> tuple[FileRecord, ...]:
     records = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or name in {MANIFEST, SUMS}:
+        if path.is_dir() or name in UNLISTED:
             continue
         role = role_of(name)
         if role is None:
@@ -97,83 +95,10 @@ def describe_files(folder: Path) -> tuple[FileRecord, ...]:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """`manifest.json`, and `SHA256SUMS` over it and every file it lists."""
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"), PUBLIC_FILE)
-    write_text(folder / SUMS, _sums(manifest, sha256_of(folder / MANIFEST)), PUBLIC_FILE)
+    write_text(folder / SUMS, sums_of(manifest, sha256_of(folder / MANIFEST)), PUBLIC_FILE)
 
 
-def _sums(manifest: Manifest, manifest_sha256: str) -> str:
+def sums_of(manifest: Manifest, manifest_sha256: str) -> str:
+    """`SHA256SUMS`, as `sha256sum` reads it: the manifest and every file that it lists, sorted by path."""
     digests = {record.path: record.sha256 for record in manifest.files} | {MANIFEST: manifest_sha256}
     return "".join(f"{digest}  {path}\n" for path, digest in sorted(digests.items()))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One finding of `verify`."""
-
-    kind: Literal["missing", "unexpected", "changed", "link", "schema"]
-    path: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.path}: {self.detail}"
-
-
-def read_manifest(folder: Path) -> Manifest | Problem:
-    """The manifest of a release, or what is wrong with it."""
-    path = folder / MANIFEST
-    if path.is_symlink() or not path.is_file():
-        return Problem("missing", MANIFEST, f"{folder} is not a release, or not a whole one")
-    if path.stat().st_size > MAX_BYTES:
-        return Problem("schema", MANIFEST, f"larger than {MAX_BYTES >> 20} MiB")
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        return Problem("schema", MANIFEST, "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors()[:5]))
-
-
-def verify(folder: Path, digest: Callable[[Path], str] = sha256_of) -> list[Problem]:
-    """All differences between a release folder and its manifest; none: the files are those that were published.
-
-    Integrity only: who published them is not checked.
-
-    Args:
-        folder: the release.
-        digest: of a file; by default its bytes are read.
-    """
-    manifest = read_manifest(folder)
-    if isinstance(manifest, Problem):
-        return [manifest]
-    problems: list[Problem] = []
-    listed = {record.path: record for record in manifest.files}
-    if len(listed) != len(manifest.files):
-        problems.append(Problem("schema", MANIFEST, "lists a path twice"))
-    folders = {parent.as_posix() for path in listed for parent in Path(path).parents}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            problems.append(Problem("link", name, "a release holds no links"))
-        elif path.is_dir():
-            if name not in folders:
-                problems.append(Problem("unexpected", name, "a folder that the manifest does not know"))
-        elif name not in listed and name not in {MANIFEST, SUMS}:
-            problems.append(Problem("unexpected", name, "not in the manifest"))
-    for name, record in listed.items():
-        problems += _compare(folder / name, record, digest)
-    sums = folder / SUMS
-    if sums.is_symlink() or not sums.is_file():
-        problems.append(Problem("missing", SUMS, "listed files cannot be checked with sha256sum"))
-    elif sums.stat().st_size > MAX_BYTES or sums.read_bytes() != _sums(manifest, sha256_of(folder / MANIFEST)).encode():
-        problems.append(Problem("changed", SUMS, "does not say what the manifest says"))
-    return problems
-
-
-def _compare(path: Path, record: FileRecord, digest: Callable[[Path], str]) -> list[Problem]:
-    if path.is_symlink():
-        return []  # reported as a link; never followed
-    if not path.is_file():
-        return [Problem("missing", record.path, "listed in the manifest, not in the folder")]
-    size = path.stat().st_size
-    if size != record.bytes:
-        return [Problem("changed", record.path, f"expected {record.bytes} bytes, found {size}")]
-    if digest(path) != record.sha256:
-        return [Problem("changed", record.path, "expected another SHA-256")]
-    return []

@@ -14,47 +14,45 @@ from dpf_release.bank import BankIndex, FeatureBank, read_index
 from dpf_release.card import write_card
 from dpf_release.config import Config
 from dpf_release.errors import RefusedError, VaultError
-from dpf_release.manifest import (
-    MANIFEST,
-    Manifest,
-    describe_files,
-    read_manifest,
-    role_of,
-    write_manifest,
-)
+from dpf_release.manifest import MANIFEST, Manifest, describe_files, role_of, write_manifest
 from dpf_release.near_rows import SAME_ROW_COSINE, count_near_rows
 from dpf_release.pipeline.banks import candidate_origin
 from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.release import Release
+from dpf_release.signing import read_private_key, write_signature
 from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of
 from dpf_release.vault import read_record, remember_release
+from dpf_release.verification import read_manifest
 
 
-def package(project: Project, name: str = "default", out: Path | None = None) -> Manifest:
+def package(project: Project, name: str = "default", out: Path | None = None, sign: Path | None = None) -> Manifest:
     """Publishes a candidate into a folder, whole or not at all; a release of the same name that is there is replaced.
 
     Args:
         project: the owner's.
         name: which fitted function's candidate.
         out: the release folder; by default `release` beside the configuration.
+        sign: a private key; the release then holds a signature over its manifest, and the public key.
 
     Raises:
         VaultError: the candidate is unfinished, or `out` is no place for a release.
         RefusedError: the candidate holds what has no place in a release, was made from something else than today's
             function, features and network, is not poisoned, or has rows of φ1(S).
+        SigningError: others can read the private key, or it lies where the release or the candidate does.
         StorageError: another run works in the vault, or the disk does not take the release.
         RankError: there are several ranks.
     """
     with project.working(together=False):
-        return _package(project, name, (out or project.config.folder / "release").resolve())
+        return _package(project, name, (out or project.config.folder / "release").resolve(), sign)
 
 
-def _package(project: Project, name: str, out: Path) -> Manifest:
+def _package(project: Project, name: str, out: Path, sign: Path | None) -> Manifest:
     _recover(out)
     _refuse_place(out, project)
     candidate = project.vault.candidate(name)
+    key = None if sign is None else read_private_key(sign, outside=(out, candidate))
     index = read_index(candidate / "features")
     function = load_function(project, name)
     _refuse_strangers(candidate, index)
@@ -70,6 +68,8 @@ def _package(project: Project, name: str, out: Path) -> Manifest:
         write_card(staging / "README.md", project.config, record, index, _scores(project, candidate, name))
         manifest = _manifest(project.config, record, index, staging, out)
         write_manifest(staging, manifest)
+        if key is not None:
+            write_signature(staging, key)
         Release.open(staging)  # what its reader will check: digests, and that its parts belong together
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -14,11 +14,12 @@ from dpf_release.digests import CheckedDigests
 from dpf_release.errors import VerificationError
 from dpf_release.images import Preprocess
 from dpf_release.loader import BankDataset
-from dpf_release.manifest import Manifest, Problem, read_manifest, verify
+from dpf_release.manifest import Manifest
 from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import freeze, load_state
 from dpf_release.models.zoo import build_network, is_public_architecture
 from dpf_release.record import CUSTOM, ModelRecord, read_model_record
+from dpf_release.verification import Problem, read_manifest, verify
 
 Builder = Callable[[int], nn.Module]
 
@@ -47,7 +48,7 @@ class Release:
         """
         folder = Path(folder)
         with CheckedDigests.open(folder) as digests_here:
-            problems = verify(folder, digests_here.sha256)
+            problems = verify(folder, digest=digests_here.sha256)
         manifest = read_manifest(folder)
         if problems or isinstance(manifest, Problem):
             raise VerificationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -178,5 +179,10 @@ def write_json(path: Path, tree: Any, mode: int = PRIVATE_FILE) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return digest_of(file)
+
+
+def digest_of(file: io.FileIO) -> str:
+    """The SHA-256 of what an open file holds, hexadecimal."""
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,8 +17,8 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     names: list[str] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "SETTLED_SECONDS", 0.0)
-    sha256_of = digests.sha256_of
-    monkeypatch.setattr(digests, "sha256_of", lambda path: names.append(path.name) or sha256_of(path))
+    digest_of = digests.digest_of
+    monkeypatch.setattr(digests, "digest_of", lambda file: names.append(Path(file.name).name) or digest_of(file))
     return names
 
 
@@ -49,13 +49,13 @@ def test_a_file_that_is_hardly_written_is_not_remembered(
     path.write_bytes(b"features")
     monkeypatch.setattr(digests, "SETTLED_SECONDS", 60.0)
     for _ in range(2):
-        with CheckedDigests.open(tmp_path) as checked:
-            checked.sha256(path)
+        with CheckedDigests.open(tmp_path) as checked, path.open("rb", buffering=0) as file:
+            checked.sha256(file)
     assert read == ["file"] * 2
     monkeypatch.setattr(digests, "SETTLED_SECONDS", 0.0)
     for _ in range(2):
-        with CheckedDigests.open(tmp_path) as checked:
-            checked.sha256(path)
+        with CheckedDigests.open(tmp_path) as checked, path.open("rb", buffering=0) as file:
+            checked.sha256(file)
     assert read == ["file"] * 3
 
 

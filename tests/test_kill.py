@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from dpf_release.errors import BankError, RefusedError
-from dpf_release.manifest import Manifest, read_manifest
+from dpf_release.manifest import Manifest
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, measure, write_candidate
+from dpf_release.verification import read_manifest
 
 _spec = importlib.util.spec_from_file_location("kill", Path(__file__).parents[1] / "benchmarks" / "kill.py")
 assert _spec

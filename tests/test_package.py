@@ -16,11 +16,11 @@ from dpf_release import package as package_module
 from dpf_release.bank import BankIndex, FeatureBank, read_index
 from dpf_release.bank_writer import BankWriter
 from dpf_release.errors import BankError, RefusedError, VaultError, VerificationError
-from dpf_release.manifest import verify
 from dpf_release.near_rows import count_near_rows
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
 from dpf_release.storage import sha256_of
+from dpf_release.verification import read_manifest, verify
 
 PUBLIC = {
     "README.md": "card",
@@ -282,7 +282,7 @@ def test_a_changed_release_does_not_open_and_a_whole_one_does(project_folder: Pa
 
 
 def test_a_release_that_contradicts_itself_does_not_open(project_folder: Path) -> None:
-    from dpf_release.manifest import describe_files, read_manifest, write_manifest
+    from dpf_release.manifest import describe_files, write_manifest
 
     release = project_folder / "release"
     index = release / "features" / "index.json"

@@ -1,0 +1,118 @@
+"""A folder that a stranger filled, looked at without being led anywhere: no link is followed, no pipe is waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import itertools
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+# A release has some 50,000 files at most, three folders deep.
+MAX_ENTRIES = 100_000
+MAX_DEPTH = 16
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+class Tree:
+    """All that is below a folder, as it was when it was looked at. The folder itself may be reached through a link.
+
+    Attributes:
+        entries: path inside the folder → what the system says of it; of a link itself, not of what it points to.
+        unseen: path → why it was not looked into; `.` where there are too many files and folders.
+    """
+
+    def __init__(self, root: int) -> None:
+        self.entries: dict[str, os.stat_result] = {}
+        self.unseen: dict[str, str] = {}
+        self._root = root
+        self._walk(root, "", 1)
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, folder: Path) -> Iterator[Tree]:
+        """Looks at everything below a folder; its files can be opened until the block ends.
+
+        Raises:
+            OSError: it is no folder, or cannot be read.
+        """
+        root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield cls(root)
+        finally:
+            os.close(root)
+
+    def _walk(self, folder: int, prefix: str, depth: int) -> None:
+        with os.scandir(folder) as listing:
+            names = sorted(entry.name for entry in itertools.islice(listing, MAX_ENTRIES + 1))
+        for name in names:
+            if len(self.entries) >= MAX_ENTRIES:
+                self.unseen["."] = f"more than {MAX_ENTRIES} files and folders: the rest was not looked at"
+                return
+            try:
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError:  # gone since it was listed
+                continue
+            self.entries[prefix + name] = status
+            if stat.S_ISDIR(status.st_mode):
+                self._enter(folder, name, prefix + name, depth)
+
+    def _enter(self, parent: int, name: str, path: str, depth: int) -> None:
+        if depth == MAX_DEPTH:
+            self.unseen[path] = f"more than {MAX_DEPTH} folders in each other: not looked into"
+            return
+        try:
+            folder = os.open(name, _FOLDER, dir_fd=parent)
+        except OSError as error:
+            self.unseen[path] = f"cannot be looked into: {error.strerror}"
+            return
+        try:
+            self._walk(folder, f"{path}/", depth + 1)
+        finally:
+            os.close(folder)
+
+    @contextlib.contextmanager
+    def file(self, path: str) -> Iterator[io.FileIO]:
+        """A regular file of `entries`, open for reading; every folder on the way is one, not a link.
+
+        Raises:
+            OSError: it cannot be read, is another one than when it was looked at, or was written to in the block.
+        """
+        *folders, name = path.split("/")
+        with contextlib.ExitStack() as stack:
+            parent = self._root
+            for folder in folders:
+                parent = os.open(folder, _FOLDER, dir_fd=parent)
+                stack.callback(os.close, parent)
+            file = stack.enter_context(open_plain(name, parent))
+            _refuse_another(file, self.entries[path])
+            yield file
+            _refuse_another(file, self.entries[path])
+
+
+def open_plain(path: str | Path, parent: int | None = None) -> io.FileIO:
+    """A regular file, open for reading.
+
+    Args:
+        path: of which the last part is never followed where it is a link.
+        parent: an open folder that the path begins at; by default the working one.
+
+    Raises:
+        OSError: it cannot be read, or is a link, folder, pipe or device; none is waited for.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = io.FileIO(path, "r", opener=lambda name, _: os.open(name, flags, dir_fd=parent))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def _refuse_another(file: io.FileIO, then: os.stat_result) -> None:
+    now = os.fstat(file.fileno())
+    facts = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+    if any(getattr(now, fact) != getattr(then, fact) for fact in facts):
+        raise OSError(errno.ESTALE, "exchanged or written to while it was checked")

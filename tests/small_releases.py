@@ -1,0 +1,53 @@
+"""A small release that tests write and damage: `verify` looks at bytes, not at what they mean."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpf_release.manifest import Manifest, describe_files, write_manifest
+
+FILES = {
+    "README.md": "card",
+    "model/model.json": "model-record",
+    "model/featurizer.safetensors": "featurizer",
+    "model/classifier.safetensors": "classifier",
+    "features/index.json": "bank-index",
+    "features/train/shard-00000.h5": "shard",
+    "features/val/shard-00000.h5": "shard",
+}
+SHARD = "features/train/shard-00000.h5"
+
+
+def write_release(folder: Path) -> Path:
+    """Writes a folder with a file of every role, some 2 kB; returns it."""
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(f"content of {name}".encode())
+    manifest = Manifest(
+        name="small",
+        version="1.0.0",
+        licence="cc0-1.0",
+        task="classification",
+        classes=("cat", "dog"),
+        splits={"train": 8, "val": 2},
+        files=describe_files(folder),
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+def flip_bit(path: Path, bit: int | None = None) -> None:
+    """Flips one bit of a file, by default in its middle; a second time brings it back."""
+    content = bytearray(path.read_bytes())
+    bit = len(content) * 4 if bit is None else bit
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def edit_manifest(folder: Path, change: Callable[[Any], Any]) -> None:
+    """Changes what the manifest says, and leaves everything else as it is."""
+    path = folder / "manifest.json"
+    tree = json.loads(path.read_bytes())
+    change(tree)
+    path.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
