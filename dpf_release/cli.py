@@ -256,6 +256,14 @@ def package(
     config: ConfigOption = CONFIG,
     name: NameOption = "default",
     out: Annotated[Path | None, typer.Option("--out", help="The release folder; default: release.")] = None,
+    second_function: Annotated[
+        str,
+        typer.Option(
+            "--second-function",
+            metavar="REASON",
+            help="Why these images are published again, under another function; public, on the card.",
+        ),
+    ] = "",
 ) -> None:
     """Check the candidate and publish it: the only command that writes public files.
 
@@ -264,7 +272,7 @@ def package(
     from dpf_release.package import package as run
 
     project = _project(config)
-    manifest = run(project, name, out)
+    manifest = run(project, name, out, second_function)
     print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
     for file in manifest.files:
         print(f"  {file.path}  {file.bytes} bytes  {file.role}")

@@ -15,6 +15,7 @@ from dpf_release.manifest import Manifest, describe_files, role_of, verify, writ
 
 FILES = {
     "README.md": "card",
+    "croissant.json": "croissant",
     "model/model.json": "model-record",
     "model/featurizer.safetensors": "featurizer",
     "model/classifier.safetensors": "classifier",
