@@ -120,11 +120,11 @@ class Problem:
         "changed",
         "link",
         "schema",
-        "private-text",
-        "private-tensor",
-        "private-row",
-        "source-order",
-        "id",
+        "private text",
+        "private tensor",
+        "private row",
+        "source order",
+        "telling id",
     ]
     path: str
     detail: str

@@ -27,7 +27,7 @@ def private_facts(release: Path, project: Project, name: str | None = None) -> l
             no longer in the vault.
 
     Returns:
-        Findings of the kinds `private-text`, `private-tensor`, `private-row`, `source-order` and `id`.
+        Findings of the kinds `private text`, `private tensor`, `private row`, `source order` and `telling id`.
 
     Raises:
         BankError: a bank, public or private, is not whole.
@@ -56,7 +56,7 @@ def private_rows(release: Path, project: Project, name: str | None = None) -> li
         for path, rows in shard_of(bank.index, bank.split, near).items():
             shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
             detail = f"{len(rows)} rows are, but for a cosine of {SAME_ROW_COSINE}, rows of φ1(S): {shown}"
-            problems.append(Problem("private-row", path, detail))
+            problems.append(Problem("private row", path, detail))
     return problems
 
 

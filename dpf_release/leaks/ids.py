@@ -35,17 +35,17 @@ def telling_ids(release: Path, project: Project) -> list[Problem]:
         path, positions = f"features/{bank.split}", sources.positions(bank)
         seen += len(bank)
         if unknown := int((positions < 0).sum()):
-            problems.append(Problem("id", path, f"{unknown} ids are not of the plan of this bank (ids.csv)"))
+            problems.append(Problem("telling id", path, f"{unknown} ids are not of the plan of this bank (ids.csv)"))
         elif (np.diff(positions) <= 0).any():
-            problems.append(Problem("id", path, "ids stand in another order than in ids.csv"))
+            problems.append(Problem("telling id", path, "ids stand in another order than in ids.csv"))
         if _chance_of_bits(bank.ids) < CHANCE:
-            problems.append(Problem("id", path, "ids are not random: some of their bits are 0 or 1 too often"))
+            problems.append(Problem("telling id", path, "ids are not random: some of their bits are 0 or 1 too often"))
         if derived := _derived(bank, sources.table_rows(bank), table):
             problems.append(
-                Problem("id", path, f"{len(derived)} ids are derived from their images, as that of row {derived[0]}")
+                Problem("telling id", path, f"{len(derived)} ids are derived from their images, as that of row {derived[0]}")
             )
     if len({row_id.tobytes() for bank in banks for row_id in bank.ids}) < seen:
-        problems.append(Problem("id", "features", "several rows have the same id"))
+        problems.append(Problem("telling id", "features", "several rows have the same id"))
     return problems
 
 

@@ -36,11 +36,11 @@ def source_order(release: Path, project: Project) -> list[Problem]:
             chance = math.erfc(abs(score) / math.sqrt(2))
             if chance * len(scores) < CHANCE:
                 problems.append(
-                    Problem("source-order", path, f"{what} go with the order of the source (by chance: {chance:.0e})")
+                    Problem("source order", path, f"{what} go with the order of the source (by chance: {chance:.0e})")
                 )
         if (neighbours := _neighbours(rows[known])) >= MOST_NEIGHBOURS:
             problems.append(
-                Problem("source-order", path, f"{neighbours} neighbours are neighbours in the source; by chance: 2")
+                Problem("source order", path, f"{neighbours} neighbours are neighbours in the source; by chance: 2")
             )
     return problems
 

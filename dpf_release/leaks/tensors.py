@@ -38,7 +38,7 @@ def private_tensors(release: Path, project: Project) -> list[Problem]:
                     private[digest] = f"{path.relative_to(vault.root)}, {key}"
                     sizes.add(size)
     problems = [
-        Problem("private-tensor", path.relative_to(release).as_posix(), f"{key} is the private {private[digest]}")
+        Problem("private tensor", path.relative_to(release).as_posix(), f"{key} is the private {private[digest]}")
         for path in sorted(release.rglob("*.safetensors"))
         for key, digest, _ in _digests(path)
         if digest in private
@@ -50,7 +50,7 @@ def private_tensors(release: Path, project: Project) -> list[Problem]:
                     if (found := _digest(values)) in private:
                         ((path, place),) = shard_of(bank.index, bank.split, np.array([row])).items()
                         detail = f"row {place[0]} is the private {private[found]}"
-                        problems.append(Problem("private-tensor", path, detail))
+                        problems.append(Problem("private tensor", path, detail))
     return problems
 
 

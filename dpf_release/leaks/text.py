@@ -65,9 +65,9 @@ def private_words(release: Path, project: Project) -> list[Problem]:
             if any(_says(text, words) for text in said)
         ]
         found += ["a path inside the vault"] if any(re.search(rf"(?<![^\W_]){_IN_VAULT}", text) for text in said) else []
-        problems += [Problem("private-text", file, f"says {words}") for words in found[:SHOWN]]
+        problems += [Problem("private text", file, f"says {words}") for words in found[:SHOWN]]
         if len(found) > SHOWN:
-            problems.append(Problem("private-text", file, f"says {len(found) - SHOWN} more names of the owner's"))
+            problems.append(Problem("private text", file, f"says {len(found) - SHOWN} more names of the owner's"))
     return problems
 
 
