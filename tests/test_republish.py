@@ -134,7 +134,7 @@ def test_a_release_taken_away_after_a_crash_counts_as_published(
 ) -> None:
     project = with_second_function(project_folder)
     entry = ledger(project_folder)[0]
-    (project_folder / "vault" / "ledger.json").write_text(json.dumps([entry | {"published": False}]))
+    (project_folder / "vault" / "ledger.json").write_text(json.dumps([entry | {"published": False, "place": str(project_folder / "release")}]))
     shutil.move(project_folder / "release", project_folder / "uploaded")
     with pytest.raises(RefusedError, match="another poisoning function was published"):
         package(project, "other")
