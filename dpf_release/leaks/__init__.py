@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpf_release.bank import FeatureBank, SplitName, read_index
+from dpf_release.errors import VaultError
 from dpf_release.leaks.findings import Problem, Rows, public_banks, shard_of
 from dpf_release.leaks.ids import telling_ids
 from dpf_release.leaks.order import source_order
@@ -44,13 +45,22 @@ def private_facts(release: Path, project: Project, name: str | None = None) -> l
 
 
 def private_rows(release: Path, project: Project, name: str | None = None) -> list[Problem]:
-    """Public rows that are as good as equal to a row of φ1(S)."""
+    """Public rows that are as good as equal to a row of φ1(S); `name` as of `private_facts`.
+
+    Raises:
+        BankError: a bank, public or private, is not whole.
+        VaultError: the vault has no function of that name, or its φ1(S) has rows of another shape.
+    """
     features = project.vault.features
     private = [FeatureBank(features, split) for split in read_index(features).splits]
     function = None if name is None else load_function(project, name)
-
     contributors = _contributors(function) if function and function.chain.mixing_stages else None
     public = public_banks(release)
+    if {bank.shape for bank in public} - {bank.shape for bank in private}:
+        raise VaultError(
+            f"expected a release of rows of {private[0].shape}, as the vault's are, found {public[0].shape}: it was made "
+            "from another vault, or before [model] was changed. Compare it with the vault that it was made from."
+        )
     problems = []
     for bank, near in zip(public, find_near_rows(public, private, contributors), strict=True):
         for path, rows in shard_of(bank.index, bank.split, near).items():

@@ -26,7 +26,8 @@ def public_banks(release: Path) -> list[FeatureBank]:
 
 def shard_of(index: BankIndex, split: SplitName, rows: Rows) -> dict[str, Rows]:
     """Rows of a split by the shard that holds them: its path in the release, and row numbers inside it."""
-    shards, found = index.splits[split], {}
+    shards = index.splits[split]
+    found: dict[str, Rows] = {}
     starts = np.cumsum([0, *(shard.rows for shard in shards)])
     numbers = np.searchsorted(starts, rows, side="right") - 1
     for number in np.unique(numbers):

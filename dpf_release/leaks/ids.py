@@ -86,13 +86,13 @@ def _from_texts(path: str, absolute: str, row: str) -> set[bytes]:
         derived.update(_digests(data))
         # As uuid.uuid3 and uuid.uuid5, which take no name that is not UTF-8.
         for space in _NAMESPACES:
-            derived.add(uuid.UUID(bytes=hashlib.md5(space.bytes + data).digest(), version=3).bytes)
-            derived.add(uuid.UUID(bytes=hashlib.sha1(space.bytes + data).digest()[:ID_BYTES], version=5).bytes)
+            derived.add(uuid.UUID(bytes=hashlib.md5(space.bytes + data, usedforsecurity=False).digest(), version=3).bytes)
+            derived.add(uuid.UUID(bytes=hashlib.sha1(space.bytes + data, usedforsecurity=False).digest()[:ID_BYTES], version=5).bytes)
     return derived
 
 
 def _digests(data: bytes) -> Iterator[bytes]:
     for digest in _HASHES:
-        yield digest(data).digest()[:ID_BYTES]
+        yield digest(data, usedforsecurity=False).digest()[:ID_BYTES]
     yield hashlib.blake2b(data, digest_size=ID_BYTES).digest()
     yield hashlib.blake2s(data, digest_size=ID_BYTES).digest()

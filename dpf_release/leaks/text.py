@@ -205,7 +205,7 @@ def _accounts(project: Project) -> dict[str, str]:
     names: dict[str, str] = {}
     for host in {platform.node(), platform.node().split(".")[0]}:
         names[host] = "the name of this host"
-    users = [pwd_entry for uid in {os.getuid(), project.vault.root.stat().st_uid} for pwd_entry in _users_of(uid)]
+    users = [user for uid in {os.getuid(), project.vault.root.stat().st_uid} for user in _users_of(uid)]
     with contextlib.suppress(KeyError, OSError, RuntimeError):  # a container's user may have no name and no home
         names[getpass.getuser()] = "a user's name"
         names[Path.home().name] = "the name of a home folder"
@@ -229,7 +229,8 @@ def _users_of(uid: int) -> list[pwd.struct_passwd]:
 
 def _places(project: Project) -> dict[str, str]:
     """Paths and e-mail addresses, plain, and what each is."""
-    config, places = project.config, {}
+    config = project.config
+    places: dict[str, str] = {}
     folders = {
         project.vault.root: "the path of the vault",
         config.folder: "the path of the project",
