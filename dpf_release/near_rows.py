@@ -100,13 +100,13 @@ class _PrivateRows:
         total = np.zeros(self.dimensions)
         for bank in self.banks:
             for _, features in self.batches(bank):
-                total += features.reshape(len(features), -1).sum(axis=0, dtype=np.float64)
+                total += features.reshape(len(features), self.dimensions).sum(axis=0, dtype=np.float64)
         mean: NDArray[np.float32] = (total / max(1, self.starts[-1])).astype(np.float32)
         return mean
 
     def _centred(self, features: NDArray[np.float16]) -> NDArray[np.float32]:
         """Unit vectors, (n, D); of a row that is the mean, zero."""
-        rows = features.reshape(len(features), -1).astype(np.float32) - self.mean
+        rows = features.reshape(len(features), self.dimensions).astype(np.float32) - self.mean
         return _unit(rows)
 
     def _project(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
