@@ -52,7 +52,7 @@ ENCODINGS = {".h5": "application/x-hdf5", ".json": "application/json", ".safeten
 
 
 def croissant(section: ReleaseSection, files: Sequence[FileRecord]) -> dict[str, Any]:
-    """The tree of `croissant.json`. It lists the data, and neither itself, nor the card, nor the manifest, which lists it.
+    """The tree of `croissant.json`: the data; not itself, nor the card, nor the manifest, which lists it.
 
     Args:
         section: name, version, licence, description.

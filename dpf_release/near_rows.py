@@ -31,9 +31,9 @@ def find_near_rows(
 ) -> list[Rows]:
     """The rows of each public bank that are as good as equal to a private row: mean-centred cosine above 0.999.
 
-    Compared exactly with the private row of the same id and with those that contributed to it, with all others through a
-    random projection to 256 dimensions, whose candidates are confirmed exactly. Memory: 1 kB a private row, 256 bytes a
-    value of a row, and a few blocks.
+    Compared exactly with the private row of the same id and with those that contributed to it, with all others through
+    a random projection to 256 dimensions, whose candidates are confirmed exactly. Memory: 1 kB a private row, 256 bytes
+    a value of a row, and a few blocks.
 
     Args:
         public: banks that are to be published.

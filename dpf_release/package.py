@@ -36,9 +36,7 @@ from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_
 from dpf_release.vault import Vault, forget_release, read_record, releases, remember_release
 
 
-def package(
-    project: Project, name: str = "default", out: Path | None = None, second_function: str = ""
-) -> Manifest:
+def package(project: Project, name: str = "default", out: Path | None = None, second_function: str = "") -> Manifest:
     """Publishes a candidate into a folder, whole or not at all; a release of the same name that is there is replaced.
 
     Args:

@@ -104,9 +104,8 @@ def test_a_crash_around_the_swap_leaves_the_ledger_right(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     project = with_second_function(project_folder)
-    for path in ("vault/ledger.json", "release"):
-        path = project_folder / path
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (project_folder / "vault" / "ledger.json").unlink()
+    shutil.rmtree(project_folder / "release")
     swap = package_module.swap
 
     def crash(staging: Path, out: Path) -> None:
@@ -134,7 +133,8 @@ def test_a_release_taken_away_after_a_crash_counts_as_published(
 ) -> None:
     project = with_second_function(project_folder)
     entry = ledger(project_folder)[0]
-    (project_folder / "vault" / "ledger.json").write_text(json.dumps([entry | {"published": False, "place": str(project_folder / "release")}]))
+    unsettled = entry | {"published": False, "place": str(project_folder / "release")}
+    (project_folder / "vault" / "ledger.json").write_text(json.dumps([unsettled]))
     shutil.move(project_folder / "release", project_folder / "uploaded")
     with pytest.raises(RefusedError, match="another poisoning function was published"):
         package(project, "other")

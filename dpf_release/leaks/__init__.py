@@ -58,8 +58,8 @@ def private_rows(release: Path, project: Project, name: str | None = None) -> li
     public = public_banks(release)
     if {bank.shape for bank in public} - {bank.shape for bank in private}:
         raise VaultError(
-            f"expected a release of rows of {private[0].shape}, as the vault's are, found {public[0].shape}: it was made "
-            "from another vault, or before [model] was changed. Compare it with the vault that it was made from."
+            f"expected a release of rows of {private[0].shape}, as the vault's are, found {public[0].shape}: it was "
+            "made from another vault, or before [model] was changed. Compare it with the vault that it was made from."
         )
     problems = []
     for bank, near in zip(public, find_near_rows(public, private, contributors), strict=True):

@@ -25,8 +25,8 @@ _NAMESPACES = (uuid.NAMESPACE_DNS, uuid.NAMESPACE_URL, uuid.NAMESPACE_OID, uuid.
 def telling_ids(release: Path, project: Project) -> list[Problem]:
     """Ids that the vault's `ids.csv` does not have in this order, that come twice, are not random or are derived.
 
-    Derived: the first 16 bytes of a common digest, a UUID of version 3 or 5, or the text itself, of the name, stem, path
-    or row of the image; for some rows of each split, also the digest of its file.
+    Derived: the first 16 bytes of a common digest, a UUID of version 3 or 5, or the text itself, of the name, stem,
+    path or row of the image; for some rows of each split, also the digest of its file.
     """
     sources, table = Sources.of(project), project.private_images.table
     problems, seen = [], 0
@@ -41,9 +41,8 @@ def telling_ids(release: Path, project: Project) -> list[Problem]:
         if _chance_of_bits(bank.ids) < CHANCE:
             problems.append(Problem("telling id", path, "ids are not random: some of their bits are 0 or 1 too often"))
         if derived := _derived(bank, sources.table_rows(bank), table):
-            problems.append(
-                Problem("telling id", path, f"{len(derived)} ids are derived from their images, as that of row {derived[0]}")
-            )
+            told = f"{len(derived)} ids are derived from their images, as that of row {derived[0]}"
+            problems.append(Problem("telling id", path, told))
     if len({row_id.tobytes() for bank in banks for row_id in bank.ids}) < seen:
         problems.append(Problem("telling id", "features", "several rows have the same id"))
     return problems
@@ -70,9 +69,10 @@ def _derived(bank: FeatureBank, rows: Rows, table: ImageTable) -> list[int]:
     for place in known.tolist():
         row, row_id = int(rows[place]), bank.ids[place].tobytes()
         file = table.root / table.paths[row]
-        if row_id in _from_texts(table.paths[row], str(file), str(row)):
-            found.append(place)
-        elif place in looked_into and file.is_file() and row_id in set(_digests(file.read_bytes())):
+        derived = _from_texts(table.paths[row], str(file), str(row))
+        if place in looked_into and file.is_file():
+            derived.update(_digests(file.read_bytes()))
+        if row_id in derived:
             found.append(place)
     return found
 
@@ -86,8 +86,9 @@ def _from_texts(path: str, absolute: str, row: str) -> set[bytes]:
         derived.update(_digests(data))
         # As uuid.uuid3 and uuid.uuid5, which take no name that is not UTF-8.
         for space in _NAMESPACES:
-            derived.add(uuid.UUID(bytes=hashlib.md5(space.bytes + data, usedforsecurity=False).digest(), version=3).bytes)
-            derived.add(uuid.UUID(bytes=hashlib.sha1(space.bytes + data, usedforsecurity=False).digest()[:ID_BYTES], version=5).bytes)
+            for version, digest in ((3, hashlib.md5), (5, hashlib.sha1)):
+                made = digest(space.bytes + data, usedforsecurity=False).digest()[:ID_BYTES]
+                derived.add(uuid.UUID(bytes=made, version=version).bytes)
     return derived
 
 

@@ -21,8 +21,8 @@ LEAST_VALUES = 1024
 def private_tensors(release: Path, project: Project) -> list[Problem]:
     """Public tensors that equal one of the vault's, Φ's own excepted, and public rows that do.
 
-    Equal: as canonical float16, flattened, so in whatever shape and type. Tensors of fewer than 1,024 values, and constant
-    ones, tell nothing and are passed over.
+    Equal: as canonical float16, flattened, so in whatever shape and type. Tensors of fewer than 1,024 values, and
+    constant ones, tell nothing and are passed over.
 
     Raises:
         WeightsError: a safetensors file, public or private, is damaged.
@@ -48,9 +48,9 @@ def private_tensors(release: Path, project: Project) -> list[Problem]:
             for rows, features in bank.batches(64):
                 for row, values in zip(rows, torch.from_numpy(features), strict=True):
                     if (found := _digest(values)) in private:
-                        ((path, place),) = shard_of(bank.index, bank.split, np.array([row])).items()
+                        ((shard, place),) = shard_of(bank.index, bank.split, np.array([row])).items()
                         detail = f"row {place[0]} is the private {private[found]}"
-                        problems.append(Problem("private tensor", path, detail))
+                        problems.append(Problem("private tensor", shard, detail))
     return problems
 
 

@@ -35,7 +35,9 @@ COMMON_ACCOUNTS = frozenset({"root", "user", "users", "home", "admin", "ubuntu",
 SHOWN = 10
 
 _RUN = re.compile(r"[^\W_]+")
-_IN_VAULT = r"vault/(?:network|features|reconstructors|functions|candidates|reports|ids\.csv|ledger\.json|survey-)"
+_IN_VAULT = re.compile(
+    r"(?<![^\W_])vault/(?:network|features|reconstructors|functions|candidates|reports|ids\.csv|ledger\.json|survey-)"
+)
 
 
 def private_words(release: Path, project: Project) -> list[Problem]:
@@ -59,12 +61,11 @@ def private_words(release: Path, project: Project) -> list[Problem]:
     names = {words: what for words, what in names.items() if not _says(allowed, words)}
     problems = []
     for file, said in texts.items():
-        found = [
-            f"{words!r}, {what}"
-            for words, what in sorted(names.items())
-            if any(_says(text, words) for text in said)
-        ]
-        found += ["a path inside the vault"] if any(re.search(rf"(?<![^\W_]){_IN_VAULT}", text) for text in said) else []
+        here = [words for words in sorted(names) if any(_says(text, words) for text in said)]
+        longest = [words for words in here if not any(words in other for other in here if other != words)]
+        found = [f"{words!r}, {names[words]}" for words in longest]
+        if any(_IN_VAULT.search(text) for text in said):
+            found.append("a path inside the vault")
         problems += [Problem("private text", file, f"says {words}") for words in found[:SHOWN]]
         if len(found) > SHOWN:
             problems.append(Problem("private text", file, f"says {len(found) - SHOWN} more names of the owner's"))
