@@ -9,9 +9,11 @@ from typing import Any
 
 from dpf_release.bank import BankIndex
 from dpf_release.config import Config
+from dpf_release.manifest import Claims
 from dpf_release.record import ModelRecord
 from dpf_release.storage import PUBLIC_FILE, write_text
 
+NO_DESCRIPTION = "No description was given."
 CARD = """\
 ---
 pretty_name: {name}
@@ -58,14 +60,44 @@ features_of_mine = phi_1(release.preprocess(my_images))
 
 ## What is promised, and what is not
 
-Claims made: **none**. No attack battery was run on this release. Not claimed: that no picture can be reconstructed
-(`reconstruction`), that nobody who holds a picture can tell that it is in here (`linkage`), that no attribute of a
-person can be read from a row (`attribute`). The method (Guo et al., arXiv 1912.06895) is empirical and gives no formal
-guarantee. What is published cannot be called back.
+Claims made: **{claims_made}**. Attacks measured: **none**; no attack battery was run on this release.
+{claims_not_made}
+The protection is empirical: the method (Guo et al., arXiv 1912.06895) gives no formal guarantee. A release cannot be
+recalled: who has a copy keeps it. A patent application, US 2021/0141926, describes this family of methods.
+{second_function}"""
+
+CLAIMS: dict[str, str] = {
+    "reconstruction": "that no picture can be reconstructed",
+    "linkage": "that nobody who holds a picture can tell that it is in here",
+    "attribute": "that no attribute of a person can be read from a row",
+}
+
+SECOND_FUNCTION = """
+## A second function
+
+Of the same images another release was made before, with another poisoning function. Two views of one image help an
+attacker: what one hides, the other may show. The owner's reason: {reason}
 """
 
+CATEGORIES = {"classification": "image-classification", "regression": "other"}
+SCORES = {"top1": ("top-1", "{:.2%}"), "mae": ("mean absolute error", "{:.3g} {unit}")}
 
-def write_card(path: Path, config: Config, record: ModelRecord, index: BankIndex, scores: Mapping[str, Any]) -> None:
+
+def fixed_card_text() -> str:
+    """All that the words of a card are made of, but for what is the owner's."""
+    scores = [*(label for label, _ in SCORES.values()), str(_score_rows({}, ""))]
+    return "\n".join([CARD, NO_DESCRIPTION, *CATEGORIES.values(), SECOND_FUNCTION, *CLAIMS, *CLAIMS.values(), *scores])
+
+
+def write_card(
+    path: Path,
+    config: Config,
+    record: ModelRecord,
+    index: BankIndex,
+    scores: Mapping[str, Any],
+    claims: Claims,
+    second_function: str = "",
+) -> None:
     """Writes the card.
 
     Args:
@@ -74,16 +106,18 @@ def write_card(path: Path, config: Config, record: ModelRecord, index: BankIndex
         record: the public model record.
         index: the public bank's.
         scores: split → `task` of the measurements of this candidate; empty where none were made.
+        claims: what the release promises, and what not.
+        second_function: why the same images are published once more, under another function; empty where they are not.
     """
     regression = record.task == "regression"
     text = CARD.format(
         name=json.dumps(config.release.name),
         licence=json.dumps(config.release.licence.lower()),
         licence_text=config.release.licence,
-        category="other" if regression else "image-classification",
+        category=CATEGORIES[record.task],
         title=config.release.name,
         version=config.release.version,
-        description=config.release.description.strip() or "No description was given.",
+        description=config.release.description.strip() or NO_DESCRIPTION,
         arch=record.arch,
         hook=record.hook,
         task=record.task + (f", in {record.unit}" if record.unit else ""),
@@ -95,20 +129,22 @@ def write_card(path: Path, config: Config, record: ModelRecord, index: BankIndex
         mean=list(record.preprocess.mean),
         std=list(record.preprocess.std),
         scores="\n".join(f"| {label} | {value} |" for label, value in _score_rows(scores, record.unit)),
+        claims_made=", ".join(claims.made) or "none",
+        claims_not_made="".join(f"\n- not claimed (`{name}`): {CLAIMS[name]}" for name in claims.not_made) + "\n",
+        second_function=SECOND_FUNCTION.format(reason=second_function) if second_function else "",
     )
     write_text(path, text, PUBLIC_FILE)
 
 
 def _score_rows(scores: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
     """What φ2 scores on clean and on poisoned rows; `test` is not released, and `val` chose the epochs."""
-    shown = {"top1": ("top-1", "{:.2%}"), "mae": ("mean absolute error", "{:.3g} " + unit)}
     rows = [
         (
             f"φ2 on {split}: {label}, clean and poisoned",
-            f"{form.format(task[f'{key}_clean'])}, {form.format(task[f'{key}_poisoned'])}",
+            f"{form.format(task[f'{key}_clean'], unit=unit)}, {form.format(task[f'{key}_poisoned'], unit=unit)}",
         )
         for split, task in scores.items()
-        for key, (label, form) in shown.items()
+        for key, (label, form) in SCORES.items()
         if f"{key}_clean" in task
     ]
     return rows or [("φ2 on clean and poisoned rows", "not measured")]

@@ -265,6 +265,14 @@ def package(
     sign: Annotated[
         Path | None, typer.Option("--sign", help="Sign with this private key, made by `dpf-release key new`.")
     ] = None,
+    second_function: Annotated[
+        str,
+        typer.Option(
+            "--second-function",
+            metavar="REASON",
+            help="Why these images are published again, under another function; public, on the card.",
+        ),
+    ] = "",
 ) -> None:
     """Check the candidate and publish it: the only command that writes public files.
 
@@ -273,7 +281,7 @@ def package(
     from dpf_release.package import package as run
 
     project = _project(config)
-    manifest = run(project, name, out, sign)
+    manifest = run(project, name, out, sign, second_function)
     print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
     for file in manifest.files:
         print(f"  {file.path}  {file.bytes} bytes  {file.role}")

@@ -13,10 +13,11 @@ from dpf_release.storage import PUBLIC_FILE, sha256_of, write_json, write_text
 MANIFEST, SUMS, SIGNATURE, SIGNER = "manifest.json", "SHA256SUMS", "manifest.sig", "signer.pub.pem"
 UNLISTED = frozenset({MANIFEST, SUMS, SIGNATURE, SIGNER})  # by the manifest, whose bytes they depend on
 
-Role = Literal["card", "model-record", "featurizer", "classifier", "bank-index", "shard"]
+Role = Literal["card", "croissant", "model-record", "featurizer", "classifier", "bank-index", "shard"]
 # The whole of what a release may hold: a path that fits none of these is never published.
 ROLES: dict[str, Role] = {
     r"README\.md": "card",
+    r"croissant\.json": "croissant",
     r"model/model\.json": "model-record",
     r"model/featurizer\.safetensors": "featurizer",
     r"model/classifier\.safetensors": "classifier",
@@ -80,16 +81,20 @@ def describe_files(folder: Path) -> tuple[FileRecord, ...]:
     Raises:
         ValueError: a file has no role in a release.
     """
-    records = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir() or name in UNLISTED:
-            continue
-        role = role_of(name)
-        if role is None:
-            raise ValueError(f"{name} has no role in a release")
-        records.append(FileRecord(path=name, sha256=sha256_of(path), bytes=path.stat().st_size, role=role))
-    return tuple(records)
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    return tuple(describe_file(folder, name) for name in names if name not in UNLISTED)
+
+
+def describe_file(folder: Path, name: str) -> FileRecord:
+    """One file of a release.
+
+    Raises:
+        ValueError: it has no role in a release.
+    """
+    role, path = role_of(name), folder / name
+    if role is None:
+        raise ValueError(f"{name} has no role in a release")
+    return FileRecord(path=name, sha256=sha256_of(path), bytes=path.stat().st_size, role=role)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

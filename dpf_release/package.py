@@ -13,21 +13,37 @@ from typing import Any
 from dpf_release.bank import BankIndex, FeatureBank, read_index
 from dpf_release.card import write_card
 from dpf_release.config import Config
+from dpf_release.croissant import CROISSANT, croissant
 from dpf_release.errors import RefusedError, VaultError
-from dpf_release.manifest import MANIFEST, Manifest, describe_files, role_of, write_manifest
-from dpf_release.near_rows import SAME_ROW_COSINE, count_near_rows
+from dpf_release.leaks import private_facts
+from dpf_release.manifest import (
+    MANIFEST,
+    Claims,
+    FileRecord,
+    Manifest,
+    describe_file,
+    describe_files,
+    role_of,
+    write_manifest,
+)
 from dpf_release.pipeline.banks import candidate_origin
 from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.release import Release
 from dpf_release.signing import read_private_key, write_signature
-from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of
-from dpf_release.vault import read_record, remember_release
+from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of, write_json
+from dpf_release.vault import Vault, forget_release, read_record, releases, remember_release
 from dpf_release.verification import read_manifest
 
 
-def package(project: Project, name: str = "default", out: Path | None = None, sign: Path | None = None) -> Manifest:
+def package(
+    project: Project,
+    name: str = "default",
+    out: Path | None = None,
+    sign: Path | None = None,
+    second_function: str = "",
+) -> Manifest:
     """Publishes a candidate into a folder, whole or not at all; a release of the same name that is there is replaced.
 
     Args:
@@ -35,21 +51,26 @@ def package(project: Project, name: str = "default", out: Path | None = None, si
         name: which fitted function's candidate.
         out: the release folder; by default `release` beside the configuration.
         sign: a private key; the release then holds a signature over its manifest, and the public key.
+        second_function: why the same images are published once more, under another function than before; public, on the
+            card.
 
     Raises:
         VaultError: the candidate is unfinished, or `out` is no place for a release.
         RefusedError: the candidate holds what has no place in a release, was made from something else than today's
-            function, features and network, is not poisoned, or has rows of φ1(S).
+            function, features and network, is not poisoned, or tells a private fact; or another function's release was
+            published from this vault, and no reason was given.
         SigningError: others can read the private key, or it lies where the release or the candidate does.
         StorageError: another run works in the vault, or the disk does not take the release.
         RankError: there are several ranks.
     """
     with project.working(together=False):
-        return _package(project, name, (out or project.config.folder / "release").resolve(), sign)
+        out = (out or project.config.folder / "release").resolve()
+        return _package(project, name, out, sign, second_function)
 
 
-def _package(project: Project, name: str, out: Path, sign: Path | None) -> Manifest:
+def _package(project: Project, name: str, out: Path, sign: Path | None, second_function: str) -> Manifest:
     _recover(out)
+    _settle_ledger(project.vault)
     _refuse_place(out, project)
     candidate = project.vault.candidate(name)
     key = None if sign is None else read_private_key(sign, outside=(out, candidate))
@@ -57,34 +78,42 @@ def _package(project: Project, name: str, out: Path, sign: Path | None) -> Manif
     function = load_function(project, name)
     _refuse_strangers(candidate, index)
     _refuse_other_origin(project, candidate, name, function)
-    _refuse_unpoisoned(project, candidate, index, poisons=function.chain.poisons)
+    _refuse_unpoisoned(index, poisons=function.chain.poisons)
+    reason = _reason_for_function(project.vault, function, second_function)
 
-    staging = out.with_name(f".{out.name}.dpf-staging")
+    staging = _staging(out)
     shutil.rmtree(staging, ignore_errors=True)
     make_folder(staging, PUBLIC_FOLDER)
     try:
         _copy_public(candidate, staging)
         record = project.cut.public_record
-        write_card(staging / "README.md", project.config, record, index, _scores(project, candidate, name))
-        manifest = _manifest(project.config, record, index, staging, out)
+        write_card(
+            staging / "README.md", project.config, record, index, _scores(project, candidate, name), Claims(), reason
+        )
+        manifest = _manifest(project.config, record, index, _describe(staging, project.config), out)
         write_manifest(staging, manifest)
         if key is not None:
             write_signature(staging, key)
         Release.open(staging)  # what its reader will check: digests, and that its parts belong together
+        _check_roles(staging)
+        _refuse_private_facts(staging, project, name)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    remember_release(
-        project.vault,
-        {
-            "name": manifest.name,
-            "version": manifest.version,
-            "function": name,
-            "function_digest": function.digest,
-            "manifest_sha256": sha256_of(staging / MANIFEST),
-        },
-    )
+    entry = {
+        "name": manifest.name,
+        "version": manifest.version,
+        "function": name,
+        "function_digest": function.digest,
+        "bank": project.bank_id,
+        "second_function": reason,
+        "manifest_sha256": sha256_of(staging / MANIFEST),
+        "place": str(out),
+    }
+    # Before the swap, so that nothing is public that the ledger does not know; `published` only when it is.
+    remember_release(project.vault, entry | {"published": False})
     swap(staging, out)
+    remember_release(project.vault, entry | {"published": True})
     return manifest
 
 
@@ -159,22 +188,74 @@ def _scores(project: Project, candidate: Path, name: str) -> dict[str, Any]:
     return {split: report[split]["task"] for split in ("val", "test") if "task" in report[split]}
 
 
-# --------------------------------------------------------------------------------------------- is it poisoned?
+# --------------------------------------------------------------------------------------------- the ledger
 
 
-def _refuse_unpoisoned(project: Project, candidate: Path, index: BankIndex, *, poisons: bool) -> None:
+def _settle_ledger(vault: Vault) -> None:
+    """After a crash around the swap: a release that stands in its place is published, one still in staging is not.
+
+    One that is in neither stays, unsettled, and counts as published: it may have been taken elsewhere.
+    """
+    for entry in releases(vault):
+        if not entry.get("published", True):
+            place = Path(entry["place"])
+            if _manifest_digest(place) == entry["manifest_sha256"]:
+                remember_release(vault, entry | {"published": True})
+            elif _manifest_digest(_staging(place)) == entry["manifest_sha256"]:
+                forget_release(vault, entry)
+
+
+def _manifest_digest(folder: Path) -> str | None:
+    return sha256_of(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+
+
+def _reason_for_function(vault: Vault, function: FittedFunction, given: str) -> str:
+    """Why another function is published than the first of this vault; empty for the first itself."""
+    reasons = {entry["function_digest"]: entry.get("second_function", "") for entry in releases(vault)}
+    if function.digest in reasons:
+        return str(reasons[function.digest])
+    reason = " ".join(given.split())
+    if reasons and not reason:
+        raise RefusedError(
+            "another poisoning function was published from this vault already, and a second view of the same images "
+            "helps an attacker: what one function hides, the other may show. Nothing was published. Package the "
+            'function of before, use a vault of its own for other images, or say why with --second-function "REASON" '
+            "(it will be on the card)."
+        )
+    return reason if reasons else ""
+
+
+# --------------------------------------------------------------------------------------------- is anything private?
+
+
+def _refuse_unpoisoned(index: BankIndex, *, poisons: bool) -> None:
     if not (index.poisoned and poisons):
         raise RefusedError(
             "this bank is not poisoned: its function changes nothing, and a reconstructor shows the pictures in it. "
             "Nothing was published. Fit a function with `dpf-release fit-poison`."
         )
-    public = [FeatureBank(candidate / "features", split) for split in index.splits]
-    private = [FeatureBank(project.vault.features, split) for split in read_index(project.vault.features).splits]
-    near, rows = count_near_rows(public, private)
-    if near:
+
+
+def _check_roles(staging: Path) -> None:
+    """That each file is what its role says, whatever its digest.
+
+    Raises:
+        BankError: a shard or an index is not of format 1.
+        VerificationError: `model.json` is no model record.
+    """
+    read_model_record(staging / "model" / "model.json")
+    for split in read_index(staging / "features").splits:
+        _ = FeatureBank(staging / "features", split).ids  # opens, thus checks, each shard
+
+
+def _refuse_private_facts(staging: Path, project: Project, name: str) -> None:
+    if problems := private_facts(staging, project, name):
         raise RefusedError(
-            f"{near} of {rows} rows are, but for a cosine of {SAME_ROW_COSINE}, rows of φ1(S): whoever has them "
-            "has the pictures. Nothing was published. Fit with more epochs or a larger lambda, and poison again."
+            "the release would tell what is private. Nothing was published.\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + "\nTexts: change [release] in dpf.toml, or what --second-function says. Rows of φ1(S): fit with more "
+            "epochs or a larger lambda, and poison again. Order, ids and tensors are ours to get right: run "
+            "`dpf-release poison --restart`, and report it where that does not help."
         )
 
 
@@ -190,7 +271,16 @@ def _copy_public(candidate: Path, staging: Path) -> None:
                 shutil.copyfile(path, partial)
 
 
-def _manifest(config: Config, record: ModelRecord, index: BankIndex, staging: Path, out: Path) -> Manifest:
+def _describe(staging: Path, config: Config) -> tuple[FileRecord, ...]:
+    """All files, with a `croissant.json` that lists the data among them, for the manifest to list; each read once."""
+    files = describe_files(staging)
+    write_json(staging / CROISSANT, croissant(config.release, files), PUBLIC_FILE)
+    return tuple(sorted((*files, describe_file(staging, CROISSANT)), key=lambda record: record.path))
+
+
+def _manifest(
+    config: Config, record: ModelRecord, index: BankIndex, files: tuple[FileRecord, ...], out: Path
+) -> Manifest:
     before = read_manifest(out) if out.exists() else None
     previous = None
     if isinstance(before, Manifest):
@@ -206,7 +296,7 @@ def _manifest(config: Config, record: ModelRecord, index: BankIndex, staging: Pa
         classes=record.classes,
         targets=record.targets,
         splits={split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()},
-        files=describe_files(staging),
+        files=files,
     )
 
 
@@ -226,6 +316,10 @@ def swap(staging: Path, out: Path) -> None:
         staging.replace(out)
         shutil.rmtree(_set_aside(out))
     flush_to_disk(out.parent)
+
+
+def _staging(out: Path) -> Path:
+    return out.with_name(f".{out.name}.dpf-staging")
 
 
 def _set_aside(out: Path) -> Path:

@@ -144,8 +144,28 @@ def read_ids(path: Path) -> Iterator[dict[str, str]]:
         yield from csv.DictReader(file)
 
 
+def releases(vault: Vault) -> list[dict[str, Any]]:
+    """The ledger: each release made, with its function and the digests of each.
+
+    An entry with `published` false was written by a run that ended before it could say whether the release took its
+    place.
+    """
+    return json.loads(vault.ledger.read_text(encoding="utf-8")) if vault.ledger.is_file() else []
+
+
 def remember_release(vault: Vault, entry: Mapping[str, Any]) -> None:
-    """One more line in the ledger; an entry that is there already is not written twice."""
-    entries = json.loads(vault.ledger.read_text(encoding="utf-8")) if vault.ledger.is_file() else []
-    if dict(entry) not in entries:
-        write_json(vault.ledger, [*entries, dict(entry)])
+    """An entry into the ledger, in the place of that of the same manifest; what was published stays so."""
+    entries = releases(vault)
+    same = [number for number, known in enumerate(entries) if known["manifest_sha256"] == entry["manifest_sha256"]]
+    if not same:
+        entries.append(dict(entry))
+    elif entries[same[0]].get("published", True):
+        return
+    else:
+        entries[same[0]] = dict(entry)
+    write_json(vault.ledger, entries)
+
+
+def forget_release(vault: Vault, entry: Mapping[str, Any]) -> None:
+    """Takes an entry out of the ledger: its release never took its place."""
+    write_json(vault.ledger, [known for known in releases(vault) if known != dict(entry)])

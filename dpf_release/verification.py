@@ -46,13 +46,19 @@ Kind = Literal[
     "schema",
     "hidden file",
     "empty folder",
+    # What `leaks` finds, which compares a release with the vault that it came from.
+    "private text",
+    "private tensor",
+    "private row",
+    "source order",
+    "telling id",
 ]
 Digest = Callable[[io.FileIO], str]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding of `verify`.
+    """One finding of `verify`, or of `leaks`.
 
     Attributes:
         kind: one of a closed list; `docs/verification.md` says what each means.

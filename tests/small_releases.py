@@ -9,6 +9,7 @@ from dpf_release.manifest import Manifest, describe_files, write_manifest
 
 FILES = {
     "README.md": "card",
+    "croissant.json": "croissant",
     "model/model.json": "model-record",
     "model/featurizer.safetensors": "featurizer",
     "model/classifier.safetensors": "classifier",

@@ -16,7 +16,7 @@ from dpf_release import package as package_module
 from dpf_release.bank import BankIndex, FeatureBank, read_index
 from dpf_release.bank_writer import BankWriter
 from dpf_release.errors import BankError, RefusedError, VaultError, VerificationError
-from dpf_release.near_rows import count_near_rows
+from dpf_release.near_rows import find_near_rows
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
 from dpf_release.storage import sha256_of
@@ -24,6 +24,7 @@ from dpf_release.verification import read_manifest, verify
 
 PUBLIC = {
     "README.md": "card",
+    "croissant.json": "croissant",
     "features/index.json": "bank-index",
     "model/classifier.safetensors": "classifier",
     "model/featurizer.safetensors": "featurizer",
@@ -89,7 +90,7 @@ def test_private_rows_are_refused_even_where_the_flag_says_poisoned(project_fold
     assert write_candidate(project, "weak").poisoned
     before = digests(project_folder / "release")
     with pytest.raises(RefusedError, match=r"rows of φ1\(S\)"):
-        package(project, "weak")
+        package(project, "weak", second_function="for a test")
     assert digests(project_folder / "release") == before
 
 
@@ -106,11 +107,12 @@ def test_a_private_row_is_found_under_another_id_and_scale(tmp_path: Path) -> No
     private = generator.standard_normal((300, 8, 4, 4)).astype(np.float32)
     public = generator.standard_normal((300, 8, 4, 4)).astype(np.float32)
     banks = [_bank(tmp_path / "private", private, 1)], [_bank(tmp_path / "public", public, 2)]
-    assert count_near_rows(banks[1], banks[0]) == (0, 300)
+    assert [rows.tolist() for rows in find_near_rows(banks[1], banks[0])] == [[]]
     mean = private.mean(axis=0)
     public[17] = mean + 0.5 * (private[250] - mean)
     public[99] = private[3]
-    assert count_near_rows([_bank(tmp_path / "leaky", public, 3)], banks[0]) == (2, 300)
+    leaky = [_bank(tmp_path / "leaky", public, 3)]
+    assert [rows.tolist() for rows in find_near_rows(leaky, banks[0])] == [[17, 99]]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_a_candidate_of_another_function_or_bank_is_refused(project_folder: Path
     with pytest.raises(RefusedError, match="another function than today's"):
         package(Project.open(project_folder / "dpf.toml"))
     record.write_text(json.dumps(made))
-    package(Project.open(project_folder / "dpf.toml"))
+    package(Project.open(project_folder / "dpf.toml"), second_function="for a test")
     featurize(Project.open(project_folder / "dpf.toml"), restart=True)
     with pytest.raises(VaultError, match="since written anew"):
         package(Project.open(project_folder / "dpf.toml"))
@@ -186,7 +188,7 @@ def test_the_card_shows_the_scores_of_this_candidate_only(project_folder: Path) 
     assert "φ2 on val: top-1" in (project_folder / "release" / "README.md").read_text()
     fit_poison(Project.open(project_folder / "dpf.toml", {"poison.function": "mean-filter"}), restart=True)
     write_candidate(project)
-    package(project)
+    package(project, second_function="for a test")
     assert "not measured" in (project_folder / "release" / "README.md").read_text()
 
 
@@ -310,7 +312,7 @@ def test_an_owners_own_network_is_named_custom_and_opens_with_a_builder(
     featurize(project, restart=True)  # a featurizer of another name is another featurizer
     fit_poison(project, restart=True)
     write_candidate(project)
-    package(project)
+    package(project, second_function="for a test")
     text = (project_folder / "release" / "model" / "model.json").read_text()
     assert "my_networks" not in text
     release = Release.open(project_folder / "release")

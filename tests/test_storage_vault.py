@@ -9,7 +9,15 @@ import pytest
 
 from dpf_release.errors import VaultError
 from dpf_release.storage import make_folder, replacing, sha256_of, write_json, write_text
-from dpf_release.vault import Vault, read_ids, read_record, remember_release, write_ids
+from dpf_release.vault import (
+    Vault,
+    forget_release,
+    read_ids,
+    read_record,
+    releases,
+    remember_release,
+    write_ids,
+)
 
 
 def _mode(path: Path) -> int:
@@ -177,6 +185,9 @@ def test_a_record_is_read_and_one_that_is_missing_or_broken_says_which_command_m
 
 def test_the_ledger_holds_each_release_once(tmp_path: Path) -> None:
     vault = Vault.create(tmp_path / "vault")
-    for version in ("1", "2", "1"):
-        remember_release(vault, {"version": version})
-    assert read_record(vault.ledger, "package") == [{"version": "1"}, {"version": "2"}]
+    for manifest, published in (("1", True), ("2", False), ("2", True), ("1", False)):
+        remember_release(vault, {"manifest_sha256": manifest, "published": published})
+    both = [{"manifest_sha256": "1", "published": True}, {"manifest_sha256": "2", "published": True}]
+    assert read_record(vault.ledger, "package") == releases(vault) == both
+    forget_release(vault, both[0])
+    assert releases(vault) == both[1:]

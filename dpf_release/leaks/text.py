@@ -1,0 +1,273 @@
+"""Whether a release says a name that is its owner's alone: of a source file, a person, a machine, a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import platform
+import pwd
+import re
+import subprocess
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import h5py
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dpf_release.bank import BankIndex, open_shard
+from dpf_release.card import fixed_card_text
+from dpf_release.croissant import CONTEXT
+from dpf_release.errors import WeightsError
+from dpf_release.leaks.findings import Problem, Sources
+from dpf_release.manifest import MANIFEST, ROLES, SUMS, Manifest
+from dpf_release.models.zoo import public_architectures
+from dpf_release.pipeline.project import Project
+from dpf_release.record import ModelRecord
+
+NAME_LENGTH = 6  # of a source file's name, at the least
+ACCOUNT_LENGTH = 4  # of a user, host or home folder; a shorter one is found in the paths only
+COMMON_ACCOUNTS = frozenset({"root", "user", "users", "home", "admin", "ubuntu", "debian", "nobody", "localhost"})
+SHOWN = 10
+
+_RUN = re.compile(r"[^\W_]+")
+_IN_VAULT = re.compile(
+    r"(?<![^\W_])vault/(?:network|features|reconstructors|functions|candidates|reports|ids\.csv|ledger\.json|survey-)"
+)
+
+
+def private_words(release: Path, project: Project) -> list[Problem]:
+    """Names of source files, paths, accounts and e-mail addresses in what a release says.
+
+    Looked for at word bounds, whatever the case: the file name, its stem and its path under the root of S, of 6
+    characters or more; user, host and home folder names of 4 or more; paths of the vault, the project, S and the home
+    folder; the e-mail addresses of the git configuration. What the fixed texts and schemas say, and the classes,
+    targets and weights' names of Φ, may be said.
+
+    Raises:
+        BankError: a shard is no HDF5 file.
+        WeightsError: a safetensors file is damaged.
+    """
+    texts: dict[str, set[str]] = {}
+    for file, text in public_texts(release):
+        texts.setdefault(file, set()).add(_plain(text))
+    names = {words: "a source file's name" for words in _said_names(project, set().union(*texts.values()))}
+    names |= _accounts(project) | _places(project)
+    allowed = "\n".join(map(_plain, _fixed_texts(project)))
+    names = {words: what for words, what in names.items() if not _says(allowed, words)}
+    problems = []
+    for file, said in texts.items():
+        here = [words for words in sorted(names) if any(_says(text, words) for text in said)]
+        longest = [words for words in here if not any(words in other for other in here if other != words)]
+        found = [f"{words!r}, {names[words]}" for words in longest]
+        if any(_IN_VAULT.search(text) for text in said):
+            found.append("a path inside the vault")
+        problems += [Problem("private text", file, f"says {words}") for words in found[:SHOWN]]
+        if len(found) > SHOWN:
+            problems.append(Problem("private text", file, f"says {len(found) - SHOWN} more names of the owner's"))
+    return problems
+
+
+# --------------------------------------------------------------------------------------------- what is said
+
+
+def public_texts(release: Path) -> Iterator[tuple[str, str]]:
+    """All texts of a release: (path of the file, text), the paths themselves too."""
+    for path in sorted(release.rglob("*")):
+        name = path.relative_to(release).as_posix()
+        yield name, name
+        if path.is_file() and not path.is_symlink():
+            for text in _texts_of(path):
+                yield name, text
+
+
+def _texts_of(path: Path) -> Iterator[str]:
+    if path.suffix == ".h5":
+        yield from _texts_of_shard(path)
+    elif path.suffix == ".safetensors":
+        yield from _texts_of_weights(path)
+    else:
+        yield from _strings(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _strings(text: str) -> Iterator[str]:
+    """Keys and values of a JSON text, without its numbers; a text that is not JSON as it is."""
+    try:
+        trees: list[Any] = [json.loads(text)]
+    except (ValueError, RecursionError):
+        yield text
+        return
+    while trees:
+        tree = trees.pop()
+        if isinstance(tree, str):
+            yield tree
+        elif isinstance(tree, dict):
+            trees += [*tree.keys(), *tree.values()]
+        elif isinstance(tree, list):
+            trees += tree
+
+
+def _texts_of_weights(path: Path) -> Iterator[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
+            for key, value in (file.metadata() or {}).items():
+                yield key
+                yield from _strings(value)  # a record is JSON inside the header's JSON
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}): copy or write it again") from error
+
+
+def _texts_of_shard(path: Path) -> list[str]:
+    """Names of members, names and texts of attributes, and data sets of text; links are not followed."""
+    said: list[str] = []
+
+    def note(name: str, member: h5py.Group | h5py.Dataset) -> None:
+        said.append(name)
+        for key, value in member.attrs.items():
+            said.extend([key, *_texts_in(value)])
+        if isinstance(member, h5py.Dataset) and member.dtype.kind in "OSU":
+            said.extend(_texts_in(member[()]))
+
+    with open_shard(path) as shard:
+        note("", shard)
+        shard.visititems(note)
+        said.extend(shard)  # links, that are not visited, have names too
+    return said
+
+
+def _texts_in(value: Any) -> list[str]:
+    items = np.ravel(np.asarray(value, dtype=object)).tolist()
+    return [
+        item.decode(errors="replace") if isinstance(item, bytes) else item
+        for item in items
+        if isinstance(item, bytes | str)
+    ]
+
+
+# --------------------------------------------------------------------------------------------- what must not be said
+
+
+def _plain(text: str) -> str:
+    """Text as it is compared: composed characters, one case."""
+    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+
+
+def _says(text: str, words: str) -> bool:
+    """Whether a text has these words, not as a part of longer ones; both plain."""
+    return words in text and re.search(rf"(?<![^\W_]){re.escape(words)}(?![^\W_])", text) is not None
+
+
+def _said_names(project: Project, texts: Iterable[str]) -> set[str]:
+    """Names of source files that are said somewhere.
+
+    The texts are few and the names may be millions: the names are looked up among all stretches of words of the texts.
+    """
+    table = project.private_images.table
+    gone = Sources.of(project).gone if project.vault.ids.is_file() else ()
+    sources = (*table.paths, *gone)
+    longest = 2 * max(map(len, sources), default=0)  # composing and folding lengthen few names, and by little
+    said = {stretch for text in texts for stretch in _stretches(text, longest)}
+    return {words for source in sources for words in _names_of(source) if words in said}
+
+
+def _stretches(text: str, longest: int) -> Iterator[str]:
+    """What lies between the beginning of a run of letters and digits and the end of one."""
+    runs = [match.span() for match in _RUN.finditer(text)]
+    for number, (start, _) in enumerate(runs):
+        for _, stop in runs[number:]:
+            if stop - start > longest:
+                break
+            yield text[start:stop]
+
+
+def _names_of(source: str) -> Iterator[str]:
+    path = PurePosixPath(source)
+    for text in {source, path.name, path.stem}:
+        words = _trimmed(_plain(text))
+        # A stem such as 50000 is a count or a size in any text.
+        is_number = words.isdecimal() and not words.startswith("0")
+        if len(words) >= NAME_LENGTH and not is_number:
+            yield words
+
+
+def _trimmed(words: str) -> str:
+    """From the first letter or digit to the last."""
+    runs = [match.span() for match in _RUN.finditer(words)]
+    return words[runs[0][0] : runs[-1][1]] if runs else ""
+
+
+def _accounts(project: Project) -> dict[str, str]:
+    """User, host and home folder names, plain, and what each is."""
+    names: dict[str, str] = {}
+    for host in {platform.node(), platform.node().split(".")[0]}:
+        names[host] = "the name of this host"
+    users = [user for uid in {os.getuid(), project.vault.root.stat().st_uid} for user in _users_of(uid)]
+    with contextlib.suppress(KeyError, OSError, RuntimeError):  # a container's user may have no name and no home
+        names[getpass.getuser()] = "a user's name"
+        names[Path.home().name] = "the name of a home folder"
+    for user in users:
+        names |= {user.pw_name: "a user's name", user.pw_gecos.split(",")[0]: "a user's name"}
+        names[Path(user.pw_dir).name] = "the name of a home folder"
+    plain = {_trimmed(_plain(name)): what for name, what in names.items()}
+    return {
+        name: what
+        for name, what in plain.items()
+        if len(name) >= ACCOUNT_LENGTH and not name.isdecimal() and name not in COMMON_ACCOUNTS
+    }
+
+
+def _users_of(uid: int) -> list[pwd.struct_passwd]:
+    try:
+        return [pwd.getpwuid(uid)]
+    except KeyError:
+        return []
+
+
+def _places(project: Project) -> dict[str, str]:
+    """Paths and e-mail addresses, plain, and what each is."""
+    config = project.config
+    places: dict[str, str] = {}
+    folders = {
+        project.vault.root: "the path of the vault",
+        config.folder: "the path of the project",
+        config.locate(config.images.private.path): "the path of the private images",
+    }
+    with contextlib.suppress(RuntimeError):
+        folders[Path.home()] = "the path of a home folder"
+    for folder, what in folders.items():
+        places |= {_plain(str(path)): what for path in (folder.absolute(), folder.resolve())}
+    places |= {_plain(address): "an e-mail address of the git configuration" for address in _addresses(config.folder)}
+    return {words: what for words, what in places.items() if len(words) > 1}
+
+
+def _addresses(folder: Path) -> list[str]:
+    try:
+        done = subprocess.run(
+            ["git", "config", "--get-all", "user.email"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except OSError:  # no git
+        return []
+    return done.stdout.split()
+
+
+def _fixed_texts(project: Project) -> Iterator[str]:
+    """What every release says, and what this owner chose to: classes, targets, their unit, names of weights."""
+    yield fixed_card_text()
+    yield from (MANIFEST, SUMS, "sha256sums", json.dumps(CONTEXT))
+    yield from (pattern.replace("\\", "") for pattern in ROLES)
+    for schema in (Manifest, ModelRecord, BankIndex):
+        yield json.dumps(schema.model_json_schema())
+    yield from public_architectures()
+    parts = project.cut.split
+    yield from [*parts.featurizer.state_dict(), *parts.classifier.state_dict()]
+    yield from [*project.output_names, project.config.task.unit]
