@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpf_release.bank import BankIndex
 from dpf_release.config import Config
 from dpf_release.record import ModelRecord
+from dpf_release.retracted import Retracted
 from dpf_release.storage import PUBLIC_FILE, write_text
 
 CARD = """\
@@ -55,7 +56,7 @@ features_of_mine = phi_1(release.preprocess(my_images))
 ```
 
 `sha256sum -c SHA256SUMS` checks the files without any of our code. `features/*/*.h5` open with plain `h5py`.
-
+{retractions}
 ## What is promised, and what is not
 
 Claims made: **none**. No attack battery was run on this release. Not claimed: that no picture can be reconstructed
@@ -65,7 +66,14 @@ guarantee. What is published cannot be called back.
 """
 
 
-def write_card(path: Path, config: Config, record: ModelRecord, index: BankIndex, scores: Mapping[str, Any]) -> None:
+def write_card(
+    path: Path,
+    config: Config,
+    record: ModelRecord,
+    index: BankIndex,
+    scores: Mapping[str, Any],
+    retractions: str = "",
+) -> None:
     """Writes the card.
 
     Args:
@@ -74,6 +82,7 @@ def write_card(path: Path, config: Config, record: ModelRecord, index: BankIndex
         record: the public model record.
         index: the public bank's.
         scores: split → `task` of the measurements of this candidate; empty where none were made.
+        retractions: as `describe_retractions` says it.
     """
     regression = record.task == "regression"
     text = CARD.format(
@@ -95,8 +104,51 @@ def write_card(path: Path, config: Config, record: ModelRecord, index: BankIndex
         mean=list(record.preprocess.mean),
         std=list(record.preprocess.std),
         scores="\n".join(f"| {label} | {value} |" for label, value in _score_rows(scores, record.unit)),
+        retractions=retractions,
     )
     write_text(path, text, PUBLIC_FILE)
+
+
+RETRACTIONS = """
+## Retracted
+
+Rows that an earlier version has are not in this one: {rows}. {others} Comparing two versions shows which rows were
+retracted{shown}. Who has a copy of an earlier version still has them.
+"""
+DROPPED = (
+    "All other rows are, bit for bit, those of {base}; rows were only dropped, and what attacks on {base} showed, where "
+    "they were run, holds for this version."
+)
+REBUILT = (
+    "{count} rows to which a retracted image had contributed are made of others now; the rest are, bit for bit, those of "
+    "{base}. The rebuilt rows want a new attack run: what attacks on {base} showed does not hold for them."
+)
+ANEW = "Its bank was written anew: what attacks on an earlier version showed does not hold for this one."
+
+
+def describe_retractions(retracted: Retracted, steps: Sequence[Mapping[str, Any]]) -> str:
+    """The section on what was retracted since a version was published; empty where nothing was.
+
+    Args:
+        retracted: all retractions of the vault.
+        steps: `retracted` of the candidate's `candidate.json`: by which retractions rows were taken out of it.
+    """
+    rows: dict[str, int] = {}
+    for retraction in retracted.retractions:
+        if retraction.published and retraction.released_rows:
+            rows[retraction.published[-1]] = rows.get(retraction.published[-1], 0) + retraction.released_rows
+    if not rows:
+        return ""
+    base, count = "", 0  # the version whose bank the first of the steps began with, and the rows rebuilt since
+    for step in steps:
+        retraction = retracted.retractions[step["number"] - 1]
+        if retraction.published_index == step["dropped_from"]:
+            base, count = retraction.published[-1], 0
+        count += step["rebuilt"]
+    others = (REBUILT if count else DROPPED).format(base=base, count=count) if base else ANEW
+    shown = ", and which were rebuilt" if base and count else ""
+    told = ", ".join(f"{number} retracted since {version}" for version, number in rows.items())
+    return RETRACTIONS.format(rows=told, others=others, shown=shown)
 
 
 def _score_rows(scores: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:

@@ -34,6 +34,7 @@ class Retraction(_Record):
         asked: digests of the ids and names by which they were asked for.
         rows: how many of them each split had.
         published: the versions there were, which hold them.
+        published_index: digest of the bank's index in the last of them.
         version: the first that does not.
     """
 
@@ -41,6 +42,7 @@ class Retraction(_Record):
     asked: tuple[Digest, ...]
     rows: dict[SplitName, int]
     published: tuple[str, ...]
+    published_index: Digest | None
     version: str
 
     @property
@@ -77,9 +79,9 @@ class Retracted(_Record):
 
     def version_after(self, version: str) -> str:
         """The version itself; or, where it was published with rows that have gone since, the first without them."""
-        if any(version in retraction.published for retraction in self.retractions):
-            return self.retractions[-1].version
-        return version
+        released = [retraction for retraction in self.retractions if retraction.released_rows]
+        superseded = any(version in retraction.published for retraction in released)
+        return released[-1].version if superseded else version
 
 
 def read_retracted(vault: Vault) -> Retracted:
@@ -107,10 +109,10 @@ def digest_of_name(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def published_versions(vault: Vault) -> tuple[str, ...]:
-    """The versions that the ledger lists, in order, each once."""
-    entries = json.loads(vault.ledger.read_text(encoding="utf-8")) if vault.ledger.is_file() else []
-    return tuple(dict.fromkeys(entry["version"] for entry in entries))
+def releases_made(vault: Vault) -> list[dict[str, Any]]:
+    """The entries of the ledger, the first first."""
+    entries: list[dict[str, Any]] = json.loads(vault.ledger.read_text(encoding="utf-8")) if vault.ledger.is_file() else []
+    return entries
 
 
 def next_version(version: str, published: Collection[str]) -> str:

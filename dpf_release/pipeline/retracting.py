@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from dpf_release.retracted import (
     Retraction,
     digest_of_name,
     next_version,
-    published_versions,
+    releases_made,
     write_retracted,
 )
 from dpf_release.storage import sha256_of, write_json
@@ -108,10 +108,23 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
             if lines:
                 _begin(project, lines, sources)
                 report = _finish(project)
-            report = report or RetractionReport({}, _next_version(project), {}, ())
+            report = report or RetractionReport({}, _version(project), {}, ())
         if report is None:
             raise ConfigError("expected ids or sources of what to retract, found none, and no retraction to finish.")
         return report
+
+
+def read_names(path: Path) -> list[str]:
+    """The names in a text file, one a line.
+
+    Raises:
+        ConfigError: there is no such file, or it is no UTF-8 text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"expected a text file with a name a line at {path}, found: {error}.") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _asked_for(project: Project, ids: Sequence[str], sources: Sequence[str]) -> list[Line]:
@@ -151,12 +164,15 @@ def _begin(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> Non
     """Looks at all that can be refused, then notes the retraction: from there on it is gone through with."""
     vault, before = project.vault, project.retracted
     gone = {split: sorted(int(line["row"]) for line in lines if line["split"] == split) for split in SPLITS}
+    releases = releases_made(vault)
+    published = tuple(dict.fromkeys(release["version"] for release in releases))
     retraction = Retraction(
         ids=tuple(sorted(line["id"] for line in lines)),
         asked=tuple(sorted(map(digest_of_name, asked))),
         rows={split: len(rows) for split, rows in gone.items()},
-        published=published_versions(vault),
-        version=_next_version(project),
+        published=published,
+        published_index=releases[-1].get("index_sha256") if releases else None,
+        version=next_version(_version(project), published),
     )
     names = tuple(project.bank_plan["names"])
     after = Retracted(
@@ -177,9 +193,9 @@ def _begin(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> Non
     project.forget("retracted", "private_images", "source_facts", "bank_order")
 
 
-def _next_version(project: Project) -> str:
-    version = project.retracted.version_after(project.config.release.version)
-    return next_version(version, published_versions(project.vault))
+def _version(project: Project) -> str:
+    """The version that `package` publishes under."""
+    return project.retracted.version_after(project.config.release.version)
 
 
 def _kept(vault: Vault, retracted: Retracted) -> RowsOfSplit:
@@ -320,8 +336,8 @@ def _finish(project: Project) -> RetractionReport:
     write_retracted(vault, retracted.model_copy(update={"facts": facts, "unfinished": None}))
     (vault.features / BEFORE).unlink()
     project.forget("retracted", "private_images", "source_facts", "bank_order")
-    last = retracted.retractions[-1]
-    return RetractionReport(last.rows, last.version, _rebuilt(vault, len(retracted.retractions)), tuple(lost))
+    rebuilt = _rebuilt(vault, len(retracted.retractions))
+    return RetractionReport(retracted.retractions[-1].rows, _version(project), rebuilt, tuple(lost))
 
 
 def _drop_ids(vault: Vault, gone: Set[bytes]) -> None:
