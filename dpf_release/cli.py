@@ -293,17 +293,18 @@ def retract(
 
     sources = [*(source or []), *(pipeline.read_names(source_file) if source_file else [])]
     report = pipeline.retract(_project(config, compute__device=device), row_id or [], sources)
-    for name in report.rebuilt:
-        print_measurements(pipeline.measure(_project(config, compute__device=device), name))
     if not report.rows:
         print("Nothing to retract: these rows have gone before.")
-    else:
-        counts = ", ".join(f"{split}: {count}" for split, count in report.rows.items())
-        print(f"Retracted {sum(report.rows.values())} rows ({counts}; test is never released). Now delete the images.")
-    for name, count in report.rebuilt.items():
-        print(f"{name}: {count} rows rebuilt. Next: dpf-release package --name {name}, as version {report.version}")
+        return
+    counts = ", ".join(f"{split}: {count}" for split, count in report.rows.items())
+    print(f"Retracted {sum(report.rows.values())} rows ({counts}). Delete the images too, if that is not done.")
     for name in report.lost:
-        print(f"{name}: the candidate was not whole, and is removed. Next: dpf-release poison --name {name}")
+        print(f"{name}: its candidate was not whole, and is removed. Write it: dpf-release poison --name {name}")
+    for name, count in report.rebuilt.items():
+        print_measurements(pipeline.measure(_project(config, compute__device=device), name))
+        print(f"{name}: {count} rows rebuilt. Next: dpf-release package --name {name}, as version {report.version}")
+    if not report.released_rows:
+        print("All of them were in test, which is never released: the release stays as it is.")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dpf_release.bank import Digest, SplitName
 from dpf_release.errors import VaultError
 from dpf_release.storage import write_json
-from dpf_release.vault import Vault
+from dpf_release.vault import RELEASED_SPLITS, Vault
 
 RETRACTED = "retracted.json"
 RowId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -48,7 +48,7 @@ class Retraction(_Record):
     @property
     def released_rows(self) -> int:
         """How many of the rows were in a split that is released."""
-        return sum(count for split, count in self.rows.items() if split != "test")
+        return sum(self.rows.get(split, 0) for split in RELEASED_SPLITS)
 
 
 class Retracted(_Record):

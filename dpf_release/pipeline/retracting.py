@@ -54,6 +54,11 @@ class RetractionReport:
     rebuilt: dict[str, int]
     lost: tuple[str, ...]
 
+    @property
+    def released_rows(self) -> int:
+        """How many of the rows were in a split that is released."""
+        return sum(count for split, count in self.rows.items() if split in RELEASED_SPLITS)
+
 
 @dataclass(frozen=True)
 class KeptRows:
