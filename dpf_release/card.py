@@ -116,12 +116,12 @@ Rows that an earlier version has are not in this one: {rows}. {others} Comparing
 retracted{shown}. Who has a copy of an earlier version still has them.
 """
 DROPPED = (
-    "All other rows are, bit for bit, those of {base}; rows were only dropped, and what attacks on {base} showed, where "
-    "they were run, holds for this version."
+    "All other rows are, bit for bit, those of {base}; rows were only dropped, and what attacks on {base} showed, "
+    "where they were run, holds for this version."
 )
 REBUILT = (
-    "{count} rows to which a retracted image had contributed are made of others now; the rest are, bit for bit, those of "
-    "{base}. The rebuilt rows want a new attack run: what attacks on {base} showed does not hold for them."
+    "{count} rows to which a retracted image had contributed are made of others now; the rest are, bit for bit, those "
+    "of {base}. The rebuilt rows want a new attack run: what attacks on {base} showed does not hold for them."
 )
 ANEW = "Its bank was written anew: what attacks on an earlier version showed does not hold for this one."
 

@@ -397,7 +397,7 @@ def _as_before(
     names = pool if groups is None else groups[pool]
     of_group = {name: split for name, split in zip(names, before, strict=True) if split}
     splits = [split or of_group.get(name) for name, split in zip(names, before, strict=True)]
-    return [split if split in wanted else "train" for split in splits]
+    return [split if split and split in wanted else "train" for split in splits]
 
 
 def _strata(table: ImageTable) -> np.ndarray:

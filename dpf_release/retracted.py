@@ -106,12 +106,14 @@ def write_retracted(vault: Vault, retracted: Retracted) -> None:
 
 def digest_of_name(name: str) -> str:
     """What `retracted.json` knows an image by."""
-    return hashlib.sha256(name.encode()).hexdigest()
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
 
 def releases_made(vault: Vault) -> list[dict[str, Any]]:
     """The entries of the ledger, the first first."""
-    entries: list[dict[str, Any]] = json.loads(vault.ledger.read_text(encoding="utf-8")) if vault.ledger.is_file() else []
+    entries: list[dict[str, Any]] = (
+        json.loads(vault.ledger.read_text(encoding="utf-8")) if vault.ledger.is_file() else []
+    )
     return entries
 
 

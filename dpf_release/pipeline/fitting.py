@@ -176,9 +176,7 @@ def load_function(project: Project, name: str) -> FittedFunction:
     weights = [sha256_of(folder / "dpf.safetensors")] if chain.learned is not None else []
     plan_sha256 = sha256_of(folder / PLAN)
     parts = [*weights, record.get("fitted_plan_sha256", plan_sha256)]
-    digest = hashlib.sha256(
-        "".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *parts]).encode()
-    )
+    digest = hashlib.sha256("".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *parts]).encode())
     return FittedFunction(chain, plans, digest.hexdigest(), plan_sha256)
 
 

@@ -83,9 +83,7 @@ class Project:
         return cls(read, Vault.open(read.folder / "vault"), Ranks.of_torchrun())
 
     @contextlib.contextmanager
-    def working(
-        self, *, public: bool = False, together: bool = True, retracting: bool = False
-    ) -> Iterator[None]:
+    def working(self, *, public: bool = False, together: bool = True, retracting: bool = False) -> Iterator[None]:
         """Holds the vault for one step, its images surveyed.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -342,7 +342,8 @@ def _finish(project: Project) -> RetractionReport:
     (vault.features / BEFORE).unlink()
     project.forget("retracted", "private_images", "source_facts", "bank_order")
     rebuilt = _rebuilt(vault, len(retracted.retractions))
-    return RetractionReport(retracted.retractions[-1].rows, _version(project), rebuilt, tuple(lost))
+    rows = {split: retracted.retractions[-1].rows[split] for split in SPLITS}
+    return RetractionReport(rows, _version(project), rebuilt, tuple(lost))
 
 
 def _drop_ids(vault: Vault, gone: Set[bytes]) -> None:

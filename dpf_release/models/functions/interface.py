@@ -89,9 +89,7 @@ class PoisoningFunction:
         """Draws what `apply` needs for this source; by default nothing but the secret itself."""
         return Plan(secret)
 
-    def replan(
-        self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
-    ) -> tuple[Plan, Rows]:
+    def replan(self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes) -> tuple[Plan, Rows]:
         """The plan when rows have gone; by default that of a function whose rows have nothing to do with each other.
 
         Args:

@@ -65,9 +65,7 @@ class Recombine(PoisoningFunction):
             pieces[group] = generator.choice(group, size=(len(group), self._pieces))
         return Plan(secret, pieces, {"class": classes, "group": group_of})
 
-    def replan(
-        self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
-    ) -> tuple[Plan, Rows]:
+    def replan(self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes) -> tuple[Plan, Rows]:
         """Rows with a piece of one that has gone are drawn anew from what is left of their group, all their pieces.
 
         All: were only those replaced, the difference of two versions would be the pieces of the row that has gone.
