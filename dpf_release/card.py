@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dpf_release.bank import BankIndex
 from dpf_release.config import Config
 from dpf_release.manifest import Claims
 from dpf_release.record import ModelRecord
+from dpf_release.retracted import Retracted
 from dpf_release.storage import PUBLIC_FILE, write_text
 
 NO_DESCRIPTION = "No description was given."
@@ -57,7 +58,7 @@ features_of_mine = phi_1(release.preprocess(my_images))
 ```
 
 `sha256sum -c SHA256SUMS` checks the files without any of our code. `features/*/*.h5` open with plain `h5py`.
-
+{retractions}
 ## What is promised, and what is not
 
 Claims made: **{claims_made}**. Attacks measured: **none**; no attack battery was run on this release.
@@ -86,7 +87,8 @@ SCORES = {"top1": ("top-1", "{:.2%}"), "mae": ("mean absolute error", "{:.3g} {u
 def fixed_card_text() -> str:
     """All that the words of a card are made of, but for what is the owner's."""
     scores = [*(label for label, _ in SCORES.values()), str(_score_rows({}, ""))]
-    return "\n".join([CARD, NO_DESCRIPTION, *CATEGORIES.values(), SECOND_FUNCTION, *CLAIMS, *CLAIMS.values(), *scores])
+    sections = [CARD, NO_DESCRIPTION, SECOND_FUNCTION, RETRACTIONS, DROPPED, REBUILT, REBUILT_TOO, ANEW]
+    return "\n".join([*sections, *CATEGORIES.values(), *CLAIMS, *CLAIMS.values(), *scores])
 
 
 def write_card(
@@ -97,6 +99,7 @@ def write_card(
     scores: Mapping[str, Any],
     claims: Claims,
     second_function: str = "",
+    retractions: str = "",
 ) -> None:
     """Writes the card.
 
@@ -108,6 +111,7 @@ def write_card(
         scores: split → `task` of the measurements of this candidate; empty where none were made.
         claims: what the release promises, and what not.
         second_function: why the same images are published once more, under another function; empty where they are not.
+        retractions: as `describe_retractions` says it.
     """
     regression = record.task == "regression"
     text = CARD.format(
@@ -132,8 +136,52 @@ def write_card(
         claims_made=", ".join(claims.made) or "none",
         claims_not_made="".join(f"\n- not claimed (`{name}`): {CLAIMS[name]}" for name in claims.not_made) + "\n",
         second_function=SECOND_FUNCTION.format(reason=second_function) if second_function else "",
+        retractions=retractions,
     )
     write_text(path, text, PUBLIC_FILE)
+
+
+RETRACTIONS = """
+## Retracted
+
+Rows that an earlier version has are not in this one: {rows}. {others} Comparing two versions shows which rows were
+retracted{shown}. Who has a copy of an earlier version still has them.
+"""
+DROPPED = (
+    "All other rows are, bit for bit, those of {base}; rows were only dropped, and what attacks on {base} showed, "
+    "where they were run, holds for this version."
+)
+REBUILT = (
+    "{count} rows to which a retracted image had contributed are made of others now; the rest are, bit for bit, those "
+    "of {base}. The rebuilt rows want a new attack run: what attacks on {base} showed does not hold for them."
+)
+REBUILT_TOO = ", and which were rebuilt"
+ANEW = "Its bank was written anew: what attacks on an earlier version showed does not hold for this one."
+
+
+def describe_retractions(retracted: Retracted, steps: Sequence[Mapping[str, Any]]) -> str:
+    """The section on what was retracted since a version was published; empty where nothing was.
+
+    Args:
+        retracted: all retractions of the vault.
+        steps: `retracted` of the candidate's `candidate.json`: by which retractions rows were taken out of it.
+    """
+    rows: dict[str, int] = {}
+    for retraction in retracted.retractions:
+        if retraction.published and retraction.released_rows:
+            rows[retraction.published[-1]] = rows.get(retraction.published[-1], 0) + retraction.released_rows
+    if not rows:
+        return ""
+    base, count = "", 0  # the version whose bank the first of the steps began with, and the rows rebuilt since
+    for step in steps:
+        retraction = retracted.retractions[step["number"] - 1]
+        if retraction.published_index == step["dropped_from"]:
+            base, count = retraction.published[-1], 0
+        count += step["rebuilt"]
+    others = (REBUILT if count else DROPPED).format(base=base, count=count) if base else ANEW
+    shown = REBUILT_TOO if base and count else ""
+    told = ", ".join(f"{number} retracted since {version}" for version, number in rows.items())
+    return RETRACTIONS.format(rows=told, others=others, shown=shown)
 
 
 def _score_rows(scores: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:

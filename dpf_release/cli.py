@@ -289,6 +289,42 @@ def package(
 
 
 @app.command()
+def retract(
+    config: ConfigOption = CONFIG,
+    row_id: Annotated[list[str] | None, typer.Option("--id", help="A row, as the bank and ids.csv name it.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="An image, as ids.csv names it, or its file name.")
+    ] = None,
+    source_file: Annotated[
+        Path | None, typer.Option("--source-file", help="A text file with the name of an image a line.")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Take images out of the vault and of what is published next, as after a takedown request.
+
+    Each may be given several times. Without any, a retraction that was cut off is finished.
+
+    Example: dpf-release retract --source train/cat/0042.jpg --source 0043.jpg
+    """
+    from dpf_release import pipeline
+
+    sources = [*(source or []), *(pipeline.read_names(source_file) if source_file else [])]
+    report = pipeline.retract(_project(config, compute__device=device), row_id or [], sources)
+    if not report.rows:
+        print("Nothing to retract: these rows have gone before.")
+        return
+    counts = ", ".join(f"{split}: {count}" for split, count in report.rows.items())
+    print(f"Retracted {sum(report.rows.values())} rows ({counts}). Delete the images too, if that is not done.")
+    for name in report.lost:
+        print(f"{name}: its candidate was not whole, and is removed. Write it: dpf-release poison --name {name}")
+    for name, count in report.rebuilt.items():
+        print_measurements(pipeline.measure(_project(config, compute__device=device), name))
+        print(f"{name}: {count} rows rebuilt. Next: dpf-release package --name {name}, as version {report.version}")
+    if not report.released_rows:
+        print("All of them were in test, which is never released: the release stays as it is.")
+
+
+@app.command()
 def verify(
     release: Annotated[Path, typer.Argument(help="A release folder.")],
     public_key: Annotated[

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
@@ -88,6 +88,19 @@ class ImageTable:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What is known of a data set from before images were taken out of it.
+
+    Attributes:
+        classes: names of its classes; one may have no image left.
+        splits: path → the split that was made for it; empty: splits are made anew.
+    """
+
+    classes: tuple[str, ...] = ()
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+
 def read_table(
     source: Path,
     *,
@@ -98,6 +111,7 @@ def read_table(
     val_fraction: float = 0.1,
     test_fraction: float = 0.1,
     seed: int = 0,
+    earlier: Earlier | None = None,
 ) -> ImageTable:
     """Reads a labelled data set.
 
@@ -116,11 +130,13 @@ def read_table(
         val_fraction: share of the `train` rows that a missing `val` gets; 0 makes none.
         test_fraction: the same for `test`.
         seed: of the splits that are made.
+        earlier: classes and splits that stay, whatever images have gone.
 
     Raises:
         ImageError: the source is not laid out as expected; all faulty lines are counted, the first are shown.
     """
     source = Path(source)
+    earlier = earlier or Earlier()
     if source.is_dir():
         if task == "regression" or group_column is not None:
             what = "numbers as targets" if task == "regression" else f"the group column {group_column!r}"
@@ -129,12 +145,12 @@ def read_table(
                 "Write a table with the columns path, "
                 + ("split and the targets." if task == "regression" else "label and the group.")
             )
-        table = _read_tree(source, tuple(classes))
+        table = _read_tree(source, tuple(classes), earlier.classes)
     else:
-        table = _read_csv(source, task, tuple(target_columns), group_column, tuple(classes))
+        table = _read_csv(source, task, tuple(target_columns), group_column, tuple(classes), earlier.classes)
     groups = None if group_column is None else np.array(table.attributes[group_column])
     fractions = {"val": val_fraction, "test": test_fraction}
-    return replace(table, splits=_complete_splits(source, table, groups, fractions, seed))
+    return replace(table, splits=_complete_splits(source, table, groups, fractions, seed, earlier.splits))
 
 
 def read_unlabelled(
@@ -170,7 +186,7 @@ def read_unlabelled(
     if classes:
         _require_classes(source, classes, set().union(*labels))
         table = table.select([row for row, found in enumerate(labels) if found])
-    return replace(table, splits=_complete_splits(source, table, None, {"val": val_fraction}, seed))
+    return replace(table, splits=_complete_splits(source, table, None, {"val": val_fraction}, seed, {}))
 
 
 def _image_files(folder: Path) -> Iterator[str]:
@@ -187,7 +203,7 @@ def _image_files(folder: Path) -> Iterator[str]:
     yield from sorted(file.relative_to(folder).as_posix() for file in found if file.suffix.lower() in suffixes)
 
 
-def _read_tree(source: Path, classes: tuple[str, ...]) -> ImageTable:
+def _read_tree(source: Path, classes: tuple[str, ...], earlier: tuple[str, ...]) -> ImageTable:
     paths = list(_image_files(source))
     parts = [PurePosixPath(path).parts for path in paths]
     has_splits = any(entry.is_dir() and entry.name.lower() in _SPLIT_NAMES for entry in source.iterdir())
@@ -203,7 +219,7 @@ def _read_tree(source: Path, classes: tuple[str, ...]) -> ImageTable:
             f"{source}: expected {layout}, found {len(stray)} images elsewhere, first {_shown(stray)}. "
             "Move them into a class folder, or out of the tree."
         )
-    found = {names[depth] for names in parts}
+    found = {names[depth] for names in parts}.union(earlier)
     names = classes or tuple(sorted(found))
     _require_classes(source, names, found)
     index = {name: number for number, name in enumerate(names)}
@@ -219,6 +235,7 @@ def _read_csv(
     target_columns: tuple[str, ...],
     group_column: str | None,
     classes: tuple[str, ...],
+    earlier: tuple[str, ...],
 ) -> ImageTable:
     regression = task == "regression"
     if regression and not target_columns:
@@ -233,8 +250,9 @@ def _read_csv(
         numbers = [[float(cell) for cell in columns[name]] for name in target_columns]
         targets = np.array(numbers, dtype=np.float32).T  # (K, N) -> (N, K)
         return ImageTable(source.parent, columns["path"], targets, (), target_columns, splits, attributes)
-    names = classes or tuple(sorted(set(columns["label"])))
-    _require_classes(source, names, set(columns["label"]))
+    found = set(columns["label"]).union(earlier)
+    names = classes or tuple(sorted(found))
+    _require_classes(source, names, found)
     index = {name: number for number, name in enumerate(names)}
     targets = np.array([index.get(label, -1) for label in columns["label"]], dtype=np.int64)
     table = ImageTable(source.parent, columns["path"], targets, names, (), splits, attributes)
@@ -326,9 +344,14 @@ def _require_classes(source: Path, wanted: Sequence[str], found: set[str]) -> No
 
 
 def _complete_splits(
-    source: Path, table: ImageTable, groups: np.ndarray | None, fractions: Mapping[str, float], seed: int
+    source: Path,
+    table: ImageTable,
+    groups: np.ndarray | None,
+    fractions: Mapping[str, float],
+    seed: int,
+    known: Mapping[str, str],
 ) -> np.ndarray:
-    """Returns the (N,) splits, with those that have no row yet carved from `train`."""
+    """Returns the (N,) splits, with those that have no row yet carved from `train`, or as they are `known`."""
     if any(fraction < 0 for fraction in fractions.values()) or sum(fractions.values()) >= 1:
         raise ValueError(f"fractions must be at least 0 and sum to less than 1, found {dict(fractions)}")
     if not len(table):
@@ -342,7 +365,9 @@ def _complete_splits(
     missing = [split for split, fraction in fractions.items() if fraction and split not in splits]
     wanted = {split: max(1, round(fractions[split] * len(pool))) for split in missing}
     rng = np.random.default_rng(seed)
-    if wanted:
+    if wanted and known:
+        splits[pool] = _as_before(table, pool, groups, wanted, known)
+    elif wanted:
         if groups is None:
             carved = _carve_rows(pool, _strata(table)[pool], wanted, rng)
         else:
@@ -358,6 +383,21 @@ def _complete_splits(
     if groups is not None:
         _refuse_shared_groups(source, groups, splits)
     return splits
+
+
+def _as_before(
+    table: ImageTable,
+    pool: np.ndarray,
+    groups: np.ndarray | None,
+    wanted: Mapping[str, int],
+    known: Mapping[str, str],
+) -> list[str]:
+    """Returns the splits of the rows of `pool` as they are known; a new row goes with its group, or to `train`."""
+    before = [known.get(table.paths[row]) for row in pool]
+    names = pool if groups is None else groups[pool]
+    of_group = {name: split for name, split in zip(names, before, strict=True) if split}
+    splits = [split or of_group.get(name) for name, split in zip(names, before, strict=True)]
+    return [split if split and split in wanted else "train" for split in splits]
 
 
 def _strata(table: ImageTable) -> np.ndarray:

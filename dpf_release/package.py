@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpf_release.bank import BankIndex, FeatureBank, read_index
-from dpf_release.card import write_card
+from dpf_release.card import describe_retractions, write_card
 from dpf_release.config import Config
 from dpf_release.croissant import CROISSANT, croissant
 from dpf_release.errors import RefusedError, VaultError
@@ -79,7 +79,9 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     _refuse_strangers(candidate, index)
     _refuse_other_origin(project, candidate, name, function)
     _refuse_unpoisoned(index, poisons=function.chain.poisons)
+    _refuse_retracted(project, candidate, index)
     reason = _reason_for_function(project.vault, function, second_function)
+    config = _next_version(project)
 
     staging = _staging(out)
     shutil.rmtree(staging, ignore_errors=True)
@@ -87,10 +89,10 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     try:
         _copy_public(candidate, staging)
         record = project.cut.public_record
-        write_card(
-            staging / "README.md", project.config, record, index, _scores(project, candidate, name), Claims(), reason
-        )
-        manifest = _manifest(project.config, record, index, _describe(staging, project.config), out)
+        card = staging / "README.md"
+        scores = _scores(project, candidate, name)
+        write_card(card, config, record, index, scores, Claims(), reason, _retractions(project, name))
+        manifest = _manifest(config, record, index, _describe(staging, config), out)
         write_manifest(staging, manifest)
         if key is not None:
             write_signature(staging, key)
@@ -107,6 +109,7 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
         "function_digest": function.digest,
         "bank": project.bank_id,
         "second_function": reason,
+        "index_sha256": sha256_of(candidate / "features" / "index.json"),
         "manifest_sha256": sha256_of(staging / MANIFEST),
         "place": str(out),
     }
@@ -186,6 +189,30 @@ def _scores(project: Project, candidate: Path, name: str) -> dict[str, Any]:
     if report.get("index_sha256") != sha256_of(candidate / "features" / "index.json"):
         return {}
     return {split: report[split]["task"] for split in ("val", "test") if "task" in report[split]}
+
+
+def _next_version(project: Project) -> Config:
+    """The configuration; with the next version where the one that it says was published with rows since retracted."""
+    release = project.config.release
+    version = project.retracted.version_after(release.version)
+    return project.config.model_copy(update={"release": release.model_copy(update={"version": version})})
+
+
+def _refuse_retracted(project: Project, candidate: Path, index: BankIndex) -> None:
+    gone = project.retracted.ids
+    if gone and any(
+        row_id.tobytes() in gone for split in index.splits for row_id in FeatureBank(candidate / "features", split).ids
+    ):
+        raise RefusedError(
+            "the candidate has rows that were retracted. Nothing was published. Write it anew: `dpf-release poison "
+            f"--name {candidate.name} --restart`."
+        )
+
+
+def _retractions(project: Project, name: str) -> str:
+    """What the card says of retracted rows."""
+    made = read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
+    return describe_retractions(project.retracted, made.get("retracted", []))
 
 
 # --------------------------------------------------------------------------------------------- the ledger

@@ -13,7 +13,8 @@ import dpf_release
 ROOT = Path(dpf_release.__file__).parent
 ORDER = [
     "errors",
-    "storage tree digests ahead config vault manifest signing verification bank bank_writer record progress",
+    "storage tree digests ahead config vault manifest signing verification bank bank_writer bank_drop record retracted "
+    "progress",
     "ranks metrics image_table images pictures figures loader models release",
     "training",
     "pipeline downstream",

@@ -5,6 +5,7 @@ from dpf_release.pipeline.fitting import fit_poison
 from dpf_release.pipeline.measuring import measure
 from dpf_release.pipeline.network import train
 from dpf_release.pipeline.project import Project
+from dpf_release.pipeline.retracting import read_names, retract
 from dpf_release.pipeline.start import init
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "fit_poison",
     "init",
     "measure",
+    "read_names",
+    "retract",
     "train",
     "write_candidate",
 ]

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dpf_release.bank import ID_BYTES, INDEX, BankIndex, SplitName
+from dpf_release.bank import ID_BYTES, INDEX, BankIndex, SplitName, read_index
+from dpf_release.bank_drop import BEFORE
 from dpf_release.bank_writer import BankWriter, Span, SplitRows
 from dpf_release.config import parse_size
 from dpf_release.errors import BankError, DPFReleaseError, ImageError, VaultError
@@ -53,10 +54,12 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
         facts = project.source_facts | _bank_facts(project)
         project.ranks.once(lambda: _draw_plan(project, facts, restart))
         project.forget("bank_order")
-        known = json.loads(vault.plan.read_text(encoding="utf-8"))
+        known = project.bank_plan
         changed = changed_facts(known, facts) + ["ids.csv"] * (sha256_of(vault.ids) != known["ids_sha256"])
         anew = "start anew with --restart (new ids; functions fitted on the old bank are void)"
         _refuse_other_plan(str(vault.features), changed, anew)
+        if project.rows_were_retracted:
+            return read_index(vault.features)  # whole; its shards are not those that would be written now
         rows_of, ids_of = project.bank_order
         rows = {name: SplitRows(images.table.targets[rows_of[name]], ids_of[name]) for name in SPLITS}
         compute = _featurized(project.frozen(cut.split.featurizer), images.pictures, rows_of, project.device)
@@ -104,7 +107,7 @@ def _draw_plan(project: Project, facts: dict[str, Any], restart: bool) -> None:
     if vault.plan.is_file() and not restart:
         return
     _refuse_small_disk(project, vault.features, [len(images.rows(name)) for name in SPLITS])
-    _remove_bank(vault.features)
+    remove_bank(vault.features)
     make_folder(vault.features)
     generator = np.random.default_rng(secrets.randbits(256))
     lines = []
@@ -126,8 +129,9 @@ def _draw_plan(project: Project, facts: dict[str, Any], restart: bool) -> None:
     write_json(vault.plan, {**facts, "ids_sha256": sha256_of(vault.ids)})
 
 
-def _remove_bank(folder: Path) -> None:
-    for path in [folder / "plan.json", folder / "index.json", *folder.glob("*/shard-*.h5*")]:
+def remove_bank(folder: Path) -> None:
+    """Removes a bank, or what there is of one."""
+    for path in [folder / "plan.json", folder / INDEX, folder / BEFORE, *folder.glob("*/shard-*.h5*")]:
         path.unlink(missing_ok=True)
 
 
@@ -167,6 +171,8 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
         banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
         folder, record = project.vault.candidate(name), project.vault.function(name) / CANDIDATE
         plan = {"origin": candidate_origin(project, function), "bank": _bank_facts(project)}
+        if not restart and (index := _after_retraction(project, name, plan)):
+            return index
         project.ranks.once(lambda: _begin_candidate(project, name, plan, restart))
         writer = _writer(project, folder / "features", poisoned=function.chain.poisons)
         rows = {split: SplitRows(bank.targets, bank.ids) for split, bank in banks.items()}
@@ -182,28 +188,49 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
         return index
 
 
+def _after_retraction(project: Project, name: str, plan: dict[str, Any]) -> BankIndex | None:
+    """The index of a candidate from which rows were retracted: whole, and its shards not those of one written now."""
+    record = project.vault.function(name) / CANDIDATE
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if not known.get("retracted"):
+        return None
+    _refuse_other_candidate(name, changed_facts(known["origin"], plan["origin"]))
+    return read_index(project.vault.candidate(name) / "features")
+
+
+def _refuse_other_candidate(name: str, changed: Sequence[str]) -> None:
+    anew = f"start anew with `dpf-release poison --name {name} --restart`"
+    _refuse_other_plan(f"the candidate {name!r}", changed, anew)
+
+
 def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart: bool) -> None:
     folder, record = project.vault.candidate(name), project.vault.function(name) / CANDIDATE
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     if known is None or restart:
         rows = [len(project.private_bank(split)) for split in RELEASED_SPLITS]
         _refuse_small_disk(project, folder / "features", rows)
-        _remove_bank(folder / "features")
+        remove_bank(folder / "features")
     else:
         changed = [key for part in ("origin", "bank") for key in changed_facts(known.get(part, {}), plan[part])]
-        anew = f"start anew with `dpf-release poison --name {name} --restart`"
-        _refuse_other_plan(f"the candidate {name!r}", changed, anew)
-    for measured in ("measurements.json", "reconstructions.png"):  # of the candidate before
-        (project.vault.reports(name) / measured).unlink(missing_ok=True)
+        _refuse_other_candidate(name, changed)
+    forget_measurements(project.vault.reports(name))  # of the candidate before
     write_json(record, plan | {"index_sha256": None})
     _write_public_model(project, folder / "model")
+
+
+def forget_measurements(reports: Path) -> None:
+    """Removes what `measure` found for a candidate."""
+    for measured in ("measurements.json", "reconstructions.png"):
+        (reports / measured).unlink(missing_ok=True)
 
 
 def candidate_origin(project: Project, function: FittedFunction) -> dict[str, str]:
     """What a candidate is made from; `package` publishes no candidate of another origin than today's."""
     return {
         "function": function.digest,
+        "plan": function.plan_sha256,
         "bank": project.bank_id,
+        "rows": sha256_of(project.vault.ids),
         "model": hashlib.sha256(project.cut.featurizer_file + project.cut.classifier_file).hexdigest(),
         "record": project.cut.public_record.model_dump_json(),
     }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -27,6 +28,7 @@ from dpf_release.training import Recipe, fit
 from dpf_release.vault import RELEASED_SPLITS, read_record
 
 CANDIDATE = "candidate.json"  # beside a function: the plan that its candidate is written under
+PLAN = "plan.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +38,14 @@ class FittedFunction:
     Attributes:
         chain: its stages, the learned one with its weights.
         plans: for each split, one plan a stage.
-        digest: changes with anything that changes a poisoned row.
+        digest: of P as it was fitted; another P has another. A retraction does not change it.
+        plan_sha256: of the plans as they are.
     """
 
     chain: Chain
     plans: dict[SplitName, list[Plan]]
     digest: str
+    plan_sha256: str
 
     def poisoned(self, split: SplitName, bank: RowSource) -> RowSource:
         """A split's bank as P leaves it."""
@@ -107,20 +111,26 @@ def _draw_plans(
     chain: Chain, banks: Mapping[SplitName, RowSource], phi_2: nn.Module, secret: bytes, folder: Path
 ) -> None:
     """What the function draws before it sees a row, into the vault; a resume goes on under it."""
-    if (folder / "plan.safetensors").is_file():
-        return
+    if not (folder / PLAN).is_file():
+        write_plans(folder, {split: chain.plan(bank, phi_2, secret) for split, bank in banks.items()})
+
+
+def write_plans(
+    folder: Path, plans: Mapping[SplitName, Sequence[Plan]], more: Mapping[str, NDArray[Any]] | None = None
+) -> None:
+    """A function's plans, for each split one a stage, into the vault; with what else is to be known of them."""
     arrays = {
         f"{split}/{stage}/{key}": array
-        for split, bank in banks.items()
-        for stage, plan in enumerate(chain.plan(bank, phi_2, secret))
+        for split, stages in plans.items()
+        for stage, plan in enumerate(stages)
         for key, array in (plan.arrays | ({} if plan.pieces is None else {"pieces": plan.pieces})).items()
     }
-    with replacing(folder / "plan.safetensors") as partial:
-        save_file(arrays, partial)
+    with replacing(folder / PLAN) as partial:
+        save_file(arrays | dict(more or {}), partial)
 
 
 def _read_plans(chain: Chain, secret: bytes, folder: Path) -> dict[SplitName, list[Plan]]:
-    arrays = load_file(folder / "plan.safetensors")
+    arrays = load_file(folder / PLAN)
     plans: dict[SplitName, list[Plan]] = {}
     for split in RELEASED_SPLITS:
         plans[split] = []
@@ -163,11 +173,11 @@ def load_function(project: Project, name: str) -> FittedFunction:
         chain.learned.load_state_dict(load_state(folder / "dpf.safetensors"))
         project.frozen(chain.learned)
     plans = _read_plans(chain, bytes.fromhex(record["secret"]), folder)
-    files = [path for path in sorted(folder.glob("*.safetensors")) if path.stem in {"dpf", "plan"}]
-    digest = hashlib.sha256(
-        "".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *map(sha256_of, files)]).encode()
-    )
-    return FittedFunction(chain, plans, digest.hexdigest())
+    weights = [sha256_of(folder / "dpf.safetensors")] if chain.learned is not None else []
+    plan_sha256 = sha256_of(folder / PLAN)
+    parts = [*weights, record.get("fitted_plan_sha256", plan_sha256)]
+    digest = hashlib.sha256("".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *parts]).encode())
+    return FittedFunction(chain, plans, digest.hexdigest(), plan_sha256)
 
 
 def _begin(folder: Path, recipe: dict[str, Any], subject: dict[str, str], restart: bool) -> None:
@@ -183,7 +193,7 @@ def _begin(folder: Path, recipe: dict[str, Any], subject: dict[str, str], restar
         )
     make_folder(folder)
     # The record first: what lies beside no record is nobody's, also after a crash between these lines.
-    for name in ("function.json", "checkpoint.safetensors", "dpf.safetensors", "plan.safetensors", CANDIDATE):
+    for name in ("function.json", "checkpoint.safetensors", "dpf.safetensors", PLAN, CANDIDATE):
         (folder / name).unlink(missing_ok=True)
     write_json(path, {"recipe": recipe, "for": subject, "secret": os.urandom(32).hex(), "fitted": False})
 

@@ -21,15 +21,16 @@ from torch import nn
 from dpf_release.bank import ID_BYTES, FeatureBank, SplitName
 from dpf_release.config import CONFIG_NAME, Config, read_config
 from dpf_release.errors import RankError, VaultError
-from dpf_release.image_table import ImageTable, read_table, read_unlabelled
+from dpf_release.image_table import Earlier, ImageTable, read_table, read_unlabelled
 from dpf_release.images import Preprocess
 from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import freeze, load_state, save_state, state_file
 from dpf_release.models.zoo import build_network, is_public_architecture
 from dpf_release.pictures import BadImage, Pictures, refuse_bad, survey
-from dpf_release.progress import Progress
+from dpf_release.progress import Progress, announce
 from dpf_release.ranks import Ranks
 from dpf_release.record import CUSTOM, ModelRecord, PreprocessRecord, read_model_record
+from dpf_release.retracted import Retracted, digest_of_name, read_retracted
 from dpf_release.storage import make_folder, replacing, sha256_of, write_json
 from dpf_release.training import pick_device
 from dpf_release.vault import SPLITS, Vault, read_ids, read_record
@@ -82,23 +83,34 @@ class Project:
         return cls(read, Vault.open(read.folder / "vault"), Ranks.of_torchrun())
 
     @contextlib.contextmanager
-    def working(self, *, public: bool = False, together: bool = True) -> Iterator[None]:
+    def working(self, *, public: bool = False, together: bool = True, retracting: bool = False) -> Iterator[None]:
         """Holds the vault for one step, its images surveyed.
 
         Args:
             public: whether the step needs Q.
             together: whether several ranks can share the step.
+            retracting: whether the step takes images out of S: no survey, and one that was cut off is gone on with.
 
         Raises:
+            VaultError: a retraction was cut off.
             StorageError: another run works in the vault.
             RankError: there are several ranks, and the step is one process's work.
         """
         if self.ranks.world_size > 1 and not together:
             raise RankError("expected one process for this step, found several. Run it without torchrun.")
         with self.ranks.holding(self.vault.root):
-            # Here, where all ranks come by: a survey is shared, and must not begin on one of them alone.
-            _ = self.private_images, self.public_images if public else None
+            if not retracting:
+                self._refuse_unfinished_retraction()
+                # Here, where all ranks come by: a survey is shared, and must not begin on one of them alone.
+                _ = self.private_images, self.public_images if public else None
             yield
+
+    def _refuse_unfinished_retraction(self) -> None:
+        if read_retracted(self.vault).unfinished is not None:
+            raise VaultError(
+                "a retraction was cut off, and some of its rows are still in the vault. Run `dpf-release retract` to "
+                "finish it."
+            )
 
     def forget(self, *names: str) -> None:
         """Lets the named properties be read from the vault again: a step calls it for what it has just replaced."""
@@ -118,8 +130,22 @@ class Project:
 
     @cached_property
     def private_images(self) -> ImageSet:
-        """S."""
+        """S, without what was retracted."""
+        table, left_out = self.private_table(self.retracted)
+        if left_out and self.ranks.is_first:
+            announce(f"left out, retracted: {left_out} images that are still among the private images")
+        return self._surveyed("private", table, self.config.images.private.max_bad)
+
+    def private_table(self, retracted: Retracted) -> tuple[ImageTable, int]:
+        """The files of S without those that were retracted, and how many of these are still there.
+
+        Where splits are made, each image keeps the one that the bank has it in: made anew, they would mix what Φ was
+        trained on with what judges it.
+        """
         task, section = self.config.task, self.config.images.private
+        splits = {}
+        if retracted.retractions and retracted.splitting == self.splitting and self.vault.ids.is_file():
+            splits = {line["source"]: line["split"] for line in read_ids(self.vault.ids)}
         table = read_table(
             self.config.locate(section.path),
             task=task.kind,
@@ -129,8 +155,22 @@ class Project:
             val_fraction=section.val_fraction,
             test_fraction=section.test_fraction,
             seed=section.seed,
+            earlier=Earlier(retracted.classes, splits),
         )
-        return self._surveyed("private", table, section.max_bad)
+        gone = set(retracted.sources)
+        kept = [row for row, path in enumerate(table.paths) if not gone or digest_of_name(path) not in gone]
+        return (table.select(kept) if gone else table), len(table) - len(kept)
+
+    @property
+    def splitting(self) -> dict[str, Any]:
+        """By what missing splits of S are made."""
+        names = {"group", "val_fraction", "test_fraction", "seed"}
+        return self.config.images.private.model_dump(mode="json", include=names)
+
+    @cached_property
+    def retracted(self) -> Retracted:
+        """What was retracted from S."""
+        return read_retracted(self.vault)
 
     @cached_property
     def public_images(self) -> ImageSet:
@@ -269,14 +309,29 @@ class Project:
             )
         return sha256_of(self.vault.plan)
 
+    @property
+    def bank_plan(self) -> dict[str, Any]:
+        """The plan of φ1(S), with what retractions have changed since.
+
+        Raises:
+            VaultError: there is no plan, thus no bank.
+        """
+        plan: dict[str, Any] = read_record(self.vault.plan, "featurize")
+        return plan | (self.retracted.facts if self.rows_were_retracted else {})
+
+    @property
+    def rows_were_retracted(self) -> bool:
+        """Whether φ1(S) has lost rows since it was written: its shards are not those that would be written now."""
+        return self.retracted.bank == self.bank_id
+
     def private_bank(self, split_name: SplitName) -> FeatureBank:
         """One split of φ1(S).
 
         Raises:
             VaultError: it was made from other images, labels, names or networks than those of today.
         """
-        known, today = read_record(self.vault.plan, "featurize"), self.source_facts
-        changed = changed_facts(known, today)
+        known = self.bank_plan
+        changed = changed_facts(known, self.source_facts)
         if sha256_of(self.vault.ids) != known["ids_sha256"]:
             changed.append("ids.csv")
         if changed:

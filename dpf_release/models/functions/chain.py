@@ -49,6 +49,26 @@ class Chain:
             source = PoisonedRows(source, stage, plans[-1])
         return plans
 
+    def replan(
+        self, plans: Sequence[Plan], kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
+    ) -> tuple[list[Plan], Rows]:
+        """The stages' plans when rows have gone, as `PoisoningFunction.replan`.
+
+        Returns:
+            One plan a stage, and the numbers of the rows that come out otherwise than before after all stages.
+        """
+        replanned: list[Plan] = []
+        rebuilt = np.empty(0, np.int64)
+        for number, (stage, plan) in enumerate(zip(self.stages, plans, strict=True)):
+            planned, drawn = stage.replan(plan, kept, source, phi_2, self.stage_secret(secret, number))
+            if len(rebuilt):  # what a stage before made otherwise goes into whatever is made of it
+                rows, members = planned.contributors(np.arange(len(source)))
+                rebuilt = rows[np.isin(members, rebuilt)]
+            rebuilt = np.union1d(rebuilt, drawn)
+            replanned.append(planned)
+            source = PoisonedRows(source, stage, planned)
+        return replanned, rebuilt
+
     @staticmethod
     def stage_secret(secret: bytes, stage: int) -> bytes:
         """The 32 bytes that a stage's plan gets."""

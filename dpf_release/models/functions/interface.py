@@ -89,6 +89,30 @@ class PoisoningFunction:
         """Draws what `apply` needs for this source; by default nothing but the secret itself."""
         return Plan(secret)
 
+    def replan(self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes) -> tuple[Plan, Rows]:
+        """The plan when rows have gone; by default that of a function whose rows have nothing to do with each other.
+
+        Args:
+            plan: of all rows.
+            kept: numbers of the rows that are left, in that plan, ascending.
+            source: the rows that are left.
+            phi_2: the classifier.
+            secret: 32 bytes, for what is drawn anew.
+
+        Returns:
+            The plan of the rows that are left, and the numbers in it of those that are drawn anew: each to which one
+            that has gone contributed. All others come out as before.
+
+        Raises:
+            ConfigError: the function planned with several rows, and does not say how it does without some.
+        """
+        if plan.pieces is not None or plan.arrays:
+            raise ConfigError(
+                f"{type(self).__name__} plans with the rows of a bank, and has no `replan` that does without some of "
+                "them. Write one (docs/functions.md), or write the features anew without these images and fit it again."
+            )
+        return plan, np.empty(0, np.int64)
+
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """The poisoned rows, (n, C, H, W)."""
         raise NotImplementedError

@@ -47,28 +47,47 @@ class Recombine(PoisoningFunction):
             ConfigError: a class has fewer than `k` rows.
         """
         if not len(source):
-            return Plan(secret, np.empty((0, self._pieces), np.int64), {"group": np.empty(0, np.int64)})
+            none = np.empty(0, np.int64)
+            return Plan(secret, np.empty((0, self._pieces), np.int64), {"class": none, "group": none})
         generator = np.random.default_rng(list(secret))
-        seen = _seen_by_classifier(source, phi_2)
+        seen = _seen_by_classifier(source, phi_2, np.arange(len(source)))
         classes = _target_bins(source.targets, self.bins)
-        names, counts = np.unique(classes, return_counts=True)
-        if counts.min() < self.k:
-            small = ", ".join(f"{name}: {count}" for name, count in zip(names, counts, strict=True) if count < self.k)
-            kind = "class" if source.targets.ndim == 1 else "target bin"
-            raise ConfigError(
-                f"recombine expects at least k = {self.k} rows of each class in each split, found fewer in {kind} "
-                f"{small}. Lower k (for regression, or bins), add images, or make that split larger."
-            )
+        advice = "Lower k (for regression, or bins), add images, or make that split larger."
+        self._refuse_small_classes(classes, source, "in each split", advice)
         group_of = np.empty(len(source), np.int64)
         groups: list[Rows] = []
-        for name in names:
+        for name in np.unique(classes):
             for group in _microaggregate(np.flatnonzero(classes == name), seen, self.k, generator):
                 group_of[group] = len(groups)
                 groups.append(group)
         pieces = np.empty((len(source), self._pieces), np.int64)
         for group in groups:
             pieces[group] = generator.choice(group, size=(len(group), self._pieces))
-        return Plan(secret, pieces, {"group": group_of})
+        return Plan(secret, pieces, {"class": classes, "group": group_of})
+
+    def replan(self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes) -> tuple[Plan, Rows]:
+        """Rows with a piece of one that has gone are drawn anew from what is left of their group, all their pieces.
+
+        All: were only those replaced, the difference of two versions would be the pieces of the row that has gone.
+        A group with fewer than `k` rows left joins the one of its class that φ2 sees nearest.
+
+        Raises:
+            ConfigError: a class has some rows left, but fewer than `k`.
+        """
+        assert plan.pieces is not None
+        number = np.full(len(plan.pieces), -1, np.int64)  # of a row that is left
+        number[kept] = np.arange(len(kept))
+        classes = plan.arrays["class"][kept]
+        advice = "Retract the others of it in that split too; or fit another function."
+        self._refuse_small_classes(classes, source, "that does not go as a whole", advice)
+        pieces = number[plan.pieces[kept]]  # (rows left, pieces)
+        rebuilt = np.flatnonzero((pieces < 0).any(axis=1))
+        group_of = _refill(plan.arrays["group"][kept], classes, source, phi_2, self.k)
+        generator = np.random.default_rng(list(secret))
+        for group in np.unique(group_of[rebuilt]):
+            rows = rebuilt[group_of[rebuilt] == group]
+            pieces[rows] = generator.choice(np.flatnonzero(group_of == group), size=(len(rows), self._pieces))
+        return Plan(plan.secret, pieces, {"class": classes, "group": group_of}), rebuilt
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Recombined rows."""
@@ -84,14 +103,24 @@ class Recombine(PoisoningFunction):
             out[(slice(None), *window)] = read[(where[:, piece], *window)]
         return out
 
+    def _refuse_small_classes(self, classes: Rows, source: RowSource, which: str, advice: str) -> None:
+        names, counts = np.unique(classes, return_counts=True)
+        small = [f"{name}: {count}" for name, count in zip(names, counts, strict=True) if count < self.k]
+        if small:
+            kind = "class" if source.targets.ndim == 1 else "target bin"
+            raise ConfigError(
+                f"recombine expects at least k = {self.k} rows of each class {which}, found fewer in {kind} "
+                f"{', '.join(small)}. {advice}"
+            )
+
     @property
     def _pieces(self) -> int:
         _, height, width = self.features.shape
         return -(-height // self.patch) * -(-width // self.patch)
 
 
-def _seen_by_classifier(source: RowSource, phi_2: nn.Module, batch: int = 256) -> NDArray[np.float32]:
-    """What φ2 makes of each row, (N, D): the input of its last linear layer, or its answer where it has none."""
+def _seen_by_classifier(source: RowSource, phi_2: nn.Module, rows: Rows, batch: int = 256) -> NDArray[np.float32]:
+    """What φ2 makes of rows, (n, D): the input of its last linear layer, or its answer where it has none."""
     linear = [module for module in phi_2.modules() if isinstance(module, nn.Linear)]
     caught: list[Tensor] = []
     hook = linear[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0])) if linear else None
@@ -99,9 +128,8 @@ def _seen_by_classifier(source: RowSource, phi_2: nn.Module, batch: int = 256) -
     parts = []
     try:
         with torch.inference_mode():
-            for start in range(0, len(source), batch):
-                rows = np.arange(start, min(start + batch, len(source)))
-                answer = phi_2(as_tensor(source.read(rows)).to(device))
+            for start in range(0, len(rows), batch):
+                answer = phi_2(as_tensor(source.read(rows[start : start + batch])).to(device))
                 parts.append((caught.pop() if linear else answer).flatten(1).float().cpu().numpy())
     finally:
         if hook is not None:
@@ -130,3 +158,22 @@ def _microaggregate(rows: Rows, seen: NDArray[np.float32], k: int, generator: np
         groups.append(rows[nearest])
         rows = np.delete(rows, nearest)
     return [*groups, rows]
+
+
+def _refill(group_of: Rows, classes: Rows, source: RowSource, phi_2: nn.Module, k: int) -> Rows:
+    """Groups of k rows or more again: one that has fewer joins the nearest of its class, seen by φ2 and on average."""
+    group_of = group_of.copy()
+    groups, counts = np.unique(group_of, return_counts=True)
+    for name in np.unique(classes[np.isin(group_of, groups[counts < k])]):
+        rows = np.flatnonzero(classes == name)
+        seen = _seen_by_classifier(source, phi_2, rows)
+        while True:
+            groups, counts = np.unique(group_of[rows], return_counts=True)
+            if counts.min() >= k:
+                break
+            means = np.stack([seen[group_of[rows] == group].mean(axis=0) for group in groups])  # (groups, D)
+            short = int(counts.argmin())
+            distances = np.square(means - means[short]).sum(axis=1)
+            distances[short] = np.inf
+            group_of[rows[group_of[rows] == groups[short]]] = groups[distances.argmin()]
+    return group_of
