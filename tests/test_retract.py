@@ -25,7 +25,6 @@ from dpf_release.bank import FeatureBank, SplitName, read_index
 from dpf_release.bank_drop import BEFORE
 from dpf_release.errors import ConfigError, RankError, RefusedError, VaultError
 from dpf_release.image_table import Earlier, read_table
-from dpf_release.manifest import verify
 from dpf_release.models.functions import FUNCTIONS
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, retract, write_candidate
@@ -35,6 +34,7 @@ from dpf_release.ranks import Ranks
 from dpf_release.retracted import RETRACTED, next_version
 from dpf_release.storage import sha256_of
 from dpf_release.vault import read_ids
+from dpf_release.verification import verify
 
 Rows = NDArray[np.int64]
 
