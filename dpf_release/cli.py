@@ -272,17 +272,27 @@ def package(
 
 
 @app.command()
-def verify(release: Annotated[Path, typer.Argument(help="A release folder.")]) -> None:
+def verify(
+    release: Annotated[Path, typer.Argument(help="A release folder.")],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Decode every row too, in a process with little memory and time.")
+    ] = False,
+) -> None:
     """Check a release against its manifest: missing, changed and unexpected files.
 
-    Example: dpf-release verify release
+    Example: dpf-release verify release --deep
     """
-    from dpf_release.manifest import verify as run
+    if deep:
+        from dpf_release.structure import verify_deep as run
+    else:
+        from dpf_release.manifest import verify as run
 
     problems = [str(problem) for problem in run(release)]
     if problems:
         raise VerificationError(f"{release} fails verification:\n  " + "\n  ".join(problems), problems)
     print(f"{release}: every file is as its manifest says (integrity only: who published it is not checked)")
+    if deep:
+        print("Every file is what its role asks for, and every row can be read.")
 
 
 @app.command()

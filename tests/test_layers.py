@@ -13,7 +13,8 @@ import dpf_release
 ROOT = Path(dpf_release.__file__).parent
 ORDER = [
     "errors",
-    "storage digests ahead config vault manifest bank bank_writer record progress",
+    "storage schema digests ahead config vault manifest limits shard_layout tensor_file bank bank_writer record progress "
+    "structure",
     "ranks metrics image_table images pictures figures loader models release",
     "training",
     "pipeline downstream",
