@@ -14,7 +14,11 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from corpus import CONFIGS, FIRST, KINDS, NEEDS_VERIFY_BRANCH, SECRET, bomb, good_release, in_shard, resign, with_chunk
+import bad_files  # noqa: F401 - fills KINDS
+import bad_weights  # noqa: F401
+from bad_records import CONFIGS
+from bad_shards import bomb, in_shard, with_chunk
+from corpus import FIRST, KINDS, NEEDS_VERIFY_BRANCH, SECRET, good_release, resign, write_features
 
 from dpf_release import Release, structure
 from dpf_release.bank import FeatureBank
@@ -313,8 +317,6 @@ def test_a_module_in_the_release_is_not_imported_by_the_child(release: Path, mon
 
 @pytest.mark.parametrize("compression", ["none", "gzip", "blosc2"])
 def test_a_release_of_each_compression_passes_every_check(release: Path, compression: str) -> None:
-    from corpus import write_features
-
     write_features(release, compression)
     resign(release)
     assert structure.verify_deep(release) == []
