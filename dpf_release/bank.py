@@ -297,13 +297,17 @@ class _Blosc2Shard:
         """That a row says itself that it unpacks to its size: the filter makes as much room as it says."""
         offset = int(self.stored.offsets[row])
         frame = os.pread(self.handle, BLOSC2_HEAD_BYTES, offset)
-        # A frame says how long its header is and what it unpacks to; its one chunk comes next, and says so too.
+        said = [0]
         if len(frame) == BLOSC2_HEAD_BYTES and frame[2:9] == b"b2frame" and self.stored.masks[row] == 0:
-            header, unpacked, chunk_bytes = (int.from_bytes(frame[a:b], "big") for a, b in ((11, 15), (30, 38), (58, 62)))
-            chunk = os.pread(self.handle, 8, offset + header)
-            if unpacked == chunk_bytes == int.from_bytes(chunk[4:8], "little") == self.row_bytes:
-                return
-        raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
+            # A frame says how long its header is, what it and its chunk unpack to, and how long the packed chunk is.
+            header, unpacked, packed, chunk_bytes = (
+                int.from_bytes(frame[a:b], "big") for a, b in ((11, 15), (30, 38), (39, 47), (58, 62))
+            )
+            said = [unpacked, chunk_bytes]
+            if packed:  # not where all values are zero; then comes the chunk, and says so too
+                said.append(int.from_bytes(os.pread(self.handle, 8, offset + header)[4:8], "little"))
+        if set(said) != {self.row_bytes}:
+            raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -191,7 +191,10 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get((found.group(2) or "B").upper()) if found else None
     if not found or unit is None:
         raise ValueError(f"expected a size such as '1 GiB' or '500 MB', found {text!r}")
-    return max(1, int(float(found.group(1)) * unit))
+    try:
+        return max(1, int(float(found.group(1)) * unit))
+    except OverflowError:
+        raise ValueError("expected a size such as '1 GiB', found one beyond all disks") from None
 
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:

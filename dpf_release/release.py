@@ -26,7 +26,7 @@ from dpf_release.structure import VERSION as STRUCTURE
 
 Builder = Callable[[int], nn.Module]
 Level = Literal["full", "sizes", "none"]
-# Of the largest tensor when two images go through the network, which is how a cut is checked: in all, several times that.
+# Of the largest tensor when two images go through the network, which is how a cut is checked; all take several times that.
 MAX_TENSOR_BYTES = 2**28
 
 
@@ -51,13 +51,13 @@ class Release:
 
         Args:
             folder: the release.
-            verify: "full": every file's size and SHA-256, then what the files are, in a child process with little memory
-                and time (no rows are read; `dpf-release verify --deep` does that). "sizes": the same without the SHA-256,
-                which takes the time of reading everything. "none": nothing; for a folder that was checked already.
+            verify: "full": every file's size and SHA-256, then what the files are, in a child process with little
+                memory and time; no rows are read, `dpf-release verify --deep` does that. "sizes": the same without the
+                SHA-256, for which every byte is read. "none": nothing; for a folder that was checked already.
 
         Raises:
-            VerificationError: files are missing, changed, unexpected, or not what a release holds, or records contradict
-                each other; all of it.
+            VerificationError: files are missing, changed, unexpected, or not what a release holds, or records
+                contradict each other; all of it.
             BankError: "none", and no index of a bank.
         """
         folder = Path(folder)
@@ -142,13 +142,13 @@ class Release:
         stored = sum((self.folder / path).stat().st_size for path in (FEATURIZER, CLASSIFIER))
         if weights > 2 * stored + 2**20:
             raise VerificationError(
-                f"{record.arch} as model/model.json describes it has weights of {readable_size(weights)}, and the release "
-                f"holds {readable_size(stored)}. It was not built. Fetch the release again from where you trust it."
+                f"{record.arch} as model/model.json describes it has weights of {readable_size(weights)}, and the "
+                f"release holds {readable_size(stored)}. It was not built. Fetch the release again from where you trust it."
             )
         if largest > MAX_TENSOR_BYTES:
             raise VerificationError(
-                f"{record.arch} on images of {record.preprocess.size} pixels makes tensors of {readable_size(largest)}, "
-                f"expected at most {readable_size(MAX_TENSOR_BYTES)}. It was not built. If you trust the release, hand in "
+                f"{record.arch} on images of {record.preprocess.size} pixels makes tensors of "
+                f"{readable_size(largest)}, expected at most {readable_size(MAX_TENSOR_BYTES)}. It was not built. If you trust the release, hand in "
                 "what builds its network: release.featurizer(build=my_function)."
             )
 

@@ -37,6 +37,8 @@ def read_json(path: Path, schema: type[Record]) -> Record:
 def faults(error: ValidationError) -> str:
     """The first differences from a schema, in one line, without what was found: that may be long, or anything."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{'.'.join(str(part)[:60] for part in fault['loc']) or 'all'}: {fault['msg'][:200]}" for fault in found[:SHOWN]]
+    shown = [
+        f"{'.'.join(str(part)[:60] for part in fault['loc']) or 'all'}: {fault['msg'][:200]}" for fault in found[:SHOWN]
+    ]
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return re.sub("[^ -~]", "?", "; ".join(shown)) + more

@@ -2,8 +2,8 @@
 
 HDF5 can name other files, filters to load and data sets made of others, and a small file can make its library take much
 memory. A shard needs none of that: its bytes are read here first, by the little of the format (HDF5 File Format
-Specification 3.0) that format 1 needs, and what is more than that is refused before the library opens the file. As every
-byte has its place then, bytes that belong to nothing, such as those of deleted data, are found too.
+Specification 3.0) that format 1 needs, and what is more than that is refused before the library opens the file. As
+every byte has its place then, bytes that belong to nothing, such as those of deleted data, are found too.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ShardLayout:
         """
         edges = np.concatenate([[np.uint64(0)], self.used.ravel(), [np.uint64(self.size)]]).reshape(-1, 2)
         gaps = edges[edges[:, 0] < edges[:, 1]].tolist()
-        for start, stop in sorted([*gaps, *self.unused]):
+        for start, stop in [*gaps, *self.unused]:
             file.seek(start)
             while start < stop:
                 piece = file.read(min(2**20, stop - start))
@@ -94,8 +94,8 @@ def read_layout(path: Path) -> ShardLayout:
     """The layout of a shard; reads its structures, none of its data.
 
     Raises:
-        BankError: it is missing, or its structures are not those that format 1 needs: it has another superblock, links,
-            groups, storage outside the file, types that are not plain numbers, other chunk indexes, or overlapping parts.
+        BankError: it is missing, or its structures are not those that format 1 needs: it has another superblock,
+            links, groups, storage outside the file, types that are not plain numbers, other chunk indexes, or overlapping parts.
     """
     try:
         with path.open("rb") as file:
@@ -115,6 +115,7 @@ class _Walk:
     name: str
     blocks: list[tuple[int, int]] = field(default_factory=list)
     unused: list[tuple[int, int]] = field(default_factory=list)
+    timed: list[str] = field(default_factory=list)
     rows: dict[str, StoredRows] = field(default_factory=dict)
     begins: dict[str, int] = field(default_factory=dict)
     texts: dict[int, dict[int, int]] = field(default_factory=dict)  # heap -> number in it -> length
@@ -138,6 +139,8 @@ class _Walk:
             self._dataset(member, address)
         for address, texts in self.texts.items():
             self._heap(address, texts)
+        if self.timed:
+            self._refuse(f"{self.timed[0]} keeps times")
         return ShardLayout(self.size, self.rows, self.begins, self._used(), tuple(self.unused))
 
     def _refuse(self, what: str) -> NoReturn:
@@ -188,7 +191,9 @@ class _Walk:
         if self._read(0, 8) != SIGNATURE:
             self._refuse("it does not begin as an HDF5 file")
         block = self._block(0, 48, "the superblock")
-        version, offset_bytes, length_bytes, flags, base, extension, end, root = struct.unpack_from("<BBBBQQQQ", block, 8)
+        version, offset_bytes, length_bytes, flags, base, extension, end, root = struct.unpack_from(
+            "<BBBBQQQQ", block, 8
+        )
         if (version, offset_bytes, length_bytes, flags, base, extension) != (3, 8, 8, 0, 0, NOWHERE):
             self._refuse("its superblock is not one that HDF5 1.10 writes and closes, without more")
         if end != self.size:
@@ -202,8 +207,8 @@ class _Walk:
             self._refuse(f"{what} has no header of version 2")
         flags = prefix[5]
         if flags & 0x20:
-            self._refuse(f"{what} keeps times")
-        begin = 10 if flags & 0x10 else 6
+            self.timed.append(what)
+        begin = 6 + (16 if flags & 0x20 else 0) + (4 if flags & 0x10 else 0)
         width = 1 << (flags & 3)
         length = int.from_bytes(self._read(address + begin, width), "little")
         blocks = [(address, begin + width, begin + width + length + 4)]
@@ -346,7 +351,7 @@ class _Walk:
             self._refuse(f"the chunks of /{name} are indexed in another way than format 1's")
 
     def _fixed_array(self, name: str, address: int, count: int, chunk_bytes: int) -> None:
-        """One entry a chunk: address and, where there are filters, stored size and mask; in pages where there are many."""
+        """One entry a chunk: address and, where there are filters, stored size and mask; in pages where many."""
         what = f"the index of /{name}"
         if address == NOWHERE:
             return

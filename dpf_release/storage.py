@@ -190,7 +190,7 @@ def read_at_most(path: Path, limit: int) -> bytes:
     Raises:
         OSError: it is missing, no plain file, or larger than `limit`; a pipe is not waited for.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no plain file")
         content = file.read(limit + 1)

@@ -1,4 +1,4 @@
-"""What the files of a release hold, whatever their digests say: checked in a limited child, `python -m` this. No torch.
+"""What the files of a release hold, whatever their digests say: checked in a limited child. No torch.
 
 Right digests say that a file is the one that its publisher made, and nothing about the publisher. A checker for each role
 looks at what a file is before anything of the package reads it; "deep", it decodes every row and looks at every value.
@@ -18,7 +18,16 @@ from typing import Any, get_args
 import h5py
 import numpy as np
 
-from dpf_release.bank import ID_BYTES, BankIndex, FeatureBank, ShardRecord, SplitName, check_shard, open_shard, read_index
+from dpf_release.bank import (
+    ID_BYTES,
+    BankIndex,
+    FeatureBank,
+    ShardRecord,
+    SplitName,
+    check_shard,
+    open_shard,
+    read_index,
+)
 from dpf_release.errors import DPFReleaseError
 from dpf_release.limits import confine, run_limited
 from dpf_release.manifest import MANIFEST, Kind, Manifest, Problem, Role, read_manifest, verify
@@ -256,7 +265,10 @@ def _targets(shard: h5py.File, release: _Release) -> Iterator[Finding]:
     if "label" in shard and release.model is not None:
         labels = shard["label"][:]
         if labels.min() < 0 or labels.max() >= len(release.model.classes):
-            yield "values", f"labels from {labels.min()} to {labels.max()}, expected 0 to {len(release.model.classes) - 1}"
+            yield (
+                "values",
+                f"labels from {labels.min()} to {labels.max()}, expected 0 to {len(release.model.classes) - 1}",
+            )
 
 
 def _rows(folder: Path, index: BankIndex, split: SplitName, record: ShardRecord) -> Iterator[Finding]:

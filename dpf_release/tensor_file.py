@@ -86,7 +86,9 @@ def _parsed(file: BinaryIO, name: str) -> TensorFile:
     for number, (key, entry) in enumerate(tree.items()):
         dtype, shape, start, stop = _entry(name, number, entry)
         if start != end or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
-            _refuse(name, f"tensor {number} does not begin where the one before ends, or is not as long as its shape says")
+            _refuse(
+                name, f"tensor {number} does not begin where the one before ends, or is not as long as its shape says"
+            )
         end = stop
         tensors.append(StoredTensor(key, dtype, shape, 8 + length + start, 8 + length + stop))
     if 8 + length + end != size:
@@ -98,16 +100,10 @@ def _entry(name: str, number: int, entry: Any) -> tuple[str, tuple[int, ...], in
     """Type, shape, begin and end of a tensor."""
     if isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if (
-            isinstance(dtype, str)
-            and dtype in ITEM_BYTES
-            and _counts(shape)
-            and len(shape) <= MAX_RANK
-            and _counts(offsets)
-            and len(offsets) == 2
-        ):
+        known = isinstance(dtype, str) and dtype in ITEM_BYTES
+        if known and _counts(shape) and len(shape) <= MAX_RANK and _counts(offsets) and len(offsets) == 2:
             return dtype, tuple(shape), offsets[0], offsets[1]
-    _refuse(name, f"tensor {number} has no known type, no possible shape, or no place")
+    return _refuse(name, f"tensor {number} has no known type, no possible shape, or no place")
 
 
 def _counts(values: Any) -> bool:

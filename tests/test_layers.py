@@ -13,8 +13,8 @@ import dpf_release
 ROOT = Path(dpf_release.__file__).parent
 ORDER = [
     "errors",
-    "storage schema digests ahead config vault manifest limits shard_layout tensor_file bank bank_writer record progress "
-    "structure",
+    "storage schema digests ahead config vault manifest limits shard_layout tensor_file bank bank_writer record "
+    "progress structure",
     "ranks metrics image_table images pictures figures loader models release",
     "training",
     "pipeline downstream",

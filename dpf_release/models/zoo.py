@@ -165,9 +165,7 @@ class _OnPaper(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **({"device": "meta"} if made else {})})
 
 
-def bytes_needed(
-    arch: str, outputs: int, arguments: Mapping[str, int], image_size: tuple[int, int]
-) -> tuple[int, int]:
+def bytes_needed(arch: str, outputs: int, arguments: Mapping[str, int], image_size: tuple[int, int]) -> tuple[int, int]:
     """Bytes of a network's weights, and of the largest tensor when two images go through it; it is not built.
 
     Args:

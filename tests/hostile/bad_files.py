@@ -11,6 +11,7 @@ from corpus import CLASSIFIER, FIRST, SECOND, SECRET, edit_manifest, poke, secre
 
 from dpf_release.manifest import MANIFEST, SUMS
 
+
 def _card_missing(release: Path) -> None:
     (release / "README.md").unlink()
 
@@ -140,13 +141,6 @@ def _name_that_is_no_text(release: Path) -> None:
     Path(os.fsdecode(os.fsencode(release) + b"/\xff\x1b[2J")).touch()
 
 
-@made("structure", reads=False)
-def _shards_swapped_between_splits(release: Path) -> None:
-    one, other = (release / FIRST).read_bytes(), (release / VAL).read_bytes()
-    (release / FIRST).write_bytes(other)
-    (release / VAL).write_bytes(one)
-
-
 # --------------------------------------------------------------------------------------------- manifest and sums
 
 
@@ -231,4 +225,3 @@ def _sums_missing(release: Path) -> None:
 @tampered("changed", "schema")
 def _sums_of_a_gibibyte(release: Path) -> None:
     sparse(release / SUMS)
-

@@ -195,7 +195,6 @@ def _card_with_terminal_commands(release: Path) -> None:
     (release / "README.md").write_text("\x1b]0;owned\x07\x1b[2J")
 
 
-
 # --------------------------------------------------------------------------------------------- dpf.toml
 
 CONFIGS: dict[str, bytes] = {
@@ -221,7 +220,7 @@ CONFIGS: dict[str, bytes] = {
     "a key of many parts": b"a." * 100_000 + b"b = 1",
     "a table of many parts": b"[" + b'"a" . ' * 100_000 + b"b]",
     "no text": b"\xff\xfe",
-    "a zero byte": b"[release]\nname = \"a\x00b\"",
+    "a zero byte": b'[release]\nname = "a\x00b"',
     "not TOML": b"{}",
     "a size beyond all numbers": b'[bank]\nshard_size = "' + b"9" * 400 + b' GiB"',
     "a pickle": pickle.dumps({"train": 1}),

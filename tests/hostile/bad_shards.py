@@ -13,7 +13,21 @@ from typing import Any
 
 import h5py
 import numpy as np
-from corpus import CLASSIFIER, FIRST, INDEX, ROW_BYTES, ROWS, SECRET, SHAPE, VAL, edit, made, poke, secret, write_features
+from corpus import (
+    CLASSIFIER,
+    FIRST,
+    INDEX,
+    ROW_BYTES,
+    ROWS,
+    SECRET,
+    SHAPE,
+    VAL,
+    edit,
+    made,
+    poke,
+    secret,
+    write_features,
+)
 
 V110 = ("v110", "v110")
 
@@ -544,3 +558,9 @@ def _labels_below_zero(shard: h5py.File, release: Path) -> None:
 def _an_id_twice(shard: h5py.File, release: Path) -> None:
     shard["id"][1] = shard["id"][0]
 
+
+@made("structure", reads=False)
+def _shards_swapped_between_splits(release: Path) -> None:
+    one, other = (release / FIRST).read_bytes(), (release / VAL).read_bytes()
+    (release / FIRST).write_bytes(other)
+    (release / VAL).write_bytes(one)

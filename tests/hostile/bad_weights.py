@@ -159,11 +159,12 @@ def _tensor_missing(release: Path) -> None:
 @made(opens=True, network=True)
 def _tensor_added(release: Path) -> None:
     state = load_file(release / CLASSIFIER)
-    (release / CLASSIFIER).write_bytes(state_file(state | {"source": torch.frombuffer(bytearray(SECRET), dtype=torch.uint8)}))
+    (release / CLASSIFIER).write_bytes(
+        state_file(state | {"source": torch.frombuffer(bytearray(SECRET), dtype=torch.uint8)})
+    )
 
 
 @made(opens=True, network=True)
 def _tensor_of_another_type(release: Path) -> None:
     state = load_file(release / CLASSIFIER)
     (release / CLASSIFIER).write_bytes(state_file({key: value.double() for key, value in state.items()}))
-

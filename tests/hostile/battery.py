@@ -35,7 +35,9 @@ def in_process(module: str, request: Any, seconds: int) -> tuple[list[Any], str]
 
 def _rows(bank: Any) -> bytes:
     """Everything that a bank gives: features, targets, ids."""
-    return b"".join(np.ascontiguousarray(part).tobytes() for part in (bank.read(range(len(bank))), bank.targets, bank.ids))
+    return b"".join(
+        np.ascontiguousarray(part).tobytes() for part in (bank.read(range(len(bank))), bank.targets, bank.ids)
+    )
 
 
 def _open(folder: Path) -> bytes:

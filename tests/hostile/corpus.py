@@ -77,7 +77,7 @@ def tampered(*found: str, needs_verify_branch: bool = False) -> Any:
 
 
 def made(*found: str, **expected: Any) -> Any:
-    """A change of what a file holds: raw, and with digests that the attacker made right, which `--deep` finds as these."""
+    """A change of what a file holds: raw, and with digests made right, which `--deep` finds as one of these kinds."""
 
     def register(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
         def signed(release: Path) -> None:

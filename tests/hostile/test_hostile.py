@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bad_files  # noqa: F401 - fills KINDS
+import bad_weights  # noqa: F401
 import h5py
 import numpy as np
 import pytest
-import bad_files  # noqa: F401 - fills KINDS
-import bad_weights  # noqa: F401
 from bad_records import CONFIGS
 from bad_shards import bomb, in_shard, with_chunk
 from corpus import FIRST, KINDS, NEEDS_VERIFY_BRANCH, SECRET, good_release, resign, write_features
@@ -214,7 +214,9 @@ def test_data_deleted_from_an_hdf5_file_stay_readable_in_its_bytes_and_are_found
 def test_each_level_of_open_checks_what_it_says(
     release: Path, tmp_path: Path, level: Level, lets_in: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(structure, "run_limited", lambda module, request, seconds: (list(structure.answers_to(request)), ""))
+    monkeypatch.setattr(
+        structure, "run_limited", lambda module, request, seconds: (list(structure.answers_to(request)), "")
+    )
     Release.open(release, verify=level)
     for name in ("bit flipped", "bytes in a gap", "empty folder added"):
         bad = Path(shutil.copytree(release, tmp_path / name))
@@ -271,7 +273,9 @@ def test_a_child_that_dies_is_a_problem_and_not_an_error(
     )
     monkeypatch.syspath_prepend(tmp_path)
     problems = structure.problems_of(*run_limited(f"dying_{name}", {}, 1))
-    assert [(problem.kind, problem.path[:8]) for problem in problems] == [("limit", "xxxxxxxx" if name == "much" else "features")]
+    assert [(problem.kind, problem.path[:8]) for problem in problems] == [
+        ("limit", "xxxxxxxx" if name == "much" else "features")
+    ]
     assert "\x1b" not in problems[0].detail
 
 
