@@ -386,8 +386,9 @@ class FeatureBank:
         if isinstance(rows, int | np.integer):
             features, targets = self[[range(len(self))[rows]]]
             return features[0], targets[0]
+        targets = self.targets  # of as many rows as there are: an index may claim more
         numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else row_numbers(rows)
-        return self.read(numbers), self.targets[numbers]
+        return self.read(numbers), targets[numbers]
 
     def read(self, rows: Rows | Sequence[int], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
         """Rows by number, (n, C, H, W), in the order asked for.

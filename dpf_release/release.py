@@ -26,7 +26,7 @@ from dpf_release.structure import VERSION as STRUCTURE
 
 Builder = Callable[[int], nn.Module]
 Level = Literal["full", "sizes", "none"]
-# Of the largest tensor when two images go through the network, which is how a cut is checked; all take several times that.
+# Of the largest tensor when two images go through the network, as they do when a cut is checked.
 MAX_TENSOR_BYTES = 2**28
 
 
@@ -142,14 +142,14 @@ class Release:
         stored = sum((self.folder / path).stat().st_size for path in (FEATURIZER, CLASSIFIER))
         if weights > 2 * stored + 2**20:
             raise VerificationError(
-                f"{record.arch} as model/model.json describes it has weights of {readable_size(weights)}, and the "
-                f"release holds {readable_size(stored)}. It was not built. Fetch the release again from where you trust it."
+                f"{record.arch} as model/model.json describes it has weights of {readable_size(weights)}; the release "
+                f"holds {readable_size(stored)}. It was not built. Fetch the release again from where you trust it."
             )
         if largest > MAX_TENSOR_BYTES:
             raise VerificationError(
-                f"{record.arch} on images of {record.preprocess.size} pixels makes tensors of "
-                f"{readable_size(largest)}, expected at most {readable_size(MAX_TENSOR_BYTES)}. It was not built. If you trust the release, hand in "
-                "what builds its network: release.featurizer(build=my_function)."
+                f"{record.arch} on images of {record.preprocess.size} pixels makes tensors of {readable_size(largest)}, "
+                f"expected at most {readable_size(MAX_TENSOR_BYTES)}. It was not built. If you trust the release, hand "
+                "in what builds its network: release.featurizer(build=my_function)."
             )
 
 

@@ -95,7 +95,8 @@ def read_layout(path: Path) -> ShardLayout:
 
     Raises:
         BankError: it is missing, or its structures are not those that format 1 needs: it has another superblock,
-            links, groups, storage outside the file, types that are not plain numbers, other chunk indexes, or overlapping parts.
+            links, groups, storage outside the file, types that are not plain numbers, other chunk indexes, or parts
+            that overlap.
     """
     try:
         with path.open("rb") as file:

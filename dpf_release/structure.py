@@ -1,8 +1,8 @@
 """What the files of a release hold, whatever their digests say: checked in a limited child. No torch.
 
-Right digests say that a file is the one that its publisher made, and nothing about the publisher. A checker for each role
-looks at what a file is before anything of the package reads it; "deep", it decodes every row and looks at every value.
-That weights have exactly the names and shapes of the network needs torch: `Release` checks it before it loads them.
+Right digests say that a file is the one that its publisher made, and nothing about the publisher. A checker for each
+role looks at what a file is before anything of the package reads it; "deep", it decodes every row and looks at every
+value. That weights have exactly the names and shapes of the network needs torch: `Release` checks it, when it loads them.
 """
 
 from __future__ import annotations

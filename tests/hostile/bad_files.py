@@ -7,7 +7,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from corpus import CLASSIFIER, FIRST, SECOND, SECRET, edit_manifest, poke, secret, sparse, tampered, write_sums
+from corpus import CLASSIFIER, FIRST, PLANTED, SECOND, edit_manifest, poke, secret, sparse, tampered, write_sums
 
 from dpf_release.manifest import MANIFEST, SUMS
 
@@ -28,7 +28,7 @@ def _shard_renamed(release: Path) -> None:
 
 @tampered("unexpected")
 def _file_added(release: Path) -> None:
-    (release / "model/dpf.safetensors").write_bytes(SECRET)
+    (release / "model/dpf.safetensors").write_bytes(PLANTED)
 
 
 @tampered("unexpected")
@@ -44,7 +44,7 @@ def _gitignore_added(release: Path) -> None:
 @tampered("unexpected", "hidden file")
 def _poisoning_function_in_dot_git(release: Path) -> None:
     (release / ".git").mkdir()
-    (release / ".git/dpf.pt").write_bytes(SECRET)
+    (release / ".git/dpf.pt").write_bytes(PLANTED)
 
 
 @tampered("unexpected", "empty folder")

@@ -17,6 +17,7 @@ from corpus import (
     CLASSIFIER,
     FIRST,
     INDEX,
+    PLANTED,
     ROW_BYTES,
     ROWS,
     SECRET,
@@ -147,7 +148,7 @@ def _group_that_holds_itself(shard: h5py.File, release: Path) -> None:
 
 @bad_shard("structure")
 def _member_added(shard: h5py.File, release: Path) -> None:
-    shard.create_dataset("source", data=np.frombuffer(SECRET, np.uint8))
+    shard.create_dataset("source", data=np.frombuffer(PLANTED, np.uint8))
 
 
 @bad_shard("structure")
@@ -175,12 +176,12 @@ def _member_of_a_committed_type(shard: h5py.File, release: Path) -> None:
 
 @bad_shard("structure")
 def _attribute_added(shard: h5py.File, release: Path) -> None:
-    shard.attrs["source"] = SECRET.decode()
+    shard.attrs["source"] = PLANTED.decode()
 
 
 @bad_shard("structure")
 def _attribute_of_a_member(shard: h5py.File, release: Path) -> None:
-    shard["features"].attrs["source"] = SECRET.decode()
+    shard["features"].attrs["source"] = PLANTED.decode()
 
 
 @bad_shard("structure")
@@ -478,30 +479,33 @@ def _old_superblock(release: Path) -> None:
 @made("structure", reads=False)
 def _user_block(release: Path) -> None:
     path = release / FIRST
-    path.write_bytes(SECRET.ljust(512, b"\0") + path.read_bytes())
+    path.write_bytes(PLANTED.ljust(512, b"\0") + path.read_bytes())
 
 
 @made("structure", reads=False)
 def _bytes_after_the_end(release: Path) -> None:
     with (release / FIRST).open("ab") as file:
-        file.write(SECRET)
+        file.write(PLANTED)
 
 
 @made("structure", reads=True)
 def _bytes_in_a_gap(release: Path) -> None:
-    poke(release / FIRST, 0x700, SECRET)
+    poke(release / FIRST, 0x700, PLANTED)
 
 
 @bad_shard("structure", reads=True)
 def _deleted_data_set(shard: h5py.File, release: Path) -> None:
-    shard.create_dataset("source", data=np.frombuffer(SECRET * 100, np.uint8), track_times=False)
+    shard.create_dataset("source", data=np.frombuffer(PLANTED * 100, np.uint8), track_times=False)
+    shard.create_dataset("copy", data=shard["id"][:], track_times=False)  # behind it: at the end it would be cut off
+    del shard["id"]
+    shard.move("copy", "id")
     shard.flush()
     del shard["source"]
 
 
 @bad_shard("structure", reads=None)
 def _deleted_attribute(shard: h5py.File, release: Path) -> None:
-    shard.attrs["source"] = SECRET.decode()
+    shard.attrs["source"] = PLANTED.decode()
     shard.flush()
     del shard.attrs["source"]
 
@@ -544,12 +548,12 @@ def _infinite_features(shard: h5py.File, release: Path) -> None:
     shard["features"][3, 7, 7, 7] = -np.inf
 
 
-@bad_shard("values", opens=True, reads=True)
+@bad_shard("values", reads=True)
 def _labels_beyond_the_classes(shard: h5py.File, release: Path) -> None:
     shard["label"][1] = 3
 
 
-@bad_shard("values", opens=True, reads=True)
+@bad_shard("values", reads=True)
 def _labels_below_zero(shard: h5py.File, release: Path) -> None:
     shard["label"][1] = -1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import CLASSIFIER, FIRST, SECRET, Payload, change_header, made, poke, sparse
+from corpus import CLASSIFIER, FIRST, PLANTED, Payload, change_header, made, poke, sparse
 from safetensors.torch import load_file
 
 from dpf_release.models.weights import state_file
@@ -72,7 +72,7 @@ def _hole_between_tensors(tree: dict[str, Any]) -> None:
 
 @bad_weights
 def _metadata_of_more(tree: dict[str, Any]) -> None:
-    tree["__metadata__"] = {"format": "pt", "source": SECRET.decode()}
+    tree["__metadata__"] = {"format": "pt", "source": PLANTED.decode()}
 
 
 @bad_weights
@@ -121,7 +121,7 @@ def _header_that_is_no_object(release: Path) -> None:
 @made("structure")
 def _bytes_after_the_tensors(release: Path) -> None:
     with (release / CLASSIFIER).open("ab") as file:
-        file.write(SECRET)
+        file.write(PLANTED)
 
 
 @made("structure")
@@ -160,7 +160,7 @@ def _tensor_missing(release: Path) -> None:
 def _tensor_added(release: Path) -> None:
     state = load_file(release / CLASSIFIER)
     (release / CLASSIFIER).write_bytes(
-        state_file(state | {"source": torch.frombuffer(bytearray(SECRET), dtype=torch.uint8)})
+        state_file(state | {"source": torch.frombuffer(bytearray(PLANTED), dtype=torch.uint8)})
     )
 
 

@@ -31,6 +31,7 @@ FIRST, SECOND, VAL = (
 INDEX, MODEL = "features/index.json", "model/model.json"
 FEATURIZER, CLASSIFIER = "model/featurizer.safetensors", "model/classifier.safetensors"
 SECRET = b"PRIVATE-face-of-a-person-4711"  # what lies beside the release, and must never come out of it
+PLANTED = b"planted-face-of-a-person-4712"  # what a bad release itself holds, where it should not
 SHAPE, ROWS = (8, 8, 8), 4  # of a row; rows of a shard
 ROW_BYTES = 1024
 

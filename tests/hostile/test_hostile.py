@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from bad_records import CONFIGS
 from bad_shards import bomb, in_shard, with_chunk
-from corpus import FIRST, KINDS, NEEDS_VERIFY_BRANCH, SECRET, good_release, resign, write_features
+from corpus import FIRST, KINDS, NEEDS_VERIFY_BRANCH, PLANTED, SECRET, good_release, resign, write_features
 
 from dpf_release import Release, structure
 from dpf_release.bank import FeatureBank
@@ -160,8 +160,9 @@ def test_h5py_follows_external_storage_to_any_file_of_the_host_and_we_do_not(rel
 
 
 LIBRARY = """
-import resource, sys, h5py
-def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+import sys, h5py
+def most():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
 before = most()
 with h5py.File(sys.argv[1], "r") as shard:
     try:
@@ -171,11 +172,12 @@ with h5py.File(sys.argv[1], "r") as shard:
 print(most() - before)
 """
 OURS = """
-import resource, sys
+import sys
 from pathlib import Path
 from dpf_release.bank import FeatureBank
 from dpf_release.errors import BankError
-def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def most():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
 before = most()
 try:
     FeatureBank(Path(sys.argv[1]).parents[1], "train").read([0])
@@ -197,7 +199,7 @@ def test_a_400_kb_hdf5_file_makes_the_library_take_400_mb_and_not_us(release: Pa
 
 def test_data_deleted_from_an_hdf5_file_stay_readable_in_its_bytes_and_are_found(release: Path) -> None:
     KINDS["deleted data set"].make(release)
-    assert SECRET in (release / FIRST).read_bytes()
+    assert PLANTED in (release / FIRST).read_bytes()
     resign(release)
     assert verify(release) == []
     with pytest.raises(VerificationError, match="belongs to nothing and is not zero"):
