@@ -35,6 +35,7 @@ FILTERS: dict[Compression, tuple[int, ...]] = {"none": (), "gzip": (2, 1), "blos
 # A file claims at most so many times its size: 1,032 is deflate's limit; Blosc2 has a row of zeros in some 500 bytes.
 MOST_COMPRESSED: dict[Compression, int] = {"none": 1, "gzip": 1100, "blosc2": 100_000}
 LARGE_ROW_BYTES = 2**15
+HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError)  # what h5py raises on a damaged file
 DEFLATE_LEFT_OUT = 0b10  # HDF5 does so where a row would grow by it
 BLOSC2_HEAD_BYTES, LARGEST_FRAME = 62, 2**10  # of what Blosc2 puts around a row
 # Each open shard is a file handle; 1,024 is what a process commonly may have.
@@ -130,7 +131,7 @@ def open_shard(path: Path) -> h5py.File:
     read_layout(path)
     try:
         return h5py.File(path, "r")
-    except OSError as error:
+    except HDF5_ERRORS as error:
         raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
 
 
@@ -140,6 +141,15 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
     Raises:
         BankError: all differences: members, links, storage outside the file, types, shapes, attributes.
     """
+    try:
+        problems = _differences(shard, path, header, split, rows)
+    except HDF5_ERRORS as error:
+        raise BankError(f"{path.name} of {split} is damaged: {error}. Write or fetch it again.") from error
+    if problems:
+        raise BankError(f"{path.name} of {split} is not a shard of this bank: " + "; ".join(problems) + ".")
+
+
+def _differences(shard: h5py.File, path: Path, header: BankIndex, split: str, rows: int) -> list[str]:
     size = path.stat().st_size
     name = "target" if header.targets else "label"
     expected = {
@@ -177,8 +187,7 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
     # As text: an array, or a 0 in the place of False, is not equal.
     if repr(sorted(found.items())) != repr(sorted(attributes.items())):
         problems.append(f"expected the attributes {attributes}, found {found}")
-    if problems:
-        raise BankError(f"{path.name} of {split} is not a shard of this bank: " + "; ".join(problems) + ".")
+    return problems
 
 
 def _filters(dataset: h5py.Dataset) -> tuple[int, ...]:
@@ -284,7 +293,7 @@ class _Blosc2Shard:
             first = int(ascending[begin])
             try:
                 out[order[begin:end]] = self.dataset[first : first + int(end - begin)]
-            except (OSError, RuntimeError) as error:
+            except HDF5_ERRORS as error:
                 raise BankError(f"rows of {self.name} cannot be unpacked: {error}. Fetch it again.") from error
 
     def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
@@ -486,5 +495,8 @@ class FeatureBank:
             self._shard(number)  # whose labels are taken must be whole
             file, _ = self._file(number)
             with file:
-                parts.append(file[member][:])
+                try:
+                    parts.append(file[member][:])
+                except HDF5_ERRORS as error:
+                    raise BankError(f"/{member} of {file.filename} cannot be read: {error}. Fetch it again.") from error
         return np.concatenate(parts)

@@ -147,7 +147,7 @@ class Release:
             )
         if largest > MAX_TENSOR_BYTES:
             raise VerificationError(
-                f"{record.arch} on images of {record.preprocess.size} pixels makes tensors of {readable_size(largest)}, "
+                f"{record.arch} on images of {record.preprocess.size} px makes tensors of {readable_size(largest)}, "
                 f"expected at most {readable_size(MAX_TENSOR_BYTES)}. It was not built. If you trust the release, hand "
                 "in what builds its network: release.featurizer(build=my_function)."
             )

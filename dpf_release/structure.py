@@ -2,7 +2,8 @@
 
 Right digests say that a file is the one that its publisher made, and nothing about the publisher. A checker for each
 role looks at what a file is before anything of the package reads it; "deep", it decodes every row and looks at every
-value. That weights have exactly the names and shapes of the network needs torch: `Release` checks it, when it loads them.
+value. That weights have exactly the names and shapes of the network needs torch: `Release` checks it when it loads
+them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 from dpf_release.errors import WeightsError
 
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_RANK = 8
+MAX_VALUES, MAX_RANK = 2**20, 8
 # Bytes of a value, by safetensors' name of its type.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # The bits that are all set in a value that is infinite or not a number.
@@ -68,6 +68,8 @@ def _parsed(file: BinaryIO, name: str) -> TensorFile:
     if len(head) < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
         _refuse(name, f"its header would take {length} bytes of {size}, at most {MAX_HEADER_BYTES} are read")
     text = file.read(length)
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        _refuse(name, f"its header has more than {MAX_VALUES} values")
     try:
         tree = json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
     except RecursionError:

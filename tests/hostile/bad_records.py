@@ -60,8 +60,8 @@ def _index_of_a_million_levels(release: Path) -> None:
 
 
 @made("schema", reads=False)
-def _index_of_a_gibibyte(release: Path) -> None:
-    sparse(release / INDEX)
+def _index_of_64_mebibytes(release: Path) -> None:
+    sparse(release / INDEX, 2**26)
 
 
 @made("schema", reads=False)
@@ -186,8 +186,8 @@ def _card_that_is_no_text(release: Path) -> None:
 
 
 @made("structure")
-def _card_of_a_gibibyte(release: Path) -> None:
-    sparse(release / "README.md")
+def _card_of_64_mebibytes(release: Path) -> None:
+    sparse(release / "README.md", 2**26)
 
 
 @made("structure")

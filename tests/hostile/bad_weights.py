@@ -101,16 +101,16 @@ def _header_of_a_million_levels(release: Path) -> None:
     (release / CLASSIFIER).write_bytes(len(text).to_bytes(8, "little") + text)
 
 
-@made("structure", alone=True)
+@made("structure")
 def _header_of_millions_of_values(release: Path) -> None:
     text = b"[" + b",".join([b"[]"] * 5_000_000) + b"]"
     (release / CLASSIFIER).write_bytes(len(text).to_bytes(8, "little") + text)
 
 
 @made("structure")
-def _header_of_a_gibibyte(release: Path) -> None:
-    sparse(release / CLASSIFIER)
-    poke(release / CLASSIFIER, 0, struct.pack("<Q", 2**30 - 8))
+def _header_of_64_mebibytes(release: Path) -> None:
+    sparse(release / CLASSIFIER, 2**26)
+    poke(release / CLASSIFIER, 0, struct.pack("<Q", 2**26 - 8))
 
 
 @made("structure")

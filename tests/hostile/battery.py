@@ -35,9 +35,8 @@ def in_process(module: str, request: Any, seconds: int) -> tuple[list[Any], str]
 
 def _rows(bank: Any) -> bytes:
     """Everything that a bank gives: features, targets, ids."""
-    return b"".join(
-        np.ascontiguousarray(part).tobytes() for part in (bank.read(range(len(bank))), bank.targets, bank.ids)
-    )
+    parts = (bank.targets, bank.ids, bank.read(range(len(bank))))
+    return b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
 
 
 def _open(folder: Path) -> bytes:
