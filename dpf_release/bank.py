@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Annotated, Any, Literal
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpf_release.errors import BankError
+from dpf_release.schema import read_json
+from dpf_release.shard_layout import NOWHERE, ShardLayout, StoredRows, read_layout
 
 SplitName = Literal["train", "val", "test"]
 INDEX = "index.json"
@@ -32,6 +35,9 @@ FILTERS: dict[Compression, tuple[int, ...]] = {"none": (), "gzip": (2, 1), "blos
 # A file claims at most so many times its size: 1,032 is deflate's limit; Blosc2 has a row of zeros in some 500 bytes.
 MOST_COMPRESSED: dict[Compression, int] = {"none": 1, "gzip": 1100, "blosc2": 100_000}
 LARGE_ROW_BYTES = 2**15
+HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError)  # what h5py raises on a damaged file
+DEFLATE_LEFT_OUT = 0b10  # HDF5 does so where a row would grow by it
+BLOSC2_HEAD_BYTES, LARGEST_FRAME = 62, 2**10  # of what Blosc2 puts around a row
 # Each open shard is a file handle; 1,024 is what a process commonly may have.
 MAX_OPEN_SHARDS = 256
 
@@ -39,6 +45,7 @@ Rows = NDArray[np.int64]
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=2**24)]
+MAX_ROW_BYTES = 2**27
 
 
 class ShardRecord(BaseModel):
@@ -67,10 +74,25 @@ class BankIndex(BaseModel):
     targets: Annotated[int, Field(ge=0, le=2**20)]  # columns of `/target`; 0: the shards hold `/label`
     splits: dict[SplitName, tuple[ShardRecord, ...]] = {}
 
+    @model_validator(mode="after")
+    def _has_rows_of_a_possible_size(self) -> BankIndex:
+        if self.row_bytes > MAX_ROW_BYTES:
+            raise ValueError(f"rows of {self.row_bytes} bytes, expected at most {MAX_ROW_BYTES}")
+        return self
+
+    @model_validator(mode="after")
+    def _lists_each_shard_once(self) -> BankIndex:
+        for split, shards in self.splits.items():
+            if len({shard.file for shard in shards}) != len(shards):
+                raise ValueError(f"a shard of {split} is listed twice")
+            if not all(shard.file.startswith(f"{split}/") for shard in shards):
+                raise ValueError(f"{split} lists a shard of another split")
+        return self
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one row's features."""
-        return 2 * int(np.prod(self.feature_shape))
+        return 2 * math.prod(self.feature_shape)
 
 
 def read_index(folder: Path) -> BankIndex:
@@ -83,8 +105,8 @@ def read_index(folder: Path) -> BankIndex:
     if not path.is_file():
         raise BankError(f"expected a finished feature bank with {path}, found none. Run the command that writes it.")
     try:
-        return BankIndex.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        return read_json(path, BankIndex)
+    except (OSError, ValueError) as error:
         raise BankError(f"{path} is not an index of bank format {VERSION}: {error}") from error
 
 
@@ -101,14 +123,15 @@ def attributes_of(header: BankIndex, split: str) -> dict[str, Any]:
 
 
 def open_shard(path: Path) -> h5py.File:
-    """A shard, open for reading.
+    """A shard, open for reading; HDF5 sees it only where its structures are those of format 1.
 
     Raises:
-        BankError: it is missing, cut off, or no HDF5 file.
+        BankError: it is missing, cut off, no HDF5 file, or one with more than format 1 needs.
     """
+    read_layout(path)
     try:
         return h5py.File(path, "r")
-    except OSError as error:
+    except HDF5_ERRORS as error:
         raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
 
 
@@ -118,6 +141,15 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
     Raises:
         BankError: all differences: members, links, storage outside the file, types, shapes, attributes.
     """
+    try:
+        problems = _differences(shard, path, header, split, rows)
+    except HDF5_ERRORS as error:
+        raise BankError(f"{path.name} of {split} is damaged: {error}. Write or fetch it again.") from error
+    if problems:
+        raise BankError(f"{path.name} of {split} is not a shard of this bank: " + "; ".join(problems) + ".")
+
+
+def _differences(shard: h5py.File, path: Path, header: BankIndex, split: str, rows: int) -> list[str]:
     size = path.stat().st_size
     name = "target" if header.targets else "label"
     expected = {
@@ -148,13 +180,14 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
             problems.append(f"/{member} claims {dataset.nbytes} bytes in a file of {size}")
         elif member == "features" and dataset.chunks != (1, *header.feature_shape):
             problems.append(f"/features: expected one row a chunk, found chunks {dataset.chunks}")
+        elif member != "features" and dataset.chunks is not None:
+            problems.append(f"/{member} is stored in chunks")
     found = {key: value.item() if isinstance(value, np.generic) else value for key, value in shard.attrs.items()}
     attributes = attributes_of(header, split)
     # As text: an array, or a 0 in the place of False, is not equal.
     if repr(sorted(found.items())) != repr(sorted(attributes.items())):
         problems.append(f"expected the attributes {attributes}, found {found}")
-    if problems:
-        raise BankError(f"{path.name} of {split} is not a shard of this bank: " + "; ".join(problems) + ".")
+    return problems
 
 
 def _filters(dataset: h5py.Dataset) -> tuple[int, ...]:
@@ -177,31 +210,15 @@ def load_blosc2() -> Any:
     return hdf5plugin
 
 
-def _offset_of_rows(dataset: h5py.Dataset, path: Path) -> int:
-    """Where in an uncompressed shard its rows begin, which lie one behind the other."""
-    offsets = np.full(len(dataset), -1, dtype=np.int64)
-
-    def note(chunk: Any) -> None:
-        offsets[chunk.chunk_offset[0]] = chunk.byte_offset
-
-    dataset.id.chunk_iter(note)
-    row_bytes = dataset.dtype.itemsize * math.prod(dataset.shape[1:])
-    end = offsets[0] + row_bytes * len(dataset)
-    if offsets[0] < 0 or end > path.stat().st_size or np.any(np.diff(offsets) != row_bytes):
-        raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
-    return int(offsets[0])
-
-
 class _MappedShard:
     """The rows of an uncompressed shard, mapped where HDF5 says that they lie: as fast as a raw `numpy.memmap`."""
 
     def __init__(self, path: Path, offset: int, shape: tuple[int, ...]) -> None:
         self.offset, self.row_bytes = offset, 2 * math.prod(shape[1:])
+        self.mapping = _mapped(path)
         try:
-            with path.open("rb") as file:
-                self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             flat = np.frombuffer(self.mapping, "<f2", math.prod(shape), offset)
-        except (OSError, ValueError) as error:  # gone, or shorter, since it was checked
+        except ValueError as error:  # shorter since it was checked
             raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
         self.features = flat.reshape(shape)
 
@@ -222,26 +239,95 @@ class _MappedShard:
         self.mapping.madvise(mmap.MADV_WILLNEED, first, self.offset + stop * self.row_bytes - first)
 
 
-class _CompressedShard:
-    """The rows of a compressed shard, read through HDF5, neighbours together."""
+class _GzipShard:
+    """The rows of a shard compressed with gzip. Each is unpacked to its size and no further; HDF5 would go on."""
 
-    def __init__(self, dataset: h5py.Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, path: Path, stored: StoredRows, row_bytes: int) -> None:
+        self.name, self.stored, self.row_bytes = path.name, stored, row_bytes
+        self.mapping = _mapped(path)
 
     def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
+        """All `rows` into `out`."""
+        self.read_some(rows, np.arange(len(rows)), out)
+
+    def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
+        """Those of `rows` that are at `places`, to the same places of `out`."""
+        for place in places:
+            out[place] = self._row(int(rows[place])).reshape(out.shape[1:])
+
+    def _row(self, row: int) -> NDArray[np.float16]:
+        begin, mask = int(self.stored.offsets[row]), int(self.stored.masks[row])
+        octets = self.mapping[begin : begin + int(self.stored.sizes[row])]
+        whole = True
+        if mask != DEFLATE_LEFT_OUT:
+            unpack = zlib.decompressobj()
+            try:
+                octets = unpack.decompress(octets, self.row_bytes + 1)
+            except zlib.error as error:
+                raise BankError(f"row {row} of {self.name} cannot be unpacked: {error}. Fetch it again.") from error
+            whole = unpack.eof
+        if mask not in {0, DEFLATE_LEFT_OUT} or not whole or len(octets) != self.row_bytes:
+            raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
+        shuffled = np.frombuffer(octets, np.uint8).reshape(2, -1)  # all low bytes, then all high bytes
+        return np.ascontiguousarray(shuffled.T).view("<f2")[:, 0]
+
+
+class _Blosc2Shard:
+    """The rows of a shard compressed with Blosc2, read through HDF5, neighbours together."""
+
+    def __init__(self, path: Path, stored: StoredRows, dataset: h5py.Dataset) -> None:
+        self.name, self.stored, self.dataset = path.name, stored, dataset
+        self.row_bytes = 2 * math.prod(dataset.shape[1:])
+        self.handle = dataset.file.id.get_vfd_handle()  # open as long as the data set is
+
+    def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
+        """All `rows` into `out`."""
         if not len(rows):
             return
+        for row in rows:
+            self._refuse_bomb(int(row))
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
         begins = np.flatnonzero(np.diff(ascending, prepend=-2) != 1)
         for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True):
             first = int(ascending[begin])
-            out[order[begin:end]] = self.dataset[first : first + int(end - begin)]
+            try:
+                out[order[begin:end]] = self.dataset[first : first + int(end - begin)]
+            except HDF5_ERRORS as error:
+                raise BankError(f"rows of {self.name} cannot be unpacked: {error}. Fetch it again.") from error
 
     def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
+        """Those of `rows` that are at `places`, to the same places of `out`."""
         part = np.empty((len(places), *out.shape[1:]), np.float16)
         self.read(rows[places], part)
         out[places] = part
+
+    def _refuse_bomb(self, row: int) -> None:
+        """That a row says itself that it unpacks to its size: the filter makes as much room as it says."""
+        offset = int(self.stored.offsets[row])
+        frame = os.pread(self.handle, BLOSC2_HEAD_BYTES, offset)
+        said = [0]
+        if len(frame) == BLOSC2_HEAD_BYTES and frame[2:9] == b"b2frame" and self.stored.masks[row] == 0:
+            # A frame says how long its header is, what it and its chunk unpack to, and how long the packed chunk is.
+            header, unpacked, packed, chunk_bytes = (
+                int.from_bytes(frame[a:b], "big") for a, b in ((11, 15), (30, 38), (39, 47), (58, 62))
+            )
+            said = [unpacked, chunk_bytes]
+            if packed:  # not where all values are zero; then comes the chunk, and says so too
+                said.append(int.from_bytes(os.pread(self.handle, 8, offset + header)[4:8], "little"))
+        if set(said) != {self.row_bytes}:
+            raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # gone, or empty, since it was checked
+        raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
+
+
+_OpenShard = _MappedShard | _GzipShard | _Blosc2Shard
 
 
 def row_numbers(rows: Rows | Sequence[int]) -> Rows:
@@ -267,15 +353,15 @@ class FeatureBank:
         split: which split.
     """
 
-    def __init__(self, folder: Path, split: SplitName) -> None:
+    def __init__(self, folder: Path, split: SplitName, index: BankIndex | None = None) -> None:
         self.folder = folder
-        self.index = read_index(folder)
+        self.index = read_index(folder) if index is None else index
         if split not in self.index.splits:
             raise BankError(f"expected a split {split!r} in {folder}, found {sorted(self.index.splits)}.")
         self.split: SplitName = split
         self._shards = self.index.splits[split]
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])  # (shards + 1,)
-        self._open: dict[int, _MappedShard | _CompressedShard] = {}
+        self._open: dict[int, _OpenShard] = {}
         self._offsets: dict[int, int] = {}  # of the rows in the shards that were checked
         self._pid = os.getpid()
 
@@ -309,8 +395,9 @@ class FeatureBank:
         if isinstance(rows, int | np.integer):
             features, targets = self[[range(len(self))[rows]]]
             return features[0], targets[0]
+        targets = self.targets  # of as many rows as there are: an index may claim more
         numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else row_numbers(rows)
-        return self.read(numbers), self.targets[numbers]
+        return self.read(numbers), targets[numbers]
 
     def read(self, rows: Rows | Sequence[int], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
         """Rows by number, (n, C, H, W), in the order asked for.
@@ -325,7 +412,10 @@ class FeatureBank:
         rows = row_numbers(rows)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows 0 to {len(self) - 1} exist, asked for {rows.min()} to {rows.max()}")
-        out = np.empty((len(rows), *self.shape), dtype=np.float16) if out is None else out
+        if out is None:
+            if rows.size:  # room is made for rows whose shape a shard has
+                self._shard(int(np.searchsorted(self._starts, rows[0], side="right")) - 1)
+            out = np.empty((len(rows), *self.shape), dtype=np.float16)
         if len(self._shards) == 1:
             self._shard(0).read(rows, out)
             return out
@@ -350,7 +440,7 @@ class FeatureBank:
             rows = np.arange(start, min(start + size, len(self)))
             yield rows, self.read(rows)
 
-    def _shard(self, number: int) -> _MappedShard | _CompressedShard:
+    def _shard(self, number: int) -> _OpenShard:
         if self._pid != os.getpid():  # a handle belongs to the process that opened it
             self._open, self._offsets, self._pid = {}, {}, os.getpid()
         opened = self._open  # of this thread from here on: another may put a shard out meanwhile
@@ -361,16 +451,30 @@ class FeatureBank:
             shard = opened[number] = self._opened(number)
         return shard
 
-    def _opened(self, number: int) -> _MappedShard | _CompressedShard:
+    def _opened(self, number: int) -> _OpenShard:
         if number in self._offsets:  # checked before: no need of HDF5
             record = self._shards[number]
             return _MappedShard(self.folder / record.file, self._offsets[number], (record.rows, *self.shape))
         file, path = self._file(number)
-        if self.index.compression != "none":
-            return _CompressedShard(file["features"])
-        with file:
-            self._offsets[number] = _offset_of_rows(file["features"], path)
+        layout = read_layout(path)
+        if self.index.compression == "blosc2":
+            return _Blosc2Shard(path, self._stored(layout, path), file["features"])
+        file.close()
+        if self.index.compression == "gzip":
+            return _GzipShard(path, self._stored(layout, path), self.index.row_bytes)
+        if "features" not in layout.begins:
+            raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
+        self._offsets[number] = layout.begins["features"]
         return self._opened(number)
+
+    def _stored(self, layout: ShardLayout, path: Path) -> StoredRows:
+        """Where the compressed rows of a shard lie."""
+        stored = layout.rows.get("features")
+        if stored is None or (stored.offsets == NOWHERE).any():
+            raise BankError(f"{path.name} lacks rows. Write or fetch it again.")
+        if (stored.sizes > 2 * self.index.row_bytes + LARGEST_FRAME).any():
+            raise BankError(f"{path.name} has rows that take more room compressed than they have bytes.")
+        return stored
 
     def _file(self, number: int) -> tuple[h5py.File, Path]:
         record = self._shards[number]
@@ -391,5 +495,8 @@ class FeatureBank:
             self._shard(number)  # whose labels are taken must be whole
             file, _ = self._file(number)
             with file:
-                parts.append(file[member][:])
+                try:
+                    parts.append(file[member][:])
+                except HDF5_ERRORS as error:
+                    raise BankError(f"/{member} of {file.filename} cannot be read: {error}. Fetch it again.") from error
         return np.concatenate(parts)

@@ -25,6 +25,7 @@ from dpf_release.bank import (
     open_shard,
 )
 from dpf_release.errors import BankError
+from dpf_release.shard_layout import MAX_CHUNKS
 from dpf_release.storage import (
     make_folder,
     replacing,
@@ -99,6 +100,8 @@ class BankWriter:
             BankError: targets or ids are not what the header says.
         """
         size = max(1, self.shard_bytes // self.header.row_bytes)
+        if self.header.compression != "none":
+            size = min(size, MAX_CHUNKS)
         shards = []
         for split, members in rows.items():
             self._refuse_misfits(members)

@@ -11,8 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpf_release.errors import ConfigError
+from dpf_release.storage import read_at_most
 
 CONFIG_NAME = "dpf.toml"
+MAX_BYTES = 2**20
+# The parser's time and memory grow with the square of the parts of a key; ours have two.
+MAX_KEY_PARTS = 16
+MAX_SHOWN = 50
+_PART = r"""(?:[A-Za-z0-9_-]+|"[^"\n]*"|'[^'\n]*')"""
+_LONG_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{_PART}[ \t]*\.[ \t]*){{{MAX_KEY_PARTS}}}")
 
 # Names become folder names and, for a release, public text: nothing that needs escaping anywhere.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -184,7 +191,10 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get((found.group(2) or "B").upper()) if found else None
     if not found or unit is None:
         raise ValueError(f"expected a size such as '1 GiB' or '500 MB', found {text!r}")
-    return max(1, int(float(found.group(1)) * unit))
+    try:
+        return max(1, int(float(found.group(1)) * unit))
+    except OverflowError:
+        raise ValueError("expected a size such as '1 GiB', found one beyond all disks") from None
 
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -203,8 +213,15 @@ def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
             "change into its folder, or name it with --config."
         )
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = read_at_most(path, MAX_BYTES).decode("utf-8")
+        if _LONG_KEY.search(text):
+            raise ValueError(f"a key has more than {MAX_KEY_PARTS} parts")
+        tree = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as a configuration: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not a configuration: it is nested too deeply. Correct it.") from error
+    except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}. Correct that line.") from error
     for dotted, value in (overrides or {}).items():
         if value is not None:
@@ -225,10 +242,18 @@ def parse_config(tree: Mapping[str, Any], folder: Path, source: str = CONFIG_NAM
     except ValidationError as error:
         lines = [
             f"  {'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-            + ("" if problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})")
-            for problem in error.errors()
+            + ("" if problem["type"] in {"missing", "extra_forbidden"} else f" (found {_shown(problem['input'])})")
+            for problem in error.errors()[:MAX_SHOWN]
         ]
         raise ConfigError(f"{source} does not fit:\n" + "\n".join(lines)) from error
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write numbers of thousands of digits
+        return "a very large number"
+    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def _lay_over(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from dpf_release.card import NO_DESCRIPTION
-from dpf_release.config import ReleaseSection
 from dpf_release.manifest import FileRecord
 
 CROISSANT = "croissant.json"
@@ -51,21 +49,24 @@ CONTEXT: dict[str, Any] = {
 ENCODINGS = {".h5": "application/x-hdf5", ".json": "application/json", ".safetensors": "application/octet-stream"}
 
 
-def croissant(section: ReleaseSection, files: Sequence[FileRecord]) -> dict[str, Any]:
+def croissant(name: str, version: str, licence: str, description: str, files: Sequence[FileRecord]) -> dict[str, Any]:
     """The tree of `croissant.json`: the data; not itself, nor the card, nor the manifest, which lists it.
 
     Args:
-        section: name, version, licence, description.
+        name: of the release.
+        version: of it.
+        licence: of it.
+        description: the owner's words.
         files: the release's.
     """
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
-        "name": section.name,
-        "version": section.version,
-        "license": section.licence,
-        "description": section.description.strip() or NO_DESCRIPTION,
+        "name": name,
+        "version": version,
+        "license": licence,
+        "description": description,
         "distribution": [_file_object(record) for record in files if record.role not in {"card", "croissant"}],
     }
 

@@ -14,11 +14,13 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from dpf_release.storage import PRIVATE_FILE, PRIVATE_FOLDER, digest_of
 
+Found = TypeVar("Found")
 SETTLED_SECONDS = 2.0  # a file younger than that could change again within one tick of the file system's clock
 
 
@@ -53,15 +55,42 @@ class CheckedDigests:
     def sha256(self, file: io.FileIO) -> str:
         """The SHA-256 of an open file's bytes, hexadecimal."""
         before = os.fstat(file.fileno())
-        key = f"{before.st_dev}-{before.st_ino}-{before.st_size}-{before.st_mtime_ns}-{before.st_ctime_ns}"
+        key = _state(before)
         if key not in self._known:
-            settled = time.time() - max(before.st_mtime, before.st_ctime) > SETTLED_SECONDS
+            settled = _is_settled(before)
             digest = digest_of(file)
             after = os.fstat(file.fileno())
             if not settled or (after.st_mtime_ns, after.st_ctime_ns) != (before.st_mtime_ns, before.st_ctime_ns):
                 return digest
             self._known[key], self.changed = digest, True
         return self._known[key]
+
+    def once(self, check: str, paths: Sequence[Path], run: Callable[[], list[Found]]) -> list[Found]:
+        """What a check finds in files. It is not run again where it found nothing and the files are the same.
+
+        Args:
+            check: which, with its version.
+            paths: all files that it looks at.
+            run: makes it.
+        """
+        before = [path.stat() for path in paths]
+        states = list(map(_state, before))
+        known = hashlib.sha256("\n".join([check, *states]).encode()).digest()
+        key = str(int.from_bytes(known, "big"))
+        if key in self._known:
+            return []
+        found = run()
+        if not found and all(map(_is_settled, before)) and states == [_state(path.stat()) for path in paths]:
+            self._known[key], self.changed = check, True
+        return found
+
+
+def _state(status: os.stat_result) -> str:
+    return f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+
+
+def _is_settled(status: os.stat_result) -> bool:
+    return time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import h5py
 
-from dpf_release.bank import INDEX, BankIndex, read_index
+from dpf_release.bank import INDEX, BankIndex, open_shard, read_index
 from dpf_release.config import CONFIG_NAME, read_config
 from dpf_release.errors import ConfigError
 from dpf_release.manifest import MANIFEST
@@ -90,7 +90,7 @@ def _bank(title: str, index: BankIndex) -> Table:
 
 
 def _shard(path: Path) -> Table:
-    with h5py.File(path, "r") as shard:
+    with open_shard(path) as shard:
         rows = [(f"@{key}", str(value)) for key, value in shard.attrs.items()]
         for member in shard:
             # Only what the file itself says of its own data sets: links are named, never followed.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpf_release.bank import BankIndex, FeatureBank, read_index
-from dpf_release.card import describe_retractions, write_card
+from dpf_release.card import NO_DESCRIPTION, describe_retractions, write_card
 from dpf_release.config import Config
 from dpf_release.croissant import CROISSANT, croissant
 from dpf_release.errors import RefusedError, VaultError
@@ -33,6 +33,7 @@ from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.release import Release
 from dpf_release.signing import read_private_key, write_signature
 from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of, write_json
+from dpf_release.structure import check_structure
 from dpf_release.vault import Vault, forget_release, read_record, releases, remember_release
 from dpf_release.verification import read_manifest
 
@@ -97,7 +98,7 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
         if key is not None:
             write_signature(staging, key)
         Release.open(staging)  # what its reader will check: digests, and that its parts belong together
-        _check_roles(staging)
+        _refuse_structure(staging)
         _refuse_private_facts(staging, project, name)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -263,16 +264,14 @@ def _refuse_unpoisoned(index: BankIndex, *, poisons: bool) -> None:
         )
 
 
-def _check_roles(staging: Path) -> None:
-    """That each file is what its role says, whatever its digest.
-
-    Raises:
-        BankError: a shard or an index is not of format 1.
-        VerificationError: `model.json` is no model record.
-    """
-    read_model_record(staging / "model" / "model.json")
-    for split in read_index(staging / "features").splits:
-        _ = FeatureBank(staging / "features", split).ids  # opens, thus checks, each shard
+def _refuse_structure(staging: Path) -> None:
+    """That each file is what its role says, whatever its digest, and that every row can be read and is finite."""
+    if problems := check_structure(staging, deep=True):
+        raise RefusedError(
+            "the release would hold files that are not what they should be. Nothing was published.\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + "\nRun `dpf-release poison --restart`, and report it where that does not help."
+        )
 
 
 def _refuse_private_facts(staging: Path, project: Project, name: str) -> None:
@@ -301,7 +300,10 @@ def _copy_public(candidate: Path, staging: Path) -> None:
 def _describe(staging: Path, config: Config) -> tuple[FileRecord, ...]:
     """All files, with a `croissant.json` that lists the data among them, for the manifest to list; each read once."""
     files = describe_files(staging)
-    write_json(staging / CROISSANT, croissant(config.release, files), PUBLIC_FILE)
+    release = config.release
+    description = release.description.strip() or NO_DESCRIPTION
+    tree = croissant(release.name, release.version, release.licence, description, files)
+    write_json(staging / CROISSANT, tree, PUBLIC_FILE)
     return tuple(sorted((*files, describe_file(staging, CROISSANT)), key=lambda record: record.path))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpf_release.errors import VerificationError
+from dpf_release.schema import read_json
 
 CUSTOM = "custom"  # the public name of an owner's own network; the record never names an import
-MAX_BYTES = 64 * 2**20
 
 ClassName = Annotated[str, Field(min_length=1, max_length=200)]
 Side = Annotated[int, Field(ge=8, le=4096)]
@@ -18,7 +18,7 @@ Extent = Annotated[int, Field(ge=1, le=2**20)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PreprocessRecord(_Record):
@@ -68,11 +68,9 @@ def read_model_record(path: Path) -> ModelRecord:
     """A model record from its file.
 
     Raises:
-        VerificationError: no file, too large, or not a record of format 1.
+        VerificationError: no file, one too large, or not a record of format 1.
     """
-    if not path.is_file() or path.stat().st_size > MAX_BYTES:
-        raise VerificationError(f"expected a model record of at most {MAX_BYTES >> 20} MiB at {path}, found none.")
     try:
-        return ModelRecord.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise VerificationError(f"{path.name} is not a model record of format 1: {error}") from error
+        return read_json(path, ModelRecord)
+    except (OSError, ValueError) as error:
+        raise VerificationError(f"{path} is not a model record of format 1: {error}. Fetch it again.") from error

@@ -14,14 +14,21 @@ from dpf_release.digests import CheckedDigests
 from dpf_release.errors import VerificationError
 from dpf_release.images import Preprocess
 from dpf_release.loader import BankDataset
-from dpf_release.manifest import Manifest
+from dpf_release.manifest import MANIFEST, Manifest
 from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import freeze, load_state
-from dpf_release.models.zoo import build_network, is_public_architecture
+from dpf_release.models.zoo import build_network, bytes_needed, is_public_architecture
 from dpf_release.record import CUSTOM, ModelRecord, read_model_record
-from dpf_release.verification import Problem, read_manifest, verify
+from dpf_release.storage import readable_size
+from dpf_release.structure import CLASSIFIER, FEATURIZER, MODEL, check_structure, contradictions
+from dpf_release.structure import VERSION as STRUCTURE
+from dpf_release.verification import Problem, read_manifest
+from dpf_release.verification import verify as compare
 
 Builder = Callable[[int], nn.Module]
+Level = Literal["full", "sizes", "none"]
+# Of the largest tensor when two images go through the network, as they do when a cut is checked.
+MAX_TENSOR_BYTES = 2**28
 
 
 class Release:
@@ -40,16 +47,25 @@ class Release:
         self.preprocess = Preprocess(**record.preprocess.model_dump())
 
     @classmethod
-    def open(cls, folder: str | Path) -> Release:
-        """Verifies every file, then opens. What was read through on this machine, and is unchanged, is not read again.
+    def open(cls, folder: str | Path, verify: Level = "full") -> Release:
+        """Checks a release, then opens it. What was checked on this machine, and is unchanged, is not checked again.
+
+        Args:
+            folder: the release.
+            verify: "full": every file's size and SHA-256, then what the files are, in a child process with little
+                memory and time; no rows are read, `dpf-release verify --deep` does that. "sizes": the same without the
+                SHA-256, for which every byte is read. "none": nothing; for a folder that was checked already.
 
         Raises:
-            VerificationError: files are missing, changed or unexpected, or records contradict each other; all of it.
+            VerificationError: files are missing, changed, unexpected, or not what a release holds, or records
+                contradict each other; all of it.
+            BankError: "none", and no index of a bank.
         """
         folder = Path(folder)
-        with CheckedDigests.open(folder) as digests_here:
-            problems = verify(folder, digest=digests_here.sha256)
+        problems = [] if verify == "none" else _problems(folder, verify)
         manifest = read_manifest(folder)
+        if isinstance(manifest, Problem):
+            problems = problems or [manifest]
         if problems or isinstance(manifest, Problem):
             raise VerificationError(
                 f"{folder} is not the release that its manifest describes:\n"
@@ -57,26 +73,10 @@ class Release:
                 + "\nFetch it again from where you trust it.",
                 [str(problem) for problem in problems],
             )
-        record, index = read_model_record(folder / "model" / "model.json"), read_index(folder / "features")
-        digests = {entry.path: entry.sha256 for entry in manifest.files}
-        contradictions = [
-            text
-            for text, contradicts in {
-                "the bank was made by another featurizer": index.featurizer_sha256
-                != digests.get("model/featurizer.safetensors"),
-                "the bank's rows have another shape than the model's features": index.feature_shape
-                != record.feature_shape,
-                "bank and model differ in their targets": index.targets != record.target_columns,
-                "manifest and model differ in their classes": manifest.classes != record.classes,
-                "the bank lists other shards than the manifest": {
-                    f"features/{shard.file}": shard.sha256 for shards in index.splits.values() for shard in shards
-                }
-                != {entry.path: entry.sha256 for entry in manifest.files if entry.role == "shard"},
-            }.items()
-            if contradicts
-        ]
-        if contradictions:
-            raise VerificationError(f"{folder} contradicts itself: " + "; ".join(contradictions) + ".", contradictions)
+        record, index = read_model_record(folder / MODEL), read_index(folder / "features")
+        found = contradictions(manifest, record, index)
+        if found:
+            raise VerificationError(f"{folder} contradicts itself: " + "; ".join(found) + ".", found)
         return cls(folder, manifest, record, index)
 
     @property
@@ -112,8 +112,8 @@ class Release:
     def _part(self, name: Literal["featurizer", "classifier"], build: Builder | None) -> nn.Module:
         part: nn.Module = getattr(self._split(build), name)
         tensors = load_state(self.folder / "model" / f"{name}.safetensors")
-        expected = {key: value.shape for key, value in part.state_dict().items()}
-        if expected != {key: value.shape for key, value in tensors.items()}:
+        expected = {key: (value.shape, value.dtype) for key, value in part.state_dict().items()}
+        if expected != {key: (value.shape, value.dtype) for key, value in tensors.items()}:
             raise VerificationError(f"model/{name}.safetensors does not hold the weights of {self.record.arch}.")
         part.load_state_dict(tensors)
         return part
@@ -125,6 +125,8 @@ class Release:
                 f"this release's network is its owner's own (architecture {record.arch!r}, expected a known one or "
                 f"{CUSTOM!r}). Hand in what builds it: release.featurizer(build=my_function)."
             )
+        if build is None:
+            self._refuse_giant()
         with torch.random.fork_rng(devices=[]):
             network = build_network(record.arch, record.outputs, record.arguments, builder=build)
         parts = split(network, record.hook, record.preprocess.size)
@@ -133,3 +135,31 @@ class Release:
                 f"expected features {record.feature_shape} at {record.hook}, the network makes {parts.hook.shape}."
             )
         return parts
+
+    def _refuse_giant(self) -> None:
+        """That the network is as large as its files, and fits a machine: before it is built."""
+        record = self.record
+        weights, largest = bytes_needed(record.arch, record.outputs, record.arguments, record.preprocess.size)
+        stored = sum((self.folder / path).stat().st_size for path in (FEATURIZER, CLASSIFIER))
+        if weights > 2 * stored + 2**20:
+            raise VerificationError(
+                f"{record.arch} as model/model.json describes it has weights of {readable_size(weights)}; the release "
+                f"holds {readable_size(stored)}. It was not built. Fetch the release again from where you trust it."
+            )
+        if largest > MAX_TENSOR_BYTES:
+            raise VerificationError(
+                f"{record.arch} on images of {record.preprocess.size} px makes tensors of {readable_size(largest)}, "
+                f"expected at most {readable_size(MAX_TENSOR_BYTES)}. It was not built. If you trust the release, hand "
+                "in what builds its network: release.featurizer(build=my_function)."
+            )
+
+
+def _problems(folder: Path, level: Level) -> list[Problem]:
+    """What is wrong with the files of a release; what is known of them from before is taken for granted."""
+    with CheckedDigests.open(folder) as memory:
+        problems = compare(folder, digest=memory.sha256 if level == "full" else None)
+        manifest = read_manifest(folder)
+        if problems or isinstance(manifest, Problem):
+            return problems
+        paths = [folder / MANIFEST, *(folder / file.path for file in manifest.files)]
+        return memory.once(f"structure {STRUCTURE}", paths, lambda: check_structure(folder))

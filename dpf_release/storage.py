@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -186,3 +188,18 @@ def sha256_of(path: Path) -> str:
 def digest_of(file: io.FileIO) -> str:
     """The SHA-256 of what an open file holds, hexadecimal."""
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_at_most(path: Path, limit: int) -> bytes:
+    """The bytes of a small file that may be a stranger's.
+
+    Raises:
+        OSError: it is missing, no plain file, or larger than `limit`; a pipe is not waited for.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {readable_size(limit)}")
+    return content

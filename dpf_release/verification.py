@@ -20,14 +20,11 @@ from pydantic import ValidationError
 
 from dpf_release.errors import SigningError
 from dpf_release.manifest import MANIFEST, SIGNATURE, SIGNER, SUMS, UNLISTED, Manifest, sums_of
+from dpf_release.schema import MAX_BYTES, MAX_VALUES
 from dpf_release.signing import MAX_KEY_BYTES, is_signed, parse_public_key, public_pem, read_public_key
 from dpf_release.storage import digest_of
 from dpf_release.tree import Tree, open_plain
 
-# A listed file takes 200 bytes of JSON and 5 of these values: 50,000 shards, or 50 TB at 1 GiB each, are let in. What
-# the parser takes grows with the values, up to a kilobyte each: without this limit 16 MiB could take 2 GiB.
-MAX_BYTES = 16 * 2**20
-MAX_VALUES = 2**18
 MAX_NAME = 255
 MAX_FAULTS = 10_000
 
@@ -46,6 +43,10 @@ Kind = Literal[
     "schema",
     "hidden file",
     "empty folder",
+    # Of what a file holds (`structure`).
+    "structure",
+    "values",
+    "limit",
     # What `leaks` finds, which compares a release with the vault that it came from.
     "private text",
     "private tensor",

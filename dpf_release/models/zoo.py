@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dpf_release.errors import ConfigError
 
@@ -147,6 +150,48 @@ def build_network(
         "network (such as resnet18 or vgg16_bn), or package.module:function"
         + (f"; did you mean {' or '.join(close)}?" if close else "; see torchvision.models.list_models()")
     )
+
+
+class _OnPaper(TorchFunctionMode):
+    """Where modules make room for weights, there is none: shapes without memory (torch's meta device).
+
+    `torch.device("meta")` does so for all tensors, and torchvision's RegNets compute their widths with some.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func in {torch.empty, torch.zeros, torch.ones}
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if made else {})})
+
+
+def bytes_needed(arch: str, outputs: int, arguments: Mapping[str, int], image_size: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of a network's weights, and of the largest tensor when two images go through it; it is not built.
+
+    Args:
+        arch: a name of the allow list, as for `build_network`.
+        outputs: as for `build_network`.
+        arguments: as for `build_network`.
+        image_size: (H, W) in pixels.
+
+    Raises:
+        ConfigError: as for `build_network`.
+    """
+    with _OnPaper(), torch.random.fork_rng(devices=[]):
+        network = build_network(arch, outputs, arguments).eval()
+    largest = 0
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.nbytes)
+
+    for module in network.modules():
+        module.register_forward_hook(note)
+    # A network that does not take these images is told so where it is cut.
+    with torch.no_grad(), contextlib.suppress(AssertionError, LookupError, RuntimeError, TypeError, ValueError):
+        network(torch.empty(2, 3, *image_size, device="meta"))
+    return sum(value.nbytes for value in network.state_dict().values()), largest
 
 
 def _checked_arguments(arch: str, arguments: Mapping[str, int], accepted: set[str]) -> dict[str, int]:

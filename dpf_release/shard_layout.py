@@ -1,0 +1,395 @@
+"""Where everything in a shard lies, read without the HDF5 library. No torch.
+
+HDF5 can name other files, filters to load and data sets made of others, and a small file can make its library take much
+memory. A shard needs none of that: its bytes are read here first, by the little of the format (HDF5 File Format
+Specification 3.0) that format 1 needs, and what is more than that is refused before the library opens the file. As
+every byte has its place then, bytes that belong to nothing, such as those of deleted data, are found too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpf_release.errors import BankError
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+NOWHERE = 2**64 - 1  # an address that is none
+MAX_CHUNKS = 2**22  # that are stored one by one, in a shard
+PAGE_BITS = 10  # HDF5 keeps entries of so many chunks together
+# Ours have a superblock, 4 headers in some 7 blocks of at most 600 bytes, one heap of 4 KiB, and 3 members.
+MAX_BLOCKS, MAX_BLOCK_BYTES = 64, 2**16
+# Types of header messages.
+NOTHING, DATASPACE, LINK_INFO, DATATYPE, FILL_VALUE, LINK, LAYOUT = 0x00, 0x01, 0x02, 0x03, 0x05, 0x06, 0x08
+GROUP_INFO, FILTERS, ATTRIBUTE, CONTINUATION, ATTRIBUTE_INFO = 0x0A, 0x0B, 0x0C, 0x10, 0x15
+# Classes of types, and of layouts; kinds of chunk indexes.
+INTEGER, FLOAT, ENUM, VARIABLE = 0, 1, 8, 9
+CONTIGUOUS, CHUNKED = 1, 2
+SINGLE, IMPLICIT, FIXED_ARRAY = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Where the chunks of a data set lie, in the order of its rows.
+
+    Attributes:
+        offsets: (N,) uint64, bytes from the file's begin; `NOWHERE` for a chunk that was never written.
+        sizes: (N,) uint64, bytes as stored.
+        masks: (N,) uint32; bit i is set where the i-th filter was left out.
+    """
+
+    offsets: NDArray[np.uint64]
+    sizes: NDArray[np.uint64]
+    masks: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """What lies where in a shard.
+
+    Attributes:
+        size: of the file, in bytes.
+        rows: of each data set whose chunks are stored one by one, by name.
+        begins: of each data set whose data lie in one piece, by name.
+        used: (n, 2) first byte and end of every structure and datum, ascending, none in another.
+        unused: first byte and end of what structures keep in reserve.
+    """
+
+    size: int
+    rows: dict[str, StoredRows]
+    begins: dict[str, int]
+    used: NDArray[np.uint64]
+    unused: tuple[tuple[int, int], ...]
+
+    def hidden_bytes(self, file: BinaryIO) -> int | None:
+        """Where the first byte is that belongs to nothing and is not zero; None where there is none.
+
+        Args:
+            file: the shard, open for reading.
+        """
+        edges = np.concatenate([[np.uint64(0)], self.used.ravel(), [np.uint64(self.size)]]).reshape(-1, 2)
+        gaps = edges[edges[:, 0] < edges[:, 1]].tolist()
+        for start, stop in [*gaps, *self.unused]:
+            file.seek(start)
+            while start < stop:
+                piece = file.read(min(2**20, stop - start))
+                if not piece:
+                    break
+                if piece.strip(b"\0"):
+                    return start + len(piece) - len(piece.lstrip(b"\0"))
+                start += len(piece)
+        return None
+
+
+def read_layout(path: Path) -> ShardLayout:
+    """The layout of a shard; reads its structures, none of its data.
+
+    Raises:
+        BankError: it is missing, or its structures are not those that format 1 needs: it has another superblock,
+            links, groups, storage outside the file, types that are not plain numbers, other chunk indexes, or parts
+            that overlap.
+    """
+    try:
+        with path.open("rb") as file:
+            return _Walk(file, os.fstat(file.fileno()).st_size, path.name).layout()
+    except OSError as error:
+        raise BankError(f"{path} cannot be read as a shard: {error.strerror}. Write or fetch it again.") from error
+    except (struct.error, IndexError) as error:
+        raise BankError(f"{path.name} is not a shard of format 1: a structure in it is cut off.") from error
+
+
+@dataclass
+class _Walk:
+    """From the superblock to everything that it leads to; each method reads one kind of structure."""
+
+    file: BinaryIO
+    size: int
+    name: str
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    unused: list[tuple[int, int]] = field(default_factory=list)
+    timed: list[str] = field(default_factory=list)
+    rows: dict[str, StoredRows] = field(default_factory=dict)
+    begins: dict[str, int] = field(default_factory=dict)
+    texts: dict[int, dict[int, int]] = field(default_factory=dict)  # heap -> number in it -> length
+
+    def layout(self) -> ShardLayout:
+        root = self._superblock()
+        members: dict[str, int] = {}
+        for kind, body in self._messages(root, "the root group"):
+            if kind == LINK:
+                member, address = self._link(body)
+                if member in members:
+                    self._refuse(f"/{member} is there twice")
+                members[member] = address
+            elif kind == ATTRIBUTE:
+                self._attribute(body)
+            elif kind in {LINK_INFO, ATTRIBUTE_INFO}:
+                self._refuse_heap(kind, body, "the root group")
+            elif kind != GROUP_INFO:
+                self._refuse(f"the root group has more than format 1: {_named(kind)}")
+        for member, address in members.items():
+            self._dataset(member, address)
+        for address, texts in self.texts.items():
+            self._heap(address, texts)
+        if self.timed:
+            self._refuse(f"{self.timed[0]} keeps times")
+        return ShardLayout(self.size, self.rows, self.begins, self._used(), tuple(self.unused))
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise BankError(f"{self.name} is not a shard of format 1: {what}. Write or fetch it again.")
+
+    def _read(self, start: int, count: int) -> bytes:
+        if start > self.size:
+            self._refuse("a structure lies beyond the file's end; is it cut off?")
+        self.file.seek(start)
+        return self.file.read(count)
+
+    def _block(self, start: int, count: int, what: str) -> bytes:
+        """A structure, which no other may overlap."""
+        if count > MAX_BLOCK_BYTES:
+            self._refuse(f"{what} takes {count} bytes")
+        self._claim(start, count, what)
+        return self._read(start, count)
+
+    def _claim(self, start: int, count: int, what: str) -> None:
+        stop = start + count
+        if stop > self.size:
+            self._refuse(f"{what} lies beyond the file's end; is it cut off?")
+        if len(self.blocks) == MAX_BLOCKS:
+            self._refuse(f"it has more than {MAX_BLOCKS} structures")
+        if any(start < other_stop and other_start < stop for other_start, other_stop in self.blocks):
+            self._refuse(f"{what} overlaps something else")
+        self.blocks.append((start, stop))
+
+    def _used(self) -> NDArray[np.uint64]:
+        """All blocks and chunks, ascending."""
+        parts = [np.array(self.blocks, np.uint64)]
+        for rows in self.rows.values():
+            written = rows.offsets != NOWHERE
+            offsets, sizes = rows.offsets[written], rows.sizes[written]
+            if (offsets > self.size).any() or (sizes > self.size).any() or (offsets + sizes > self.size).any():
+                self._refuse("a row lies beyond the file's end; is it cut off?")
+            parts.append(np.stack([offsets, offsets + sizes], axis=1))
+        used = np.concatenate(parts)
+        used = used[np.argsort(used[:, 0], kind="stable")]
+        if (used[1:, 0] < used[:-1, 1]).any():
+            self._refuse("rows overlap each other, or something else")
+        return used
+
+    # ----------------------------------------------------------------------------------------- headers
+
+    def _superblock(self) -> int:
+        """The address of the root group's header."""
+        if self._read(0, 8) != SIGNATURE:
+            self._refuse("it does not begin as an HDF5 file")
+        block = self._block(0, 48, "the superblock")
+        version, offset_bytes, length_bytes, flags, base, extension, end, root = struct.unpack_from(
+            "<BBBBQQQQ", block, 8
+        )
+        if (version, offset_bytes, length_bytes, flags, base, extension) != (3, 8, 8, 0, 0, NOWHERE):
+            self._refuse("its superblock is not one that HDF5 1.10 writes and closes, without more")
+        if end != self.size:
+            self._refuse(f"expected {end} bytes, found {self.size}")
+        return int(root)
+
+    def _messages(self, address: int, what: str) -> Iterator[tuple[int, bytes]]:
+        """The messages of an object's header (version 2), through its continuation blocks."""
+        prefix = self._read(address, 6)
+        if prefix[:5] != b"OHDR\x02":
+            self._refuse(f"{what} has no header of version 2")
+        flags = prefix[5]
+        if flags & 0x20:
+            self.timed.append(what)
+        begin = 6 + (16 if flags & 0x20 else 0) + (4 if flags & 0x10 else 0)
+        width = 1 << (flags & 3)
+        length = int.from_bytes(self._read(address + begin, width), "little")
+        blocks = [(address, begin + width, begin + width + length + 4)]
+        header = 6 if flags & 4 else 4
+        while blocks:
+            start, position, length = blocks.pop(0)
+            block = self._block(start, length, f"the header of {what}")
+            if start != address and block[:4] != b"OCHK":
+                self._refuse(f"the header of {what} goes on where there is none")
+            end = length - 4  # the checksum is HDF5's to check
+            while end - position >= header:
+                kind, size, message_flags = struct.unpack_from("<BHB", block, position)
+                body, position = block[position + header : position + header + size], position + header + size
+                if position > end or message_flags & 2:
+                    self._refuse(f"the header of {what} is cut off, or shared with another")
+                if kind == NOTHING:
+                    self.unused.append((start + position - size, start + position))
+                elif kind == CONTINUATION:
+                    next_block, next_length = struct.unpack("<QQ", body)
+                    blocks.append((next_block, 4, next_length))
+                else:
+                    yield kind, body
+            self.unused.append((start + position, start + end))
+
+    def _refuse_heap(self, kind: int, body: bytes, what: str) -> None:
+        """Links and attributes are in the header itself, where there are few."""
+        counter = (8 if kind == LINK_INFO else 2) if body[1] & 1 else 0
+        if struct.unpack_from("<QQ", body, 2 + counter) != (NOWHERE, NOWHERE):
+            self._refuse(f"{what} has too many links or attributes")
+
+    def _link(self, body: bytes) -> tuple[str, int]:
+        """The name of a member and the address of its header."""
+        version, flags = body[0], body[1]
+        position = 2
+        kind = 0
+        if flags & 8:
+            kind, position = body[position], position + 1
+        position += (8 if flags & 4 else 0) + (1 if flags & 16 else 0)
+        width = 1 << (flags & 3)
+        length = int.from_bytes(body[position : position + width], "little")
+        name = body[position + width : position + width + length].decode("ascii", errors="replace")
+        if not re.fullmatch(r"[A-Za-z0-9_ .-]{1,64}", name):
+            self._refuse("a member has a name that is none")
+        if version != 1 or kind != 0:
+            self._refuse(f"/{name} is a link")
+        return name, struct.unpack_from("<Q", body, position + width + length)[0]
+
+    def _attribute(self, body: bytes) -> None:
+        """That it is a number, a truth value or a text; where its text lies is noted."""
+        version, flags, name_bytes, type_bytes, space_bytes = struct.unpack_from("<BBHHH", body)
+        begin = 9 + name_bytes
+        kind = body[begin] & 15
+        base = body[begin + 8] & 15 if kind in {ENUM, VARIABLE} else INTEGER
+        if version != 3 or flags or kind not in {INTEGER, ENUM, VARIABLE} or base != INTEGER:
+            self._refuse("an attribute is no number, truth value or text")
+        values = body[begin + type_bytes + space_bytes :]
+        for length, address, number in struct.iter_unpack("<IQI", values if kind == VARIABLE else b""):
+            if length:
+                self.texts.setdefault(address, {})[number] = length
+
+    def _heap(self, address: int, texts: dict[int, int]) -> None:
+        """That a heap of texts holds those of the attributes, and no others."""
+        what = "the heap of texts"
+        head = self._read(address, 16)
+        length = struct.unpack_from("<Q", head, 8)[0]
+        heap = self._block(address, length, what)
+        if heap[:5] != b"GCOL\x01":
+            self._refuse(f"{what} is none")
+        found: set[int] = set()
+        position = 16
+        while length - position >= 16:
+            number, size = struct.unpack_from("<H6xQ", heap, position)
+            if number == 0:
+                position += 16
+                break
+            stop = position + 16 + -(-size // 8) * 8
+            if stop > length or number in found or texts.get(number) != size:
+                self._refuse(f"{what} holds what no attribute names")
+            self.unused.append((address + position + 16 + size, address + stop))
+            found.add(number)
+            position = stop
+        if found != set(texts):
+            self._refuse(f"{what} lacks a text that an attribute names")
+        self.unused.append((address + position, address + length))
+
+    # ----------------------------------------------------------------------------------------- data sets
+
+    def _dataset(self, name: str, address: int) -> None:
+        what, shape, layout = f"/{name}", None, None
+        for kind, body in self._messages(address, what):
+            if kind == DATASPACE:
+                shape = self._shape(body)
+            elif kind == LAYOUT:
+                layout = body
+            elif kind == ATTRIBUTE_INFO:
+                self._refuse_heap(kind, body, what)
+            elif kind == DATATYPE:
+                if body[0] & 15 not in {INTEGER, FLOAT}:
+                    self._refuse(f"{what} holds no plain numbers")
+            elif kind not in {FILL_VALUE, FILTERS}:
+                self._refuse(f"{what} is not a data set stored in this file, or is more: {_named(kind)}")
+        if shape is None or layout is None:
+            self._refuse(f"{what} is not a data set stored in this file: it lacks a shape or a layout")
+        version, layout_class = layout[0], layout[1]
+        if layout_class == CONTIGUOUS and version in {3, 4}:
+            self._piece(name, *struct.unpack_from("<QQ", layout, 2))
+        elif layout_class == CHUNKED and version == 4:
+            self._chunks(name, shape, layout)
+        else:
+            self._refuse(f"{what} is not a data set stored in this file, as format 1 stores it")
+
+    def _shape(self, body: bytes) -> tuple[int, ...]:
+        version, rank = body[0], body[1]
+        if version != 2:
+            self._refuse("a data set has a shape of another version")
+        return struct.unpack_from(f"<{rank}Q", body, 4)
+
+    def _piece(self, name: str, start: int, count: int) -> None:
+        if start != NOWHERE:
+            self._claim(start, count, f"/{name}")
+            self.begins[name] = start
+
+    def _chunks(self, name: str, shape: tuple[int, ...], layout: bytes) -> None:
+        """Where the chunks lie, by one of the three indexes that HDF5 1.10 takes for a fixed shape."""
+        flags, rank, width = layout[2], layout[3], layout[4]
+        sides = [int.from_bytes(layout[5 + i * width : 5 + (i + 1) * width], "little") for i in range(rank)]
+        chunk_bytes = math.prod(sides)
+        if rank != len(shape) + 1 or not 0 < chunk_bytes < 2**63:
+            self._refuse(f"/{name} has chunks of another rank than its own, or of no possible size")
+        count = math.prod(-(-extent // side) for extent, side in zip(shape, sides, strict=False))
+        index, rest = layout[5 + rank * width], layout[6 + rank * width :]
+        if index == SINGLE and flags & 2:
+            size, mask, address = struct.unpack("<QIQ", rest)
+            self.rows[name] = StoredRows(np.array([address], "u8"), np.array([size], "u8"), np.array([mask], "u4"))
+        elif index in {SINGLE, IMPLICIT}:
+            self._piece(name, struct.unpack("<Q", rest)[0], count * chunk_bytes)
+        elif index == FIXED_ARRAY:
+            self._fixed_array(name, struct.unpack("<Q", rest[1:])[0], count, chunk_bytes)
+        else:
+            self._refuse(f"the chunks of /{name} are indexed in another way than format 1's")
+
+    def _fixed_array(self, name: str, address: int, count: int, chunk_bytes: int) -> None:
+        """One entry a chunk: address and, where there are filters, stored size and mask; in pages where many."""
+        what = f"the index of /{name}"
+        if address == NOWHERE:
+            return
+        if count > MAX_CHUNKS:
+            self._refuse(f"/{name} has {count} chunks, expected at most {MAX_CHUNKS}")
+        head = self._block(address, 28, what)
+        magic, _, filtered, entry, page_bits, entries, table = struct.unpack_from("<4sBBBBQQ", head)
+        if magic != b"FAHD" or entries != count or page_bits != PAGE_BITS:
+            self._refuse(f"{what} is not of its shape")
+        if not (13 <= entry <= 20 if filtered else entry == 8):
+            self._refuse(f"{what} has entries of {entry} bytes")
+        per_page = min(count, 1 << PAGE_BITS) or 1
+        pages = -(-count // per_page) if count > per_page else 0
+        prefix = 14 + -(-pages // 8) + (4 if pages else 0)
+        self._claim(table, prefix + count * entry + (pages or 1) * 4, what)
+        if self._read(table, 4) != b"FADB":
+            self._refuse(f"{what} has no table")
+        rows = StoredRows(np.empty(count, "u8"), np.full(count, chunk_bytes, "u8"), np.zeros(count, "u4"))
+        self.file.seek(table + prefix)
+        for start in range(0, count, per_page):
+            stop = min(start + per_page, count)
+            page = np.frombuffer(self.file.read((stop - start) * entry), np.uint8).reshape(-1, entry)
+            rows.offsets[start:stop] = _numbers(page[:, :8])
+            if filtered:
+                rows.sizes[start:stop] = _numbers(page[:, 8 : entry - 4])
+                rows.masks[start:stop] = _numbers(page[:, entry - 4 :])
+            self.file.seek(4, os.SEEK_CUR)  # the page's checksum
+        self.rows[name] = rows
+
+
+def _numbers(octets: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """(n, width) little-endian octets as (n,) numbers."""
+    wide = np.zeros((len(octets), 8), np.uint8)
+    wide[:, : octets.shape[1]] = octets
+    return wide.view("<u8")[:, 0]
+
+
+def _named(kind: int) -> str:
+    known = {0x07: "storage outside the file", ATTRIBUTE: "an attribute", LINK: "a group", LINK_INFO: "a group"}
+    return known.get(kind, f"a header message of type {kind}")

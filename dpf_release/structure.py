@@ -1,0 +1,316 @@
+"""What the files of a release hold, whatever their digests say: checked in a limited child. No torch.
+
+Right digests say that a file is the one that its publisher made, and nothing about the publisher. A checker for each
+role looks at what a file is before anything of the package reads it; "deep", it decodes every row and looks at every
+value. That weights have exactly the names and shapes of the network needs torch: `Release` checks it when it loads
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import h5py
+import numpy as np
+
+from dpf_release.bank import (
+    ID_BYTES,
+    BankIndex,
+    FeatureBank,
+    ShardRecord,
+    SplitName,
+    check_shard,
+    open_shard,
+    read_index,
+)
+from dpf_release.croissant import croissant
+from dpf_release.errors import DPFReleaseError
+from dpf_release.limits import confine, run_limited
+from dpf_release.manifest import MANIFEST, Manifest, Role
+from dpf_release.record import ModelRecord, read_model_record
+from dpf_release.schema import MAX_BYTES, MAX_VALUES
+from dpf_release.shard_layout import read_layout
+from dpf_release.storage import read_at_most
+from dpf_release.tensor_file import not_finite, read_tensor_file
+from dpf_release.verification import Kind, Problem, read_manifest, verify
+
+MODULE = "dpf_release.structure"
+VERSION = 1  # of these checks: what another version found is not remembered
+MAX_CARD_BYTES = 2**20
+BLOCK_BYTES = 2**24
+MAX_PROBLEMS, MAX_DETAIL = 1000, 500
+# Characters that move a terminal's cursor, or turn the direction of a text.
+UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Processor time: a start and the structures of a small release; bytes to decode, slowly, in a second.
+SECONDS, BYTES_A_SECOND, SHARDS_A_SECOND = 8, 5_000_000, 20
+MODEL, FEATURIZER, CLASSIFIER = "model/model.json", "model/featurizer.safetensors", "model/classifier.safetensors"
+
+Finding = tuple[Kind, str]
+
+
+def verify_deep(folder: Path, public_key: Path | None = None) -> list[Problem]:
+    """All that `verify` finds; where it finds nothing, what the files hold, every row and every value of them."""
+    return verify(folder, public_key) or check_structure(folder, deep=True)
+
+
+def check_structure(folder: Path, *, deep: bool = False) -> list[Problem]:
+    """What the files of a release are, checked in a child process with little memory and time.
+
+    Args:
+        folder: a release in which `verify` found nothing.
+        deep: every row is decoded, and every value looked at; without it no data are read.
+
+    Returns:
+        Problems of the kinds "schema", "structure", "values", and "limit", where the child was ended by its limits.
+    """
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Problem):
+        return [manifest]
+    work = sum(file.bytes for file in manifest.files) // BYTES_A_SECOND if deep else 0
+    seconds = SECONDS + work + len(manifest.files) // SHARDS_A_SECOND
+    request = {"folder": str(folder.resolve()), "deep": deep}
+    return problems_of(*run_limited(MODULE, request, seconds))
+
+
+def problems_of(answers: list[Any], died_of: str) -> list[Problem]:
+    """What the child told, and where it was when it died."""
+    problems, place = [], MANIFEST
+    for answer in answers:
+        if isinstance(answer, str):
+            place = answer
+        else:
+            kind, path, detail = answer
+            problems.append(Problem(kind, path, detail))
+    if died_of:
+        problems.append(Problem("limit", place, f"could not be checked within limits: {died_of}"))
+    return problems
+
+
+def main() -> None:
+    """The child: limits first, then the request, then an answer a line."""
+    confine(int(sys.argv[1]))
+    request = json.loads(sys.stdin.buffer.read())
+    for answer in answers_to(request):
+        print(json.dumps(answer), flush=True)
+
+
+def answers_to(request: dict[str, Any]) -> Iterator[str | tuple[str, str, str]]:
+    """Each file's path before it is looked at, and what is found in it: kind, path, detail."""
+    folder = Path(request["folder"])
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Problem):
+        yield manifest.kind, manifest.path, manifest.detail
+        return
+    release = _Release(folder, manifest, request["deep"])
+    found = 0
+    # Records before what they describe.
+    for record in sorted(manifest.files, key=lambda file: ROLES_IN_ORDER.index(file.role)):
+        yield record.path
+        for kind, detail in _checked(release, record.role, record.path):
+            yield kind, record.path, UNSEEN.sub("?", detail[:MAX_DETAIL])
+            found += 1
+            if found == MAX_PROBLEMS:
+                yield "limit", record.path, f"{found} problems; the rest was not looked at"
+                return
+    yield MANIFEST
+    for text in contradictions(manifest, release.model, release.index) if release.model and release.index else ():
+        yield "schema", MANIFEST, text
+
+
+@dataclass
+class _Release:
+    """What is known so far.
+
+    Attributes:
+        folder: where it is.
+        manifest: of it.
+        deep: whether data are looked at.
+        model: what `model.json` says, once it is read.
+        index: what `index.json` says, once it is read.
+    """
+
+    folder: Path
+    manifest: Manifest
+    deep: bool
+    model: ModelRecord | None = None
+    index: BankIndex | None = None
+
+
+def _checked(release: _Release, role: Role, path: str) -> Iterator[Finding]:
+    """What the checker of a role finds in a file."""
+    try:
+        yield from CHECKERS[role](release, path)
+    except DPFReleaseError as error:
+        yield "schema" if role in {"model-record", "bank-index"} else "structure", str(error)
+    except MemoryError:
+        yield "limit", "it takes more memory than a file of a release may"
+    # What h5py and numpy raise on files that are no shards.
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        yield "structure", f"it cannot be read: {type(error).__name__}: {str(error)[:200]}"
+
+
+def contradictions(manifest: Manifest, model: ModelRecord, index: BankIndex) -> list[str]:
+    """What manifest, model and bank say of each other that is not so."""
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    shards = {f"features/{shard.file}": shard.sha256 for shards in index.splits.values() for shard in shards}
+    rows = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
+    checks = {
+        "the bank was made by another featurizer": index.featurizer_sha256 == digests.get(FEATURIZER),
+        "the bank's rows have another shape than the model's features": index.feature_shape == model.feature_shape,
+        "bank and model differ in their targets": index.targets == model.target_columns,
+        "manifest and model differ in their classes": manifest.classes == model.classes,
+        "manifest and model differ in their task": (manifest.task, manifest.targets) == (model.task, model.targets),
+        "manifest and bank differ in their rows": manifest.splits == rows,
+        "the bank lists other shards than the manifest": shards
+        == {entry.path: entry.sha256 for entry in manifest.files if entry.role == "shard"},
+    }
+    return [text for text, holds in checks.items() if not holds]
+
+
+# --------------------------------------------------------------------------------------------- one checker a role
+
+
+def _card(release: _Release, path: str) -> Iterator[Finding]:
+    content = read_at_most(release.folder / path, MAX_CARD_BYTES)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        yield "structure", "expected text in UTF-8"
+        return
+    if UNSEEN.search(text):
+        yield "structure", "holds control characters, which a terminal obeys"
+
+
+def _croissant(release: _Release, path: str) -> Iterator[Finding]:
+    content, manifest = read_at_most(release.folder / path, MAX_BYTES), release.manifest
+    if sum(content.count(mark) for mark in (b",", b"[", b"{")) > 4 * MAX_VALUES:
+        yield "structure", "expected fewer values"
+        return
+    tree = json.loads(content)
+    description = str(tree["description"])
+    if tree != croissant(manifest.name, manifest.version, manifest.licence, description, manifest.files):
+        yield "structure", "expected what `package` writes for this manifest, found something else"
+    if UNSEEN.search(description):
+        yield "structure", "holds control characters, which a terminal obeys"
+
+
+def _model_record(release: _Release, path: str) -> Iterator[Finding]:
+    release.model = read_model_record(release.folder / path)
+    yield from ()
+
+
+def _bank_index(release: _Release, path: str) -> Iterator[Finding]:
+    release.index = read_index((release.folder / path).parent)
+    yield from ()
+
+
+def _weights(release: _Release, path: str) -> Iterator[Finding]:
+    file = read_tensor_file(release.folder / path)
+    if path == CLASSIFIER and file.metadata != {"format": "pt"}:
+        yield "structure", 'expected no metadata but {"format": "pt"}'
+    if path == FEATURIZER and release.model is not None:
+        expected = release.model.model_dump(mode="json", include={"arch", "arguments", "preprocess"})
+        hook = _said_record(file.metadata).pop("hook", None)
+        said = {key: value for key, value in _said_record(file.metadata).items() if key != "hook"}
+        if not isinstance(hook, str) or len(hook) > 200 or said != expected or set(file.metadata) != {"record"}:
+            yield "structure", "expected no metadata but architecture, preprocessing and hook, as in model.json"
+    if release.deep:
+        for name in not_finite(release.folder / path, file.tensors):
+            yield "values", f"{name[:200]!r} holds values that are infinite or not numbers"
+
+
+def _said_record(metadata: dict[str, str]) -> dict[str, Any]:
+    """The record in the metadata of a featurizer's file; empty where there is none."""
+    try:
+        record = json.loads(metadata.get("record", ""))
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _shard(release: _Release, path: str) -> Iterator[Finding]:
+    index = release.index
+    if index is None:
+        yield "structure", "without a right features/index.json it cannot be looked at"
+        return
+    split, record = _record_of(index, path)
+    if record is None:
+        return  # told as a contradiction
+    file_path = release.folder / path
+    layout = read_layout(file_path)
+    with file_path.open("rb") as file:
+        hidden = layout.hidden_bytes(file)
+    if hidden is not None:
+        yield "structure", f"byte {hidden} belongs to nothing and is not zero: deleted data, or hidden ones"
+    with open_shard(file_path) as shard:
+        check_shard(shard, file_path, index, split, record.rows)
+        if not all(_stored_whole(shard[member]) for member in shard):
+            yield "structure", "its data sets can grow, or are not written whole"
+        if release.deep:
+            yield from _targets(shard, release)
+    if release.deep:
+        yield from _rows(release.folder, index, split, record)
+
+
+def _record_of(index: BankIndex, path: str) -> tuple[SplitName, ShardRecord | None]:
+    for split, shards in index.splits.items():
+        for record in shards:
+            if f"features/{record.file}" == path:
+                return split, record
+    return "train", None
+
+
+def _stored_whole(dataset: h5py.Dataset) -> bool:
+    storage = dataset.id.get_storage_size()
+    filtered = dataset.id.get_create_plist().get_nfilters() > 0
+    return dataset.maxshape == dataset.shape and (storage == dataset.nbytes or (filtered and storage > 0))
+
+
+def _targets(shard: h5py.File, release: _Release) -> Iterator[Finding]:
+    """Of a shard whose shapes are right."""
+    ids = shard["id"][:].view(f"V{ID_BYTES}")
+    if len(np.unique(ids)) != len(ids):
+        yield "values", "two rows have the same id"
+    if "target" in shard and not np.isfinite(shard["target"][:]).all():
+        yield "values", "targets are infinite or not numbers"
+    if "label" in shard and release.model is not None:
+        labels = shard["label"][:]
+        if labels.min() < 0 or labels.max() >= len(release.model.classes):
+            yield (
+                "values",
+                f"labels from {labels.min()} to {labels.max()}, expected 0 to {len(release.model.classes) - 1}",
+            )
+
+
+def _rows(folder: Path, index: BankIndex, split: SplitName, record: ShardRecord) -> Iterator[Finding]:
+    """Every row of a shard, decoded as a reader decodes it."""
+    alone = index.model_copy(update={"splits": {split: (record,)}})
+    bank = FeatureBank(folder / "features", split, alone)
+    exponent = np.uint16(0x7C00)  # all ones: infinite or not a number
+    for rows, features in bank.batches(max(1, BLOCK_BYTES // index.row_bytes)):
+        bad = ((features.view(np.uint16) & exponent) == exponent).reshape(len(rows), -1).any(axis=1)
+        if bad.any():
+            yield "values", f"row {rows[bad.argmax()]} holds values that are infinite or not numbers"
+            return
+
+
+CHECKERS: dict[Role, Callable[[_Release, str], Iterator[Finding]]] = {
+    "card": _card,
+    "croissant": _croissant,
+    "model-record": _model_record,
+    "bank-index": _bank_index,
+    "featurizer": _weights,
+    "classifier": _weights,
+    "shard": _shard,
+}
+ROLES_IN_ORDER = list(CHECKERS)
+assert set(CHECKERS) == set(get_args(Role))
+
+if __name__ == "__main__":
+    main()
