@@ -285,6 +285,8 @@ def package(
     print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
     for file in manifest.files:
         print(f"  {file.path}  {file.bytes} bytes  {file.role}")
+    if manifest.version != (said := project.config.release.version):
+        print(f"As {manifest.version}, and not as {said}, which was published with rows that are retracted since.")
     print(f"Claims not made: {', '.join(manifest.claims.not_made)}. No attack battery was run on it.")
 
 

@@ -17,13 +17,14 @@ import pytest
 from bare_banks import digests, leftovers, without_shards
 from conftest import run_cli
 from numpy.typing import NDArray
+from small_banks import SHAPE, write_bank
 from test_functions import PHI_2, SECRET, Recorder, planned, rows_of
 from test_kill import KILLED
 
 from dpf_release import Release
 from dpf_release.bank import FeatureBank, SplitName, read_index
-from dpf_release.bank_drop import BEFORE
-from dpf_release.errors import ConfigError, RankError, RefusedError, VaultError
+from dpf_release.bank_drop import BEFORE, drop_rows
+from dpf_release.errors import BankError, ConfigError, RankError, RefusedError, VaultError
 from dpf_release.image_table import Earlier, read_table
 from dpf_release.models.functions import FUNCTIONS
 from dpf_release.package import package
@@ -209,6 +210,36 @@ def test_rows_of_test_go_from_the_vault_and_no_version_changes(project_folder: P
     assert package(open_project(project_folder)).version == "1.0.0"
     assert digests(project_folder / "release" / "features") == before
     assert "etracted" not in (project_folder / "release" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "blosc2"])
+@pytest.mark.parametrize("targets", [None, np.arange(20).reshape(10, 2) / 8])
+def test_rows_are_dropped_and_made_anew_in_any_bank_that_can_be_written(
+    tmp_path: Path, compression: str, targets: NDArray[Any] | None
+) -> None:
+    write_bank(tmp_path / "bank", 10, targets, compression=compression)  # four rows a shard
+    before, files = FeatureBank(tmp_path / "bank", "train"), digests(tmp_path / "bank")
+    features, labels, ids = before[:][0], before.targets, before.ids
+    with pytest.raises(BankError, match="do not fit float16"):
+        drop_rows(tmp_path / "bank", set(), 3, {ids[9].tobytes()}, lambda split, ids: np.full((len(ids), *SHAPE), 1e6))
+    assert not (tmp_path / "bank" / "index.json").exists()
+
+    def remake(split: SplitName, wanted: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert (split, wanted.tobytes()) == ("train", ids[9].tobytes())
+        return np.full((1, *SHAPE), 0.5, np.float32)
+
+    index = drop_rows(tmp_path / "bank", {ids[1].tobytes(), ids[2].tobytes()}, 3, {ids[9].tobytes()}, remake)
+    assert index == read_index(tmp_path / "bank")
+    assert [record.rows for record in index.splits["train"]] == [2, 4, 2]
+    assert digests(tmp_path / "bank")["train/shard-00001.h5"] == files["train/shard-00001.h5"]
+    assert {record.file: record.sha256 for record in index.splits["train"]}.items() <= digests(
+        tmp_path / "bank"
+    ).items()
+    kept, after = [0, 3, 4, 5, 6, 7, 8, 9], FeatureBank(tmp_path / "bank", "train")
+    features[9] = 0.5
+    assert np.array_equal(after[:][0], features[kept])
+    assert np.array_equal(after.targets, labels[kept])
+    assert np.array_equal(after.ids, ids[kept])
 
 
 # --------------------------------------------------------------------------------------------- what is refused
@@ -605,4 +636,5 @@ def test_an_owner_answers_a_takedown_request_on_the_command_line(project_folder:
     assert "φ2 top1" in done.stdout  # measured anew
     packaged = run_cli("package", folder=project_folder)
     assert "Published shapes 1.0.1" in packaged.stdout, packaged.stderr
+    assert "not as 1.0.0, which was published with rows that are retracted since" in packaged.stdout
     assert "φ2 on val: top-1" in (project_folder / "release" / "README.md").read_text()
