@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import new_project, run_cli, write_shapes
 
-COMMANDS = ["init", "train", "featurize", "fit-poison", "poison", "package", "verify", "inspect", "demo"]
+COMMANDS = ["init", "train", "featurize", "fit-poison", "poison", "package", "verify", "audit", "inspect", "demo"]
 
 
 def test_help_lists_every_command_in_less_than_half_a_second(tmp_path: Path) -> None:

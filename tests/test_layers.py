@@ -17,7 +17,7 @@ ORDER = [
     "ranks metrics image_table images pictures figures loader models release",
     "training",
     "pipeline downstream",
-    "package near_rows card inspection",
+    "package near_rows card inspection audit",
     "cli demo __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(ORDER) for name in names.split()}
