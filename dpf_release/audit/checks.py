@@ -16,7 +16,16 @@ from typing import Literal, Protocol
 from safetensors import SafetensorError
 
 from dpf_release.audit.contents import tensor_shapes
-from dpf_release.bank import INDEX, BankIndex, FeatureBank, ShardRecord, check_shard, load_blosc2, open_shard, read_index
+from dpf_release.bank import (
+    INDEX,
+    BankIndex,
+    FeatureBank,
+    ShardRecord,
+    check_shard,
+    load_blosc2,
+    open_shard,
+    read_index,
+)
 from dpf_release.errors import (
     BankError,
     ConfigError,
@@ -267,7 +276,7 @@ def _poisoned(subject: Subject) -> Iterable[Finding]:
 def _signature(subject: Subject) -> Iterable[Finding]:
     if subject.public_key is None:
         raise NotRunError("no public key was given (--public-key): who published the files is unknown")
-    yield Finding("bad signature", MANIFEST, "expected a signature by the given public key; releases are not signed yet")
+    yield Finding("bad signature", MANIFEST, "expected one by the given public key, found none: none is signed yet")
 
 
 # --------------------------------------------------------------------------------------------- with the vault

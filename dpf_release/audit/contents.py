@@ -28,8 +28,8 @@ def public_contents(release: Path, path: str, manifest: Manifest) -> str:
     """What a public file holds, in one line."""
     role, file = role_in_release(path), release / path
     if role == "manifest":
-        licence = f"licence {manifest.licence}"
-        return f"{manifest.name} {manifest.version}, {licence}: the list of {len(manifest.files)} files and their SHA-256"
+        title = f"{manifest.name} {manifest.version}, licence {manifest.licence}"
+        return f"{title}: the list of {len(manifest.files)} files and their SHA-256"
     return _PUBLIC[role](file) if role in _PUBLIC else ""
 
 

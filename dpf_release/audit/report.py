@@ -192,7 +192,7 @@ def project_of(vault: Path) -> Project:
     """
     vault = vault.resolve()
     if not vault.is_dir():
-        raise VaultError(f"expected a vault at {vault}, found none. Give the folder that holds ids.csv and ledger.json.")
+        raise VaultError(f"expected a vault at {vault}, found none. It is the folder that holds ids.csv and ledger.json.")
     config = read_config(vault.parent / CONFIG_NAME)
     import_from(config.folder)
     return Project(config, Vault(vault))
@@ -246,7 +246,7 @@ def _private_artefacts(project: Project, results: Sequence[Result]) -> Iterator[
 
 
 def _judged(side: Side, path: str, role: str, results: Sequence[Result]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the checks that passed a file and of those that did not; after the first that did not, none passed it."""
+    """Names of the checks that passed a file, until the first that did not, and of those that did not."""
     passed: list[str] = []
     failed: list[str] = []
     for result in results:
