@@ -288,9 +288,15 @@ def verify(release: Annotated[Path, typer.Argument(help="A release folder.")]) -
 @app.command()
 def audit(
     release: Annotated[Path, typer.Argument(help="A release folder; a copy that was downloaded will do.")],
-    vault: Annotated[Path | None, typer.Option("--vault", help="The vault that made it; dpf.toml lies beside it.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="In the place of --vault: the owner's dpf.toml.")] = None,
-    public_key: Annotated[Path | None, typer.Option("--public-key", help="Of the signer, from where you trust it.")] = None,
+    vault: Annotated[
+        Path | None, typer.Option("--vault", help="The vault that made it; dpf.toml lies beside it.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="In the place of --vault: the owner's dpf.toml.")
+    ] = None,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", help="Of the signer, from where you trust it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/audit.md) in the place of tables.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Also write one page that works offline.")] = None,
 ) -> None:
@@ -300,11 +306,11 @@ def audit(
 
     Example: dpf-release audit release --vault vault --html audit.html
     """
+    if vault and config:
+        raise typer.BadParameter("--vault and --config say the same; give one of them")
     from dpf_release.audit import audit as run
     from dpf_release.audit import print_audit, project_of, write_page
 
-    if vault and config:
-        raise typer.BadParameter("--vault and --config say the same; give one of them")
     place = config.parent / "vault" if config else vault
     found = run(release, project_of(place) if place else None, public_key)
     if html:

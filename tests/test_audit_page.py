@@ -1,4 +1,4 @@
-"""The audit's page in a real browser, at desk and phone width, light and dark: no error, no request, no sideways scroll.
+"""The audit's page in a real browser, desk and phone, light and dark: no error, no request, no sideways scroll.
 
 The screenshots lie under pytest's temporary folder (`--basetemp`), or where DPF_SCREENSHOTS says, to be looked at.
 """

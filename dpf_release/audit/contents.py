@@ -34,7 +34,7 @@ def public_contents(release: Path, path: str, manifest: Manifest) -> str:
 
 
 def _checksums(file: Path) -> str:
-    return f"{len(file.read_bytes().splitlines())} SHA-256, for `sha256sum -c`"
+    return f"{len(file.read_bytes().splitlines())} SHA-256 digests, for `sha256sum -c`"
 
 
 def _card(file: Path) -> str:

@@ -192,7 +192,9 @@ def project_of(vault: Path) -> Project:
     """
     vault = vault.resolve()
     if not vault.is_dir():
-        raise VaultError(f"expected a vault at {vault}, found none. It is the folder that holds ids.csv and ledger.json.")
+        raise VaultError(
+            f"expected a vault at {vault}, found none. It is the folder that holds ids.csv and ledger.json."
+        )
     config = read_config(vault.parent / CONFIG_NAME)
     import_from(config.folder)
     return Project(config, Vault(vault))

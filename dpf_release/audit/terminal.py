@@ -13,6 +13,7 @@ from dpf_release.audit.page import NOT_MEASURED, SHORT_DIGEST, claims_in_words, 
 from dpf_release.audit.report import Artefact, Audit
 from dpf_release.storage import readable_size
 
+WIDE = 120  # columns, from which the facts of a file stand side by side
 STYLES = {"passed": "green", "failed": "bold red", "not run": "yellow"}
 
 
@@ -27,13 +28,17 @@ def print_audit(audit: Audit, console: Console | None = None) -> None:
         if result.findings:
             console.print()
             console.print(_findings(result))
-    _print_table(console, "Checks", ("check", "result", "what it proves / cannot see"), map(_check_row, audit.results))
-    for title, artefacts, header in (
-        ("Public artefacts", audit.of("public"), ("file, and what it holds", "role", "size", "SHA-256", "checks")),
-        ("Private artefacts", audit.of("private"), ("file, and what it holds", "role", "size", "SHA-256", "held by")),
+    _print_table(
+        console, "Checks", ("check", "result", "what it proves, and cannot see"), map(_check_row, audit.results)
+    )
+    wide = console.width >= WIDE
+    for title, artefacts, last in (
+        ("Public artefacts", audit.of("public"), "checks passed"),
+        ("Private artefacts", audit.of("private"), "kept"),
     ):
+        header = ("file, and what it holds", "role", "size", "SHA-256", last) if wide else ("file, and what it holds",)
         if artefacts:
-            _print_table(console, title, header, map(_artefact_row, artefacts))
+            _print_table(console, title, header, map(_artefact_row if wide else _artefact_block, artefacts))
     console.print()
     for sentence in (*claims_in_words(audit.claims), NOT_MEASURED):
         console.print(Text(printable(sentence)))
@@ -57,29 +62,43 @@ def _check_row(result: Result) -> tuple[Text, ...]:
 
 
 def _artefact_row(artefact: Artefact) -> tuple[Text, ...]:
-    first = Text(printable(artefact.path))
-    if artefact.holds:
-        first.append("\n" + printable(artefact.holds), "dim")
-    if artefact.side == "public":
-        last = Text(f"{len(artefact.passed)} passed")
-    else:
-        last = Text(f"{artefact.mode} {'sealed' if artefact.sealed else 'in the clear'}")
-        if artefact.releases:
-            last.append("\n" + printable(", ".join(artefact.releases)), "dim")
-    if artefact.failed:
-        last = Text(f"FAILED {', '.join(artefact.failed)}", STYLES["failed"]).append("\n").append_text(last)
-    digest = (artefact.sha256 or "not read")[:SHORT_DIGEST]
-    return first, Text(artefact.role), Text(readable_size(artefact.bytes)), Text(digest), last
+    facts = Text(artefact.role), Text(readable_size(artefact.bytes)), Text(_digest(artefact))
+    return _name(artefact), *facts, _judged(artefact)
+
+
+def _artefact_block(artefact: Artefact) -> tuple[Text]:
+    """One below the other what a wide terminal shows side by side."""
+    size, digest = readable_size(artefact.bytes), _digest(artefact)
+    facts = Text(f"\n{artefact.role}, {size}, SHA-256 {digest}\n", "dim")
+    if artefact.passed and artefact.side == "public":
+        facts.append("passed: ", "dim")
+    return (_name(artefact).append_text(facts).append_text(_judged(artefact)),)
+
+
+def _name(artefact: Artefact) -> Text:
+    name = Text(printable(artefact.path), "bold")
+    return name.append("\n" + printable(artefact.holds), "not bold") if artefact.holds else name
+
+
+def _judged(artefact: Artefact) -> Text:
+    said = ", ".join(artefact.passed) or "none passed"
+    if artefact.side == "private":
+        said = f"{artefact.mode}, {'sealed' if artefact.sealed else 'in the clear'}"
+        said += f", of {', '.join(artefact.releases)}" if artefact.releases else ""
+    failed = Text(f"FAILED: {', '.join(artefact.failed)}\n" if artefact.failed else "", STYLES["failed"])
+    return failed.append(printable(said), "not bold")
+
+
+def _digest(artefact: Artefact) -> str:
+    return (artefact.sha256 or "not read")[:SHORT_DIGEST]
 
 
 def _print_table(console: Console, title: str, header: tuple[str, ...], rows: Iterable[tuple[Text, ...]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
-    for number, column in enumerate(header):
-        # The first column of files, and the last of checks, take what is left of the width.
-        table.add_column(column, overflow="fold", justify="right" if column == "size" else "left", no_wrap=False)
-        if column in {"size", "SHA-256", "role", "check", "result"}:
-            table.columns[number].no_wrap = True
+    for column in header:
+        narrow = column in {"role", "size", "SHA-256", "check", "result"}
+        table.add_column(column, overflow="fold", justify="right" if column == "size" else "left", no_wrap=narrow)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*row, end_section=len(header) == 1)
     console.print()
     console.print(table)
