@@ -130,6 +130,18 @@ class Subject:
             raise NotRunError("no vault was given (--vault)")
         return self.project
 
+    def refuse_gaps(self, paths: Iterable[str]) -> None:
+        """That all of these can be opened.
+
+        Raises:
+            NotRunError: there is no manifest, one of them is missing, or failed a check.
+        """
+        if self.manifest is None:
+            raise NotRunError("the release has no manifest that can be read")
+        unsound = next((path for path in paths if not self.is_sound(path)), None)
+        if unsound:
+            raise NotRunError(f"{unsound} is missing or failed a check before this one, and is not opened")
+
     @property
     def bank(self) -> BankIndex:
         """The index of the public bank, all of whose files can be opened.
@@ -138,9 +150,7 @@ class Subject:
             NotRunError: one of them failed a check, or the manifest lists others.
         """
         shards = {path for path, record in self.files.items() if record.role == "shard"}
-        unsound = [path for path in (f"features/{INDEX}", *sorted(shards)) if not self.is_sound(path)]
-        if unsound:
-            raise NotRunError(f"{unsound[0]} is missing or failed a check before this one, and is not opened")
+        self.refuse_gaps([f"features/{INDEX}", *sorted(shards)])
         index = read_index(self.release / "features")
         if {f"features/{shard.file}" for part in index.splits.values() for shard in part} != shards:
             raise NotRunError("the bank's index lists other shards than the manifest")
@@ -223,7 +233,7 @@ def covers(finding_path: str, path: str) -> bool:
 # --------------------------------------------------------------------------------------------- the release alone
 
 
-def _structure(subject: Subject) -> Iterable[Finding]:
+def _structure(subject: Subject) -> list[Finding]:
     readers: dict[str, Callable[[Subject, str], object]] = {
         "model-record": lambda s, path: read_model_record(s.release / path),
         "featurizer": lambda s, path: tensor_shapes(s.release / path),
@@ -231,12 +241,16 @@ def _structure(subject: Subject) -> Iterable[Finding]:
         "bank-index": lambda s, path: _read_small_index(s),
         "shard": _read_shard,
     }
-    for path, record in subject.files.items():
-        if record.role in readers and subject.is_sound(path):
-            try:
-                readers[record.role](subject, path)
-            except (DPFReleaseError, SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
-                yield Finding("structure", path, str(error))
+    found = []
+    paths = [path for path, record in subject.files.items() if record.role in readers]
+    for path in filter(subject.is_sound, paths):
+        try:
+            readers[subject.files[path].role](subject, path)
+        except (DPFReleaseError, SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
+            found.append(Finding("structure", path, str(error)))
+    if not found:
+        subject.refuse_gaps(paths)  # what was not looked at has not passed
+    return found
 
 
 def _read_small_index(subject: Subject) -> BankIndex:
@@ -260,7 +274,7 @@ def _read_shard(subject: Subject, path: str) -> None:
 
 def _agreement(subject: Subject) -> Iterable[Finding]:
     if subject.unsound:
-        raise NotRunError("files of the release failed a check before this one; it is not opened")
+        raise NotRunError("files of the release failed a check before this one; it is not opened as a whole")
     try:
         Release.open(subject.release)
     except VerificationError as error:
@@ -287,8 +301,7 @@ def _ledger(subject: Subject) -> Iterable[Finding]:
     if not ledger.exists() and ledger.with_name(f"{ledger.name}.age").exists():
         raise NotRunError("the ledger is sealed")
     manifest = subject.release / MANIFEST
-    if subject.manifest is None:
-        raise NotRunError("the release has no manifest that can be read")
+    subject.refuse_gaps([])
     digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
     entries = read_record(ledger, "package") if ledger.exists() else []
     if digest not in [entry["manifest_sha256"] for entry in entries]:
@@ -297,18 +310,23 @@ def _ledger(subject: Subject) -> Iterable[Finding]:
         yield Finding("unknown release", MANIFEST, detail)
 
 
-def _network(subject: Subject) -> Iterable[Finding]:
-    cut = subject.owners.cut
+def _network(subject: Subject) -> list[Finding]:
+    cut, record = subject.owners.cut, "model/model.json"
     expected = {
         "model/featurizer.safetensors": cut.featurizer_sha256,
         "model/classifier.safetensors": hashlib.sha256(cut.classifier_file).hexdigest(),
     }
-    for path, digest in expected.items():
-        if subject.is_sound(path) and subject.files[path].sha256 != digest:
-            yield Finding("foreign weights", path, "not the bytes that the vault's network gives at its hook point")
-    record = "model/model.json"
+    detail = "not the bytes that the vault's network gives at its hook point"
+    found = [
+        Finding("foreign weights", path, detail)
+        for path, digest in expected.items()
+        if subject.is_sound(path) and subject.files[path].sha256 != digest
+    ]
     if subject.is_sound(record) and read_model_record(subject.release / record) != cut.public_record:
-        yield Finding("foreign record", record, "does not say what the vault's network is")
+        found.append(Finding("foreign record", record, "does not say what the vault's network is"))
+    if not found:
+        subject.refuse_gaps([*expected, record])
+    return found
 
 
 def _rows(subject: Subject) -> Iterable[Finding]:

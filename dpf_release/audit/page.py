@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
 
 from dpf_release.audit.report import Audit
 from dpf_release.errors import ConfigError
@@ -73,10 +74,16 @@ def _shown(value: Any) -> Any:
     return printable(value) if type(value) is str else value
 
 
+def _with_code(text: str) -> Markup:
+    """Words between backticks as code."""
+    parts = printable(text).split("`")
+    return Markup("").join(Markup("<code>{}</code>" if i % 2 else "{}").format(part) for i, part in enumerate(parts))
+
+
 @cache
 def _template() -> Template:
     environment = Environment(
         autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["size"] = readable_size
+    environment.filters |= {"size": readable_size, "code": _with_code}
     return environment.from_string(files("dpf_release.audit").joinpath("page.html").read_text(encoding="utf-8"))

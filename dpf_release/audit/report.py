@@ -93,7 +93,14 @@ class Audit:
     @property
     def headline(self) -> str:
         """The number of findings."""
-        return _counted(len(self.findings), "finding") if self.findings else "No finding"
+        if self.findings:
+            return _counted(len(self.findings), "finding")
+        return "No finding" if self.complete else "No finding in what was looked at"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every check was run, but for the signature's, which says nothing of what the files hold."""
+        return {result.check.name for result in self.results if result.reason} <= {"signature"}
 
     @property
     def verdict(self) -> str:
