@@ -375,6 +375,44 @@ def key_new(out: Annotated[Path, typer.Option("--out", help="The private key's f
 
 
 @app.command()
+def audit(
+    release: Annotated[Path, typer.Argument(help="A release folder; a copy that was downloaded will do.")],
+    vault: Annotated[
+        Path | None, typer.Option("--vault", help="The vault that made it; dpf.toml lies beside it.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="In the place of --vault: the owner's dpf.toml.")
+    ] = None,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", help="Of the signer, from where you trust it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/audit.md) in the place of tables.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write one page that works offline.")] = None,
+) -> None:
+    """Say of every file whether it is public, what it holds and which check passed; with the vault, what leaked.
+
+    Exits with 3 on any finding. What is made with --vault is private.
+
+    Example: dpf-release audit release --vault vault --html audit.html
+    """
+    if vault and config:
+        raise typer.BadParameter("--vault and --config say the same; give one of them")
+    from dpf_release.audit import audit as run
+    from dpf_release.audit import print_audit, project_of, write_page
+
+    place = config.parent / "vault" if config else vault
+    found = run(release, project_of(place) if place else None, public_key)
+    if html:
+        write_page(found, html, release)
+    if as_json:
+        print(found.as_json())
+    else:
+        print_audit(found)
+    if found.findings:
+        raise VerificationError(f"{release}: {found.headline}. {found.verdict}")
+
+
+@app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A release, vault, bank or shard, dpf.toml, or an architecture's name.")],
     size: Annotated[int, typer.Option("--size", help="For an architecture: side of its input in pixels.")] = 224,

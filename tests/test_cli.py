@@ -10,17 +10,8 @@ import pytest
 from conftest import new_project, run_cli, write_shapes
 
 COMMANDS = [
-    "init",
-    "train",
-    "featurize",
-    "fit-poison",
-    "poison",
-    "package",
-    "retract",
-    "key",
-    "verify",
-    "inspect",
-    "demo",
+    *("init", "train", "featurize", "fit-poison", "poison", "package", "retract"),
+    *("key", "verify", "audit", "inspect", "demo"),
 ]
 
 

@@ -18,7 +18,7 @@ ORDER = [
     "ranks metrics image_table images pictures figures loader models release",
     "training",
     "pipeline downstream",
-    "package leaks near_rows card croissant inspection",
+    "package leaks near_rows card inspection audit",
     "cli demo __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(ORDER) for name in names.split()}

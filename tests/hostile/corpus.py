@@ -60,18 +60,14 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {}
-# Kinds that today's `verify` does not tell.
-NEEDS_VERIFY_BRANCH: set[str] = set()
 
 
-def tampered(*found: str, needs_verify_branch: bool = False) -> Any:
+def tampered(*found: str) -> Any:
     """A change that `verify` finds as one of these kinds, because digests or names do not fit."""
 
     def register(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
         name = make.__name__.removeprefix("_").replace("_", " ")
         KINDS[name] = Kind(make, frozenset(found), frozenset(found))
-        if needs_verify_branch:
-            NEEDS_VERIFY_BRANCH.add(name)
         return make
 
     return register

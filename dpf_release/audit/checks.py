@@ -1,0 +1,476 @@
+"""The checks of an audit: what each proves, what it cannot see, and what does it.
+
+One more check is one more entry of `CHECKS`. They run in that order; no check opens a file that failed one before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+from dpf_release.bank import (
+    INDEX,
+    BankIndex,
+    read_index,
+)
+from dpf_release.errors import (
+    ConfigError,
+    DPFReleaseError,
+    HookError,
+    ImageError,
+    VaultError,
+    VerificationError,
+    WeightsError,
+)
+from dpf_release.leaks import private_rows, private_tensors, private_words, source_order, telling_ids
+from dpf_release.manifest import MANIFEST, FileRecord, Manifest
+from dpf_release.near_rows import SAME_ROW_COSINE
+from dpf_release.pipeline.fitting import load_function
+from dpf_release.pipeline.project import Project
+from dpf_release.record import read_model_record
+from dpf_release.release import Release
+from dpf_release.storage import LOCK, sha256_of
+from dpf_release.structure import check_structure
+from dpf_release.vault import read_record, releases
+from dpf_release.verification import Problem, verify
+
+Side = Literal["public", "private"]
+Status = Literal["passed", "failed", "not run"]
+LONGEST_DETAIL = 1000
+BANK = ("bank-index", "shard")
+WEIGHTS = ("featurizer", "classifier")
+
+
+class NotRunError(DPFReleaseError):
+    """A check has nothing to look at; the message says what it lacks."""
+
+
+# Errors of the owner's side: those of a stranger's files are findings.
+VAULT_LACKS = (NotRunError, VaultError, ConfigError, ImageError, HookError, WeightsError)
+
+
+class FoundProblem(Protocol):
+    """What a check gives back: a `verification.Problem`, or a `Finding`."""
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+
+    @property
+    def path(self) -> str: ...  # noqa: D102
+
+    @property
+    def detail(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that must not be.
+
+    Attributes:
+        kind: in a word or two.
+        path: of the file or folder, inside the release (or the vault, for a check of the vault).
+        detail: what was expected and found.
+    """
+
+    kind: str
+    path: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is audited, and what is known of it so far.
+
+    Attributes:
+        release: the folder, resolved.
+        manifest: of the release; None where it cannot be read.
+        project: of the vault, where one was given.
+        public_key: of the signer, where one was given.
+        unsound: paths in the release that failed a check.
+    """
+
+    release: Path
+    manifest: Manifest | None
+    project: Project | None = None
+    public_key: Path | None = None
+    unsound: frozenset[str] = frozenset()
+
+    def after(self, result: Result) -> Subject:
+        """The subject as the next check finds it."""
+        paths = {finding.path for finding in result.findings} if result.check.side == "public" else set()
+        return replace(self, unsound=self.unsound | paths)
+
+    def is_sound(self, path: str) -> bool:
+        """Whether a file is listed, and neither it nor a folder above it failed a check."""
+        return path in self.files and not any(covers(bad, path) for bad in self.unsound)
+
+    @cached_property
+    def files(self) -> dict[str, FileRecord]:
+        """The files that the manifest lists, by path."""
+        return {record.path: record for record in self.manifest.files} if self.manifest else {}
+
+    @property
+    def owners(self) -> Project:
+        """The project of the vault.
+
+        Raises:
+            NotRunError: none was given.
+        """
+        if self.project is None:
+            raise NotRunError("no vault was given (--vault)")
+        return self.project
+
+    def refuse_gaps(self, paths: Iterable[str]) -> None:
+        """That all of these can be opened.
+
+        Raises:
+            NotRunError: there is no manifest, one of them is missing, or failed a check.
+        """
+        if self.manifest is None:
+            raise NotRunError("the release has no manifest that can be read")
+        unsound = next((path for path in paths if not self.is_sound(path)), None)
+        if unsound:
+            raise NotRunError(f"{unsound} is missing or failed a check before this one, and is not opened")
+
+    @property
+    def bank(self) -> BankIndex:
+        """The index of the public bank, all of whose files can be opened.
+
+        Raises:
+            NotRunError: one of them failed a check, or the manifest lists others.
+        """
+        shards = {path for path, record in self.files.items() if record.role == "shard"}
+        self.refuse_gaps([f"features/{INDEX}", *sorted(shards)])
+        index = read_index(self.release / "features")
+        if {f"features/{shard.file}" for part in index.splits.values() for shard in part} != shards:
+            raise NotRunError("the bank's index lists other shards than the manifest")
+        return index
+
+    def without_folders(self, text: str) -> str:
+        """A message without the places of release, vault and project on this machine, in one line of bounded length."""
+        text = text.replace(str(self.release), "the release")
+        if self.project is not None:
+            text = text.replace(str(self.project.vault.root), "the vault")
+            text = text.replace(str(self.project.config.folder), "the project")
+        text = " ".join(text.split())
+        return text if len(text) <= LONGEST_DETAIL else text[:LONGEST_DETAIL] + " ..."
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table of checks.
+
+    Attributes:
+        name: in one word; stable, as it is in the JSON.
+        proves: what is so where the check passes; one sentence.
+        cannot_see: what may be wrong all the same; one sentence.
+        advice: what to do where it finds something.
+        run: all problems of a subject. Raises `NotRunError` where it has nothing to look at.
+        roles: of the files that it looks at; empty: at none, or at the vault's.
+        side: where the paths of its findings lie.
+    """
+
+    name: str
+    proves: str
+    cannot_see: str
+    advice: str
+    run: Callable[[Subject], Iterable[FoundProblem]]
+    roles: tuple[str, ...] = ()
+    side: Side = "public"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check gave.
+
+    Attributes:
+        check: which.
+        findings: in the order in which they were found.
+        reason: why it was not run; empty where it was.
+    """
+
+    check: Check
+    findings: tuple[Finding, ...] = ()
+    reason: str = ""
+
+    @property
+    def status(self) -> Status:
+        """Passed, failed or not run."""
+        if self.reason:
+            return "not run"
+        return "failed" if self.findings else "passed"
+
+
+def run_check(check: Check, subject: Subject) -> Result:
+    """The result of one check: what it lacks is a reason, what is wrong with the release a finding."""
+    try:
+        problems = list(check.run(subject))
+    except VAULT_LACKS as error:
+        return Result(check, reason=subject.without_folders(str(error)))
+    except DPFReleaseError as error:
+        problems = [Finding("unreadable", ".", str(error))]
+    return Result(
+        check,
+        tuple(Finding(problem.kind, problem.path, subject.without_folders(problem.detail)) for problem in problems),
+    )
+
+
+def covers(finding_path: str, path: str) -> bool:
+    """Whether a finding is about a file: its path, or that of a folder above it."""
+    return path == finding_path or path.startswith(f"{finding_path}/")
+
+
+# --------------------------------------------------------------------------------------------- the release alone
+
+
+def _structure(subject: Subject) -> list[Problem]:
+    if subject.unsound:
+        raise NotRunError("files of the release failed a check before this one; what they hold is not looked at")
+    subject.refuse_gaps([])
+    return check_structure(subject.release, deep=True)
+
+
+def _agreement(subject: Subject) -> Iterable[Finding]:
+    if subject.unsound:
+        raise NotRunError("files of the release failed a check before this one; it is not opened as a whole")
+    try:
+        Release.open(subject.release, verify="none")
+    except VerificationError as error:
+        for problem in error.problems or [str(error)]:
+            yield Finding("contradiction", MANIFEST, problem)
+
+
+def _poisoned(subject: Subject) -> Iterable[Finding]:
+    if not subject.bank.poisoned:
+        yield Finding("not poisoned", "features", "the bank says of itself that its rows are φ1(S), as they are")
+
+
+def _signature(subject: Subject) -> list[Problem]:
+    if subject.public_key is None:
+        raise NotRunError("no public key was given (--public-key): who published the files is unknown")
+    found = verify(subject.release, subject.public_key, digest=None)
+    return [problem for problem in found if problem.kind == "bad signature"]
+
+
+# --------------------------------------------------------------------------------------------- with the vault
+
+
+def _ledger(subject: Subject) -> Iterable[Finding]:
+    ledger = subject.owners.vault.ledger
+    if not ledger.exists() and ledger.with_name(f"{ledger.name}.age").exists():
+        raise NotRunError("the ledger is sealed")
+    manifest = subject.release / MANIFEST
+    subject.refuse_gaps([])
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    entries = read_record(ledger, "package") if ledger.exists() else []
+    if digest not in [entry["manifest_sha256"] for entry in entries]:
+        known = ", ".join(f"{entry['name']} {entry['version']}" for entry in entries) or "none"
+        detail = f"the vault's ledger has no release with this manifest; it has: {known}"
+        yield Finding("unknown release", MANIFEST, detail)
+
+
+def _network(subject: Subject) -> list[Finding]:
+    cut, record = subject.owners.cut, "model/model.json"
+    expected = {
+        "model/featurizer.safetensors": cut.featurizer_sha256,
+        "model/classifier.safetensors": hashlib.sha256(cut.classifier_file).hexdigest(),
+    }
+    detail = "not the bytes that the vault's network gives at its hook point"
+    found = [
+        Finding("foreign weights", path, detail)
+        for path, digest in expected.items()
+        if subject.is_sound(path) and subject.files[path].sha256 != digest
+    ]
+    if subject.is_sound(record) and read_model_record(subject.release / record) != cut.public_record:
+        found.append(Finding("foreign record", record, "does not say what the vault's network is"))
+    if not found:
+        subject.refuse_gaps([*expected, record])
+    return found
+
+
+def _rows(subject: Subject) -> list[Problem]:
+    private = subject.owners.vault.features
+    index = subject.bank
+    if not (private / INDEX).is_file():
+        raise NotRunError("the vault has no φ1(S) to compare with: it was never written, was forgotten, or is sealed")
+    theirs = read_index(private)
+    if (theirs.featurizer_sha256, theirs.feature_shape) != (index.featurizer_sha256, index.feature_shape):
+        raise NotRunError("the vault's φ1(S) is of another featurizer: comparing with it would say nothing")
+    return private_rows(subject.release, subject.owners, _function(subject))
+
+
+def _function(subject: Subject) -> str | None:
+    """The name of the fitted function that made the release; None where the vault no longer has it."""
+    digest = sha256_of(subject.release / MANIFEST)
+    for entry in releases(subject.owners.vault):
+        if entry["manifest_sha256"] == digest:
+            with contextlib.suppress(VaultError):
+                if load_function(subject.owners, entry["function"]).digest == entry["function_digest"]:
+                    return str(entry["function"])
+    return None
+
+
+def _compared(find: Callable[[Path, Project], list[Problem]]) -> Callable[[Subject], list[Problem]]:
+    """A comparison of the whole release with the vault, whose parser trusts the structure of what it reads."""
+
+    def run(subject: Subject) -> list[Problem]:
+        project, _ = subject.owners, subject.bank
+        subject.refuse_gaps(subject.files)
+        return find(subject.release, project)
+
+    return run
+
+
+def _place(subject: Subject) -> Iterable[Finding]:
+    config, vault = subject.owners.config, subject.owners.vault.root.resolve()
+    if subject.release.is_relative_to(vault):
+        yield Finding("place", ".", "the release lies inside the vault: who copies one copies the other")
+    inside = {
+        "the vault": vault,
+        "the private images": config.locate(config.images.private.path),
+        "the public images": config.locate(config.images.public.path),
+    }
+    for what, path in inside.items():
+        if path.is_relative_to(subject.release):
+            yield Finding("place", ".", f"{what} lie inside the release folder: who uploads it uploads them")
+
+
+def _vault(subject: Subject) -> Iterable[Finding]:
+    root = subject.owners.vault.root
+    for path in (root, *sorted(root.rglob("*"))):
+        name, status = path.relative_to(root).as_posix(), path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            yield Finding("link", name, "what it leads to lies outside the vault, and is not looked at")
+        elif status.st_mode & 0o077 and name != LOCK:
+            expected = "0700" if path.is_dir() else "0600"
+            found = stat.S_IMODE(status.st_mode)
+            yield Finding("readable", name, f"others than its owner may use it: expected {expected}, found {found:04o}")
+    ignore = root / ".gitignore"
+    if not ignore.is_file() or "*" not in ignore.read_text(encoding="utf-8", errors="replace").splitlines():
+        yield Finding("git", ".gitignore", "expected a line `*`, so that git takes nothing from the vault")
+
+
+# --------------------------------------------------------------------------------------------- all of them
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "files",
+        "Each file is, byte for byte, the one that manifest.json lists, and the folder holds nothing else.",
+        "Who wrote the manifest: who changes a file can change the list too.",
+        "Fetch the release again from where you trust it. Its owner: take out what does not belong, find out how it "
+        "came there, and run `dpf-release package` again.",
+        lambda subject: verify(subject.release),
+        ("manifest", "checksums", "signature", "card", "croissant", "model-record", *WEIGHTS, *BANK),
+    ),
+    Check(
+        "signature",
+        "The manifest was signed with the key whose public half was given.",
+        "Whether that key is its owner's: the key that lies in a release proves nothing about who made it.",
+        "Take neither release nor key from there. Ask the owner for both.",
+        _signature,
+        ("manifest",),
+    ),
+    Check(
+        "structure",
+        "Records fit their schemas, weights are plain safetensors, and each shard is of bank format 1, byte for byte: "
+        "no links, no data outside the file, no bytes that belong to nothing; every row can be read and is finite.",
+        "Meaning: a row of the right form may hold anything.",
+        "Open none of these files with other programs. Ask the publisher for a whole release.",
+        _structure,
+        ("card", "croissant", "model-record", *WEIGHTS, *BANK),
+    ),
+    Check(
+        "agreement",
+        "Manifest, model record, weights and bank speak of the same featurizer, shapes, classes and shards.",
+        "Whether what they agree on is true.",
+        "Do not use the release: its parts are of different origin. Its owner: run `dpf-release package` again.",
+        _agreement,
+        ("manifest", "model-record", "featurizer", *BANK),
+    ),
+    Check(
+        "poisoned",
+        "Every shard of the bank says of itself that it is poisoned.",
+        "A flag that lies. With the vault, `rows` compares the rows themselves.",
+        "Take the release down: a reconstructor shows the pictures in unpoisoned features.",
+        _poisoned,
+        BANK,
+    ),
+    Check(
+        "ledger",
+        "The vault's ledger lists exactly this manifest: the release was packaged from this vault.",
+        "Releases made from a copy of the vault.",
+        "Give the vault that made this release. If it is this one, somebody else packaged what you hold.",
+        _ledger,
+        ("manifest",),
+    ),
+    Check(
+        "network",
+        "φ1, φ2 and their record are, byte for byte, what the vault's network gives at its hook point; the weights "
+        "files hold nothing more.",
+        "What Φ itself remembers of the images that it was trained on.",
+        "Take the release down, and find out where these weights come from before you package again.",
+        _network,
+        ("model-record", *WEIGHTS),
+    ),
+    Check(
+        "rows",
+        f"No public row is as good as equal to a row of φ1(S) (mean-centred cosine above {SAME_ROW_COSINE}).",
+        "What a trained attacker gets out of a row: only equality, up to scale, is looked for.",
+        "Take the release down. What was downloaded cannot be called back: tell the people in the pictures.",
+        _rows,
+        BANK,
+    ),
+    Check(
+        "words",
+        "No public text says the name of a source file, of the owner, of the machine or of a folder.",
+        "Words of fewer than six letters, other languages' forms of a name, what the pictures show.",
+        "Take the release down, change [release] in dpf.toml, and package again.",
+        _compared(private_words),
+        ("card", "croissant", "model-record", *WEIGHTS, *BANK),
+    ),
+    Check(
+        "tensors",
+        "No public tensor or row equals one of P, ψ or another private member of the vault.",
+        "A tensor that was changed, if only by its last bit in float16.",
+        "Take the release down: with P, or enough of it, the poisoning is undone.",
+        _compared(private_tensors),
+        (*WEIGHTS, *BANK),
+    ),
+    Check(
+        "ids",
+        "The ids are those that the vault's plan drew, in its order; they look random and are no digest of an image.",
+        "A derivation that it does not try.",
+        "Take the release down: who guesses an image finds its row.",
+        _compared(telling_ids),
+        ("shard",),
+    ),
+    Check(
+        "order",
+        "The order of the rows does not go with the order of the source, as a whole or within a class.",
+        "Orders other than that of the image table.",
+        "Take the release down, and write the features anew with `dpf-release featurize --restart`.",
+        _compared(source_order),
+        ("shard",),
+    ),
+    Check(
+        "place",
+        "Neither the vault nor the images S and Q lie in the release folder, nor the release in the vault.",
+        "Copies elsewhere: backups, synchronised folders, mail.",
+        "Move them apart before anything is copied or uploaded.",
+        _place,
+    ),
+    Check(
+        "vault",
+        "Only the owner of the vault can read its files (0600, folders 0700), it has no links, and git ignores it.",
+        "Access lists, backups, and whoever administers the machine.",
+        "Run `chmod -R go-rwx` on the vault. Who could read it so far may have what undoes the release.",
+        _vault,
+        side="private",
+    ),
+)

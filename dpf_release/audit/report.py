@@ -1,0 +1,305 @@
+"""`audit`: the table of every artefact, public and private, with what was found."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dpf_release.audit.checks import CHECKS, Finding, Result, Side, Subject, covers, run_check
+from dpf_release.audit.contents import SEALED, public_contents, role_in_release, role_in_vault
+from dpf_release.config import CONFIG_NAME, read_config
+from dpf_release.errors import DPFReleaseError, VaultError
+from dpf_release.manifest import MANIFEST, Claims, Manifest
+from dpf_release.pipeline.fitting import load_function
+from dpf_release.pipeline.project import Project, import_from
+from dpf_release.schema import MAX_BYTES
+from dpf_release.storage import sha256_of
+from dpf_release.vault import Vault, read_record
+from dpf_release.verification import read_manifest
+
+FORMAT, FORMAT_VERSION = "dpf-release-audit", 1
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One file of a release or of its vault.
+
+    Attributes:
+        path: inside the release, or inside the vault.
+        side: whether anyone can have it.
+        role: of the manifest; in a vault, what it belongs to.
+        bytes: its size.
+        sha256: hexadecimal; None where it was not read: a link, no plain file, or a large one that nobody lists.
+        holds: one line in words; empty where it failed a check and was not opened.
+        mode: permissions, octal.
+        passed: names of the checks that looked at it and found nothing; none after the first that did.
+        failed: names of the checks that found something.
+        sealed: whether it is encrypted at rest (private side).
+        releases: names and versions of those that it belongs to, by the ledger (private side).
+    """
+
+    path: str
+    side: Side
+    role: str
+    bytes: int
+    sha256: str | None
+    holds: str
+    mode: str
+    passed: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    sealed: bool = False
+    releases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        manifest: of the release; None where it cannot be read.
+        manifest_sha256: its digest.
+        private: whether a vault was given: then all of this is the owner's.
+        results: of each check, in their order.
+        artefacts: every file, the public ones first, by path.
+    """
+
+    manifest: Manifest | None
+    manifest_sha256: str | None
+    private: bool
+    results: tuple[Result, ...]
+    artefacts: tuple[Artefact, ...]
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Of all checks."""
+        return tuple(finding for result in self.results for finding in result.findings)
+
+    @property
+    def title(self) -> str:
+        """Name and version of the release."""
+        return f"{self.manifest.name} {self.manifest.version}" if self.manifest else "a folder without a manifest"
+
+    @property
+    def claims(self) -> Claims:
+        """What the release promises, and what not."""
+        return self.manifest.claims if self.manifest else Claims(not_made=())
+
+    def of(self, side: Side) -> tuple[Artefact, ...]:
+        """The artefacts of one side."""
+        return tuple(artefact for artefact in self.artefacts if artefact.side == side)
+
+    @property
+    def headline(self) -> str:
+        """The number of findings."""
+        if self.findings:
+            return _counted(len(self.findings), "finding")
+        return "No finding" if self.complete else "No finding in what was looked at"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every check was run, but for the signature's, which says nothing of what the files hold."""
+        return {result.check.name for result in self.results if result.reason} <= {"signature"}
+
+    @property
+    def verdict(self) -> str:
+        """What it comes to, for someone who reads nothing else; goes with the headline."""
+        failed = [result.check for result in self.results if result.findings]
+        if any(check.side == "public" for check in failed):
+            return f"{self.title} must not be used, passed on or published before this is cleared up."
+        if failed:
+            return (
+                f"Nothing was found in {self.title} itself, but others may have what undoes it: put the vault in order "
+                "before anything else."
+            )
+        passed = sum(result.status == "passed" for result in self.results)
+        not_run = len(self.results) - passed
+        said = f"{passed} of {len(self.results)} checks passed on {self.title}."
+        if not_run:
+            said += f" {_counted(not_run, 'check was', 'checks were')} not run."
+        if not self.private:
+            said += " Whether anything private is in it was not looked for: that takes its owner's vault."
+        return said
+
+    def as_json(self) -> str:
+        """The whole of it, as docs/audit.md describes; sorted keys, ASCII."""
+        tree: dict[str, Any] = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "private": self.private,
+            "passed": not self.findings,
+            "headline": self.headline,
+            "verdict": self.verdict,
+            "release": self._release_facts(),
+            "checks": [
+                {
+                    "name": result.check.name,
+                    "status": result.status,
+                    "proves": result.check.proves,
+                    "cannot_see": result.check.cannot_see,
+                    "advice": result.check.advice,
+                    "reason": result.reason,
+                }
+                for result in self.results
+            ],
+            "findings": [
+                {"check": result.check.name, "side": result.check.side, **asdict(finding)}
+                for result in self.results
+                for finding in result.findings
+            ],
+            "artefacts": [asdict(artefact) for artefact in self.artefacts],
+            "claims": self.claims.model_dump(mode="json"),
+        }
+        return json.dumps(tree, indent=2, sort_keys=True)
+
+    def _release_facts(self) -> dict[str, Any] | None:
+        if self.manifest is None:
+            return None
+        fields = {"name", "version", "previous", "licence", "task", "classes", "targets", "splits"}
+        return self.manifest.model_dump(mode="json", include=fields) | {"manifest_sha256": self.manifest_sha256}
+
+
+def audit(release: Path, project: Project | None = None, public_key: Path | None = None) -> Audit:
+    """Looks at every artefact of a release as it is now, and runs every check on it.
+
+    Nothing that fails a check is opened afterwards. With the project of a vault the vault is looked at too, and the
+    release is compared with it; then what comes back is private.
+
+    Args:
+        release: the folder; a copy that was downloaded will do.
+        project: of the vault that made it, if there is one; see `project_of`.
+        public_key: of the signer, if there is one.
+
+    Raises:
+        VaultError: a name in the vault's ledger cannot be a function's.
+    """
+    release = release.resolve()
+    manifest = read_manifest(release)
+    subject = Subject(release, manifest if isinstance(manifest, Manifest) else None, project, public_key)
+    results: list[Result] = []
+    for check in CHECKS:
+        results.append(run_check(check, subject))
+        subject = subject.after(results[-1])
+    artefacts = [*_public_artefacts(subject, results)]
+    if project is not None:
+        artefacts += _private_artefacts(project, results)
+    digest = next((artefact.sha256 for artefact in artefacts if artefact.path == MANIFEST), None)
+    return Audit(subject.manifest, digest, project is not None, tuple(results), tuple(artefacts))
+
+
+def project_of(vault: Path) -> Project:
+    """The project that a vault belongs to: its `dpf.toml` lies beside it.
+
+    A vault that others can read is not refused: the audit reports it.
+
+    Raises:
+        VaultError: there is no such folder.
+        ConfigError: no configuration beside it, or one that does not fit.
+    """
+    vault = vault.resolve()
+    if not vault.is_dir():
+        raise VaultError(
+            f"expected a vault at {vault}, found none. It is the folder that holds ids.csv and ledger.json."
+        )
+    config = read_config(vault.parent / CONFIG_NAME)
+    import_from(config.folder)
+    return Project(config, Vault(vault))
+
+
+def _public_artefacts(subject: Subject, results: Sequence[Result]) -> Iterator[Artefact]:
+    for path in sorted(subject.release.rglob("*")):
+        name, status = path.relative_to(subject.release).as_posix(), path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        role = role_in_release(name)
+        passed, failed = _judged("public", name, role, results)
+        if subject.manifest is None:
+            passed = ()  # nothing is known of a file that no manifest lists
+        whole = bool(passed) and not failed
+        listed = subject.files.get(name)
+        yield Artefact(
+            name,
+            "public",
+            role,
+            status.st_size,
+            listed.sha256 if listed and "files" in passed else _digest(path, status.st_mode, MAX_BYTES),
+            public_contents(subject.release, name, subject.manifest) if whole and subject.manifest else "",
+            f"{stat.S_IMODE(status.st_mode):04o}",
+            passed,
+            failed,
+        )
+
+
+def _private_artefacts(project: Project, results: Sequence[Result]) -> Iterator[Artefact]:
+    root, releases = project.vault.root, _releases(project)
+    for path in sorted(root.rglob("*")):
+        name, status = path.relative_to(root).as_posix(), path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        role, holds = role_in_vault(name)
+        passed, failed = _judged("private", name, role, results)
+        yield Artefact(
+            name,
+            "private",
+            role,
+            status.st_size,
+            _digest(path, status.st_mode),
+            holds,
+            f"{stat.S_IMODE(status.st_mode):04o}",
+            passed,
+            failed,
+            name.endswith(SEALED),
+            _releases_of(name, releases),
+        )
+
+
+def _judged(side: Side, path: str, role: str, results: Sequence[Result]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the checks that passed a file, until the first that did not, and of those that did not."""
+    passed: list[str] = []
+    failed: list[str] = []
+    for result in results:
+        check = result.check
+        if check.side == side and any(covers(finding.path, path) for finding in result.findings):
+            failed.append(check.name)
+        elif not result.reason and not failed and check.side == side and (side == "private" or role in check.roles):
+            passed.append(check.name)
+    return tuple(passed), tuple(failed)
+
+
+def _digest(path: Path, mode: int, limit: int | None = None) -> str | None:
+    if not stat.S_ISREG(mode) or (limit is not None and path.lstat().st_size > limit):
+        return None
+    return sha256_of(path)
+
+
+def _releases(project: Project) -> dict[str, tuple[str, ...]]:
+    """By function, the releases in the ledger that today's function of that name made."""
+    if not project.vault.ledger.is_file():
+        return {}
+    made: dict[str, tuple[str, ...]] = {}
+    for entry in read_record(project.vault.ledger, "package"):
+        name = entry["function"]
+        try:
+            today = load_function(project, name).digest
+        except DPFReleaseError:  # forgotten, sealed, or fitted for another network
+            continue
+        if entry["function_digest"] == today:
+            made[name] = (*made.get(name, ()), f"{entry['name']} {entry['version']}")
+    return made
+
+
+def _releases_of(path: str, releases: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Of a function's own files its releases; of what all functions share those of all of them."""
+    folder, _, rest = path.partition("/")
+    if folder in {"functions", "candidates", "reports"}:
+        return releases.get(rest.split("/")[0], ())
+    if folder in {"network", "features"} or path.removesuffix(SEALED) in {"ids.csv", "ledger.json"}:
+        return tuple(dict.fromkeys(name for names in releases.values() for name in names))
+    return ()
+
+
+def _counted(count: int, one: str, several: str | None = None) -> str:
+    return f"{count} {one if count == 1 else several or one + 's'}"
