@@ -96,7 +96,7 @@ class Audit:
     def headline(self) -> str:
         """The number of findings."""
         if self.findings:
-            return _counted(len(self.findings), "finding")
+            return f"{len(self.findings)} finding{'s' if len(self.findings) > 1 else ''}"
         return "No finding" if self.complete else "No finding in what was looked at"
 
     @property
@@ -115,14 +115,20 @@ class Audit:
                 f"Nothing was found in {self.title} itself, but others may have what undoes it: put the vault in order "
                 "before anything else."
             )
-        passed = sum(result.status == "passed" for result in self.results)
-        not_run = len(self.results) - passed
-        said = f"{passed} of {len(self.results)} checks passed on {self.title}."
-        if not_run:
-            said += f" {_counted(not_run, 'check was', 'checks were')} not run."
         if not self.private:
-            said += " Whether anything private is in it was not looked for: that takes its owner's vault."
-        return said
+            said = (
+                f"The files of {self.title} are those that its manifest lists. Whether anything private is in them was "
+            )
+            said += "not looked for: that takes its owner's vault."
+        elif self.complete:
+            said = (
+                f"The files of {self.title} are those that its manifest lists, and nothing private was found in them."
+            )
+        else:
+            said = f"Not all of {self.title} could be compared with the vault."
+        not_run = ", ".join(result.check.name for result in self.results if result.reason)
+        passed = sum(result.status == "passed" for result in self.results)
+        return f"{said} {passed} of {len(self.results)} checks passed" + (f"; not run: {not_run}." if not_run else ".")
 
     def as_json(self) -> str:
         """The whole of it, as docs/audit.md describes; sorted keys, ASCII."""
@@ -299,7 +305,3 @@ def _releases_of(path: str, releases: dict[str, tuple[str, ...]]) -> tuple[str, 
     if folder in {"network", "features"} or path.removesuffix(SEALED) in {"ids.csv", "ledger.json"}:
         return tuple(dict.fromkeys(name for names in releases.values() for name in names))
     return ()
-
-
-def _counted(count: int, one: str, several: str | None = None) -> str:
-    return f"{count} {one if count == 1 else several or one + 's'}"

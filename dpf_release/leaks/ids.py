@@ -19,7 +19,9 @@ from dpf_release.pipeline.project import Project
 CHANCE = 1e-6  # how often truly random ids may be refused
 CONTENT_ROWS = 100  # of a split: ids that are digests of contents are so all over
 _HASHES = (hashlib.md5, hashlib.sha1, hashlib.sha256, hashlib.sha512, hashlib.blake2b, hashlib.blake2s)
-_NAMESPACES = (uuid.NAMESPACE_DNS, uuid.NAMESPACE_URL, uuid.NAMESPACE_OID, uuid.NAMESPACE_X500)
+_NAMESPACES = [
+    space.bytes for space in (uuid.NAMESPACE_DNS, uuid.NAMESPACE_URL, uuid.NAMESPACE_OID, uuid.NAMESPACE_X500)
+]
 
 
 def telling_ids(release: Path, project: Project) -> list[Problem]:
@@ -84,11 +86,12 @@ def _from_texts(path: str, absolute: str, row: str) -> set[bytes]:
         data = text.encode(errors="surrogateescape")
         derived.add(data[:ID_BYTES].ljust(ID_BYTES, b"\0"))
         derived.update(_digests(data))
-        # As uuid.uuid3 and uuid.uuid5, which take no name that is not UTF-8.
+        # As uuid.uuid3 and uuid.uuid5, which are slow, and take no name that is not UTF-8.
         for space in _NAMESPACES:
             for version, digest in ((3, hashlib.md5), (5, hashlib.sha1)):
-                made = digest(space.bytes + data, usedforsecurity=False).digest()[:ID_BYTES]
-                derived.add(uuid.UUID(bytes=made, version=version).bytes)
+                made = bytearray(digest(space + data, usedforsecurity=False).digest()[:ID_BYTES])
+                made[6], made[8] = made[6] & 0x0F | version << 4, made[8] & 0x3F | 0x80
+                derived.add(bytes(made))
     return derived
 
 
