@@ -16,6 +16,7 @@ from dpf_release.errors import DPFReleaseError, VerificationError
 if TYPE_CHECKING:
     from dpf_release.pictures import BadImage
     from dpf_release.pipeline import Project
+    from dpf_release.vault import Vault
 
 app = typer.Typer(
     help="Publish an image data set as poisoned feature banks, without publishing the images.\n\n"
@@ -25,6 +26,20 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # locals hold private paths
 )
 
+vault_app = typer.Typer(
+    help="Seal the vault, open it, make it forget, look at it.\n\nExample: dpf-release vault seal --recipient age1...",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,  # locals hold private paths
+)
+app.add_typer(vault_app, name="vault")
+
+IdentityOption = Annotated[
+    Path | None,
+    typer.Option("--identity", envvar="DPF_RELEASE_IDENTITY", help="The age identity file that opens a sealed vault."),
+]
+FixPermissionsOption = Annotated[
+    bool, typer.Option("--fix-permissions", help="Take away the rights of others to the vault.")
+]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The owner's configuration.")]
 NameOption = Annotated[str, typer.Option("--name", help="Which fitted function; several live side by side.")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew; what was made before is lost.")]
@@ -48,11 +63,21 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _project(config: Path, **overrides: Any) -> Project:
+def _project(
+    config: Path, identity: Path | None = None, fix_permissions: bool = False, **overrides: Any
+) -> Project:
     """A project with options over its configuration; `poison__epochs=3` is the key `poison.epochs`."""
     from dpf_release.pipeline import Project
 
-    return Project.open(config, {key.replace("__", "."): value for key, value in overrides.items()})
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Project.open(config, dotted, identity, fix_permissions=fix_permissions)
+
+
+def _vault(config: Path, identity: Path | None = None, fix_permissions: bool = False) -> Vault:
+    from dpf_release.config import read_config
+    from dpf_release.vault import Vault
+
+    return Vault.open(read_config(config).folder / "vault", identity, fix_permissions=fix_permissions)
 
 
 def _print_unreadable(images: Sequence[BadImage]) -> None:
@@ -98,6 +123,8 @@ def train(
     epochs: EpochsOption = None,
     device: DeviceOption = None,
     restart: RestartOption = False,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Train the network Φ on S, where there are no weights yet.
 
@@ -105,7 +132,7 @@ def train(
     """
     from dpf_release.pipeline import train as run
 
-    project = _project(config, train__epochs=epochs, compute__device=device)
+    project = _project(config, identity, fix_permissions, train__epochs=epochs, compute__device=device)
     scores = run(project, restart)
     _print_unreadable(project.private_images.bad)
     unit = project.config.task.unit
@@ -123,6 +150,8 @@ def featurize(
     images: Annotated[Path | None, typer.Option("--images", help="Downstream: your own images T.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Downstream: folder for the bank φ1(T).")] = None,
     max_bad: Annotated[float, typer.Option("--max-bad", help="Downstream: share of T that may be unreadable.")] = 0.001,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Split Φ and write the private bank φ1(S) into the vault.
 
@@ -153,7 +182,7 @@ def featurize(
         )
         where = out
     else:
-        project = _project(config, compute__device=device, bank__shard_size=shard_size)
+        project = _project(config, identity, fix_permissions, compute__device=device, bank__shard_size=shard_size)
         index, where = pipeline.featurize(project, restart), project.vault.features
         unreadable = list(project.private_images.bad)
     _print_unreadable(unreadable)
@@ -174,6 +203,8 @@ def fit_poison(
     epochs: EpochsOption = None,
     device: DeviceOption = None,
     restart: RestartOption = False,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Train the straw man ψ on Q where missing, then the poisoning function P on S.
 
@@ -188,7 +219,7 @@ def fit_poison(
         "poison.epochs": epochs,
     }
     overrides = {key.replace(".", "__"): value for key, value in poison.items()}
-    project = _project(config, compute__device=device, **overrides)
+    project = _project(config, identity, fix_permissions, compute__device=device, **overrides)
     last = run(project, name, restart)
     if project.config.poison.straw_men:
         _print_unreadable(project.public_images.bad)
@@ -203,6 +234,8 @@ def poison(
     device: DeviceOption = None,
     shard_size: ShardSizeOption = None,
     restart: RestartOption = False,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Write the candidate P(φ1(S)) into the vault, and measure it.
 
@@ -212,7 +245,7 @@ def poison(
     """
     from dpf_release import pipeline
 
-    project = _project(config, compute__device=device, bank__shard_size=shard_size)
+    project = _project(config, identity, fix_permissions, compute__device=device, bank__shard_size=shard_size)
     pipeline.write_candidate(project, name, restart)
     print_measurements(pipeline.measure(project, name))
     pictures = project.vault.reports(name) / "reconstructions.png"
@@ -256,6 +289,8 @@ def package(
     config: ConfigOption = CONFIG,
     name: NameOption = "default",
     out: Annotated[Path | None, typer.Option("--out", help="The release folder; default: release.")] = None,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Check the candidate and publish it: the only command that writes public files.
 
@@ -263,12 +298,90 @@ def package(
     """
     from dpf_release.package import package as run
 
-    project = _project(config)
+    project = _project(config, identity, fix_permissions)
     manifest = run(project, name, out)
     print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
     for file in manifest.files:
         print(f"  {file.path}  {file.bytes} bytes  {file.role}")
     print(f"Claims not made: {', '.join(manifest.claims.not_made)}. No attack battery was run on it.")
+
+
+@vault_app.command("seal")
+def vault_seal(
+    recipient: Annotated[
+        list[str] | None,
+        typer.Option("--recipient", help="A public key, age1...; repeat it for more. Not needed a second time."),
+    ] = None,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option("--forget", help="Remove, in the place of sealing: features, candidates or figures; repeatable."),
+    ] = None,
+    config: ConfigOption = CONFIG,
+    fix_permissions: FixPermissionsOption = False,
+) -> None:
+    """Encrypt every member of the vault for whoever has the secret key of a recipient (age format).
+
+    Example: dpf-release vault seal --recipient age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p
+    """
+    from dpf_release import sealing
+
+    vault = _vault(config, fix_permissions=fix_permissions)
+    state = sealing.seal(vault, recipient or (), forget or ())
+    print(
+        f"Sealed: {len(state.sealed)} members of {vault.root}. Without the identity file nobody opens them, nor do you: "
+        f"keep two copies of it, none of them here. Files in the clear were removed.\n{sealing.DELETION}"
+    )
+
+
+@vault_app.command("open")
+def vault_open(
+    identity: IdentityOption = None, config: ConfigOption = CONFIG, fix_permissions: FixPermissionsOption = False
+) -> None:
+    """Decrypt every member of a sealed vault for good.
+
+    Example: dpf-release vault open --identity ~/keys/shapes.txt
+    """
+    from dpf_release import sealing
+
+    vault = _vault(config, identity, fix_permissions)
+    print(f"Opened: {len(sealing.unseal(vault).clear)} members of {vault.root} lie in the clear again.")
+
+
+@vault_app.command("forget")
+def vault_forget(
+    config: ConfigOption = CONFIG,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
+) -> None:
+    """Remove φ1(S), the candidates and the figures, once a release is made; they can be made again from S.
+
+    Example: dpf-release vault forget
+    """
+    from dpf_release import sealing
+    from dpf_release.storage import readable_size
+
+    forgotten = sealing.forget(_vault(config, identity, fix_permissions))
+    print(
+        f"Removed {forgotten.files} files, {readable_size(forgotten.bytes)}: φ1(S), candidates, figures. `dpf-release "
+        f"featurize` and `dpf-release poison` make the same rows again, while S stays as it is.\n{sealing.DELETION}"
+    )
+
+
+@vault_app.command("check")
+def vault_check(config: ConfigOption = CONFIG, fix_permissions: FixPermissionsOption = False) -> None:
+    """Say whether the vault is its owner's alone, and what of it is sealed.
+
+    Example: dpf-release vault check --fix-permissions
+    """
+    from dpf_release import sealing
+
+    vault = _vault(config, fix_permissions=fix_permissions)
+    state = sealing.check(vault)
+    print(f"{vault.root}: no one but you has a right in it, and git tracks none of it.")
+    if state.seals:
+        print(f"Sealed for {', '.join(state.seals.recipients)}: {len(state.sealed)} members.")
+    else:
+        print(f"Not sealed: {len(state.clear)} members lie in the clear.")
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -29,7 +28,7 @@ from dpf_release.pipeline.project import Project
 from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.release import Release
 from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of
-from dpf_release.vault import read_record, remember_release
+from dpf_release.vault import BANK, remember_release
 
 
 def package(project: Project, name: str = "default", out: Path | None = None) -> Manifest:
@@ -54,7 +53,7 @@ def package(project: Project, name: str = "default", out: Path | None = None) ->
 def _package(project: Project, name: str, out: Path) -> Manifest:
     _recover(out)
     _refuse_place(out, project)
-    candidate = project.vault.candidate(name)
+    candidate = project.vault.opened(project.vault.candidate(name))
     index = read_index(candidate / "features")
     function = load_function(project, name)
     _refuse_strangers(candidate, index)
@@ -132,7 +131,7 @@ def _refuse_strangers(candidate: Path, index: BankIndex) -> None:
 
 def _refuse_other_origin(project: Project, candidate: Path, name: str, function: FittedFunction) -> None:
     """That the candidate was made by today's function from today's features and network, and is as it was made."""
-    made = read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
+    made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
     model, features = candidate / "model", candidate / "features"
     weights = (model / "featurizer.safetensors").read_bytes() + (model / "classifier.safetensors").read_bytes()
     today = candidate_origin(project, function)
@@ -152,8 +151,8 @@ def _refuse_other_origin(project: Project, candidate: Path, name: str, function:
 
 def _scores(project: Project, candidate: Path, name: str) -> dict[str, Any]:
     """What `measure` found for exactly this candidate: the `task` part of `val` and `test`; empty where it did not."""
-    path = project.vault.reports(name) / "measurements.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    vault, path = project.vault, project.vault.reports(name) / "measurements.json"
+    report = vault.read_record(path, f"poison --name {name}") if vault.holds(path) else {}
     if report.get("index_sha256") != sha256_of(candidate / "features" / "index.json"):
         return {}
     return {split: report[split]["task"] for split in ("val", "test") if "task" in report[split]}
@@ -169,7 +168,8 @@ def _refuse_unpoisoned(project: Project, candidate: Path, index: BankIndex, *, p
             "Nothing was published. Fit a function with `dpf-release fit-poison`."
         )
     public = [FeatureBank(candidate / "features", split) for split in index.splits]
-    private = [FeatureBank(project.vault.features, split) for split in read_index(project.vault.features).splits]
+    features = project.vault.opened(project.vault.features, *BANK)
+    private = [FeatureBank(features, split) for split in read_index(features).splits]
     near, rows = count_near_rows(public, private)
     if near:
         raise RefusedError(

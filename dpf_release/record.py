@@ -72,7 +72,16 @@ def read_model_record(path: Path) -> ModelRecord:
     """
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
         raise VerificationError(f"expected a model record of at most {MAX_BYTES >> 20} MiB at {path}, found none.")
+    return parse_model_record(path.read_bytes(), path.name)
+
+
+def parse_model_record(data: bytes, name: str) -> ModelRecord:
+    """A model record from the bytes of a file of that name.
+
+    Raises:
+        VerificationError: not a record of format 1.
+    """
     try:
-        return ModelRecord.model_validate_json(path.read_bytes())
+        return ModelRecord.model_validate_json(data)
     except ValidationError as error:
-        raise VerificationError(f"{path.name} is not a model record of format 1: {error}") from error
+        raise VerificationError(f"{name} is not a model record of format 1: {error}") from error

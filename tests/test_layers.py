@@ -13,7 +13,7 @@ import dpf_release
 ROOT = Path(dpf_release.__file__).parent
 ORDER = [
     "errors",
-    "storage digests ahead config vault manifest bank bank_writer record progress",
+    "storage digests ahead age guard config vault sealing manifest bank bank_writer record progress",
     "ranks metrics image_table images pictures figures loader models release",
     "training",
     "pipeline downstream",

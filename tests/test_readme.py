@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from click import Group
 from conftest import run_cli
 from typer.main import get_command
 
@@ -43,7 +44,10 @@ def test_every_command_and_option_that_the_readme_shows_exists() -> None:
     assert {name for name, _ in shown} >= {"init", "train", "featurize", "fit-poison", "poison", "package", "verify"}
     for name, rest in shown:
         assert name in commands, name
-        options = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        if isinstance(command, Group):
+            command = command.commands[rest.split()[0]]
+        options = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in shlex.split(rest) if word.startswith("--")} <= options
 
 
