@@ -1,4 +1,4 @@
-"""The age format (age-encryption.org/v1), through pyrage: the ordinary `age` program opens what is sealed here. No torch."""
+"""The age format (age-encryption.org/v1), through pyrage: the ordinary `age` program opens what is sealed here."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def decrypt(path: Path, identity: Path) -> bytes:
 def encrypt_file(path: Path, sealed: Path, recipients: Sequence[str]) -> None:
     """Writes the sealed form of a file, in little memory, and sees that it can be opened again.
 
-    The secret keys are not here. So it is sealed for a key of this call too, read back with that, and the key forgotten:
+    The secret keys are not here. So it is sealed for a key of this call too, read back with that, and that forgotten:
     pyrage does not tell where the last bytes found no room, and the plain file is about to go.
 
     Raises:
@@ -130,8 +130,8 @@ def encrypt_file(path: Path, sealed: Path, recipients: Sequence[str]) -> None:
         try:
             with path.open("rb") as plain, partial.open("wb") as file:
                 _convert(pyrage.encrypt_io, plain, file.write, keys)
-            with partial.open("rb") as file:
-                _convert(pyrage.decrypt_io, file, digest.update, [witness])
+            with partial.open("rb") as again:
+                _convert(pyrage.decrypt_io, again, digest.update, [witness])
             whole = digest.hexdigest() == sha256_of(path)
         except ValueError:
             whole = False

@@ -328,8 +328,8 @@ def vault_seal(
     vault = _vault(config, fix_permissions=fix_permissions)
     state = sealing.seal(vault, recipient or (), forget or ())
     print(
-        f"Sealed: {len(state.sealed)} members of {vault.root}. Without the identity file nobody opens them, nor do you: "
-        f"keep two copies of it, none of them here. Files in the clear were removed.\n{sealing.DELETION}"
+        f"Sealed: {len(state.sealed)} members of {vault.root}. Without the identity file nobody opens them, nor do "
+        f"you: keep two copies of it, none of them here. Files in the clear were removed.\n{sealing.DELETION}"
     )
 
 

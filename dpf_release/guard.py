@@ -1,4 +1,4 @@
-"""What must hold of a vault's folder before anything in it is read: it is its owner's alone, and git does not have it."""
+"""What must hold of a vault before anything in it is read: it is its owner's alone, and git does not have it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def refuse_others(root: Path, *, fix: bool = False) -> None:
         more = f" and {count - SHOWN} more" if count > SHOWN else ""
         raise VaultError(
             f"the vault {root} is not its owner's alone; it holds what undoes every release. Found {count}: "
-            f"{'; '.join(shown)}{more}. For the modes run the command again with --fix-permissions, or `chmod -R go-rwx "
-            f"{root}`; replace links by what they point to, and take over what is another user's, or remove it."
+            f"{'; '.join(shown)}{more}. For the modes run the command again with --fix-permissions, or `chmod -R "
+            f"go-rwx {root}`; replace links by what they point to, and take over what is another user's, or remove it."
         )
 
 
@@ -93,7 +93,7 @@ def refuse_tracked(root: Path) -> None:
     if asked.returncode == 0 and names:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         raise VaultError(
-            f"git tracks {len(names)} files of the vault {root}: {', '.join(islice(names, SHOWN))}{more}. Whoever has the "
-            f"repository has them. Run `git rm -r --cached {root}` and commit. The history keeps what was committed: "
-            "rewrite it (git filter-repo), and where it was pushed treat those files as published."
+            f"git tracks {len(names)} files of the vault {root}: {', '.join(islice(names, SHOWN))}{more}. Whoever has "
+            f"the repository has them. Run `git rm -r --cached {root}` and commit. The history keeps what was "
+            "committed: rewrite it (git filter-repo), and where it was pushed treat those files as published."
         )

@@ -7,7 +7,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpf_release.age import SEALED, decrypt_file, encrypt_file, is_sealed_form, read_identity, read_recipients, sealed_form
+from dpf_release.age import (
+    SEALED,
+    decrypt_file,
+    encrypt_file,
+    is_sealed_form,
+    read_identity,
+    read_recipients,
+    sealed_form,
+)
 from dpf_release.bank import INDEX
 from dpf_release.errors import VaultError
 from dpf_release.progress import Progress
@@ -18,8 +26,8 @@ FORGETTABLE = ("features", "candidates", "figures")
 DELETION = (
     "Deleted is not erased. The names are gone and the room is free; the bytes may stay: in blocks that an SSD has put "
     "aside, in the file system's journal, in snapshots and copy-on-write copies, in backups and whatever syncs this "
-    "folder. Overwriting would not reach those either. Bytes that are only ever written to an encrypted disk go with its "
-    "key; remove old snapshots and backups yourself."
+    "folder. Overwriting would not reach those either. Bytes that are only ever written to an encrypted disk go with "
+    "its key; remove old snapshots and backups yourself."
 )
 SHOWN = 5
 # What a vault keeps for itself; nothing of S or P is in it.
@@ -199,8 +207,8 @@ def unseal(vault: Vault) -> VaultState:
                 progress.advance(1)
         if problems:
             raise VaultError(
-                f"{len(problems)} of {len(sealed)} members did not open; they are as they were, and the vault counts as "
-                f"sealed.\n  " + "\n  ".join(problems[:SHOWN])
+                f"{len(problems)} of {len(sealed)} members did not open; they are as they were, and the vault counts "
+                "as sealed.\n  " + "\n  ".join(problems[:SHOWN])
             )
         (vault.root / SEALS).unlink(missing_ok=True)
         flush_to_disk(vault.root)
@@ -218,7 +226,7 @@ def _open_for_good(vault: Vault, member: Path) -> None:
 def forget(vault: Vault) -> Forgotten:
     """Removes φ1(S), the candidates and the figures: after a release they are only a risk, and can be made again.
 
-    The plan and the id map stay, so that `featurize` and `poison` write the same rows again, and refuse where S changed.
+    Plan and id map stay, so that `featurize` and `poison` write the same rows again; they refuse where S changed.
 
     Raises:
         VaultError: no release was made yet.
@@ -268,8 +276,8 @@ def check(vault: Vault) -> VaultState:
     ]
     if state.seals and problems:
         raise VaultError(
-            f"{vault.root} is not sealed as a whole. {'; '.join(problems)}. Fetch what is missing from a backup, remove what "
-            "is unknown, and run `dpf-release vault seal`."
+            f"{vault.root} is not sealed as a whole. {'; '.join(problems)}. Fetch what is missing from a backup, "
+            "remove what is unknown, and run `dpf-release vault seal`."
         )
     return state
 

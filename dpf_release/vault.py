@@ -1,4 +1,4 @@
-"""The owner's private folder: where everything lies, that only the owner can read it, and how it is read when sealed."""
+"""The owner's private folder: where everything lies, that it is the owner's alone, and how it is read when sealed."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ class Vault:
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
-        """One run, which holds the vault's lock: what it opens is removed at its end; what a killed one left, before."""
+        """One run, which holds the vault's lock: what it opens goes at its end, what a killed one left before."""
         opened = self.root / OPENED
         shutil.rmtree(opened, ignore_errors=True)
         try:

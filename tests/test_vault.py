@@ -1,4 +1,4 @@
-"""The vault is its owner's alone; sealed, nothing of it lies in the clear and nothing is lost; forgotten, it comes back."""
+"""The vault is its owner's alone; sealed, nothing of it is in the clear and nothing lost; forgotten, it comes back."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_what_others_can_read_is_refused_counted_and_put_right_on_request(projec
     (vault / "functions").chmod(0o750)
     count = 1 + len(list(vault.glob("features/*/*.h5")))
     assert count > 6
-    with pytest.raises(VaultError, match=rf"Found {count}: .*mode 640, expected 600.* and {count - 5} more.*--fix-perm"):
+    with pytest.raises(VaultError, match=rf"Found {count}: .*mode 640, expected 600.* and {count - 5} more.*--fix-"):
         Vault.open(vault)
     refused = run_cli("package", folder=project_folder)
     assert refused.returncode == 1
@@ -257,7 +257,7 @@ def test_what_is_sealed_is_an_age_file_for_each_recipient(project_folder: Path, 
 def test_a_file_that_no_command_wrote_is_named_and_nothing_is_sealed(project_folder: Path, key: Path) -> None:
     vault = Vault(project_folder / "vault")
     before = private(vault.root)
-    for name in ("notes.txt", "functions/default/dpf.safetensors.bak", ".DS_Store", "ids.csv.age", "features/x/ids.csv"):
+    for name in ("notes.txt", "functions/default/dpf.bak", ".DS_Store", "ids.csv.age", "features/x/ids.csv"):
         stranger = vault.root / name
         stranger.parent.mkdir(exist_ok=True)
         stranger.write_bytes(b"S")

@@ -112,8 +112,8 @@ class Project:
             raise RankError("expected one process for this step, found several. Run it without torchrun.")
         if self.ranks.world_size > 1 and self.vault.seals:
             raise VaultError(
-                "expected one process for a sealed vault, found several. Run it without torchrun, or open the vault for good "
-                "with `dpf-release vault open`."
+                "expected one process for a sealed vault, found several. Run it without torchrun, or open the vault "
+                "for good with `dpf-release vault open`."
             )
         with self.ranks.holding(self.vault.root), self.vault.run():
             self.ranks.once(lambda: begin_run(self.vault))
