@@ -9,7 +9,7 @@ import pytest
 
 from dpf_release.errors import VaultError
 from dpf_release.storage import make_folder, replacing, sha256_of, write_json, write_text
-from dpf_release.vault import Vault, remember_release
+from dpf_release.vault import Vault, read_ids, read_record, remember_release, write_ids
 
 
 def _mode(path: Path) -> int:
@@ -153,31 +153,30 @@ def test_ids_come_back_as_they_were_written(tmp_path: Path) -> None:
         {"id": "00ff", "split": "train", "row": 0, "source": 'cat/a "b", c.jpg', "person": "Zoë"},
         {"id": "01fe", "split": "val", "row": 0, "source": "new\nline.jpg", "person": ""},
     ]
-    vault = Vault(tmp_path)
-    path = vault.ids
-    vault.write_ids(rows, ["person"])
-    assert list(vault.read_ids()) == [{key: str(value) for key, value in row.items()} for row in rows]
+    path = tmp_path / "ids.csv"
+    write_ids(path, rows, ["person"])
+    assert list(read_ids(path)) == [{key: str(value) for key, value in row.items()} for row in rows]
     assert _mode(path) == 0o600
     assert path.read_text("utf-8").startswith("id,split,row,source,person\n00ff,")
     path.unlink()
     with pytest.raises(VaultError, match=r"ids\.csv, found none\. Run `dpf-release featurize` first"):
-        next(vault.read_ids())
+        next(read_ids(path))
 
 
 def test_a_record_is_read_and_one_that_is_missing_or_broken_says_which_command_makes_it(tmp_path: Path) -> None:
-    vault, path = Vault(tmp_path), tmp_path / "plan.json"
+    path = tmp_path / "plan.json"
     with pytest.raises(VaultError, match=r"plan\.json, found none\. Run `dpf-release poison` first"):
-        vault.read_record(path, "poison")
+        read_record(path, "poison")
     write_json(path, {"rows": 3})
-    assert vault.read_record(path, "poison") == {"rows": 3}
+    assert read_record(path, "poison") == {"rows": 3}
     for broken in (b"{", b"\xff"):
         path.write_bytes(broken)
         with pytest.raises(VaultError, match=r"plan\.json is not JSON: .*Run `dpf-release poison` again"):
-            vault.read_record(path, "poison")
+            read_record(path, "poison")
 
 
 def test_the_ledger_holds_each_release_once(tmp_path: Path) -> None:
     vault = Vault.create(tmp_path / "vault")
     for version in ("1", "2", "1"):
         remember_release(vault, {"version": version})
-    assert vault.read_record(vault.ledger, "package") == [{"version": "1"}, {"version": "2"}]
+    assert read_record(vault.ledger, "package") == [{"version": "1"}, {"version": "2"}]
