@@ -165,19 +165,18 @@ def _refuse_strangers(vault: Vault) -> None:
 
 def _seal_the_rest(vault: Vault) -> None:
     """Seals the members that are in the clear; each goes when its sealed form is on the disk, and opens."""
-    seals, names = vault.seals, look_at(vault).clear
-    if seals is None or not names:
+    seals, members = vault.seals, [vault.root / name for name in look_at(vault).clear]
+    if seals is None:
         return
-    members = [vault.root / name for name in names]
-    refuse_small_disk(vault.root, 2 * max(member.stat().st_size for member in members))
-    with Progress("Sealing", len(members), "files") as progress:
+    refuse_small_disk(vault.root, 2 * max((member.stat().st_size for member in members), default=0))
+    with Progress("Sealing", len(members), "files", shown=bool(members)) as progress:
         for member in members:
             encrypt_file(member, sealed_form(member), seals.recipients)
             member.unlink()
             flush_to_disk(member.parent)
             progress.advance(1)
-    vault.note_sealed(members)
     left = look_at(vault)
+    vault.note_sealed(vault.root / name for name in left.sealed)
     if left.clear or left.strangers:
         raise VaultError(
             f"these files of {vault.root} are still in the clear: {_listed([*left.clear, *left.strangers])}. Something "
