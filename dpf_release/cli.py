@@ -63,9 +63,7 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _project(
-    config: Path, identity: Path | None = None, fix_permissions: bool = False, **overrides: Any
-) -> Project:
+def _project(config: Path, identity: Path | None = None, fix_permissions: bool = False, **overrides: Any) -> Project:
     """A project with options over its configuration; `poison__epochs=3` is the key `poison.epochs`."""
     from dpf_release.pipeline import Project
 

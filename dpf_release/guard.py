@@ -28,7 +28,8 @@ def refuse_others(root: Path, *, fix: bool = False) -> None:
     Raises:
         VaultError: how many do not fit, and the first few.
     """
-    count, shown = 0, []
+    count = 0
+    shown: list[str] = []
     for problem in _problems(root.resolve(), fix):
         count += 1
         if len(shown) < SHOWN:

@@ -196,6 +196,7 @@ def unseal(vault: Vault) -> VaultState:
         if vault.seals is None and not sealed:
             raise VaultError(f"{vault.root} is not sealed. There is nothing to open.")
         read_identity(vault.identity_for(vault.root))  # said once, before the first member is tried
+        _remove_unfinished(vault)
         problems = []
         with Progress("Opening", len(sealed), "files") as progress:
             for member in sealed:

@@ -336,6 +336,11 @@ class Vault:
         return self.root / OPENED / path.relative_to(self.root)
 
     def identity_for(self, path: Path) -> Path:
+        """The identity file that opens a member.
+
+        Raises:
+            VaultError: none was named.
+        """
         if self.identity is None:
             raise VaultError(
                 f"{path} is sealed. Name the age identity file that opens it: --identity FILE, or the environment's "
