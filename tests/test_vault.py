@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 from conftest import run_cli
+from safetensors.numpy import load_file, save_file
 from test_kill import KILLED
 from typer.main import get_command
 
@@ -22,8 +24,10 @@ from dpf_release.age import HEADER, SEALED
 from dpf_release.bank import FeatureBank
 from dpf_release.errors import DPFReleaseError, StorageError, VaultError
 from dpf_release.inspection import inspect
+from dpf_release.leaks import private_facts
 from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, fit_poison, measure, write_candidate
+from dpf_release.pipeline import Project, featurize, fit_poison, measure, retract, write_candidate
+from dpf_release.retracted import RETRACTED, Retracted, read_retracted, write_retracted
 from dpf_release.sealing import CLEAR, MEMBERS, check, forget, look_at, seal, unseal
 from dpf_release.storage import locked, sha256_of
 from dpf_release.vault import OPENED, SEALS, Vault
@@ -327,8 +331,9 @@ def test_on_the_command_line_a_sealed_vault_asks_for_its_key(
 def test_every_owners_command_takes_a_key_and_puts_modes_right() -> None:
     commands: dict[str, Any] = getattr(get_command(cli.app), "commands")  # noqa: B009, typer's own type has no such name
     options = {name: {option for p in command.params for option in p.opts} for name, command in commands.items()}
-    for name in ("train", "featurize", "fit-poison", "poison", "package"):
+    for name in ("train", "featurize", "fit-poison", "poison", "package", "retract"):
         assert {"--identity", "--fix-permissions"} <= options[name]
+    assert "--identity" in options["audit"]
     assert "--identity" not in options["verify"]
 
 
@@ -361,7 +366,7 @@ def test_new_things_are_made_in_a_sealed_vault_as_in_an_open_one(sealed_folder: 
     write_candidate(opened(sealed_folder, key, **noise, **{"bank.shard_size": "1 MB"}), "noise", restart=True)
     state = check(Vault(sealed_folder / "vault"))
     assert sum(name.startswith("candidates/noise/features/train/") for name in state.sealed) == 1
-    package(opened(sealed_folder, key), "noise", sealed_folder / "noise")
+    package(opened(sealed_folder, key), "noise", sealed_folder / "noise", second_function="noise alone")
     unseal(project.vault)
     features = sealed_folder / "vault" / "candidates" / "noise" / "features"
     public = FeatureBank(sealed_folder / "noise" / "features", "val")
@@ -586,6 +591,92 @@ def test_without_pyrage_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPat
     with pytest.raises(VaultError, match=r"Install dpf-release\[seal\]"):
         seal(Vault(project_folder / "vault"), ["age1qqq"])
     package(opened(project_folder))  # a vault that is not sealed does not need it
+
+
+# What compares with the vault, and what changes it.
+
+
+def test_private_facts_are_found_in_a_sealed_vault_as_in_an_open_one(project_folder: Path, key: Path) -> None:
+    vault, release = Vault(project_folder / "vault", key), project_folder / "release"
+    weights, shard = release / "model" / "featurizer.safetensors", release / "features" / "val" / "shard-00000.h5"
+    good = private_facts(release, opened(project_folder), "default")
+    assert good == []
+    save_file(load_file(weights) | {"more": largest(vault.function("default") / "dpf.safetensors")}, weights)
+    with h5py.File(shard, "r+") as file:
+        file["features"][0] = FeatureBank(vault.features, "val").read([0])[0]
+        file["id"][1] = 7
+    card = release / "README.md"
+    card.write_text(card.read_text() + "\nOf disc-portrait-001.png.\n")
+    found = private_facts(release, opened(project_folder), "default")
+    assert {problem.kind for problem in found} == {"private text", "private tensor", "private row", "telling id"}
+    seal(vault, [recipient(key)])
+    project = opened(project_folder, key)
+    with project.working():
+        assert private_facts(release, project, "default") == found
+    assert in_the_clear(vault.root) == []
+
+
+def largest(path: Path) -> Any:
+    return max(load_file(path).values(), key=lambda tensor: tensor.numel())
+
+
+def some_train_row(vault: Vault) -> str:
+    return next(line["id"] for line in vault.read_ids() if line["split"] == "train")
+
+
+def test_a_retraction_asks_for_an_open_vault_and_is_kept_by_a_sealed_one(sealed_folder: Path, key: Path) -> None:
+    vault = Vault(sealed_folder / "vault", key)
+    row, before = some_train_row(vault), private(vault.root)
+    refused = run_cli("retract", "--id", row, "--identity", str(key), folder=sealed_folder)
+    assert refused.returncode == 1
+    assert "Run `dpf-release vault open --identity FILE`" in refused.stderr
+    assert private(vault.root) == before
+    unseal(vault)
+    retract(opened(sealed_folder), ids=[row])
+    said = read_retracted(vault)
+    assert MEMBERS.fullmatch(RETRACTED)
+    seal(vault, [recipient(key)])
+    assert in_the_clear(vault.root) == []
+    assert read_retracted(vault) == said
+    with pytest.raises(VaultError, match="is sealed"):
+        read_retracted(Vault(vault.root))
+    featurize(opened(sealed_folder, key))  # there already
+    write_candidate(opened(sealed_folder, key))
+    assert package(opened(sealed_folder, key)).version == "1.0.1"
+    bank = FeatureBank(sealed_folder / "release" / "features", "train")
+    assert bytes.fromhex(row) not in {row_id.tobytes() for row_id in bank.ids}
+
+
+def test_a_retraction_that_was_cut_off_is_finished_before_anything_is_sealed_or_forgotten(
+    project_folder: Path, key: Path
+) -> None:
+    vault = Vault(project_folder / "vault", key)
+    write_retracted(vault, Retracted(unfinished={"train": (0,)}))
+    before = private(vault.root)
+    for work in (lambda: seal(vault, [recipient(key)]), lambda: forget(vault)):
+        with pytest.raises(VaultError, match=r"was cut off\. Run `dpf-release retract`"):
+            work()
+    assert private(vault.root) == before
+    assert vault.seals is None
+    write_retracted(vault, Retracted())
+    seal(vault, [recipient(key)])
+    assert forget(vault).files > 0
+
+
+def test_what_is_forgotten_after_a_retraction_is_made_again_row_by_row(project_folder: Path) -> None:
+    vault = Vault(project_folder / "vault")
+    retract(opened(project_folder), ids=[some_train_row(vault)])
+    places = (vault.features, vault.candidate("default") / "features")
+    before = [FeatureBank(place, "train") for place in places]
+    rows = [(bank.ids.copy(), bank[:][0].copy()) for bank in before]
+    forget(vault)
+    featurize(opened(project_folder))
+    write_candidate(opened(project_folder))
+    for place, (ids, features) in zip(places, rows, strict=True):
+        again = FeatureBank(place, "train")
+        assert (again.ids == ids).all()
+        assert (abs(again[:][0].astype(float) - features) < 1e-2).all()  # other batches: the last bits may differ
+    assert package(opened(project_folder)).version == "1.0.1"
 
 
 # Forgotten.
