@@ -19,6 +19,7 @@ from dpf_release.storage import return_large_blocks
 if TYPE_CHECKING:
     from dpf_release.pictures import BadImage
     from dpf_release.pipeline import Project
+    from dpf_release.vault import Vault
 
 app = typer.Typer(
     help="Publish an image data set as poisoned feature banks, without publishing the images.\n\n"
@@ -32,6 +33,20 @@ key_app = typer.Typer(
 )
 app.add_typer(key_app, name="key")
 
+vault_app = typer.Typer(
+    help="Seal the vault, open it, make it forget, look at it.\n\nExample: dpf-release vault seal --recipient age1...",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,  # locals hold private paths
+)
+app.add_typer(vault_app, name="vault")
+
+IdentityOption = Annotated[
+    Path | None,
+    typer.Option("--identity", envvar="DPF_RELEASE_IDENTITY", help="The age identity file that opens a sealed vault."),
+]
+FixPermissionsOption = Annotated[
+    bool, typer.Option("--fix-permissions", help="Take away the rights of others to the vault.")
+]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The owner's configuration.")]
 NameOption = Annotated[str, typer.Option("--name", help="Which fitted function; several live side by side.")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew; what was made before is lost.")]
@@ -56,11 +71,19 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _project(config: Path, **overrides: Any) -> Project:
+def _project(config: Path, identity: Path | None = None, fix_permissions: bool = False, **overrides: Any) -> Project:
     """A project with options over its configuration; `poison__epochs=3` is the key `poison.epochs`."""
     from dpf_release.pipeline import Project
 
-    return Project.open(config, {key.replace("__", "."): value for key, value in overrides.items()})
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Project.open(config, dotted, identity, fix_permissions=fix_permissions)
+
+
+def _vault(config: Path, identity: Path | None = None, fix_permissions: bool = False) -> Vault:
+    from dpf_release.config import read_config
+    from dpf_release.vault import Vault
+
+    return Vault.open(read_config(config).folder / "vault", identity, fix_permissions=fix_permissions)
 
 
 def _print_unreadable(images: Sequence[BadImage]) -> None:
@@ -106,6 +129,8 @@ def train(
     epochs: EpochsOption = None,
     device: DeviceOption = None,
     restart: RestartOption = False,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Train the network Φ on S, where there are no weights yet.
 
@@ -113,7 +138,7 @@ def train(
     """
     from dpf_release.pipeline import train as run
 
-    project = _project(config, train__epochs=epochs, compute__device=device)
+    project = _project(config, identity, fix_permissions, train__epochs=epochs, compute__device=device)
     scores = run(project, restart)
     _print_unreadable(project.private_images.bad)
     unit = project.config.task.unit
@@ -131,6 +156,8 @@ def featurize(
     images: Annotated[Path | None, typer.Option("--images", help="Downstream: your own images T.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Downstream: folder for the bank φ1(T).")] = None,
     max_bad: Annotated[float, typer.Option("--max-bad", help="Downstream: share of T that may be unreadable.")] = 0.001,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Split Φ and write the private bank φ1(S) into the vault.
 
@@ -161,7 +188,7 @@ def featurize(
         )
         where = out
     else:
-        project = _project(config, compute__device=device, bank__shard_size=shard_size)
+        project = _project(config, identity, fix_permissions, compute__device=device, bank__shard_size=shard_size)
         index, where = pipeline.featurize(project, restart), project.vault.features
         unreadable = list(project.private_images.bad)
     _print_unreadable(unreadable)
@@ -182,6 +209,8 @@ def fit_poison(
     epochs: EpochsOption = None,
     device: DeviceOption = None,
     restart: RestartOption = False,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Train the straw man ψ on Q where missing, then the poisoning function P on S.
 
@@ -196,7 +225,7 @@ def fit_poison(
         "poison.epochs": epochs,
     }
     overrides = {key.replace(".", "__"): value for key, value in poison.items()}
-    project = _project(config, compute__device=device, **overrides)
+    project = _project(config, identity, fix_permissions, compute__device=device, **overrides)
     last = run(project, name, restart)
     if project.config.poison.straw_men:
         _print_unreadable(project.public_images.bad)
@@ -211,6 +240,8 @@ def poison(
     device: DeviceOption = None,
     shard_size: ShardSizeOption = None,
     restart: RestartOption = False,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Write the candidate P(φ1(S)) into the vault, and measure it.
 
@@ -220,7 +251,7 @@ def poison(
     """
     from dpf_release import pipeline
 
-    project = _project(config, compute__device=device, bank__shard_size=shard_size)
+    project = _project(config, identity, fix_permissions, compute__device=device, bank__shard_size=shard_size)
     pipeline.write_candidate(project, name, restart)
     print_measurements(pipeline.measure(project, name))
     pictures = project.vault.reports(name) / "reconstructions.png"
@@ -275,6 +306,8 @@ def package(
             help="Why these images are published again, under another function; public, on the card.",
         ),
     ] = "",
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Check the candidate and publish it: the only command that writes public files.
 
@@ -282,7 +315,7 @@ def package(
     """
     from dpf_release.package import package as run
 
-    project = _project(config)
+    project = _project(config, identity, fix_permissions)
     manifest = run(project, name, out, sign, second_function)
     print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
     for file in manifest.files:
@@ -290,6 +323,84 @@ def package(
     if manifest.version != (said := project.config.release.version):
         print(f"As {manifest.version}, and not as {said}, which was published with rows that are retracted since.")
     print(f"Claims not made: {', '.join(manifest.claims.not_made)}. No attack battery was run on it.")
+
+
+@vault_app.command("seal")
+def vault_seal(
+    recipient: Annotated[
+        list[str] | None,
+        typer.Option("--recipient", help="A public key, age1...; repeat it for more. Not needed a second time."),
+    ] = None,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option("--forget", help="Remove, in the place of sealing: features, candidates or figures; repeatable."),
+    ] = None,
+    config: ConfigOption = CONFIG,
+    fix_permissions: FixPermissionsOption = False,
+) -> None:
+    """Encrypt every member of the vault for whoever has the secret key of a recipient (age format).
+
+    Example: dpf-release vault seal --recipient age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p
+    """
+    from dpf_release import sealing
+
+    vault = _vault(config, fix_permissions=fix_permissions)
+    state = sealing.seal(vault, recipient or (), forget or ())
+    print(
+        f"Sealed: {len(state.sealed)} members of {vault.root}. Without the identity file nobody opens them, nor do "
+        f"you: keep two copies of it, none of them here. Files in the clear were removed.\n{sealing.DELETION}"
+    )
+
+
+@vault_app.command("open")
+def vault_open(
+    identity: IdentityOption = None, config: ConfigOption = CONFIG, fix_permissions: FixPermissionsOption = False
+) -> None:
+    """Decrypt every member of a sealed vault for good.
+
+    Example: dpf-release vault open --identity ~/keys/shapes.txt
+    """
+    from dpf_release import sealing
+
+    vault = _vault(config, identity, fix_permissions)
+    print(f"Opened: {len(sealing.unseal(vault).clear)} members of {vault.root} lie in the clear again.")
+
+
+@vault_app.command("forget")
+def vault_forget(
+    config: ConfigOption = CONFIG,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
+) -> None:
+    """Remove φ1(S), the candidates and the figures, once a release is made; they can be made again from S.
+
+    Example: dpf-release vault forget
+    """
+    from dpf_release import sealing
+    from dpf_release.storage import readable_size
+
+    forgotten = sealing.forget(_vault(config, identity, fix_permissions))
+    print(
+        f"Removed {forgotten.files} files, {readable_size(forgotten.bytes)}: φ1(S), candidates, figures. `dpf-release "
+        f"featurize` and `dpf-release poison` make the same rows again, while S stays as it is.\n{sealing.DELETION}"
+    )
+
+
+@vault_app.command("check")
+def vault_check(config: ConfigOption = CONFIG, fix_permissions: FixPermissionsOption = False) -> None:
+    """Say whether the vault is its owner's alone, and what of it is sealed.
+
+    Example: dpf-release vault check --fix-permissions
+    """
+    from dpf_release import sealing
+
+    vault = _vault(config, fix_permissions=fix_permissions)
+    state = sealing.check(vault)
+    print(f"{vault.root}: no one but you has a right in it, and git tracks none of it.")
+    if state.seals:
+        print(f"Sealed for {', '.join(state.seals.recipients)}: {len(state.sealed)} members.")
+    else:
+        print(f"Not sealed: {len(state.clear)} members lie in the clear.")
 
 
 @app.command()
@@ -303,6 +414,8 @@ def retract(
         Path | None, typer.Option("--source-file", help="A text file with the name of an image a line.")
     ] = None,
     device: DeviceOption = None,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
 ) -> None:
     """Take images out of the vault and of what is published next, as after a takedown request.
 
@@ -313,7 +426,8 @@ def retract(
     from dpf_release import pipeline
 
     sources = [*(source or []), *(pipeline.read_names(source_file) if source_file else [])]
-    report = pipeline.retract(_project(config, compute__device=device), row_id or [], sources)
+    project = _project(config, identity, fix_permissions, compute__device=device)
+    report = pipeline.retract(project, row_id or [], sources)
     if not report.rows:
         print("Nothing to retract: these rows have gone before.")
         return
@@ -322,7 +436,7 @@ def retract(
     for name in report.lost:
         print(f"{name}: its candidate was not whole, and is removed. Write it: dpf-release poison --name {name}")
     for name, count in report.rebuilt.items():
-        print_measurements(pipeline.measure(_project(config, compute__device=device), name))
+        print_measurements(pipeline.measure(_project(config, identity, compute__device=device), name))
         print(f"{name}: {count} rows rebuilt. Next: dpf-release package --name {name}, as version {report.version}")
     if not report.released_rows:
         print("All of them were in test, which is never released: the release stays as it is.")
@@ -390,6 +504,7 @@ def audit(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/audit.md) in the place of tables.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Also write one page that works offline.")] = None,
+    identity: IdentityOption = None,
 ) -> None:
     """Say of every file whether it is public, what it holds and which check passed; with the vault, what leaked.
 
@@ -403,7 +518,7 @@ def audit(
     from dpf_release.audit import print_audit, project_of, write_page
 
     place = config.parent / "vault" if config else vault
-    found = run(release, project_of(place) if place else None, public_key)
+    found = run(release, project_of(place, identity) if place else None, public_key)
     if html:
         write_page(found, html, release)
     if as_json:

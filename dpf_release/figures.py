@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +16,15 @@ GAP, LABEL_WIDTH, TILE = 4, 80, 96
 
 
 def write_grid(path: Path, rows: Mapping[str, Tensor]) -> None:
+    """A PNG file; see `draw_grid`."""
+    with replacing(path) as partial:
+        partial.write_bytes(draw_grid(rows))
+
+
+def draw_grid(rows: Mapping[str, Tensor]) -> bytes:
     """A PNG with one labelled row of pictures a key.
 
     Args:
-        path: the file.
         rows: label → (N, 3, H, W) pictures in [0, 1]; small ones are shown larger, pixel by pixel.
     """
     columns = max(len(pictures) for pictures in rows.values())
@@ -38,5 +44,6 @@ def write_grid(path: Path, rows: Mapping[str, Tensor]) -> None:
                 (tile_width, tile_height), Image.Resampling.NEAREST
             )
             sheet.paste(tile, (LABEL_WIDTH + column * (tile_width + GAP), top))
-    with replacing(path) as partial:
-        sheet.save(partial, format="PNG")
+    file = io.BytesIO()
+    sheet.save(file, format="PNG")
+    return file.getvalue()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import h5py
 
+from dpf_release.age import sealed_form
 from dpf_release.bank import INDEX, BankIndex, open_shard, read_index
 from dpf_release.config import CONFIG_NAME, read_config
 from dpf_release.errors import ConfigError
@@ -17,6 +18,7 @@ from dpf_release.models.zoo import build_network, is_public_architecture
 from dpf_release.pipeline.project import import_from
 from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.release import Release
+from dpf_release.vault import Vault
 
 
 @dataclass(frozen=True)
@@ -114,22 +116,18 @@ def _model(record: ModelRecord) -> Table:
     return Table("Network", ("", ""), list(facts.items()))
 
 
-def _vault(vault: Path) -> list[Table]:
+def _vault(folder: Path) -> list[Table]:
     tables = []
-    if (vault / "network" / "network.json").is_file():
-        tables.append(_model(read_model_record(vault / "network" / "network.json")))
-    if (vault / "features" / INDEX).is_file():
-        tables.append(_bank("features", read_index(vault / "features")))
-    for candidate in sorted(vault.glob(f"candidates/*/features/{INDEX}")):
+    if (folder / "network" / "network.json").is_file():
+        tables.append(_model(read_model_record(folder / "network" / "network.json")))
+    if (folder / "features" / INDEX).is_file():
+        tables.append(_bank("features", read_index(folder / "features")))
+    for candidate in sorted(folder.glob(f"candidates/*/features/{INDEX}")):
         tables.append(_bank(f"candidate {candidate.parent.parent.name}", read_index(candidate.parent)))
     holdings = [
-        (str(path.relative_to(vault)), str(path.stat().st_size))
-        for pattern in (
-            "reconstructors/*.safetensors",
-            "functions/*/function.json",
-            "reports/*/*",
-            "ledger.json",
-        )
-        for path in sorted(vault.glob(pattern))
+        (str(member.relative_to(folder)), str(path.stat().st_size), "sealed" if path != member else "")
+        for member in Vault(folder).members()
+        if member.suffix != ".h5" and "candidates" not in member.relative_to(folder).parts
+        for path in [member if member.is_file() else sealed_form(member)]
     ]
-    return [*tables, Table("Private files", ("file", "bytes"), holdings)]
+    return [*tables, Table("Private files", ("file", "bytes", ""), holdings)]

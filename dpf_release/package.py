@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -34,7 +33,7 @@ from dpf_release.release import Release
 from dpf_release.signing import read_private_key, write_signature
 from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of, write_json
 from dpf_release.structure import check_structure
-from dpf_release.vault import Vault, forget_release, read_record, releases, remember_release
+from dpf_release.vault import Vault, forget_release, releases, remember_release
 from dpf_release.verification import read_manifest
 
 
@@ -73,8 +72,8 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     _recover(out)
     _settle_ledger(project.vault)
     _refuse_place(out, project)
-    candidate = project.vault.candidate(name)
-    key = None if sign is None else read_private_key(sign, outside=(out, candidate))
+    key = None if sign is None else read_private_key(sign, outside=(out, project.vault.candidate(name)))
+    candidate = project.vault.opened(project.vault.candidate(name))
     index = read_index(candidate / "features")
     function = load_function(project, name)
     _refuse_strangers(candidate, index)
@@ -165,7 +164,7 @@ def _refuse_strangers(candidate: Path, index: BankIndex) -> None:
 
 def _refuse_other_origin(project: Project, candidate: Path, name: str, function: FittedFunction) -> None:
     """That the candidate was made by today's function from today's features and network, and is as it was made."""
-    made = read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
+    made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
     model, features = candidate / "model", candidate / "features"
     weights = (model / "featurizer.safetensors").read_bytes() + (model / "classifier.safetensors").read_bytes()
     today = candidate_origin(project, function)
@@ -185,8 +184,8 @@ def _refuse_other_origin(project: Project, candidate: Path, name: str, function:
 
 def _scores(project: Project, candidate: Path, name: str) -> dict[str, Any]:
     """What `measure` found for exactly this candidate: the `task` part of `val` and `test`; empty where it did not."""
-    path = project.vault.reports(name) / "measurements.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    vault, path = project.vault, project.vault.reports(name) / "measurements.json"
+    report = vault.read_record(path, f"poison --name {name}") if vault.holds(path) else {}
     if report.get("index_sha256") != sha256_of(candidate / "features" / "index.json"):
         return {}
     return {split: report[split]["task"] for split in ("val", "test") if "task" in report[split]}
@@ -212,7 +211,7 @@ def _refuse_retracted(project: Project, candidate: Path, index: BankIndex) -> No
 
 def _retractions(project: Project, name: str) -> str:
     """What the card says of retracted rows."""
-    made = read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
+    made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
     return describe_retractions(project.retracted, made.get("retracted", []))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpf_release.errors import VerificationError
-from dpf_release.schema import read_json
+from dpf_release.schema import parse_json, read_json
 
 CUSTOM = "custom"  # the public name of an owner's own network; the record never names an import
 
@@ -74,3 +74,15 @@ def read_model_record(path: Path) -> ModelRecord:
         return read_json(path, ModelRecord)
     except (OSError, ValueError) as error:
         raise VerificationError(f"{path} is not a model record of format 1: {error}. Fetch it again.") from error
+
+
+def parse_model_record(data: bytes, name: str) -> ModelRecord:
+    """A model record from the bytes of a file of that name.
+
+    Raises:
+        VerificationError: they are too many, or not a record of format 1.
+    """
+    try:
+        return parse_json(data, ModelRecord)
+    except ValueError as error:
+        raise VerificationError(f"{name} is not a model record of format 1: {error}") from error

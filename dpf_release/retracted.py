@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dpf_release.bank import Digest, SplitName
 from dpf_release.errors import VaultError
-from dpf_release.storage import write_json
 from dpf_release.vault import RELEASED_SPLITS, Vault
 
 RETRACTED = "retracted.json"
@@ -87,20 +86,20 @@ def read_retracted(vault: Vault) -> Retracted:
     """What was retracted in a vault; nothing where nothing was.
 
     Raises:
-        VaultError: the record is not one of ours.
+        VaultError: the record is not one of ours, or it is sealed and does not open.
     """
     path = vault.root / RETRACTED
-    if not path.is_file():
+    if not vault.holds(path):
         return Retracted()
     try:
-        return Retracted.model_validate_json(path.read_bytes())
+        return Retracted.model_validate_json(vault.read_bytes(path, "retract"))
     except ValidationError as error:
         raise VaultError(f"{path} is not a record of retractions: {error}. Restore it from a copy.") from error
 
 
 def write_retracted(vault: Vault, retracted: Retracted) -> None:
     """Puts the record in the place of the one before."""
-    write_json(vault.root / RETRACTED, retracted.model_dump(mode="json"))
+    vault.write_json(vault.root / RETRACTED, retracted.model_dump(mode="json"))
 
 
 def digest_of_name(name: str) -> str:

@@ -26,7 +26,18 @@ def read_json(path: Path, schema: type[Record]) -> Record:
         OSError: it is missing, no plain file, or larger than 16 MiB.
         ValueError: it has more than 262,144 values, is nested too deeply, or does not fit the schema.
     """
-    content = read_at_most(path, MAX_BYTES)
+    return parse_json(read_at_most(path, MAX_BYTES), schema)
+
+
+def parse_json(content: bytes, schema: type[Record]) -> Record:
+    """What the content of a JSON file says.
+
+    Raises:
+        ValueError: it is larger than 16 MiB, has more than 262,144 values, is nested too deeply, or does not fit the
+            schema.
+    """
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"expected at most {MAX_BYTES} bytes, found {len(content)}")
     if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise ValueError(f"expected at most {MAX_VALUES} values, found more")
     try:

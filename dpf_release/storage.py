@@ -186,9 +186,14 @@ def write_text(path: Path, text: str, mode: int = PRIVATE_FILE) -> None:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
+def json_text(tree: Any) -> str:
+    """Sorted, indented JSON: the same tree gives the same text."""
+    return json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, tree: Any, mode: int = PRIVATE_FILE) -> None:
-    """Sorted, indented JSON: the same tree gives the same bytes."""
-    write_text(path, json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", mode)
+    """A tree as `json_text`, whole or not at all."""
+    write_text(path, json_text(tree), mode)
 
 
 def sha256_of(path: Path) -> str:

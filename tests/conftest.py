@@ -20,6 +20,8 @@ from dpf_release.pipeline import Project, featurize, fit_poison, init, measure, 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 
+os.umask(0o077)  # what a test puts into a vault by hand is private: a vault that others can read is refused
+
 CONFIG = """\
 [release]
 name = "shapes"

@@ -19,13 +19,16 @@ import pytest
 from conftest import run_cli
 from rich.console import Console
 
+from dpf_release.age import load_pyrage
 from dpf_release.audit import Audit, audit, print_audit, project_of, write_page
 from dpf_release.audit.checks import CHECKS
 from dpf_release.audit.page import page
 from dpf_release.bank import FeatureBank, read_index
 from dpf_release.errors import ConfigError, VaultError
 from dpf_release.manifest import MANIFEST, SUMS, Manifest, describe_files, write_manifest
+from dpf_release.sealing import seal
 from dpf_release.storage import sha256_of, write_json
+from dpf_release.vault import OPENED, SEALS, Vault
 from dpf_release.verification import read_manifest
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +143,32 @@ def test_a_function_fitted_anew_no_longer_belongs_to_the_release(project_folder:
     assert (artefacts["ids.csv.age"].sealed, artefacts["ids.csv"].sealed) == (True, False)
     assert artefacts["ids.csv.age"].holds == artefacts["ids.csv"].holds
     assert artefacts["notes.txt"].role == "unknown"
+
+
+def test_a_sealed_vault_is_audited_with_its_key_as_an_open_one(
+    project_folder: Path, tmp_path: Path, with_vault: Audit
+) -> None:
+    identity = load_pyrage().x25519.Identity.generate()
+    key, vault, release = tmp_path / "key.txt", project_folder / "vault", project_folder / "release"
+    key.write_text(f"{identity}\n")
+    seal(Vault(vault), [str(identity.to_public())])
+    without, opened = audit(release, project_of(vault)), audit(release, project_of(vault, key))
+    reasons = {result.check.name: result.reason for result in without.results if result.status == "not run"}
+    assert reasons.pop("signature")
+    assert set(reasons) == {"ledger", "network", "rows", "words", "tensors", "ids", "order"}
+    assert set(reasons.values()) == {"the vault is sealed: give --identity"}
+    assert "could not" in without.verdict or "Not all" in without.verdict
+    assert without.findings == opened.findings == ()
+    assert statuses(opened) == statuses(with_vault)
+    assert not (vault / OPENED).exists()
+    for found in (without, opened):
+        artefacts = {artefact.path: artefact for artefact in found.of("private")}
+        assert not [path for path in artefacts if path.startswith(OPENED)]
+        assert {path for path, artefact in artefacts.items() if not artefact.sealed} == {".gitignore", ".lock", SEALS}
+        assert not [artefact.path for artefact in artefacts.values() if artefact.role == "unknown"]
+    assert artefacts["ids.csv.age"].releases == ("shapes 1.0.0",)
+    told = run_cli("audit", "release", "--vault", "vault", "--identity", str(key), folder=project_folder)
+    assert told.returncode == 0, told.stderr
 
 
 # ------------------------------------------------------------------------------------------ bad ones

@@ -11,8 +11,9 @@ from conftest import new_project, run_cli, write_shapes
 
 COMMANDS = [
     *("init", "train", "featurize", "fit-poison", "poison", "package", "retract"),
-    *("key", "verify", "audit", "inspect", "demo"),
+    *("vault", "key", "verify", "audit", "inspect", "demo"),
 ]
+VAULT_COMMANDS = ["vault seal", "vault open", "vault forget", "vault check"]
 
 
 def test_help_lists_every_command_in_less_than_half_a_second(tmp_path: Path) -> None:
@@ -26,9 +27,9 @@ def test_help_lists_every_command_in_less_than_half_a_second(tmp_path: Path) -> 
     assert min(seconds) < 0.5  # the best of five: the machine may be busy
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS + VAULT_COMMANDS)
 def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) -> None:
-    result = run_cli(command, "--help", folder=tmp_path)
+    result = run_cli(*command.split(), "--help", folder=tmp_path)
     assert result.returncode == 0
     assert f"Example: dpf-release {command}" in result.stdout
 

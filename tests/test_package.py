@@ -196,7 +196,7 @@ def test_a_link_in_the_candidate_is_refused(project_folder: Path) -> None:
     model = project_folder / "vault" / "candidates" / "default" / "model" / "model.json"
     model.rename(project_folder / "elsewhere.json")
     model.symlink_to(project_folder / "elsewhere.json")
-    with pytest.raises(RefusedError, match="No place in a release"):
+    with pytest.raises(VaultError, match="is a link"):
         package(Project.open(project_folder / "dpf.toml"))
 
 

@@ -37,7 +37,7 @@ from dpf_release.record import read_model_record
 from dpf_release.release import Release
 from dpf_release.storage import LOCK, sha256_of
 from dpf_release.structure import check_structure
-from dpf_release.vault import read_record, releases
+from dpf_release.vault import OPENED, releases
 from dpf_release.verification import Problem, verify
 
 Side = Literal["public", "private"]
@@ -124,6 +124,18 @@ class Subject:
         if self.project is None:
             raise NotRunError("no vault was given (--vault)")
         return self.project
+
+    @property
+    def opened(self) -> Project:
+        """The project of a vault whose members can be read.
+
+        Raises:
+            NotRunError: no vault was given, or a sealed one without its key.
+        """
+        vault = self.owners.vault
+        if vault.seals and vault.identity is None:
+            raise NotRunError("the vault is sealed: give --identity")
+        return self.owners
 
     def refuse_gaps(self, paths: Iterable[str]) -> None:
         """That all of these can be opened.
@@ -267,13 +279,11 @@ def _signature(subject: Subject) -> list[Problem]:
 
 
 def _ledger(subject: Subject) -> Iterable[Finding]:
-    ledger = subject.owners.vault.ledger
-    if not ledger.exists() and ledger.with_name(f"{ledger.name}.age").exists():
-        raise NotRunError("the ledger is sealed")
+    vault = subject.opened.vault
     manifest = subject.release / MANIFEST
     subject.refuse_gaps([])
     digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-    entries = read_record(ledger, "package") if ledger.exists() else []
+    entries = releases(vault)
     if digest not in [entry["manifest_sha256"] for entry in entries]:
         known = ", ".join(f"{entry['name']} {entry['version']}" for entry in entries) or "none"
         detail = f"the vault's ledger has no release with this manifest; it has: {known}"
@@ -281,7 +291,7 @@ def _ledger(subject: Subject) -> Iterable[Finding]:
 
 
 def _network(subject: Subject) -> list[Finding]:
-    cut, record = subject.owners.cut, "model/model.json"
+    cut, record = subject.opened.cut, "model/model.json"
     expected = {
         "model/featurizer.safetensors": cut.featurizer_sha256,
         "model/classifier.safetensors": hashlib.sha256(cut.classifier_file).hexdigest(),
@@ -300,11 +310,10 @@ def _network(subject: Subject) -> list[Finding]:
 
 
 def _rows(subject: Subject) -> list[Problem]:
-    private = subject.owners.vault.features
-    index = subject.bank
-    if not (private / INDEX).is_file():
-        raise NotRunError("the vault has no φ1(S) to compare with: it was never written, was forgotten, or is sealed")
-    theirs = read_index(private)
+    vault, index = subject.opened.vault, subject.bank
+    if not vault.holds(vault.features / INDEX):
+        raise NotRunError("the vault has no φ1(S) to compare with: it was never written, or was forgotten")
+    theirs = read_index(vault.opened(vault.features, INDEX))
     if (theirs.featurizer_sha256, theirs.feature_shape) != (index.featurizer_sha256, index.feature_shape):
         raise NotRunError("the vault's φ1(S) is of another featurizer: comparing with it would say nothing")
     return private_rows(subject.release, subject.owners, _function(subject))
@@ -325,7 +334,7 @@ def _compared(find: Callable[[Path, Project], list[Problem]]) -> Callable[[Subje
     """A comparison of the whole release with the vault, whose parser trusts the structure of what it reads."""
 
     def run(subject: Subject) -> list[Problem]:
-        project, _ = subject.owners, subject.bank
+        project, _ = subject.opened, subject.bank
         subject.refuse_gaps(subject.files)
         return find(subject.release, project)
 
@@ -346,9 +355,14 @@ def _place(subject: Subject) -> Iterable[Finding]:
             yield Finding("place", ".", f"{what} lie inside the release folder: who uploads it uploads them")
 
 
+def vault_files(root: Path) -> list[Path]:
+    """Files and folders of a vault, ascending, but for the copies that this audit reads of what is sealed."""
+    return sorted(path for path in root.rglob("*") if not path.is_relative_to(root / OPENED))
+
+
 def _vault(subject: Subject) -> Iterable[Finding]:
     root = subject.owners.vault.root
-    for path in (root, *sorted(root.rglob("*"))):
+    for path in (root, *vault_files(root)):
         name, status = path.relative_to(root).as_posix(), path.lstat()
         if stat.S_ISLNK(status.st_mode):
             yield Finding("link", name, "what it leads to lies outside the vault, and is not looked at")

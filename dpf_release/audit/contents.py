@@ -10,13 +10,13 @@ from pathlib import Path
 import h5py
 from safetensors import safe_open
 
+from dpf_release.age import SEALED
 from dpf_release.bank import read_index
 from dpf_release.errors import WeightsError
 from dpf_release.manifest import MANIFEST, SIGNATURE, SIGNER, SUMS, Manifest, role_of
 from dpf_release.record import read_model_record
 
 LONGEST_HEADER = 8 * 2**20  # of a safetensors file; that of ResNet-152 has 100 kB
-SEALED = ".age"
 
 
 def role_in_release(path: str) -> str:
@@ -122,6 +122,7 @@ def _yes(value: bool) -> str:
 _HOLDINGS: tuple[tuple[str, str, str], ...] = (
     (r"\.gitignore", "marker", "tells git to take nothing from here"),
     (r"\.lock", "marker", "a run works here, or was cut off"),
+    (r"sealed\.json", "marker", "for whom the vault is sealed, and the names of what is"),
     (r".*\.partial", "left-over", "a file half written by a run that was cut off; what it becomes is private"),
     (r".*checkpoint\.safetensors", "checkpoint", "a training that was cut off, to go on from"),
     (r"network/phi\.safetensors", "network", "Φ, all its weights, as trained or imported"),
@@ -130,6 +131,7 @@ _HOLDINGS: tuple[tuple[str, str, str], ...] = (
     (r"survey-.*\.json", "survey", "which images could not be read: names of source files"),
     (r"features/plan\.json", "plan", "what φ1(S) was made from, and what was drawn before its first row"),
     (r"features/index\.json", "private-bank", "the index of φ1(S)"),
+    (r"features/index-before\.json", "private-bank", "the index of φ1(S) as it was before a retraction"),
     (r"features/.*\.h5", "private-bank", "rows of φ1(S), not poisoned: worth as much as the pictures"),
     (r"ids\.csv", "id-map", "which id is which source file, with its attributes"),
     (r"reconstructors/.*\.safetensors", "attacker", "a reconstructor ψ or an attribute classifier"),
@@ -143,6 +145,7 @@ _HOLDINGS: tuple[tuple[str, str, str], ...] = (
     (r"reports/[^/]*/measurements\.json", "report", "what was measured on a candidate"),
     (r"reports/[^/]*/.*\.png", "report", "pictures of S and their reconstructions"),
     (r"ledger\.json", "ledger", "the releases made from this vault"),
+    (r"retracted\.json", "retractions", "which rows were retracted, and digests of the names of their images"),
 )
 
 

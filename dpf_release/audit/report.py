@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
 from collections.abc import Iterator, Sequence
@@ -9,16 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpf_release.audit.checks import CHECKS, Finding, Result, Side, Subject, lineage, run_check
-from dpf_release.audit.contents import SEALED, public_contents, role_in_release, role_in_vault
+from dpf_release.age import SEALED
+from dpf_release.audit.checks import CHECKS, Finding, Result, Side, Subject, lineage, run_check, vault_files
+from dpf_release.audit.contents import public_contents, role_in_release, role_in_vault
 from dpf_release.config import CONFIG_NAME, read_config
 from dpf_release.errors import DPFReleaseError, VaultError
 from dpf_release.manifest import MANIFEST, Claims, Manifest
 from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import Project, import_from
 from dpf_release.schema import MAX_BYTES
-from dpf_release.storage import sha256_of
-from dpf_release.vault import Vault, read_record
+from dpf_release.storage import locked, sha256_of
+from dpf_release.vault import Vault, releases
 from dpf_release.verification import read_manifest
 
 FORMAT, FORMAT_VERSION = "dpf-release-audit", 1
@@ -181,8 +183,23 @@ def audit(release: Path, project: Project | None = None, public_key: Path | None
 
     Raises:
         VaultError: a name in the vault's ledger cannot be a function's.
+        StorageError: the vault is sealed, and another run works in it.
     """
-    release = release.resolve()
+    with _readable(project):
+        return _audit(release.resolve(), project, public_key)
+
+
+@contextlib.contextmanager
+def _readable(project: Project | None) -> Iterator[None]:
+    """A sealed vault with its key is held: banks are opened into a folder of the run."""
+    if project is None or project.vault.identity is None or not project.vault.seals:
+        yield
+        return
+    with locked(project.vault.root), project.vault.run():
+        yield
+
+
+def _audit(release: Path, project: Project | None, public_key: Path | None) -> Audit:
     manifest = read_manifest(release)
     subject = Subject(release, manifest if isinstance(manifest, Manifest) else None, project, public_key)
     results: list[Result] = []
@@ -196,10 +213,14 @@ def audit(release: Path, project: Project | None = None, public_key: Path | None
     return Audit(subject.manifest, digest, project is not None, tuple(results), tuple(artefacts))
 
 
-def project_of(vault: Path) -> Project:
+def project_of(vault: Path, identity: Path | None = None) -> Project:
     """The project that a vault belongs to: its `dpf.toml` lies beside it.
 
     A vault that others can read is not refused: the audit reports it.
+
+    Args:
+        vault: its folder.
+        identity: the age identity file that opens it, where it is sealed.
 
     Raises:
         VaultError: there is no such folder.
@@ -212,7 +233,7 @@ def project_of(vault: Path) -> Project:
         )
     config = read_config(vault.parent / CONFIG_NAME)
     import_from(config.folder)
-    return Project(config, Vault(vault))
+    return Project(config, Vault(vault, identity))
 
 
 def _public_artefacts(subject: Subject, results: Sequence[Result]) -> Iterator[Artefact]:
@@ -240,8 +261,8 @@ def _public_artefacts(subject: Subject, results: Sequence[Result]) -> Iterator[A
 
 
 def _private_artefacts(project: Project, results: Sequence[Result]) -> Iterator[Artefact]:
-    root, releases = project.vault.root, _releases(project)
-    for path in sorted(root.rglob("*")):
+    root, made = project.vault.root, _releases(project)
+    for path in vault_files(root):
         name, status = path.relative_to(root).as_posix(), path.lstat()
         if stat.S_ISDIR(status.st_mode):
             continue
@@ -258,7 +279,7 @@ def _private_artefacts(project: Project, results: Sequence[Result]) -> Iterator[
             passed,
             failed,
             name.endswith(SEALED),
-            _releases_of(name, releases),
+            _releases_of(name, made),
         )
 
 
@@ -283,10 +304,11 @@ def _digest(path: Path, mode: int, limit: int | None = None) -> str | None:
 
 def _releases(project: Project) -> dict[str, tuple[str, ...]]:
     """By function, the releases in the ledger that today's function of that name made."""
-    if not project.vault.ledger.is_file():
+    vault = project.vault
+    if vault.seals and vault.identity is None:
         return {}
     made: dict[str, tuple[str, ...]] = {}
-    for entry in read_record(project.vault.ledger, "package"):
+    for entry in releases(vault):
         name = entry["function"]
         try:
             today = load_function(project, name).digest

@@ -14,6 +14,7 @@ from dpf_release.leaks.text import private_words
 from dpf_release.near_rows import SAME_ROW_COSINE, Contributors, find_near_rows
 from dpf_release.pipeline.fitting import FittedFunction, load_function
 from dpf_release.pipeline.project import Project
+from dpf_release.vault import BANK
 
 __all__ = ["private_facts", "private_rows", "private_tensors", "private_words", "source_order", "telling_ids"]
 
@@ -51,7 +52,7 @@ def private_rows(release: Path, project: Project, name: str | None = None) -> li
         BankError: a bank, public or private, is not whole.
         VaultError: the vault has no function of that name, or its φ1(S) has rows of another shape.
     """
-    features = project.vault.features
+    features = project.vault.opened(project.vault.features, *BANK)
     private = [FeatureBank(features, split) for split in read_index(features).splits]
     function = None if name is None else load_function(project, name)
     contributors = _contributors(function) if function and function.chain.mixing_stages else None

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from dpf_release.bank import ID_BYTES, BankIndex, FeatureBank, SplitName, read_index
 from dpf_release.pipeline.project import Project
-from dpf_release.vault import read_ids
 from dpf_release.verification import Problem
 
 __all__ = ["Problem", "Rows", "Sources", "public_banks", "shard_of"]
@@ -60,7 +59,7 @@ class Sources:
         ids: dict[str, bytearray] = {}
         rows: dict[str, array[int]] = {}
         gone = []
-        for line in read_ids(project.vault.ids):
+        for line in project.vault.read_ids():
             split, row = line["split"], row_of.get(line["source"], -1)
             ids.setdefault(split, bytearray()).extend(bytes.fromhex(line["id"]))
             rows.setdefault(split, array("q")).append(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from dpf_release.errors import WeightsError
 from dpf_release.leaks.findings import Problem, public_banks, shard_of
+from dpf_release.models.weights import parse_state
 from dpf_release.pipeline.project import Project
+from dpf_release.vault import Vault
 
 LEAST_VALUES = 1024
 
@@ -26,14 +28,16 @@ def private_tensors(release: Path, project: Project) -> list[Problem]:
 
     Raises:
         WeightsError: a safetensors file, public or private, is damaged.
+        VaultError: the vault is sealed, and does not open.
     """
     vault = project.vault
-    own = {digest for _, digest, _ in _digests(vault.network / "phi.safetensors")}
+    own = {digest for _, digest, _ in _private_digests(vault, vault.network / "phi.safetensors")}
     private: dict[bytes, str] = {}
     sizes = set()
-    for path in sorted(vault.root.rglob("*.safetensors")):
-        if not path.is_relative_to(vault.root / "candidates"):  # which are what is published
-            for key, digest, size in _digests(path):
+    for path in vault.members():
+        # Candidates are what is published.
+        if path.suffix == ".safetensors" and not path.is_relative_to(vault.root / "candidates"):
+            for key, digest, size in _private_digests(vault, path):
                 if digest not in own:
                     private[digest] = f"{path.relative_to(vault.root)}, {key}"
                     sizes.add(size)
@@ -54,16 +58,27 @@ def private_tensors(release: Path, project: Project) -> list[Problem]:
     return problems
 
 
+def _private_digests(vault: Vault, path: Path) -> Iterator[tuple[str, bytes, int]]:
+    """As `_digests`, of a member; a sealed one is opened in memory."""
+    if path.is_file():
+        return _digests(path)
+    state = parse_state(vault.read_bytes(path, "fit-poison"), path)
+    return _telling(sorted(state.items()))
+
+
 def _digests(path: Path) -> Iterator[tuple[str, bytes, int]]:
     """Name, digest and number of values of each telling tensor of a file; one at a time is in memory."""
     try:
         with safe_open(path, framework="pt") as file:
-            for key in sorted(file.keys()):
-                values = file.get_tensor(key)
-                if (digest := _digest(values)) is not None:
-                    yield key, digest, values.numel()
+            yield from _telling((key, file.get_tensor(key)) for key in sorted(file.keys()))
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): copy or write it again") from error
+
+
+def _telling(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, bytes, int]]:
+    for key, values in tensors:
+        if (digest := _digest(values)) is not None:
+            yield key, digest, values.numel()
 
 
 def _digest(values: Tensor) -> bytes | None:

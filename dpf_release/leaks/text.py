@@ -168,7 +168,7 @@ def _said_names(project: Project, texts: Iterable[str]) -> set[str]:
     The texts are few and the names may be millions: the names are looked up among all stretches of words of the texts.
     """
     table = project.private_images.table
-    gone = Sources.of(project).gone if project.vault.ids.is_file() else ()
+    gone = Sources.of(project).gone if project.vault.holds(project.vault.ids) else ()
     sources = (*table.paths, *gone)
     longest = 2 * max(map(len, sources), default=0)  # composing and folding lengthen few names, and by little
     said = {stretch for text in texts for stretch in _stretches(text, longest)}

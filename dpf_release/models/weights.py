@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 from torchvision.models import DenseNet, GoogLeNet, Inception3
 
@@ -154,6 +154,18 @@ def load_state(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}): copy or write it again") from error
+
+
+def parse_state(data: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file from its bytes, on the CPU; the path is for the message.
+
+    Raises:
+        WeightsError: they are not safetensors.
+    """
+    try:
+        return load(data)
+    except SafetensorError as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): copy or write it again") from error
 
 

@@ -18,9 +18,9 @@ from dpf_release.errors import ConfigError, ImageError
 from dpf_release.metrics import WINDOW, l1, ssim
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.models.reconstructors import Reconstructor, build_reconstructor
-from dpf_release.models.weights import load_state, save_state
+from dpf_release.models.weights import parse_state, state_file
 from dpf_release.pipeline.project import Project
-from dpf_release.storage import make_folder, replacing, write_json
+from dpf_release.storage import make_folder
 from dpf_release.training import Recipe, fit
 from dpf_release.vault import SPLITS
 
@@ -48,7 +48,7 @@ def straw_man(project: Project, name: str) -> Reconstructor:
     if not _kept(project, path, subject):
         make_folder(project.vault.reconstructors)
         _keep(project, path, network, subject, _fit_straw_man(project, network, name, subject))
-    network.load_state_dict(load_state(path))
+    network.load_state_dict(parse_state(project.vault.read_bytes(path, "fit-poison"), path))
     project.frozen(network)
     return network
 
@@ -117,7 +117,7 @@ def _fit_straw_man(project: Project, network: Reconstructor, name: str, subject:
         device=project.device,
         ranks=project.ranks,
         validate=lambda: scores()["l1"],
-        checkpoint=project.vault.reconstructors / f"{name}.checkpoint.safetensors",
+        checkpoint=project.vault.checkpoint(project.vault.reconstructors / f"{name}.checkpoint.safetensors"),
         subject=json.dumps(subject, sort_keys=True),
     )
     with torch.inference_mode():
@@ -163,7 +163,7 @@ def attribute_classifier(project: Project, column: str) -> AttributeAttacker:
     if not _kept(project, path, subject):
         make_folder(project.vault.reconstructors)
         _keep(project, path, network, subject, _fit_attribute_classifier(project, network, bank, labels, values))
-    network.load_state_dict(load_state(path))
+    network.load_state_dict(parse_state(project.vault.read_bytes(path, "fit-poison"), path))
     project.frozen(network)
     return AttributeAttacker(network, tuple(values.tolist()))
 
@@ -227,18 +227,18 @@ def attribute_of_rows(project: Project, column: str, split: SplitName) -> NDArra
 
 def _kept(project: Project, path: Path, subject: dict[str, Any]) -> bool:
     """Whether the vault has an attacker for exactly this: the first rank's word."""
-    record = path.with_suffix(".json")
-    kept = path.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8"))["for"] == subject
+    vault, record = project.vault, path.with_suffix(".json")
+    there = vault.holds(path) and vault.holds(record)
+    kept = there and vault.read_record(record, "fit-poison")["for"] == subject
     return bool(project.ranks.from_first(np.array([kept]))[0])
 
 
 def _keep(project: Project, path: Path, network: nn.Module, subject: dict[str, Any], facts: dict[str, Any]) -> None:
     def write() -> None:
-        record = path.with_suffix(".json")
-        record.unlink(missing_ok=True)  # weights without a record are trained again
-        with replacing(path) as partial:
-            save_state(partial, network.state_dict())
-        write_json(record, {"for": subject, **facts})
-        path.with_suffix(".checkpoint.safetensors").unlink(missing_ok=True)
+        vault, record = project.vault, path.with_suffix(".json")
+        vault.remove(record)  # weights without a record are trained again
+        vault.write_bytes(path, state_file(network.state_dict()))
+        vault.write_json(record, {"for": subject, **facts})
+        vault.remove(path.with_suffix(".checkpoint.safetensors"))
 
     project.ranks.once(write)

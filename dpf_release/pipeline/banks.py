@@ -30,9 +30,9 @@ from dpf_release.pipeline.writing import Compute, machine_facts, write_bank
 from dpf_release.ranks import Ranks
 from dpf_release.record import ModelRecord
 from dpf_release.release import Release
-from dpf_release.storage import make_folder, refuse_small_disk, replacing, sha256_of, write_json
+from dpf_release.storage import PARTIAL, make_folder, refuse_small_disk, sha256_of, write_json
 from dpf_release.training import pick_device
-from dpf_release.vault import RELEASED_SPLITS, SPLITS, write_ids
+from dpf_release.vault import RELEASED_SPLITS, SPLITS, Vault
 
 Rows = NDArray[np.int64]
 NEW_PLAN = ".plan.json"  # of a downstream user's bank, while it is written
@@ -55,16 +55,18 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
         project.ranks.once(lambda: _draw_plan(project, facts, restart))
         project.forget("bank_order")
         known = project.bank_plan
-        changed = changed_facts(known, facts) + ["ids.csv"] * (sha256_of(vault.ids) != known["ids_sha256"])
+        changed = changed_facts(known, facts) + ["ids.csv"] * (vault.sha256(vault.ids) != known["ids_sha256"])
         anew = "start anew with --restart (new ids; functions fitted on the old bank are void)"
         _refuse_other_plan(str(vault.features), changed, anew)
-        if project.rows_were_retracted:
-            return read_index(vault.features)  # whole; its shards are not those that would be written now
+        if project.rows_were_retracted and vault.holds(vault.features / INDEX):
+            # Whole; its shards are not those that would be written now, after it was forgotten.
+            return read_index(vault.opened(vault.features, INDEX))
         rows_of, ids_of = project.bank_order
         rows = {name: SplitRows(images.table.targets[rows_of[name]], ids_of[name]) for name in SPLITS}
         compute = _featurized(project.frozen(cut.split.featurizer), images.pictures, rows_of, project.device)
-        writer = _writer(project, vault.features, poisoned=False)
-        return write_bank(writer, rows, compute, project.ranks, "Writing features", "images")
+        with vault.changing(vault.features) as folder:
+            writer = _writer(project, folder, poisoned=False)
+            return write_bank(writer, rows, compute, project.ranks, "Writing features", "images")
 
 
 def _bank_facts(project: Project) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def _writer(project: Project, folder: Path, poisoned: bool) -> BankWriter:
 
 def _refuse_small_disk(project: Project, folder: Path, rows: Sequence[int]) -> None:
     """That a bank has room when the one that is there is gone: before it is given up."""
-    there = sum(path.stat().st_size for path in folder.glob("*/*.h5"))
+    there = sum(path.stat().st_size for path in folder.glob("*/*.h5*"))
     wanted = _writer(project, folder, poisoned=False).bytes_of([Span("train", 0, count) for count in rows])
     refuse_small_disk(project.vault.root, wanted - there)
 
@@ -104,10 +106,10 @@ def _refuse_small_disk(project: Project, folder: Path, rows: Sequence[int]) -> N
 def _draw_plan(project: Project, facts: dict[str, Any], restart: bool) -> None:
     """The secret order and the random ids, from the operating system's randomness, and what goes with them."""
     vault, images = project.vault, project.private_images
-    if vault.plan.is_file() and not restart:
+    if vault.holds(vault.plan) and not restart:
         return
     _refuse_small_disk(project, vault.features, [len(images.rows(name)) for name in SPLITS])
-    remove_bank(vault.features)
+    remove_bank(vault, vault.features)
     make_folder(vault.features)
     generator = np.random.default_rng(secrets.randbits(256))
     lines = []
@@ -121,18 +123,19 @@ def _draw_plan(project: Project, facts: dict[str, Any], restart: bool) -> None:
                 "source": images.table.paths[source],
             }
             lines.append(attributes | fixed)
-    write_ids(
-        vault.ids,
+    vault.write_ids(
         lines,
         [key for key in images.table.attributes if key not in {"id", "split", "row", "source"}],
     )
-    write_json(vault.plan, {**facts, "ids_sha256": sha256_of(vault.ids)})
+    vault.write_json(vault.plan, {**facts, "ids_sha256": vault.sha256(vault.ids)})
 
 
-def remove_bank(folder: Path) -> None:
+def remove_bank(vault: Vault, folder: Path) -> None:
     """Removes a bank, or what there is of one."""
-    for path in [folder / "plan.json", folder / INDEX, folder / BEFORE, *folder.glob("*/shard-*.h5*")]:
-        path.unlink(missing_ok=True)
+    shards = [path for path in vault.members(folder) if path.suffix == ".h5"]
+    vault.remove(folder / "plan.json", folder / INDEX, folder / BEFORE, *shards)
+    for half_written in folder.glob(f"*/shard-*{PARTIAL}"):
+        half_written.unlink()
 
 
 def _featurized(phi_1: nn.Module, pictures: Pictures, rows: Mapping[SplitName, Rows], device: torch.device) -> Compute:
@@ -169,12 +172,11 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
     with project.working():
         function = load_function(project, name)
         banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
-        folder, record = project.vault.candidate(name), project.vault.function(name) / CANDIDATE
+        vault, record = project.vault, project.vault.function(name) / CANDIDATE
         plan = {"origin": candidate_origin(project, function), "bank": _bank_facts(project)}
         if not restart and (index := _after_retraction(project, name, plan)):
             return index
         project.ranks.once(lambda: _begin_candidate(project, name, plan, restart))
-        writer = _writer(project, folder / "features", poisoned=function.chain.poisons)
         rows = {split: SplitRows(bank.targets, bank.ids) for split, bank in banks.items()}
         sources = {split: function.poisoned(split, bank) for split, bank in banks.items()}
 
@@ -182,20 +184,23 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
             for span in spans:
                 yield sources[span.split].read(np.arange(span.start, span.stop))
 
-        index = write_bank(writer, rows, compute, project.ranks, "Poisoning", "rows")
-        finished = plan | {"index_sha256": sha256_of(folder / "features" / "index.json")}
-        project.ranks.once(lambda: write_json(record, finished))
+        with vault.changing(vault.candidate(name) / "features") as folder:
+            writer = _writer(project, folder, poisoned=function.chain.poisons)
+            index = write_bank(writer, rows, compute, project.ranks, "Poisoning", "rows")
+            finished = plan | {"index_sha256": sha256_of(folder / INDEX)}
+        project.ranks.once(lambda: vault.write_json(record, finished))
         return index
 
 
 def _after_retraction(project: Project, name: str, plan: dict[str, Any]) -> BankIndex | None:
     """The index of a candidate from which rows were retracted: whole, and its shards not those of one written now."""
-    record = project.vault.function(name) / CANDIDATE
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if not known.get("retracted"):
+    vault, record = project.vault, project.vault.function(name) / CANDIDATE
+    features = vault.candidate(name) / "features"
+    known = vault.read_record(record, "poison") if vault.holds(record) else {}
+    if not (known.get("retracted") and vault.holds(features / INDEX)):  # one that was forgotten is written again
         return None
     _refuse_other_candidate(name, changed_facts(known["origin"], plan["origin"]))
-    return read_index(project.vault.candidate(name) / "features")
+    return read_index(vault.opened(features, INDEX))
 
 
 def _refuse_other_candidate(name: str, changed: Sequence[str]) -> None:
@@ -204,24 +209,24 @@ def _refuse_other_candidate(name: str, changed: Sequence[str]) -> None:
 
 
 def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart: bool) -> None:
-    folder, record = project.vault.candidate(name), project.vault.function(name) / CANDIDATE
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    vault = project.vault
+    folder, record = vault.candidate(name), vault.function(name) / CANDIDATE
+    known = vault.read_record(record, "poison") if vault.holds(record) else None
     if known is None or restart:
         rows = [len(project.private_bank(split)) for split in RELEASED_SPLITS]
         _refuse_small_disk(project, folder / "features", rows)
-        remove_bank(folder / "features")
+        remove_bank(vault, folder / "features")
     else:
         changed = [key for part in ("origin", "bank") for key in changed_facts(known.get(part, {}), plan[part])]
         _refuse_other_candidate(name, changed)
-    forget_measurements(project.vault.reports(name))  # of the candidate before
-    write_json(record, plan | {"index_sha256": None})
+    forget_measurements(vault, name)  # of the candidate before
+    vault.write_json(record, plan | {"index_sha256": None})
     _write_public_model(project, folder / "model")
 
 
-def forget_measurements(reports: Path) -> None:
+def forget_measurements(vault: Vault, name: str) -> None:
     """Removes what `measure` found for a candidate."""
-    for measured in ("measurements.json", "reconstructions.png"):
-        (reports / measured).unlink(missing_ok=True)
+    vault.remove(*[vault.reports(name) / file for file in ("measurements.json", "reconstructions.png")])
 
 
 def candidate_origin(project: Project, function: FittedFunction) -> dict[str, str]:
@@ -230,7 +235,7 @@ def candidate_origin(project: Project, function: FittedFunction) -> dict[str, st
         "function": function.digest,
         "plan": function.plan_sha256,
         "bank": project.bank_id,
-        "rows": sha256_of(project.vault.ids),
+        "rows": project.vault.sha256(project.vault.ids),
         "model": hashlib.sha256(project.cut.featurizer_file + project.cut.classifier_file).hexdigest(),
         "record": project.cut.public_record.model_dump_json(),
     }
@@ -240,9 +245,8 @@ def _write_public_model(project: Project, folder: Path) -> None:
     make_folder(folder)
     cut = project.cut
     for name, data in (("featurizer", cut.featurizer_file), ("classifier", cut.classifier_file)):
-        with replacing(folder / f"{name}.safetensors") as partial:
-            partial.write_bytes(data)
-    write_json(folder / "model.json", cut.public_record.model_dump(mode="json"))
+        project.vault.write_bytes(folder / f"{name}.safetensors", data)
+    project.vault.write_json(folder / "model.json", cut.public_record.model_dump(mode="json"))
 
 
 def featurize_new(

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 from torch import nn
 
 from dpf_release.bank import FeatureBank, SplitName
 from dpf_release.errors import ConfigError, VaultError
 from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource, build_chain
-from dpf_release.models.weights import load_state, save_state
+from dpf_release.models.weights import parse_state, state_file
 from dpf_release.pipeline.attackers import VALIDATION_ROWS, attribute_of_rows, new_straw_man, straw_man
 from dpf_release.pipeline.objective import Objective, batch_reader
 from dpf_release.pipeline.project import Project
-from dpf_release.storage import make_folder, replacing, sha256_of, write_json
+from dpf_release.storage import make_folder
 from dpf_release.training import Recipe, fit
-from dpf_release.vault import RELEASED_SPLITS, read_record
+from dpf_release.vault import RELEASED_SPLITS, Vault
 
 CANDIDATE = "candidate.json"  # beside a function: the plan that its candidate is written under
 PLAN = "plan.safetensors"
@@ -73,15 +73,15 @@ def fit_poison(project: Project, name: str = "default", restart: bool = False) -
 
 
 def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
-    section, cut = project.config.poison, project.cut
-    folder = project.vault.function(name)
+    section, cut, vault = project.config.poison, project.cut, project.vault
+    folder = vault.function(name)
     banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
     spec = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
     _refuse_mistakes(project, spec)  # before anything that is there is given up
     wanted = section.model_dump(by_alias=True, mode="json")
     subject = {"featurizer_sha256": cut.featurizer_sha256, "bank": project.bank_id}
-    project.ranks.once(lambda: _begin(folder, wanted, subject, restart))
-    secret = bytes.fromhex(json.loads((folder / "function.json").read_text(encoding="utf-8"))["secret"])
+    project.ranks.once(lambda: _begin(vault, folder, wanted, subject, restart))
+    secret = bytes.fromhex(vault.read_record(folder / "function.json", "fit-poison")["secret"])
     seed = int.from_bytes(hashlib.sha256(secret + b"training").digest()[:8]) >> 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the start of P is as secret as P
@@ -89,34 +89,36 @@ def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
     for straw in section.straw_men:
         straw_man(project, straw)
     phi_2 = project.frozen(cut.split.classifier)
-    project.ranks.once(lambda: _draw_plans(chain, banks, phi_2, secret, folder))
-    plans = _read_plans(chain, secret, folder)
+    project.ranks.once(lambda: _draw_plans(vault, chain, banks, phi_2, secret, folder))
+    plans = _read_plans(vault, chain, secret, folder)
     last: dict[str, Any] = {}
     if chain.learned is not None:
         last = _fit_learned(project, chain, plans, banks, seed, folder)
-    project.ranks.once(lambda: _finish(chain, folder))
+    project.ranks.once(lambda: _finish(vault, chain, folder))
     return last
 
 
-def _finish(chain: Chain, folder: Path) -> None:
+def _finish(vault: Vault, chain: Chain, folder: Path) -> None:
     if chain.learned is not None:
-        with replacing(folder / "dpf.safetensors") as partial:
-            save_state(partial, chain.learned.state_dict())
-    record = json.loads((folder / "function.json").read_text(encoding="utf-8"))
-    write_json(folder / "function.json", record | {"fitted": True})
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        vault.write_bytes(folder / "dpf.safetensors", state_file(chain.learned.state_dict()))
+    record = vault.read_record(folder / "function.json", "fit-poison")
+    vault.write_json(folder / "function.json", record | {"fitted": True})
+    vault.remove(folder / "checkpoint.safetensors")
 
 
 def _draw_plans(
-    chain: Chain, banks: Mapping[SplitName, RowSource], phi_2: nn.Module, secret: bytes, folder: Path
+    vault: Vault, chain: Chain, banks: Mapping[SplitName, RowSource], phi_2: nn.Module, secret: bytes, folder: Path
 ) -> None:
     """What the function draws before it sees a row, into the vault; a resume goes on under it."""
-    if not (folder / PLAN).is_file():
-        write_plans(folder, {split: chain.plan(bank, phi_2, secret) for split, bank in banks.items()})
+    if not vault.holds(folder / PLAN):
+        write_plans(vault, folder, {split: chain.plan(bank, phi_2, secret) for split, bank in banks.items()})
 
 
 def write_plans(
-    folder: Path, plans: Mapping[SplitName, Sequence[Plan]], more: Mapping[str, NDArray[Any]] | None = None
+    vault: Vault,
+    folder: Path,
+    plans: Mapping[SplitName, Sequence[Plan]],
+    more: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
     """A function's plans, for each split one a stage, into the vault; with what else is to be known of them."""
     arrays = {
@@ -125,12 +127,11 @@ def write_plans(
         for stage, plan in enumerate(stages)
         for key, array in (plan.arrays | ({} if plan.pieces is None else {"pieces": plan.pieces})).items()
     }
-    with replacing(folder / PLAN) as partial:
-        save_file(arrays | dict(more or {}), partial)
+    vault.write_bytes(folder / PLAN, save(arrays | dict(more or {})))
 
 
-def _read_plans(chain: Chain, secret: bytes, folder: Path) -> dict[SplitName, list[Plan]]:
-    arrays = load_file(folder / PLAN)
+def _read_plans(vault: Vault, chain: Chain, secret: bytes, folder: Path) -> dict[SplitName, list[Plan]]:
+    arrays = load(vault.read_bytes(folder / PLAN, "fit-poison"))
     plans: dict[SplitName, list[Plan]] = {}
     for split in RELEASED_SPLITS:
         plans[split] = []
@@ -159,8 +160,8 @@ def load_function(project: Project, name: str) -> FittedFunction:
     Raises:
         VaultError: there is none of that name, or it was fitted for another featurizer.
     """
-    folder, cut = project.vault.function(name), project.cut
-    record = read_record(folder / "function.json", f"fit-poison --name {name}")
+    vault, folder, cut = project.vault, project.vault.function(name), project.cut
+    record = vault.read_record(folder / "function.json", f"fit-poison --name {name}")
     if not record.get("fitted"):
         raise VaultError(f"the function {name!r} is not fitted to the end. Run `dpf-release fit-poison --name {name}`.")
     if record["for"] != {"featurizer_sha256": cut.featurizer_sha256, "bank": project.bank_id}:
@@ -170,21 +171,22 @@ def load_function(project: Project, name: str) -> FittedFunction:
         )
     chain = build_chain(record["recipe"]["function"], FeatureSpec(cut.record.feature_shape, cut.split.non_negative))
     if chain.learned is not None:
-        chain.learned.load_state_dict(load_state(folder / "dpf.safetensors"))
+        weights = folder / "dpf.safetensors"
+        chain.learned.load_state_dict(parse_state(vault.read_bytes(weights, f"fit-poison --name {name}"), weights))
         project.frozen(chain.learned)
-    plans = _read_plans(chain, bytes.fromhex(record["secret"]), folder)
-    weights = [sha256_of(folder / "dpf.safetensors")] if chain.learned is not None else []
-    plan_sha256 = sha256_of(folder / PLAN)
-    parts = [*weights, record.get("fitted_plan_sha256", plan_sha256)]
+    plans = _read_plans(vault, chain, bytes.fromhex(record["secret"]), folder)
+    learned = [vault.sha256(folder / "dpf.safetensors")] if chain.learned is not None else []
+    plan_sha256 = vault.sha256(folder / PLAN)
+    parts = [*learned, record.get("fitted_plan_sha256", plan_sha256)]
     digest = hashlib.sha256("".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *parts]).encode())
     return FittedFunction(chain, plans, digest.hexdigest(), plan_sha256)
 
 
-def _begin(folder: Path, recipe: dict[str, Any], subject: dict[str, str], restart: bool) -> None:
+def _begin(vault: Vault, folder: Path, recipe: dict[str, Any], subject: dict[str, str], restart: bool) -> None:
     """The function's 32 secret bytes: drawn from the operating system at its first fitting, kept for its resumes."""
     path = folder / "function.json"
-    if path.is_file() and not restart:
-        known = json.loads(path.read_text(encoding="utf-8"))
+    if vault.holds(path) and not restart:
+        known = vault.read_record(path, "fit-poison")
         if known["recipe"] == recipe and known["for"] == subject and not known["fitted"]:
             return
         state = "is fitted already" if known["fitted"] else "was begun with other settings or features"
@@ -193,9 +195,9 @@ def _begin(folder: Path, recipe: dict[str, Any], subject: dict[str, str], restar
         )
     make_folder(folder)
     # The record first: what lies beside no record is nobody's, also after a crash between these lines.
-    for name in ("function.json", "checkpoint.safetensors", "dpf.safetensors", PLAN, CANDIDATE):
-        (folder / name).unlink(missing_ok=True)
-    write_json(path, {"recipe": recipe, "for": subject, "secret": os.urandom(32).hex(), "fitted": False})
+    names = ("function.json", "checkpoint.safetensors", "dpf.safetensors", PLAN, CANDIDATE)
+    vault.remove(*[folder / name for name in names])
+    vault.write_json(path, {"recipe": recipe, "for": subject, "secret": os.urandom(32).hex(), "fitted": False})
 
 
 def _fit_learned(
@@ -234,9 +236,9 @@ def _fit_learned(
         device=project.device,
         ranks=project.ranks,
         validate=validate if len(val) else None,
-        checkpoint=folder / "checkpoint.safetensors",
-        subject=folder.joinpath("function.json").read_text(encoding="utf-8"),
+        checkpoint=project.vault.checkpoint(folder / "checkpoint.safetensors"),
+        subject=project.vault.read_bytes(folder / "function.json", "fit-poison").decode(),
         row_bytes=banks["train"].index.row_bytes,
     )
-    project.ranks.once(lambda: write_json(folder / "history.json", asdict(history)))
+    project.ranks.once(lambda: project.vault.write_json(folder / "history.json", asdict(history)))
     return history.epochs[history.best_epoch]

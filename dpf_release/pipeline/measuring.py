@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpf_release.bank import FeatureBank, SplitName
+from dpf_release.bank import INDEX, FeatureBank, SplitName
 from dpf_release.errors import BankError, ConfigError
-from dpf_release.figures import write_grid
+from dpf_release.figures import draw_grid
 from dpf_release.metrics import bootstrap_interval, l1, mean_absolute_error, psnr, ssim, topk_correct
 from dpf_release.models.functions import RowSource
 from dpf_release.models.reconstructors import Reconstructor
@@ -25,8 +26,7 @@ from dpf_release.pipeline.attackers import AttributeAttacker, attribute_classifi
 from dpf_release.pipeline.fitting import FittedFunction, load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.ranks import Ranks
-from dpf_release.storage import make_folder, sha256_of, write_json
-from dpf_release.vault import read_record
+from dpf_release.storage import make_folder, sha256_of
 
 Rows = NDArray[np.int64]
 RECONSTRUCTED_ROWS = 2000
@@ -52,9 +52,10 @@ def measure(project: Project, name: str = "default") -> dict[str, Any]:
 
 def _measure(project: Project, name: str) -> dict[str, Any]:
     function = load_function(project, name)
-    features = project.vault.candidate(name) / "features"
+    vault = project.vault
+    features = vault.opened(vault.candidate(name) / "features", INDEX, "val")
     candidate = FeatureBank(features, "val")
-    recipe = read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
+    recipe = vault.read_record(vault.function(name) / "function.json", "fit-poison")["recipe"]
     judge = _Judge(project, recipe["straw_men"], recipe["confuse"])
     clean = project.private_bank("val")
     report: dict[str, Any] = {
@@ -64,9 +65,9 @@ def _measure(project: Project, name: str) -> dict[str, Any]:
         "val": judge.compare("val", clean, candidate),
         "test": _on_test(project, function, judge),
     }
-    folder = make_folder(project.vault.reports(name))
+    folder = make_folder(vault.reports(name))
     judge.draw(folder / "reconstructions.png", clean, candidate)
-    write_json(folder / "measurements.json", report)
+    vault.write_json(folder / "measurements.json", report)
     return report
 
 
@@ -106,19 +107,17 @@ class _Judge:
         }
         return report
 
-    def draw(self, path: Any, clean: FeatureBank, poisoned: RowSource) -> None:
+    def draw(self, path: Path, clean: FeatureBank, poisoned: RowSource) -> None:
         if not self.reconstructors:
             return
         rows = np.arange(min(FIGURE_ROWS, len(clean)))
         network = next(iter(self.reconstructors.values()))
-        write_grid(
-            path,
-            {
-                "original": self._pictures("val", rows),
-                "before": self._batch(network, clean, rows),
-                "after": self._batch(network, poisoned, rows),
-            },
-        )
+        grid = {
+            "original": self._pictures("val", rows),
+            "before": self._batch(network, clean, rows),
+            "after": self._batch(network, poisoned, rows),
+        }
+        self.project.vault.write_bytes(path, draw_grid(grid))
 
     def _task(self, clean: Tensor, poisoned: Tensor, targets: NDArray[Any]) -> dict[str, Any]:
         wanted = torch.from_numpy(targets)

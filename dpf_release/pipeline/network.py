@@ -15,7 +15,7 @@ from dpf_release.metrics import mean_absolute_error, topk_correct
 from dpf_release.models.hooks import split
 from dpf_release.models.weights import load_weights
 from dpf_release.pipeline.project import ImageSet, Project
-from dpf_release.storage import make_folder, sha256_of, write_json
+from dpf_release.storage import make_folder, sha256_of
 from dpf_release.training import Recipe, fit
 
 Rows = NDArray[np.int64]
@@ -40,7 +40,7 @@ def train(project: Project, restart: bool = False) -> dict[str, float]:
 
 def _train(project: Project, restart: bool) -> dict[str, float]:
     vault, section = project.vault, project.config.train
-    if (vault.network / "network.json").is_file() and not restart:
+    if vault.holds(vault.network / "network.json") and not restart:
         raise VaultError(f"{vault.network} holds a network already. Use it, or train anew with --restart.")
     project.ranks.refuse_uneven(train=section.batch_size)
     images = project.private_images
@@ -49,7 +49,7 @@ def _train(project: Project, restart: bool) -> dict[str, float]:
     if project.config.model.weights:
         load_weights(network, project.config.locate(project.config.model.weights))
     checkpoint = make_folder(vault.network) / "checkpoint.safetensors"
-    project.ranks.once(lambda: checkpoint.unlink(missing_ok=True) if restart else None)
+    project.ranks.once(lambda: vault.remove(checkpoint) if restart else None)
     # A wrong hook point is refused now, not after hours of training.
     split(network, project.config.model.hook, project.config.model.size)
     task = TargetTask.of(project)
@@ -84,7 +84,7 @@ def _train(project: Project, restart: bool) -> dict[str, float]:
         validate=(lambda: task.error(_answers(project, network, rows["val"]), rows["val"]))
         if len(rows["val"])
         else None,
-        checkpoint=checkpoint,
+        checkpoint=vault.checkpoint(checkpoint),
         subject=json.dumps([images.digest, section.model_dump(), project.config.model.model_dump(mode="json")]),
     )
     if not project.ranks.is_first:
@@ -96,9 +96,8 @@ def _train(project: Project, restart: bool) -> dict[str, float]:
         if len(rows[name])
     }
     project.save_network(network.to(memory_format=torch.contiguous_format))
-    write_json(vault.network / "history.json", {"epochs": history.epochs, "bf16": history.bf16, "scores": scores})
-    checkpoint.unlink(missing_ok=True)
-    (vault.network / IMPORTED).unlink(missing_ok=True)
+    vault.write_json(vault.network / "history.json", {"epochs": history.epochs, "bf16": history.bf16, "scores": scores})
+    vault.remove(checkpoint, vault.network / IMPORTED)
     project.ranks.wait()
     return scores
 
@@ -111,17 +110,17 @@ def import_network(project: Project, restart: bool = False) -> None:
             vault's network came from, and `restart` is not set.
         WeightsError: the weights do not fit the architecture, or are not in a safe format.
     """
-    folder, weights = project.vault.network, project.config.model.weights
-    there, came_from = (folder / "network.json").is_file(), folder / IMPORTED
+    vault, weights = project.vault, project.config.model.weights
+    there, came_from = vault.holds(vault.network / "network.json"), vault.network / IMPORTED
     if weights is None:
         if not there:
             raise VaultError("expected a network. Run `dpf-release train`, or name its weights under [model] weights.")
         return
     path = project.config.locate(weights)
-    if there and not came_from.is_file():
+    if there and not vault.holds(came_from):
         return  # trained here; the weights were where the training began
     digest = {"sha256": sha256_of(path)} if path.is_file() else {}
-    if there and json.loads(came_from.read_text(encoding="utf-8")) == digest:
+    if there and vault.read_record(came_from, "featurize --restart") == digest:
         return
     if there and not restart:
         raise VaultError(
@@ -131,7 +130,7 @@ def import_network(project: Project, restart: bool = False) -> None:
     network = project.new_network()
     load_weights(network, path)
     project.save_network(network)
-    write_json(came_from, digest)
+    vault.write_json(came_from, digest)
 
 
 class TargetTask:

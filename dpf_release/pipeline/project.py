@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import sys
 from array import array
 from collections.abc import Iterator, Mapping
@@ -18,22 +17,23 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dpf_release.bank import ID_BYTES, FeatureBank, SplitName
+from dpf_release.bank import ID_BYTES, INDEX, FeatureBank, SplitName
 from dpf_release.config import CONFIG_NAME, Config, read_config
 from dpf_release.errors import RankError, VaultError
 from dpf_release.image_table import Earlier, ImageTable, read_table, read_unlabelled
 from dpf_release.images import Preprocess
 from dpf_release.models.hooks import Split, split
-from dpf_release.models.weights import freeze, load_state, save_state, state_file
+from dpf_release.models.weights import freeze, parse_state, state_file
 from dpf_release.models.zoo import build_network, is_public_architecture
 from dpf_release.pictures import BadImage, Pictures, refuse_bad, survey
 from dpf_release.progress import Progress, announce
 from dpf_release.ranks import Ranks
-from dpf_release.record import CUSTOM, ModelRecord, PreprocessRecord, read_model_record
+from dpf_release.record import CUSTOM, ModelRecord, PreprocessRecord, parse_model_record
 from dpf_release.retracted import Retracted, digest_of_name, read_retracted
-from dpf_release.storage import make_folder, replacing, sha256_of, write_json
+from dpf_release.sealing import begin_run
+from dpf_release.storage import make_folder
 from dpf_release.training import pick_device
-from dpf_release.vault import SPLITS, Vault, read_ids, read_record
+from dpf_release.vault import SPLITS, Vault
 
 Rows = NDArray[np.int64]
 
@@ -71,16 +71,30 @@ class Project:
     ranks: Ranks = Ranks()
 
     @classmethod
-    def open(cls, config: Path = Path(CONFIG_NAME), overrides: Mapping[str, Any] | None = None) -> Project:
-        """The project of a `dpf.toml`, with options laid over it (dotted keys, as `"poison.epochs"`).
+    def open(
+        cls,
+        config: Path = Path(CONFIG_NAME),
+        overrides: Mapping[str, Any] | None = None,
+        identity: Path | None = None,
+        *,
+        fix_permissions: bool = False,
+    ) -> Project:
+        """The project of a `dpf.toml`.
+
+        Args:
+            config: the file.
+            overrides: options laid over it (dotted keys, as `"poison.epochs"`).
+            identity: the age identity file that opens the vault, where it is sealed.
+            fix_permissions: take away the rights of others to the vault, in the place of a refusal.
 
         Raises:
             ConfigError: the configuration does not fit.
-            VaultError: no vault beside it, or one that others can read.
+            VaultError: no vault beside it, or one that is not its owner's alone.
         """
         read = read_config(config, overrides)
         import_from(read.folder)
-        return cls(read, Vault.open(read.folder / "vault"), Ranks.of_torchrun())
+        vault = Vault.open(read.folder / "vault", identity, fix_permissions=fix_permissions)
+        return cls(read, vault, Ranks.of_torchrun())
 
     @contextlib.contextmanager
     def working(self, *, public: bool = False, together: bool = True, retracting: bool = False) -> Iterator[None]:
@@ -94,11 +108,18 @@ class Project:
         Raises:
             VaultError: a retraction was cut off.
             StorageError: another run works in the vault.
+            VaultError: it is sealed, and there are several ranks or no identity.
             RankError: there are several ranks, and the step is one process's work.
         """
         if self.ranks.world_size > 1 and not together:
             raise RankError("expected one process for this step, found several. Run it without torchrun.")
-        with self.ranks.holding(self.vault.root):
+        if self.ranks.world_size > 1 and self.vault.seals:
+            raise VaultError(
+                "expected one process for a sealed vault, found several. Run it without torchrun, or open the vault "
+                "for good with `dpf-release vault open`."
+            )
+        with self.ranks.holding(self.vault.root), self.vault.run():
+            self.ranks.once(lambda: begin_run(self.vault))
             if not retracting:
                 self._refuse_unfinished_retraction()
                 # Here, where all ranks come by: a survey is shared, and must not begin on one of them alone.
@@ -144,8 +165,8 @@ class Project:
         """
         task, section = self.config.task, self.config.images.private
         splits = {}
-        if retracted.retractions and retracted.splitting == self.splitting and self.vault.ids.is_file():
-            splits = {line["source"]: line["split"] for line in read_ids(self.vault.ids)}
+        if retracted.retractions and retracted.splitting == self.splitting and self.vault.holds(self.vault.ids):
+            splits = {line["source"]: line["split"] for line in self.vault.read_ids()}
         table = read_table(
             self.config.locate(section.path),
             task=task.kind,
@@ -183,16 +204,16 @@ class Project:
         """The set with its unreadable images found; the finding is kept in the vault while the files stay the same."""
         pictures = Pictures(table, self.preprocess, self.config.compute.workers)
         path, digest = self.vault.survey(name), table.digest()
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = self.vault.read_record(path, "featurize") if self.vault.holds(path) else {}
         # The first rank's word: another may come when it has written its finding already.
         if self.ranks.from_first(np.array([known.get("digest") == digest]))[0]:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = self.vault.read_record(path, "featurize")
             row_of = {source: row for row, source in enumerate(table.paths)}
             bad = [BadImage(row_of[entry["name"]], entry["name"], entry["reason"]) for entry in known["bad"]]
         else:
             bad = survey_together(pictures, self.ranks, f"Reading the {name} images")
             found = {"digest": digest, "bad": [{"name": b.name, "reason": b.reason} for b in bad]}
-            self.ranks.once(lambda: write_json(path, found))
+            self.ranks.once(lambda: self.vault.write_json(path, found))
         refuse_bad(bad, len(table), max_bad)
         return ImageSet(table, pictures, tuple(bad), digest)
 
@@ -206,7 +227,7 @@ class Project:
         row_of = {source: row for row, source in enumerate(self.private_images.table.paths)}
         rows = {name: array("q") for name in SPLITS}
         ids = {name: bytearray() for name in SPLITS}
-        for line in read_ids(self.vault.ids):
+        for line in self.vault.read_ids():
             if line["source"] not in row_of:
                 raise VaultError(f"{line['source']} is in {self.vault.ids} but no longer among the private images.")
             split_name: SplitName = line["split"]  # type: ignore[assignment]
@@ -260,9 +281,8 @@ class Project:
             }
         )
         make_folder(self.vault.network)
-        with replacing(self.vault.network / "phi.safetensors") as partial:
-            save_state(partial, network.state_dict())
-        write_json(self.vault.network / "network.json", record.model_dump(mode="json"))
+        self.vault.write_bytes(self.vault.network / "phi.safetensors", state_file(network.state_dict()))
+        self.vault.write_json(self.vault.network / "network.json", record.model_dump(mode="json"))
         self.forget("cut", "source_facts")
         return record
 
@@ -274,13 +294,13 @@ class Project:
             VaultError: no network in the vault, or one of another architecture or preprocessing.
             HookError: it cannot be cut there.
         """
-        path = self.vault.network / "network.json"
-        if not path.is_file():
+        path, weights = self.vault.network / "network.json", self.vault.network / "phi.safetensors"
+        if not self.vault.holds(path):
             raise VaultError(
                 f"expected a network in {self.vault.network}, found none. Run `dpf-release train`, or name "
                 "your weights under [model] weights and run `dpf-release featurize`."
             )
-        record, model = read_model_record(path), self.config.model
+        record, model = parse_model_record(self.vault.read_bytes(path, "train"), path.name), self.config.model
         wanted = {"arch": model.arch, "arguments": model.arguments, "preprocess": _preprocess_record(self.preprocess)}
         found = record.model_dump(mode="json", include=set(wanted))
         if found != wanted:
@@ -289,7 +309,7 @@ class Project:
                 "`dpf-release train --restart` for a new network."
             )
         network = build_network(record.arch, record.outputs, record.arguments, allow_import=True)
-        network.load_state_dict(load_state(self.vault.network / "phi.safetensors"))
+        network.load_state_dict(parse_state(self.vault.read_bytes(weights, "train"), weights))
         parts = split(network, model.hook, model.size)
         return CutNetwork(
             record.model_copy(update={"hook": parts.hook.name, "feature_shape": parts.hook.shape}),
@@ -303,11 +323,11 @@ class Project:
         Raises:
             VaultError: there is no plan, thus no bank.
         """
-        if not self.vault.plan.is_file():
+        if not self.vault.holds(self.vault.plan):
             raise VaultError(
                 f"expected features in {self.vault.features}, found none. Run `dpf-release featurize` first."
             )
-        return sha256_of(self.vault.plan)
+        return self.vault.sha256(self.vault.plan)
 
     @property
     def bank_plan(self) -> dict[str, Any]:
@@ -316,7 +336,7 @@ class Project:
         Raises:
             VaultError: there is no plan, thus no bank.
         """
-        plan: dict[str, Any] = read_record(self.vault.plan, "featurize")
+        plan: dict[str, Any] = self.vault.read_record(self.vault.plan, "featurize")
         return plan | (self.retracted.facts if self.rows_were_retracted else {})
 
     @property
@@ -332,14 +352,14 @@ class Project:
         """
         known = self.bank_plan
         changed = changed_facts(known, self.source_facts)
-        if sha256_of(self.vault.ids) != known["ids_sha256"]:
+        if self.vault.sha256(self.vault.ids) != known["ids_sha256"]:
             changed.append("ids.csv")
         if changed:
             raise VaultError(
                 f"the features in {self.vault.features} were made from something else; changed since: "
                 f"{', '.join(changed)}. Put that back, or run `dpf-release featurize --restart`."
             )
-        return FeatureBank(self.vault.features, split_name)
+        return FeatureBank(self.vault.opened(self.vault.features, INDEX, split_name), split_name)
 
     @cached_property
     def source_facts(self) -> dict[str, Any]:

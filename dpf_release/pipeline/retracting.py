@@ -100,11 +100,12 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
     Raises:
         ConfigError: ids or names that no row has, all of them; a class with too few rows left for a function that mixes
             rows; a split that would have none left. Nothing is changed then.
-        VaultError: φ1(S) is not of today's images and network.
+        VaultError: φ1(S) is not of today's images and network, or the vault is sealed.
         StorageError: another run works in the vault, or the disk takes no more.
         RankError: there are several ranks.
     """
     with project.working(together=False, retracting=True):
+        _refuse_sealed(project.vault)
         project.forget("retracted")
         report = None if project.retracted.unfinished is None else _finish(project)
         if ids or sources:
@@ -116,6 +117,15 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
         if report is None:
             raise ConfigError("expected ids or sources of what to retract, found none, and no retraction to finish.")
         return report
+
+
+def _refuse_sealed(vault: Vault) -> None:
+    """A retraction goes on in shards and plans as a crash left them, which lie in the clear until it is done."""
+    if vault.seals:
+        raise VaultError(
+            f"{vault.root} is sealed, and a retraction rewrites much of it in place. Run `dpf-release vault open "
+            "--identity FILE`, then this command again, then `dpf-release vault seal`. Nothing was retracted."
+        )
 
 
 def read_names(path: Path) -> list[str]:
@@ -315,7 +325,7 @@ def _keep_plans(project: Project, name: str, function: FittedFunction, rebuilt: 
     if "fitted_plan_sha256" not in record:  # which P this is stays what it was when it was fitted
         write_json(folder / "function.json", record | {"fitted_plan_sha256": function.plan_sha256})
     more = {f"rebuilt/{split}": rows for split, rows in rebuilt.items()}
-    write_plans(folder, function.plans, more | {"retraction": np.array([number])})
+    write_plans(project.vault, folder, function.plans, more | {"retraction": np.array([number])})
 
 
 # --------------------------------------------------------------------------------------------- what then changes
@@ -329,7 +339,7 @@ def _finish(project: Project) -> RetractionReport:
         _drop_ids(vault, retracted.ids)
         kept, fitted = _kept(vault, retracted), set(_fitted(project))
         for name in _names(vault):
-            forget_measurements(vault.reports(name))
+            forget_measurements(vault, name)
             if name in fitted:
                 lost += _drop_from_function(project, name, kept)
             else:
@@ -428,7 +438,7 @@ def _forget_candidate(vault: Vault, name: str) -> list[str]:
     features = vault.candidate(name) / "features"
     there = any(features.glob("*/shard-*.h5*"))
     (vault.function(name) / CANDIDATE).unlink(missing_ok=True)
-    remove_bank(features)
+    remove_bank(vault, features)
     return [name] if there else []
 
 

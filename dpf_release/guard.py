@@ -1,0 +1,100 @@
+"""What must hold of a vault before anything in it is read: it is its owner's alone, and git does not have it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from dpf_release.errors import VaultError
+from dpf_release.storage import PRIVATE_FILE, PRIVATE_FOLDER
+
+SHOWN = 5
+OTHERS = 0o077
+
+
+def refuse_others(root: Path, *, fix: bool = False) -> None:
+    """That no one but the owner has a right in a folder or to anything below it, and that nothing there is a link.
+
+    Args:
+        root: the folder; may be a link itself.
+        fix: take away the rights of others first: folders become 0700, files 0600.
+
+    Raises:
+        VaultError: how many do not fit, and the first few.
+    """
+    count = 0
+    shown: list[str] = []
+    for problem in _problems(root.resolve(), fix):
+        count += 1
+        if len(shown) < SHOWN:
+            shown.append(problem)
+    if count:
+        more = f" and {count - SHOWN} more" if count > SHOWN else ""
+        raise VaultError(
+            f"the vault {root} is not its owner's alone; it holds what undoes every release. Found {count}: "
+            f"{'; '.join(shown)}{more}. For the modes run the command again with --fix-permissions, or `chmod -R "
+            f"go-rwx {root}`; replace links by what they point to, and take over what is another user's, or remove it."
+        )
+
+
+def _problems(root: Path, fix: bool) -> Iterator[str]:
+    for path, found in _walk(root):
+        name, mode = path.relative_to(root.parent), stat.S_IMODE(found.st_mode)
+        expected = PRIVATE_FOLDER if stat.S_ISDIR(found.st_mode) else PRIVATE_FILE
+        if found.st_uid != os.geteuid():
+            yield f"{name} is of user {found.st_uid}, not yours"
+        elif stat.S_ISLNK(found.st_mode):
+            yield f"{name} is a link"
+        elif not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            yield f"{name} is no file and no folder"
+        elif mode & OTHERS and fix:
+            path.chmod(expected)
+        elif mode & OTHERS:
+            yield f"{name} has mode {mode:o}, expected {expected:o}"
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """A folder and all that is below it; links and other users' folders are not entered."""
+    # Another run may finish a partial file, or put a folder away, between two looks.
+    with contextlib.suppress(FileNotFoundError):
+        found = folder.lstat()
+        yield folder, found
+        if found.st_uid != os.geteuid():
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _walk(folder / entry.name)
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    yield folder / entry.name, entry.stat(follow_symlinks=False)
+
+
+def refuse_tracked(root: Path) -> None:
+    """That git has no file of a folder in its index. Without git, and outside a work tree, there is nothing to ask.
+
+    Raises:
+        VaultError: how many it has, the first few, and what to do.
+    """
+    git = shutil.which("git")
+    if git is None:
+        return
+    # Not the repository that a hook, whose child this may be, works in.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    asked = subprocess.run(
+        [git, "ls-files", "-z"], cwd=root, env=environment, capture_output=True, check=False, stdin=subprocess.DEVNULL
+    )
+    names = [os.fsdecode(name) for name in asked.stdout.split(b"\0") if name not in {b"", b".gitignore"}]
+    if asked.returncode == 0 and names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        raise VaultError(
+            f"git tracks {len(names)} files of the vault {root}: {', '.join(islice(names, SHOWN))}{more}. Whoever has "
+            f"the repository has them. Run `git rm -r --cached {root}` and commit. The history keeps what was "
+            "committed: rewrite it (git filter-repo), and where it was pushed treat those files as published."
+        )
