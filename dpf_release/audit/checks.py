@@ -24,6 +24,7 @@ from dpf_release.errors import (
     DPFReleaseError,
     HookError,
     ImageError,
+    SigningError,
     VaultError,
     VerificationError,
     WeightsError,
@@ -227,6 +228,8 @@ def run_check(check: Check, subject: Subject) -> Result:
     """The result of one check: what it lacks is a reason, what is wrong with the release a finding."""
     try:
         problems = list(check.run(subject))
+    except SigningError:
+        raise  # the key that was given is the user's mistake, not the release's
     except VAULT_LACKS as error:
         return Result(check, reason=subject.without_folders(str(error)))
     except DPFReleaseError as error:
