@@ -21,6 +21,7 @@ import numpy as np
 
 from dpf_release.bank import (
     ID_BYTES,
+    MOST_COMPRESSED,
     BankIndex,
     FeatureBank,
     ShardRecord,
@@ -30,7 +31,7 @@ from dpf_release.bank import (
     read_index,
 )
 from dpf_release.croissant import croissant
-from dpf_release.errors import DPFReleaseError
+from dpf_release.errors import BankError, DPFReleaseError
 from dpf_release.limits import confine, run_limited
 from dpf_release.manifest import MANIFEST, Manifest, Role
 from dpf_release.record import ModelRecord, read_model_record
@@ -47,8 +48,8 @@ BLOCK_BYTES = 2**24
 MAX_PROBLEMS, MAX_DETAIL = 1000, 500
 # Characters that move a terminal's cursor, or turn the direction of a text.
 UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# Processor time: a start and the structures of a small release; bytes to decode, slowly, in a second.
-SECONDS, BYTES_A_SECOND, SHARDS_A_SECOND = 8, 5_000_000, 20
+# Processor time: a start and the structures of a small release; bytes to decode in a second, at the least.
+SECONDS, BYTES_A_SECOND, SHARDS_A_SECOND = 8, 10_000_000, 20
 MODEL, FEATURIZER, CLASSIFIER = "model/model.json", "model/featurizer.safetensors", "model/classifier.safetensors"
 
 Finding = tuple[Kind, str]
@@ -72,10 +73,21 @@ def check_structure(folder: Path, *, deep: bool = False) -> list[Problem]:
     manifest = read_manifest(folder)
     if isinstance(manifest, Problem):
         return [manifest]
-    work = sum(file.bytes for file in manifest.files) // BYTES_A_SECOND if deep else 0
+    work = _bytes_to_decode(folder, manifest) // BYTES_A_SECOND if deep else 0
     seconds = SECONDS + work + len(manifest.files) // SHARDS_A_SECOND
     request = {"folder": str(folder.resolve()), "deep": deep}
     return problems_of(*run_limited(MODULE, request, seconds))
+
+
+def _bytes_to_decode(folder: Path, manifest: Manifest) -> int:
+    """Of all rows and weights; no more than files of these sizes can hold."""
+    stored = sum(file.bytes for file in manifest.files)
+    try:
+        index = read_index(folder / "features")
+    except BankError:
+        return stored
+    rows = sum(shard.rows for shards in index.splits.values() for shard in shards)
+    return stored + min(rows * index.row_bytes, stored * MOST_COMPRESSED[index.compression])
 
 
 def problems_of(answers: list[Any], died_of: str) -> list[Problem]:

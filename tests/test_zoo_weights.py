@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from dpf_release.errors import ConfigError, WeightsError
 from dpf_release.models.weights import freeze, load_state, load_weights, save_state, state_bytes
-from dpf_release.models.zoo import CifarResNet, build_network, is_public_architecture, public_architectures
+from dpf_release.models.zoo import (
+    CifarResNet,
+    build_network,
+    bytes_needed,
+    is_public_architecture,
+    public_architectures,
+)
 
 
 def tiny(outputs: int = 3) -> nn.Module:
@@ -62,6 +68,32 @@ def test_torchvision_networks_are_built_for_any_number_of_outputs_without_a_warn
     size = 96 if arch == "inception_v3" else 64
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
     assert not any(name.startswith(("aux", "Aux")) for name, _ in network.named_children())
+
+
+@pytest.mark.parametrize("arch", ["resnet20_cifar", "resnet18", "densenet121", "regnet_y_400mf", "googlenet"])
+def test_what_a_network_takes_is_known_before_it_is_built(arch: str) -> None:
+    network = build_network(arch, 7).eval()
+    largest = 0
+
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal largest
+        largest = max(largest, output.nbytes if isinstance(output, Tensor) else 0)
+
+    for module in network.modules():
+        module.register_forward_hook(note)
+    with torch.no_grad():
+        network(torch.zeros(2, 3, 64, 64))
+    stored = sum(value.nbytes for value in network.state_dict().values())
+    assert bytes_needed(arch, 7, {}, (64, 64)) == (stored, largest)
+    assert bytes_needed(arch, 8, {}, (96, 96)) > (stored, largest)
+
+
+def test_a_giant_is_known_without_room_for_it() -> None:
+    before = torch.random.get_rng_state()
+    stored, largest = bytes_needed("resnet56_cifar", 10, {"width": 1024}, (4096, 4096))
+    assert stored > 10 * 2**30
+    assert largest > 100 * 2**30  # twice: no machine of the tests has that
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_public_architectures_are_those_that_need_no_import() -> None:

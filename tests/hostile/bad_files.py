@@ -174,7 +174,7 @@ def _manifest_of_millions_of_values(release: Path) -> None:
     (release / MANIFEST).write_text('{"classes": [' + ",".join(["1"] * 7_000_000) + "]}")
 
 
-@tampered("schema")
+@tampered("schema", "unknown version")
 def _manifest_with_a_huge_number(release: Path) -> None:
     text = (release / MANIFEST).read_text()
     (release / MANIFEST).write_text(text.replace('"format_version": 1', '"format_version": 1' + "0" * 100_000))

@@ -30,6 +30,8 @@ from corpus import (
     write_features,
 )
 
+from dpf_release.shard_layout import read_layout
+
 V110 = ("v110", "v110")
 
 
@@ -568,3 +570,26 @@ def _shards_swapped_between_splits(release: Path) -> None:
     one, other = (release / FIRST).read_bytes(), (release / VAL).read_bytes()
     (release / FIRST).write_bytes(other)
     (release / VAL).write_bytes(one)
+
+
+def in_frame(release: Path, *changes: tuple[int, bytes]) -> None:
+    """A bank of Blosc2 with bytes of its first packed row changed; 203 is where the chunk in its frame begins."""
+    write_features(release, "blosc2")
+    frame = int(read_layout(release / FIRST).rows["features"].offsets[0])
+    for place, content in changes:
+        poke(release / FIRST, frame + place, content)
+
+
+@made("structure", reads=False)
+def _blosc2_frame_of_a_gibibyte(release: Path) -> None:
+    in_frame(release, (30, struct.pack(">Q", 2**30)), (58, struct.pack(">I", 2**30)), (207, struct.pack("<I", 2**30)))
+
+
+@made("structure", reads=False)
+def _blosc2_chunk_of_a_gibibyte(release: Path) -> None:
+    in_frame(release, (207, struct.pack("<I", 2**30)))
+
+
+@made("structure", reads=False)
+def _blosc2_garbage(release: Path) -> None:
+    in_frame(release, (235, b"\xff" * 600))

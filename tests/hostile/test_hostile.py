@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from bad_records import CONFIGS
 from bad_shards import bomb, in_shard, with_chunk
+from conftest import run_cli
 from corpus import FIRST, KINDS, PLANTED, SECRET, good_release, resign, write_features
 
 from dpf_release import Release, structure
@@ -334,3 +335,25 @@ def _not_a_number(shard: h5py.File, release: Path) -> None:
         import hdf5plugin  # noqa: F401
 
     shard["features"][2, 1, 2, 3] = np.nan
+
+
+# The command line.
+
+
+def test_deep_is_an_option_of_verify_and_exits_with_3(release: Path) -> None:
+    good = run_cli("verify", "release", "--deep", folder=release.parent)
+    assert good.returncode == 0, good.stderr
+    assert "every row can be read" in good.stdout
+    KINDS["features that are not numbers, re-signed"].make(release)
+    assert run_cli("verify", "release", folder=release.parent).returncode == 0
+    bad = run_cli("verify", "release", "--deep", folder=release.parent)
+    assert bad.returncode == 3
+    assert f"values: {FIRST}: row 2 holds values that are infinite or not numbers" in " ".join(bad.stderr.split())
+
+
+def test_inspect_does_not_follow_a_shard_out_of_its_file(release: Path) -> None:
+    assert run_cli("inspect", f"release/{FIRST}", folder=release.parent).returncode == 0
+    KINDS["external link"].make(release)
+    refused = run_cli("inspect", f"release/{FIRST}", folder=release.parent)
+    assert refused.returncode == 1
+    assert "/id is a link" in refused.stderr
