@@ -37,7 +37,8 @@ MOST_COMPRESSED: dict[Compression, int] = {"none": 1, "gzip": 1100, "blosc2": 10
 LARGE_ROW_BYTES = 2**15
 HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError)  # what h5py raises on a damaged file
 DEFLATE_LEFT_OUT = 0b10  # HDF5 does so where a row would grow by it
-BLOSC2_HEAD_BYTES, LARGEST_FRAME = 62, 2**10  # of what Blosc2 puts around a row
+BLOSC2_HEAD_BYTES, BLOSC2_BLOCK_BYTES = 62, 2**16
+LARGEST_FRAME = 2**10  # what Blosc2 puts around a row
 # Each open shard is a file handle; 1,024 is what a process commonly may have.
 MAX_OPEN_SHARDS = 256
 
@@ -315,7 +316,8 @@ class _Blosc2Shard:
             said = [unpacked, chunk_bytes]
             if packed:  # not where all values are zero; then comes the chunk, and says so too
                 said.append(int.from_bytes(os.pread(self.handle, 8, offset + header)[4:8], "little"))
-        if set(said) != {self.row_bytes}:
+        # Each of C, H and W is padded to whole blocks.
+        if len(set(said)) != 1 or not self.row_bytes <= said[0] <= 8 * self.row_bytes + BLOSC2_BLOCK_BYTES:
             raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
 
 

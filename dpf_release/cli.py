@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpf_release.errors import DPFReleaseError, VerificationError
+from dpf_release.storage import return_large_blocks
 
 if TYPE_CHECKING:
     from dpf_release.pictures import BadImage
@@ -61,6 +62,7 @@ CONFIG = Path("dpf.toml")
 def main() -> None:
     """Runs the command; a user's mistake ends with one paragraph and an exit code, a bug with its traceback."""
     rank = int(os.environ.get("RANK", "0"))
+    return_large_blocks()
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):  # noqa: PTH123
             app()

@@ -27,6 +27,7 @@ from dpf_release.ahead import ahead
 from dpf_release.errors import ImageError
 from dpf_release.image_table import ImageTable
 from dpf_release.images import Preprocess, picture_or_reason, strict_pillow
+from dpf_release.storage import return_large_blocks
 
 Rows = NDArray[np.int64]
 # Starting processes takes as long as decoding some thousand small pictures in threads.
@@ -131,7 +132,7 @@ class Pictures:
             return list(self._pool.map(picture_or_reason, self._files(rows), [self.preprocess] * len(rows)))
 
     def _in_threads(self, batches: Iterable[Rows]) -> Generator[_Decoded, None, None]:
-        return ahead(_stacked(self._decode_in_threads(rows), self.preprocess) for rows in batches)
+        return ahead(_stacked(self._decode_in_threads(rows), len(rows), self.preprocess) for rows in batches)
 
     def _in_processes(self, batches: Iterable[Rows], workers: int) -> Generator[_Decoded, None, None]:
         # Files, not rows, go to the workers: they need not know the table. Not a fork: this process has threads.
@@ -143,7 +144,7 @@ class Pictures:
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD,
             collate_fn=_as_is,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_begin_worker,
             multiprocessing_context=context,
         )
         try:
@@ -167,11 +168,13 @@ class _Decoder(Dataset[Any]):
 
     def __getitems__(self, files: Sequence[str]) -> _Decoded:
         with strict_pillow():
-            return _stacked([picture_or_reason(Path(file), self.preprocess) for file in files], self.preprocess)
+            found = (picture_or_reason(Path(file), self.preprocess) for file in files)
+            return _stacked(found, len(files), self.preprocess)
 
 
-def _end_with_parent(_: int) -> None:
+def _begin_worker(_: int) -> None:
     """A worker does not outlive a run that was killed: neither torch nor the fork server sees to that."""
+    return_large_blocks()
 
     def watch(parent: Any) -> None:
         parent.join()
@@ -184,8 +187,8 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _stacked(found: Sequence[NDArray[np.uint8] | str], preprocess: Preprocess) -> _Decoded:
-    pictures = torch.empty((len(found), 3, *preprocess.size), dtype=torch.uint8)
+def _stacked(found: Iterable[NDArray[np.uint8] | str], count: int, preprocess: Preprocess) -> _Decoded:
+    pictures = torch.empty((count, 3, *preprocess.size), dtype=torch.uint8)
     reasons = []
     for at, picture in enumerate(found):
         if isinstance(picture, str):

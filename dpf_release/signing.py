@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from dpf_release.errors import SigningError
-from dpf_release.manifest import MANIFEST, SIGNATURE, SIGNER
+from dpf_release.manifest import MANIFEST, SIGNATURE, SIGNER, SUMS
 from dpf_release.storage import PRIVATE_FILE, PUBLIC_FILE, flush_to_disk, replacing
 
 MAX_KEY_BYTES = 4096
@@ -42,7 +42,7 @@ def new_key(out: Path) -> tuple[Path, str]:
     for path in (out, public):
         if os.path.lexists(path):
             raise SigningError(f"{path} is there, and a key is never overwritten. Name another file with --out.")
-    if any((folder / MANIFEST).is_file() for folder in out.resolve().parents):
+    if any((folder / MANIFEST).is_file() and (folder / SUMS).is_file() for folder in out.resolve().parents):
         raise SigningError(f"{out} lies in a release, which is public. Name a private place with --out.")
     key = Ed25519PrivateKey.generate()
     try:

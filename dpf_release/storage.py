@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -105,6 +106,17 @@ def reserve(handle: int, size: int) -> None:
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
+
+
+def return_large_blocks() -> None:
+    """Lets this process give blocks of 1 MiB and more back to the system when they are freed, where it has glibc.
+
+    By itself glibc keeps blocks of up to 32 MiB once it has seen one freed. Batches that one thread makes and another
+    frees leave gaps between them then, and a process grows for as long as it runs.
+    """
+    mmap_threshold = -3  # malloc.h
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
 
 
 def readable_size(count: int) -> str:

@@ -29,6 +29,8 @@ class Tree:
         self.entries: dict[str, os.stat_result] = {}
         self.unseen: dict[str, str] = {}
         self._root = root
+        self._latest = "", root
+        self._way = contextlib.ExitStack()  # the folders that lead to the latest one
         self._walk(root, "", 1)
 
     @classmethod
@@ -41,7 +43,9 @@ class Tree:
         """
         root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            yield cls(root)
+            tree = cls(root)
+            with tree._way:
+                yield tree
         finally:
             os.close(root)
 
@@ -81,16 +85,23 @@ class Tree:
         Raises:
             OSError: it cannot be read, is another one than when it was looked at, or was written to in the block.
         """
-        *folders, name = path.split("/")
-        with contextlib.ExitStack() as stack:
-            parent = self._root
-            for folder in folders:
-                parent = os.open(folder, _FOLDER, dir_fd=parent)
-                stack.callback(os.close, parent)
-            file = stack.enter_context(open_plain(name, parent))
+        folder, _, name = path.rpartition("/")
+        with open_plain(name, self._folder(folder)) as file:
             _refuse_another(file, self.entries[path])
             yield file
             _refuse_another(file, self.entries[path])
+
+    def _folder(self, path: str) -> int:
+        """A folder, open; the latest one stays so, as the files of a folder are asked for one after the other."""
+        if path != self._latest[0]:
+            self._latest = "", self._root
+            self._way.close()
+            folder = self._root
+            for name in filter(None, path.split("/")):
+                folder = os.open(name, _FOLDER, dir_fd=folder)
+                self._way.callback(os.close, folder)
+            self._latest = path, folder
+        return self._latest[1]
 
 
 def open_plain(path: str | Path, parent: int | None = None) -> io.FileIO:
@@ -112,7 +123,9 @@ def open_plain(path: str | Path, parent: int | None = None) -> io.FileIO:
 
 
 def _refuse_another(file: io.FileIO, then: os.stat_result) -> None:
-    now = os.fstat(file.fileno())
-    facts = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
-    if any(getattr(now, fact) != getattr(then, fact) for fact in facts):
+    if _identity(os.fstat(file.fileno())) != _identity(then):
         raise OSError(errno.ESTALE, "exchanged or written to while it was checked")
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -222,8 +222,8 @@ class _Check:
         """That everything in the folder is a plain file that belongs there, or a folder of such files."""
         entries, unseen = self.tree.entries, self.tree.unseen
         files = self.listed | UNLISTED
-        folders = {str(parent) for path in self.listed for parent in PurePosixPath(path).parents}
-        filled = {str(PurePosixPath(path).parent) for path in entries}
+        folders = {folder for path in self.listed for folder in _folders_of(path)}
+        filled = {path.rpartition("/")[0] for path in entries}
         inside = Counter((status.st_dev, status.st_ino) for status in entries.values())
         first = {_caseless(path): path for path in files | folders}
         for path, status in entries.items():
@@ -265,7 +265,7 @@ class _Check:
             path = record.path
             if path not in plain:
                 # Where it, or a folder on the way to it, is a link or was not looked into, that is the finding.
-                if path not in blocked and blocked.isdisjoint(map(str, PurePosixPath(path).parents)):
+                if path not in blocked and blocked.isdisjoint([".", *_folders_of(path)]):
                     self._add("missing", path, "listed in the manifest, not in the folder")
             elif entries[path].st_size != record.bytes:
                 self._add("changed", path, f"expected {record.bytes} bytes, found {entries[path].st_size}")
@@ -324,6 +324,12 @@ class _Check:
             self._add("bad signature", SIGNER, "not written as `package` writes a key")
         if signature is not None and not is_signed(self.content, signature, key):
             self._add("bad signature", SIGNATURE, f"not one of this manifest by the key in {SIGNER}")
+
+
+def _folders_of(path: str) -> list[str]:
+    """The folders that a path lies in, the outermost first."""
+    parts = path.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _caseless(path: str) -> str:

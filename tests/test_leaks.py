@@ -321,12 +321,17 @@ def test_every_candidate_is_confirmed_not_only_the_likest(tmp_path: Path, monkey
     # With so few dimensions the likest projection is as good as never the row that is meant.
     monkeypatch.setattr(near_rows, "PROJECTED_DIMENSIONS", 8)
     monkeypatch.setattr(near_rows, "PROJECTED_COSINE", 0.9)
-    one = _rows(1, 2)[0]
-    alike = one + 0.06 * _rows(200, 3)  # cosines of 0.998
-    private = np.concatenate([alike, -alike])  # whose mean is nothing
+    one, noise = _rows(1, 2)[0], _rows(200, 3)
+    noise -= one * (noise * one).sum(axis=(1, 2, 3), keepdims=True) / np.square(one).sum()
+    noise *= np.linalg.norm(one) / np.linalg.norm(noise.reshape(200, -1), axis=1)[:, None, None, None]
+
+    def alike(cosine: float) -> np.ndarray:
+        return one + noise * np.tan(np.arccos(cosine))
+
+    private = np.concatenate([alike(0.9985), -alike(0.9985)])  # whose mean is nothing
     public = _bank(tmp_path / "public", one[None], 4)
     assert _found(public, _bank(tmp_path / "alike", private, 5)) == []
-    private[130] = one + 0.02 * _rows(1, 6)[0]  # 0.9998
+    private[130] = alike(0.9995)[130]
     assert _found(public, _bank(tmp_path / "same", private, 7)) == [0]
 
 

@@ -24,6 +24,7 @@ from dpf_release.errors import (
     DPFReleaseError,
     HookError,
     ImageError,
+    SigningError,
     VaultError,
     VerificationError,
     WeightsError,
@@ -103,12 +104,11 @@ class Subject:
 
     def after(self, result: Result) -> Subject:
         """The subject as the next check finds it."""
-        paths = {finding.path for finding in result.findings} if result.check.side == "public" else set()
-        return replace(self, unsound=self.unsound | paths)
+        return replace(self, unsound=self.unsound | (result.paths if result.check.side == "public" else set()))
 
     def is_sound(self, path: str) -> bool:
         """Whether a file is listed, and neither it nor a folder above it failed a check."""
-        return path in self.files and not any(covers(bad, path) for bad in self.unsound)
+        return path in self.files and self.unsound.isdisjoint(lineage(path))
 
     @cached_property
     def files(self) -> dict[str, FileRecord]:
@@ -211,6 +211,11 @@ class Result:
     findings: tuple[Finding, ...] = ()
     reason: str = ""
 
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """Of the findings."""
+        return frozenset(finding.path for finding in self.findings)
+
     @property
     def status(self) -> Status:
         """Passed, failed or not run."""
@@ -223,6 +228,8 @@ def run_check(check: Check, subject: Subject) -> Result:
     """The result of one check: what it lacks is a reason, what is wrong with the release a finding."""
     try:
         problems = list(check.run(subject))
+    except SigningError:
+        raise  # the key that was given is the user's mistake, not the release's
     except VAULT_LACKS as error:
         return Result(check, reason=subject.without_folders(str(error)))
     except DPFReleaseError as error:
@@ -233,9 +240,10 @@ def run_check(check: Check, subject: Subject) -> Result:
     )
 
 
-def covers(finding_path: str, path: str) -> bool:
-    """Whether a finding is about a file: its path, or that of a folder above it."""
-    return path == finding_path or path.startswith(f"{finding_path}/")
+def lineage(path: str) -> list[str]:
+    """A path, and the folders above it: a finding about any of them is one about the file."""
+    parts = path.split("/")
+    return ["/".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
 # --------------------------------------------------------------------------------------------- the release alone

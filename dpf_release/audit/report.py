@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpf_release.age import SEALED
-from dpf_release.audit.checks import CHECKS, Finding, Result, Side, Subject, covers, run_check, vault_files
+from dpf_release.audit.checks import CHECKS, Finding, Result, Side, Subject, lineage, run_check, vault_files
 from dpf_release.audit.contents import public_contents, role_in_release, role_in_vault
 from dpf_release.config import CONFIG_NAME, read_config
 from dpf_release.errors import DPFReleaseError, VaultError
@@ -289,7 +289,7 @@ def _judged(side: Side, path: str, role: str, results: Sequence[Result]) -> tupl
     failed: list[str] = []
     for result in results:
         check = result.check
-        if check.side == side and any(covers(finding.path, path) for finding in result.findings):
+        if check.side == side and not result.paths.isdisjoint(lineage(path)):
             failed.append(check.name)
         elif not result.reason and not failed and check.side == side and (side == "private" or role in check.roles):
             passed.append(check.name)
