@@ -70,7 +70,7 @@ def package(
 
 def _package(project: Project, name: str, out: Path, sign: Path | None, second_function: str) -> Manifest:
     _recover(out)
-    _settle_ledger(project.vault)
+    _settle_ledger(project)
     _refuse_place(out, project)
     key = None if sign is None else read_private_key(sign, outside=(out, project.vault.candidate(name)))
     candidate = project.vault.opened(project.vault.candidate(name))
@@ -111,7 +111,7 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
         "second_function": reason,
         "index_sha256": sha256_of(candidate / "features" / "index.json"),
         "manifest_sha256": sha256_of(staging / MANIFEST),
-        "place": str(out),
+        "place": os.path.relpath(out, project.config.folder),
     }
     # Before the swap, so that nothing is public that the ledger does not know; `published` only when it is.
     remember_release(project.vault, entry | {"published": False})
@@ -218,14 +218,15 @@ def _retractions(project: Project, name: str) -> str:
 # --------------------------------------------------------------------------------------------- the ledger
 
 
-def _settle_ledger(vault: Vault) -> None:
+def _settle_ledger(project: Project) -> None:
     """After a crash around the swap: a release that stands in its place is published, one still in staging is not.
 
     One that is in neither stays, unsettled, and counts as published: it may have been taken elsewhere.
     """
+    vault = project.vault
     for entry in releases(vault):
         if not entry.get("published", True):
-            place = Path(entry["place"])
+            place = project.config.folder / entry["place"]
             if _manifest_digest(place) == entry["manifest_sha256"]:
                 remember_release(vault, entry | {"published": True})
             elif _manifest_digest(_staging(place)) == entry["manifest_sha256"]:

@@ -24,9 +24,11 @@ from dpf_release.audit import Audit, audit, print_audit, project_of, write_page
 from dpf_release.audit.checks import CHECKS
 from dpf_release.audit.page import page
 from dpf_release.bank import FeatureBank, read_index
-from dpf_release.errors import ConfigError, VaultError
+from dpf_release.croissant import CROISSANT, croissant
+from dpf_release.errors import ConfigError, SigningError, VaultError
 from dpf_release.manifest import MANIFEST, SUMS, Manifest, describe_files, write_manifest
 from dpf_release.sealing import seal
+from dpf_release.signing import new_key
 from dpf_release.storage import LOCK, sha256_of, write_json
 from dpf_release.vault import OPENED, SEALS, Vault
 from dpf_release.verification import read_manifest
@@ -79,6 +81,9 @@ def list_anew(release: Path, **changes: Any) -> None:
     write_json(release / "features" / "index.json", index.model_copy(update={"splits": splits}).model_dump(mode="json"))
     manifest = read_manifest(release)
     assert isinstance(manifest, Manifest)
+    described, listed = json.loads((release / CROISSANT).read_text()), describe_files(release)
+    tree = croissant(manifest.name, manifest.version, manifest.licence, described["description"], listed)
+    write_json(release / CROISSANT, tree)
     write_manifest(release, manifest.model_copy(update={"files": describe_files(release), **changes}))
 
 
@@ -224,7 +229,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], set[tuple[str, str, str]]]] = {
     "a stranger": (lambda f: (f / "release" / "ids.csv").touch(), {("files", "unexpected", "ids.csv")}),
     "a changed shard": (lambda f: _append(f / "release" / SHARD), {("files", "changed", SHARD)}),
     "a link": (lambda f: (f / "release" / "more").symlink_to("/etc"), {("files", "link", "more")}),
-    "an unpoisoned row": (_leak, {UNKNOWN, ("rows", "private row", "features")}),
+    "an unpoisoned row": (_leak, {UNKNOWN, ("rows", "private row", SHARD)}),
     "another row": (_other_row, {UNKNOWN}),
     "other weights": (_foreign_weights, {UNKNOWN, ("network", "foreign weights", "model/classifier.safetensors")}),
     "a link in a shard": (_external_link, {UNKNOWN, ("structure", "structure", SHARD)}),
@@ -336,8 +341,11 @@ def test_the_command_exits_with_0_or_3_and_prints_one_json(project_folder: Path)
 
 
 def test_a_public_key_that_no_signature_fits_is_a_finding(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "key.pub.pem").write_text("")
-    assert failed(audit(finished / "release", public_key=tmp_path / "key.pub.pem")) == {"signature"}
+    public_key, _ = new_key(tmp_path / "key")
+    assert failed(audit(finished / "release", public_key=public_key)) == {"signature"}
+    public_key.write_text("")
+    with pytest.raises(SigningError):
+        audit(finished / "release", public_key=public_key)
 
 
 def test_the_docs_name_every_check_and_every_key(with_vault: Audit) -> None:

@@ -18,7 +18,7 @@ def release(tmp_path: Path) -> Path:
 def test_every_file_is_described_but_the_manifest_its_sums_and_signature(release: Path) -> None:
     for name in ("manifest.sig", "signer.pub.pem"):
         (release / name).touch()
-    assert {path.name for path in release.iterdir() if path.is_file()} == {"README.md", *UNLISTED}
+    assert {path.name for path in release.iterdir() if path.is_file()} == {"README.md", "croissant.json", *UNLISTED}
     assert {record.path: record.role for record in describe_files(release)} == FILES
     assert [record.path for record in describe_files(release)] == sorted(FILES)
 
