@@ -24,6 +24,7 @@ from dpf_release.audit import Audit, audit, print_audit, project_of, write_page
 from dpf_release.audit.checks import CHECKS
 from dpf_release.audit.page import page
 from dpf_release.bank import FeatureBank, read_index
+from dpf_release.bank_writer import BankWriter, SplitRows
 from dpf_release.croissant import CROISSANT, croissant
 from dpf_release.errors import ConfigError, SigningError, VaultError
 from dpf_release.manifest import MANIFEST, SUMS, Manifest, describe_files, write_manifest
@@ -210,13 +211,18 @@ def _external_link(folder: Path) -> None:
 
 
 def _unpoisoned_flag(folder: Path) -> None:
-    release = folder / "release"
-    for path in release.rglob("*.h5"):
-        with h5py.File(path, "r+") as shard:
-            shard.attrs["poisoned"] = np.bool_(False)
-    index = read_index(release / "features").model_copy(update={"poisoned": False})
-    write_json(release / "features" / "index.json", index.model_dump(mode="json"))
-    list_anew(release)
+    features = folder / "release" / "features"
+    index = read_index(features)
+    banks = {split: FeatureBank(features, split) for split in index.splits}
+    rows = {split: SplitRows(bank.targets, bank.ids) for split, bank in banks.items()}
+    read = {split: bank.read(np.arange(len(bank))) for split, bank in banks.items()}
+    shard_bytes = index.splits["train"][0].rows * index.row_bytes
+    writer = BankWriter(features, index.model_copy(update={"poisoned": False, "splits": {}}), shard_bytes)
+    shutil.rmtree(features)
+    shards = writer.shards(rows)
+    writer.write(shards, rows, (read[span.split][span.start : span.stop] for span in writer.batches(shards)))
+    writer.finish([writer.record(shard) for shard in shards])
+    list_anew(folder / "release")
 
 
 def _append(path: Path) -> None:
