@@ -40,6 +40,7 @@ from dpf_release.near_rows import find_near_rows
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
 from dpf_release.storage import sha256_of
+from dpf_release.vault import Vault
 
 FILTER = {"poison.function": "gaussian-filter"}  # nothing to train
 
@@ -412,15 +413,13 @@ def _facts(folder: Path) -> dict[str, Any]:
 def test_a_bank_whose_ids_are_digests_of_names_is_refused(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpf_release.pipeline import banks
-
-    def write_ids(path: Path, rows: list[dict[str, Any]], attributes: Any) -> None:
+    def write_ids(vault: Vault, rows: list[dict[str, Any]], attributes: Any) -> None:
         named = [row | {"id": hashlib.md5(row["source"].encode()).hexdigest()} for row in rows]
-        written(path, named, attributes)
+        written(vault, named, attributes)
 
-    written = banks.write_ids
+    written = Vault.write_ids
     with monkeypatch.context() as patch:
-        patch.setattr(banks, "write_ids", write_ids)
+        patch.setattr(Vault, "write_ids", write_ids)
         project = _new_bank(project_folder)
     with pytest.raises(RefusedError, match=r"telling id: features/train: \d+ ids are derived from their images"):
         package(project, second_function="for a test")
