@@ -360,21 +360,6 @@ def checked_name(name: str) -> str:
     return name
 
 
-def read_record(path: Path, made_by: str) -> Any:
-    """A JSON file of a vault that is not sealed; as `Vault.read_record`."""
-    return Vault(path.parent).read_record(path, made_by)
-
-
-def read_ids(path: Path) -> Iterator[dict[str, str]]:
-    """The id map of a vault that is not sealed; as `Vault.read_ids`."""
-    return Vault(path.parent).read_ids()
-
-
-def write_ids(path: Path, rows: Iterable[Mapping[str, Any]], attributes: Sequence[str]) -> None:
-    """The id map of a vault; as `Vault.write_ids`."""
-    Vault(path.parent).write_ids(rows, attributes)
-
-
 def _write_table(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     table = csv.DictWriter(file, columns, lineterminator="\n")
     table.writeheader()

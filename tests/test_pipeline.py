@@ -27,7 +27,7 @@ from dpf_release.pipeline.attackers import straw_man
 from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import CutNetwork
 from dpf_release.storage import sha256_of
-from dpf_release.vault import read_ids
+from dpf_release.vault import Vault
 
 
 def measurements(folder: Path, name: str = "default") -> dict:
@@ -61,7 +61,7 @@ def test_every_readable_image_has_one_row_and_the_others_are_reported(finished: 
     project = open_project(finished)
     bad = project.private_images.bad
     assert [image.name for image in bad] == ["disc/disc-portrait-007.png"]
-    lines = list(read_ids(project.vault.ids))
+    lines = list(project.vault.read_ids())
     rows = sum(len(FeatureBank(project.vault.features, split)) for split in ("train", "val", "test"))
     assert rows == len(lines) == len(project.private_images.table) - len(bad)
     assert len({line["source"] for line in lines}) == rows
@@ -71,7 +71,7 @@ def test_every_readable_image_has_one_row_and_the_others_are_reported(finished: 
 def test_the_bank_holds_the_features_of_the_images_that_the_id_map_names(finished: Path) -> None:
     project = open_project(finished)
     bank = project.private_bank("train")
-    lines = [line for line in read_ids(project.vault.ids) if line["split"] == "train"]
+    lines = [line for line in project.vault.read_ids() if line["split"] == "train"]
     row = 5
     assert bank.ids[row].tobytes().hex() == lines[row]["id"]
     picture = decode(finished / "images" / "private" / lines[row]["source"], project.preprocess)
@@ -82,7 +82,7 @@ def test_the_bank_holds_the_features_of_the_images_that_the_id_map_names(finishe
 
 
 def test_row_order_tells_nothing_of_the_source_order(finished: Path) -> None:
-    lines = [line["source"] for line in read_ids(finished / "vault" / "ids.csv") if line["split"] == "train"]
+    lines = [line["source"] for line in Vault(finished / "vault").read_ids() if line["split"] == "train"]
     assert lines != sorted(lines)
     assert len({source.split("/")[0] for source in lines[:20]}) == 2
 
@@ -223,7 +223,7 @@ def test_one_project_sees_what_its_own_steps_replace(project_folder: Path) -> No
     train(project, restart=True)
     assert project.cut.featurizer_sha256 != phi_1
     featurize(project, restart=True)
-    ids = [line["id"] for line in read_ids(project.vault.ids) if line["split"] == "train"]
+    ids = [line["id"] for line in project.vault.read_ids() if line["split"] == "train"]
     assert [row_id.tobytes().hex() for row_id in project.private_bank("train").ids] == ids
     assert not np.array_equal(project.bank_order[1]["train"], before)
 

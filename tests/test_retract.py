@@ -34,7 +34,7 @@ from dpf_release.pipeline.retracting import KeptRows
 from dpf_release.ranks import Ranks
 from dpf_release.retracted import RETRACTED, next_version
 from dpf_release.storage import sha256_of
-from dpf_release.vault import read_ids
+from dpf_release.vault import Vault
 from dpf_release.verification import verify
 
 Rows = NDArray[np.int64]
@@ -45,7 +45,7 @@ def open_project(folder: Path, **overrides: Any) -> Project:
 
 
 def lines_of(folder: Path, split: str = "train") -> list[dict[str, str]]:
-    return [line for line in read_ids(folder / "vault" / "ids.csv") if line["split"] == split]
+    return [line for line in Vault(folder / "vault").read_ids() if line["split"] == split]
 
 
 def rows_in(features: Path, split: SplitName) -> dict[str, bytes]:
@@ -293,7 +293,7 @@ def test_several_ranks_are_refused(project_folder: Path) -> None:
 
 
 def _others(folder: Path, gone: dict[str, str]) -> dict[str, str]:
-    return {line["source"]: line["split"] for line in read_ids(folder / "vault" / "ids.csv") if line != gone}
+    return {line["source"]: line["split"] for line in Vault(folder / "vault").read_ids() if line != gone}
 
 
 @pytest.mark.parametrize("first", ["the image", "the row"])
@@ -304,7 +304,7 @@ def test_the_image_may_be_deleted_before_or_after(project_folder: Path, first: s
         image.unlink()
     retract(open_project(project_folder), [], [gone["source"]])
     image.unlink(missing_ok=True)
-    assert {line["source"]: line["split"] for line in read_ids(project_folder / "vault" / "ids.csv")} == splits
+    assert {line["source"]: line["split"] for line in Vault(project_folder / "vault").read_ids()} == splits
     table = open_project(project_folder).private_images.table
     assert {path: str(split) for path, split in zip(table.paths, table.splits, strict=True) if path in splits} == splits
     write_candidate(open_project(project_folder))
@@ -342,7 +342,7 @@ def test_features_and_candidates_made_anew_leave_out_what_was_retracted(
     assert gone["id"] not in rows_in(project_folder / "release" / "features", "train")
     assert "Its bank was written anew" in (project_folder / "release" / "README.md").read_text()
     featurize(open_project(project_folder), restart=True)
-    assert {line["source"]: line["split"] for line in read_ids(project_folder / "vault" / "ids.csv")} == splits
+    assert {line["source"]: line["split"] for line in Vault(project_folder / "vault").read_ids()} == splits
     assert open_project(project_folder).private_bank("train")  # also in the next run
     (project_folder / "vault" / RETRACTED).unlink()
     with pytest.raises(VaultError, match="made from something else"):  # the control

@@ -12,11 +12,8 @@ from dpf_release.storage import make_folder, replacing, sha256_of, write_json, w
 from dpf_release.vault import (
     Vault,
     forget_release,
-    read_ids,
-    read_record,
     releases,
     remember_release,
-    write_ids,
 )
 
 
@@ -161,26 +158,27 @@ def test_ids_come_back_as_they_were_written(tmp_path: Path) -> None:
         {"id": "00ff", "split": "train", "row": 0, "source": 'cat/a "b", c.jpg', "person": "Zoë"},
         {"id": "01fe", "split": "val", "row": 0, "source": "new\nline.jpg", "person": ""},
     ]
-    path = tmp_path / "ids.csv"
-    write_ids(path, rows, ["person"])
-    assert list(read_ids(path)) == [{key: str(value) for key, value in row.items()} for row in rows]
+    vault = Vault(tmp_path)
+    path = vault.ids
+    vault.write_ids(rows, ["person"])
+    assert list(vault.read_ids()) == [{key: str(value) for key, value in row.items()} for row in rows]
     assert _mode(path) == 0o600
     assert path.read_text("utf-8").startswith("id,split,row,source,person\n00ff,")
     path.unlink()
     with pytest.raises(VaultError, match=r"ids\.csv, found none\. Run `dpf-release featurize` first"):
-        next(read_ids(path))
+        next(vault.read_ids())
 
 
 def test_a_record_is_read_and_one_that_is_missing_or_broken_says_which_command_makes_it(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
+    vault, path = Vault(tmp_path), tmp_path / "plan.json"
     with pytest.raises(VaultError, match=r"plan\.json, found none\. Run `dpf-release poison` first"):
-        read_record(path, "poison")
+        vault.read_record(path, "poison")
     write_json(path, {"rows": 3})
-    assert read_record(path, "poison") == {"rows": 3}
+    assert vault.read_record(path, "poison") == {"rows": 3}
     for broken in (b"{", b"\xff"):
         path.write_bytes(broken)
         with pytest.raises(VaultError, match=r"plan\.json is not JSON: .*Run `dpf-release poison` again"):
-            read_record(path, "poison")
+            vault.read_record(path, "poison")
 
 
 def test_the_ledger_holds_each_release_once(tmp_path: Path) -> None:
@@ -188,6 +186,6 @@ def test_the_ledger_holds_each_release_once(tmp_path: Path) -> None:
     for manifest, published in (("1", True), ("2", False), ("2", True), ("1", False)):
         remember_release(vault, {"manifest_sha256": manifest, "published": published})
     both = [{"manifest_sha256": "1", "published": True}, {"manifest_sha256": "2", "published": True}]
-    assert read_record(vault.ledger, "package") == releases(vault) == both
+    assert vault.read_record(vault.ledger, "package") == releases(vault) == both
     forget_release(vault, both[0])
     assert releases(vault) == both[1:]

@@ -285,7 +285,7 @@ def _ledger(subject: Subject) -> Iterable[Finding]:
     vault = subject.opened.vault
     manifest = subject.release / MANIFEST
     subject.refuse_gaps([])
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    digest = sha256_of(manifest)
     entries = releases(vault)
     if digest not in [entry["manifest_sha256"] for entry in entries]:
         known = ", ".join(f"{entry['name']} {entry['version']}" for entry in entries) or "none"

@@ -30,7 +30,7 @@ from dpf_release.retracted import (
     write_retracted,
 )
 from dpf_release.storage import sha256_of, write_json
-from dpf_release.vault import RELEASED_SPLITS, SPLITS, Vault, read_ids, read_record, releases, write_ids
+from dpf_release.vault import RELEASED_SPLITS, SPLITS, Vault, releases
 
 Rows = NDArray[np.int64]
 RowsOfSplit = dict[SplitName, Rows]
@@ -147,7 +147,7 @@ def _asked_for(project: Project, ids: Sequence[str], sources: Sequence[str]) -> 
     wanted = {row_id.lower() for row_id in ids}
     named: dict[str, list[Line]] = {name: [] for name in sources}
     found: dict[str, Line] = {}
-    for line in read_ids(project.vault.ids):
+    for line in project.vault.read_ids():
         if line["id"] in wanted:
             found[line["id"]] = line
         for name in {line["source"], PurePosixPath(line["source"]).name} & named.keys():
@@ -259,7 +259,7 @@ def _has_rows(project: Project, table: ImageTable, gone: Set[str], kept: RowsOfS
     """Whether a table's images are those of the rows that stay, in the same splits and with the same targets."""
     row_of = {source: row for row, source in enumerate(table.paths)}
     rows: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for line in read_ids(project.vault.ids):
+    for line in project.vault.read_ids():
         if line["id"] in gone:
             continue
         row = row_of.pop(line["source"], None)
@@ -287,7 +287,7 @@ def _keep_survey(project: Project, table: ImageTable) -> None:
 def _fitted(project: Project) -> Iterator[str]:
     """The names of all functions that are fitted for this bank."""
     for path in sorted(project.vault.root.glob("functions/*/function.json")):
-        record = read_record(path, "fit-poison")
+        record = project.vault.read_record(path, "fit-poison")
         if record["fitted"] and record["for"]["bank"] == project.bank_id:
             yield path.parent.name
 
@@ -301,7 +301,7 @@ def _replan(project: Project, name: str, kept: RowsOfSplit, number: int) -> tupl
     known = load_file(folder / PLAN)
     if number in known.get("retraction", ()):
         return function, {split: known[f"rebuilt/{split}"] for split in RELEASED_SPLITS}
-    secret = bytes.fromhex(read_record(folder / "function.json", "fit-poison")["secret"])
+    secret = bytes.fromhex(project.vault.read_record(folder / "function.json", "fit-poison")["secret"])
     secret = hashlib.sha256(secret + b"retraction" + number.to_bytes(4)).digest()
     phi_2 = project.frozen(project.cut.split.classifier)
     plans, rebuilt = {}, {}
@@ -321,7 +321,7 @@ def _keep_plans(project: Project, name: str, function: FittedFunction, rebuilt: 
     planned = any(plan.pieces is not None or plan.arrays for plans in function.plans.values() for plan in plans)
     if not planned or number in load_file(folder / PLAN).get("retraction", ()):
         return
-    record = read_record(folder / "function.json", "fit-poison")
+    record = project.vault.read_record(folder / "function.json", "fit-poison")
     if "fitted_plan_sha256" not in record:  # which P this is stays what it was when it was fitted
         write_json(folder / "function.json", record | {"fitted_plan_sha256": function.plan_sha256})
     more = {f"rebuilt/{split}": rows for split, rows in rebuilt.items()}
@@ -360,13 +360,13 @@ def _drop_ids(vault: Vault, gone: Set[bytes]) -> None:
     numbers = dict.fromkeys(map(str, SPLITS), 0)
 
     def lines() -> Iterator[Line]:
-        for line in read_ids(vault.ids):
+        for line in vault.read_ids():
             if bytes.fromhex(line["id"]) not in gone:
                 yield line | {"row": str(numbers[line["split"]])}
                 numbers[line["split"]] += 1
 
-    attributes = [key for key in next(read_ids(vault.ids)) if key not in {"id", "split", "row", "source"}]
-    write_ids(vault.ids, lines(), attributes)
+    attributes = [key for key in next(vault.read_ids()) if key not in {"id", "split", "row", "source"}]
+    vault.write_ids(lines(), attributes)
 
 
 def _names(vault: Vault) -> list[str]:
@@ -406,7 +406,7 @@ def _drop_from_candidate(
 ) -> None:
     vault, retracted = project.vault, project.retracted
     features, record = vault.candidate(name) / "features", vault.function(name) / CANDIDATE
-    known, number = read_record(record, f"poison --name {name}"), len(retracted.retractions)
+    known, number = vault.read_record(record, f"poison --name {name}"), len(retracted.retractions)
     steps = known.get("retracted", [])
     if not steps or steps[-1]["number"] != number:
         banks = {split: KeptRows(FeatureBank(vault.features, split), kept[split]) for split in RELEASED_SPLITS}
@@ -450,6 +450,7 @@ def _forget_half_a_function(vault: Vault, name: str) -> None:
 
 def _rebuilt(vault: Vault, number: int) -> dict[str, int]:
     """For each candidate that this retraction changed, how many of its rows it rebuilt."""
-    records = {path.parent.name: read_record(path, "poison") for path in vault.root.glob(f"functions/*/{CANDIDATE}")}
+    paths = vault.root.glob(f"functions/*/{CANDIDATE}")
+    records = {path.parent.name: vault.read_record(path, "poison") for path in paths}
     steps = {name: record.get("retracted", []) for name, record in sorted(records.items())}
     return {name: of[-1]["rebuilt"] for name, of in steps.items() if of and of[-1]["number"] == number}
