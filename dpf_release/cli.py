@@ -291,6 +291,39 @@ def _measured_row(label: str, values: Mapping[str, Any], metric: str) -> tuple[s
 
 
 @app.command()
+def attack(
+    config: ConfigOption = CONFIG,
+    name: NameOption = "default",
+    profile: Annotated[
+        str, typer.Option("--profile", help="quick, standard or full; default: what [gate] asks for.")
+    ] = "",
+    only: Annotated[str, typer.Option("--only", help="Codes of attacks, as A1,A5; default: all of the profile.")] = "",
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="Minutes of training; with less than it takes no claim passes."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
+    device: DeviceOption = None,
+    restart: RestartOption = False,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
+) -> None:
+    """Run the attack battery on the candidate, and write the report into the vault.
+
+    A run that was cut off goes on. It says beforehand how long it takes.
+
+    Example: dpf-release attack --name default --profile quick
+    """
+    from dpf_release.battery import attack as run
+
+    project = _project(config, identity, fix_permissions, compute__device=device)
+    codes = [code.strip() for code in only.split(",") if code.strip()]
+    report = run(project, name, profile, only=codes, budget_minutes=budget, seed=seed, restart=restart)
+    for result in report.attacks:
+        print(result.code, result.title, result.verdict, result.leakage)
+
+
+@app.command()
 def package(
     config: ConfigOption = CONFIG,
     name: NameOption = "default",

@@ -154,6 +154,32 @@ class BankSection(_Section):
         return value
 
 
+class ClaimsSection(_Section):
+    """What the release promises. `package` refuses a claim that the attacks of `[gate] profile` do not bear out."""
+
+    reconstruction: Annotated[bool, Field(strict=True)] = True
+    linkage: Annotated[bool, Field(strict=True)] = False
+    attribute: str | None = None
+
+    @property
+    def made(self) -> tuple[Literal["reconstruction", "linkage", "attribute"], ...]:
+        """The names of the claims that are made."""
+        asked = {"reconstruction": self.reconstruction, "linkage": self.linkage, "attribute": self.attribute}
+        return tuple(name for name, is_made in asked.items() if is_made)  # type: ignore[misc]
+
+
+class GateSection(_Section):
+    """What a claim must pass, and below which limits (shares from 0 to 1)."""
+
+    profile: Literal["quick", "standard", "full"] = "standard"
+    leakage: Fraction = 0.1
+    re_identification: Fraction = 0.05
+    top1: Fraction = 0.05
+    auc: Annotated[float, Field(ge=0.5, le=1.0)] = 0.6
+    tpr: Fraction = 0.03
+    attribute: Fraction = 0.05
+
+
 class ComputeSection(_Section):
     """The machine: `auto` takes a GPU where there is one; `workers` processes decode (0: threads of this one)."""
 
@@ -173,6 +199,8 @@ class Config(_Section):
     reconstructor: ReconstructorSection = ReconstructorSection()
     poison: PoisonSection = PoisonSection()
     bank: BankSection = BankSection()
+    claims: ClaimsSection = ClaimsSection()
+    gate: GateSection = GateSection()
     compute: ComputeSection = ComputeSection()
     folder: Path = Field(default=Path(), exclude=True)
 
@@ -320,4 +348,12 @@ epochs = 10
 [bank]
 shard_size = "1 GiB"
 compression = "none"             # or gzip, blosc2: smaller files, slower to read (docs/banks.md)
+
+[claims]                         # what the release promises; `package` refuses what attacks do not bear out
+reconstruction = true            # that no picture can be reconstructed from a row
+linkage = false                  # that nobody who holds a picture can tell that it is in here
+# attribute = "person"           # that this column of the table cannot be read from a row
+
+[gate]
+profile = "standard"             # the attacks that a claim must pass: quick, standard or full
 """

@@ -69,3 +69,7 @@ class VerificationError(DPFReleaseError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
+
+
+class NotGrantedError(DPFReleaseError):
+    """An attack needs something that this project does not have: it is not applicable."""

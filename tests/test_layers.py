@@ -14,10 +14,12 @@ ROOT = Path(dpf_release.__file__).parent
 ORDER = [
     "errors",
     "storage tree schema digests ahead age guard config vault sealing manifest croissant signing verification limits "
-    "shard_layout tensor_file bank bank_writer bank_drop record retracted progress structure",
+    "shard_layout tensor_file attack_report bank bank_writer bank_drop record retracted progress structure",
     "ranks metrics image_table images pictures figures loader models release",
     "training",
+    "attacks",
     "pipeline downstream",
+    "battery",
     "package leaks near_rows card inspection audit",
     "cli demo __main__ __init__",
 ]

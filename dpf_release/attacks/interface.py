@@ -1,0 +1,110 @@
+"""What an attack is: one class, one file; and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpf_release.attacks.view import Budget, ReleaseView, Rows
+
+Claim = Literal["reconstruction", "linkage", "attribute"]
+Profile = Literal["quick", "standard", "full"]
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Pictures of the asked rows, by each decoder that the attacker ended with. Which is the best, they cannot know.
+
+    Attributes:
+        decoders: name → positions in `view.asked` → pictures (n, 3, H, W), floats in [0, 1].
+    """
+
+    decoders: Mapping[str, Callable[[Rows], Tensor]]
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How alike candidate pictures and rows are, in one way of looking.
+
+    Attributes:
+        pools: (n, M) of each candidate and each row of its pool; None for an attack that links no rows.
+        membership: (n,) higher: rather in S.
+    """
+
+    pools: NDArray[np.float32] | None
+    membership: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Links:
+    """What linkage found, for each way of looking."""
+
+    ways: Mapping[str, Likeness]
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """Predicted values of the asked rows, (n,) indices of `view.values`, for each probe."""
+
+    probes: Mapping[str, NDArray[np.int64]]
+
+
+Result = Reconstructions | Links | Attributes
+
+
+class Attack:
+    """One attack.
+
+    Attributes:
+        code: as in docs/attacks.md, and the order of the table: "A1".
+        title: a few words.
+        version: raised whenever the same release would be attacked otherwise.
+        claim: what it speaks against; None: reported, never gated.
+        profile: the smallest that runs it.
+        view: what it needs to hold.
+        planted: weak functions that it must break, or it proves nothing (`battery.planted`).
+        of_bank: whether it trains anew for each bank, a planted one too.
+        sets_ceiling: whether what it reaches on clean rows counts for the ceiling.
+    """
+
+    code: ClassVar[str]
+    title: ClassVar[str]
+    version: ClassVar[int] = 1
+    claim: ClassVar[Claim | None] = "reconstruction"
+    profile: ClassVar[Profile] = "standard"
+    view: ClassVar[type[ReleaseView]] = ReleaseView
+    planted: ClassVar[tuple[str, ...]] = ("weak-noise",)
+    of_bank: ClassVar[bool] = False
+    sets_ceiling: ClassVar[bool] = False
+
+    def trainings(self, budget: Budget) -> float:
+        """How many decoders it trains, in all: what the cost is reckoned by."""
+        return 0.0
+
+    def run(self, view: ReleaseView) -> Result:
+        """Attacks; `view` is of the type that `self.view` names."""
+        raise NotImplementedError
+
+
+ATTACKS: dict[str, type[Attack]] = {}
+
+
+def register(attack: type[Attack]) -> type[Attack]:
+    """Class decorator: the battery knows it from then on, in the order of codes."""
+    ATTACKS[attack.code] = attack
+    return attack
+
+
+def registered() -> list[Attack]:
+    """One of each, A1 before A10."""
+    return [ATTACKS[code]() for code in sorted(ATTACKS, key=lambda code: (code.rstrip("0123456789"), _number(code)))]
+
+
+def _number(code: str) -> int:
+    digits = "".join(filter(str.isdigit, code))
+    return int(digits) if digits else 0

@@ -1,0 +1,63 @@
+"""A1: decoders that never saw a poisoned row. The paper's own test, and stronger ones of its kind."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpf_release.attacks.decoder import DecoderLoss, decode, train_decoder
+from dpf_release.attacks.interface import Attack, Reconstructions, register
+from dpf_release.attacks.view import Budget, ReleaseView, Rows
+
+# Name, architecture, loss, whether features are disturbed; the first are the strongest for their time.
+DECODERS: tuple[tuple[str, str, DecoderLoss, bool], ...] = (
+    ("rx2s2-c, SSIM, disturbed", "rx2s2-c", "ssim", True),
+    ("px2s2, L1", "px2s2", "l1", False),
+    ("rx2s2-c, L1", "rx2s2-c", "l1", False),
+    ("rx4s2, SSIM", "rx4s2", "ssim", False),
+    ("px4s2, L1, disturbed", "px4s2", "l1", True),
+    ("rx4s4, L1", "rx4s4", "l1", False),
+)
+
+
+@register
+class StrawMen(Attack):
+    """ψ on (φ1(z), z), z in Q, applied to the rows as if they were clean (paper, sections 3.1.2 and 4.3)."""
+
+    code, title, profile = "A1", "straw man and unseen reconstructors", "quick"
+    sets_ceiling = True
+
+    def trainings(self, budget: Budget) -> float:
+        """One for each decoder."""
+        return min(budget.decoders, len(DECODERS))
+
+    def run(self, view: ReleaseView) -> Reconstructions:
+        """Decoders of several architectures and losses; those trained on disturbed features expect a poisoning."""
+        decoders = {}
+        for name, architecture, loss, disturbed in DECODERS[: view.budget.decoders]:
+
+            def inputs(
+                rows: Rows, pictures: Tensor, generator: np.random.Generator | None, disturbed: bool = disturbed
+            ) -> Tensor:
+                features = view.features(pictures)
+                return disturb(features, generator) if disturbed and generator is not None else features
+
+            network = train_decoder(view, f"A1 {name}", inputs, architecture=architecture, loss=loss)
+            decoders[name] = decode(view, network)
+        return Reconstructions(decoders)
+
+
+def disturb(features: Tensor, generator: np.random.Generator) -> Tensor:
+    """Noise of up to half a row's deviation, channels times 0.5 to 2, a tenth of them dropped out."""
+    draws = torch.Generator(features.device).manual_seed(int(generator.integers(2**62)))
+    count, channels = features.shape[:2]
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=draws, device=features.device)
+
+    noise = torch.randn(features.shape, generator=draws, device=features.device)
+    deviation = features.std(dim=(1, 2, 3), keepdim=True) * uniform(count, 1, 1, 1) / 2
+    scale = 2 ** (2 * uniform(count, channels, 1, 1) - 1)
+    kept = (uniform(count, channels, 1, 1) > 0.1).float()
+    return ((features + deviation * noise) * scale * kept).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,221 @@
+"""What an attacker holds. An attack receives one of these types, the one that it declares, and nothing else.
+
+Nothing here leads back to the vault: a bank is read through a function that gives rows, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpf_release.images import Preprocess
+
+Rows = NDArray[np.int64]
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much work an attacker puts in; a profile's, or less where the owner's patience is shorter.
+
+    Attributes:
+        images: pictures that the training of one decoder, matcher or map is shown, repeats counted.
+        decoders: how many decoders an attack of several trains.
+        shadows: poisoning functions that the attacker fits (A3).
+        deep: whether what takes hours is done too: optimisation of each picture, reference networks.
+    """
+
+    images: int
+    decoders: int
+    shadows: int
+    deep: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class HeldRows:
+    """A bank as someone holds it: rows by number, with their labels.
+
+    Attributes:
+        targets: (N,) class indices, or (N, K) regression targets.
+        read: row numbers → features (n, C, H, W), any float type.
+    """
+
+    targets: NDArray[Any]
+    read: Callable[[Rows], NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldPictures:
+    """Pictures that someone holds.
+
+    Attributes:
+        count: how many.
+        read: numbers → (n, 3, H, W) uint8.
+    """
+
+    count: int
+    read: Callable[[Rows], Tensor]
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class Kept(Protocol):
+    """What an attacker has trained and keeps: a run that was cut off goes on, the next need not begin anew."""
+
+    def load(self, name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """What was kept under a name for exactly this subject; None where nothing was."""
+
+    def save(self, name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keeps it; what was kept under the name before is lost."""
+
+    def checkpoint(self, name: str) -> Path | None:
+        """Where a training may keep what it goes on from."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReleaseView:
+    """A release, the code of this tool, and public images Q: what everybody has.
+
+    Attributes:
+        phi_1: the featurizer, frozen: normalised pictures (N, 3, H, W) → features (N, C, H', W').
+        phi_2: the classifier, frozen: features → outputs (N, K).
+        preprocess: of pictures, for φ1.
+        non_negative: whether φ1 ends in a ReLU.
+        task: of φ2.
+        bank: all released rows.
+        asked: numbers of the rows for which the harness wants an answer.
+        public: Q, what an attacker trains on.
+        public_val: Q, what an attacker chooses by.
+        budget: the work to be put in.
+        seed: of everything that is drawn.
+        device: where networks run.
+        bf16: as in `training.Recipe`.
+        subject: what a training on Q alone depends on: digests of φ1, φ2, Q.
+        bank_subject: what one that uses the bank depends on too: a digest of it.
+        kept: what was trained before.
+    """
+
+    phi_1: nn.Module
+    phi_2: nn.Module
+    preprocess: Preprocess
+    non_negative: bool
+    task: Literal["classification", "regression"]
+    bank: HeldRows
+    asked: Rows
+    public: HeldPictures
+    public_val: HeldPictures
+    budget: Budget
+    seed: int
+    device: torch.device
+    bf16: Literal["auto", "on", "off"]
+    subject: Mapping[str, Any]
+    bank_subject: str
+    kept: Kept
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(C, H', W') of a row."""
+        channels, height, width = self.bank.read(self.asked[:1]).shape[1:]
+        return channels, height, width
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """φ1 of pictures (n, 3, H, W) uint8: (n, C, H', W') float32 on the device, as the bank is made."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            inputs = self.preprocess.normalise(pictures.to(self.device))
+            out: Tensor = self.phi_1(inputs.contiguous(memory_format=torch.channels_last)).float()
+        return out
+
+    def rows(self, rows: Rows) -> Tensor:
+        """Rows of the bank by number: (n, C, H', W') float32 on the device."""
+        features = torch.from_numpy(np.asarray(self.bank.read(rows), np.float32)).to(self.device)
+        return features.contiguous(memory_format=torch.channels_last)
+
+    def answers(self, features: Tensor) -> Tensor:
+        """φ2 of features: (n, K) float32."""
+        with torch.no_grad():
+            out: Tensor = self.phi_2(features).float()
+        return out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Candidates(ReleaseView):
+    """The attacker also holds pictures, some of which are in S, and wants to know which, and where.
+
+    Attributes:
+        candidates: the pictures.
+        labels: (n,) class, or bin of the target, of each: a person sees it.
+        bins: (N,) the same of each row of the bank.
+        pools: (n, M) rows of the bank among which each picture's own is looked for; of one that is in S, one row is.
+        persons: (n,) whom each shows, as numbers; None where nobody said.
+    """
+
+    candidates: HeldPictures
+    labels: NDArray[np.int64]
+    bins: NDArray[np.int64]
+    pools: Rows
+    persons: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KnownPairs(ReleaseView):
+    """The attacker also knows of some pictures which rows they became.
+
+    Attributes:
+        pictures: those pictures.
+        pair_rows: (m,) the row of each; none of them is asked for.
+    """
+
+    pictures: HeldPictures
+    pair_rows: Rows
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LeakedVault(ReleaseView):
+    """The attacker also has P.
+
+    Attributes:
+        poison: a bank → the same, poisoned as the released one was (rows that mix, mix within it).
+    """
+
+    poison: Callable[[HeldRows], HeldRows]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LabelledRows(ReleaseView):
+    """The attacker also knows an attribute (a person, say) of some rows' pictures, and of Q's.
+
+    Attributes:
+        values: the attribute's values.
+        public_values: (n,) value of each picture of Q, as an index of `values`; -1: unknown.
+        known_rows: (m,) rows of the bank whose value is known; none of them is asked for.
+        known_values: (m,) their values.
+        bins: (N,) class, or bin of the target, of each row of the bank.
+    """
+
+    values: tuple[str, ...]
+    public_values: NDArray[np.int64]
+    known_rows: Rows
+    known_values: NDArray[np.int64]
+    bins: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TwoReleases(ReleaseView):
+    """The attacker also has another release of the same pictures, under another function, in another order.
+
+    Attributes:
+        other: its bank.
+    """
+
+    other: HeldRows

@@ -1,0 +1,5 @@
+"""The attack battery: what attackers get out of a candidate, and what that means for the claims of its release."""
+
+from dpf_release.battery.run import attack
+
+__all__ = ["attack"]

@@ -1,0 +1,125 @@
+"""What the harness hands to an attack: the view that it declares, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dpf_release.attacks.view import Budget, HeldPictures, LeakedVault, ReleaseView
+from dpf_release.battery.targets import Target
+from dpf_release.battery.truth import Truth
+from dpf_release.pipeline.project import Project
+from dpf_release.vault import Vault
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What all attacks of a run have in common.
+
+    Attributes:
+        project: the owner's.
+        truth: the pools; only pictures that a view grants leave it.
+        budget: of each attack.
+        seed: of all that is drawn.
+        kept: where attackers keep what they train.
+    """
+
+    project: Project
+    truth: Truth
+    budget: Budget
+    seed: int
+    kept: VaultKept
+
+
+def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseView:
+    """A view of one target.
+
+    Raises:
+        NotGrantedError: this project has not what the view holds (attributes, a second release).
+    """
+    project, images = setting.project, setting.project.public_images
+    cut = project.cut
+    fields: dict[str, Any] = {
+        "phi_1": project.frozen(cut.split.featurizer),
+        "phi_2": project.frozen(cut.split.classifier),
+        "preprocess": project.preprocess,
+        "non_negative": cut.split.non_negative,
+        "task": project.config.task.kind,
+        "bank": target.rows,
+        "asked": setting.truth.asked,
+        "public": _held_pictures(images.pictures.read, images.rows("train")),
+        "public_val": _held_pictures(images.pictures.read, images.rows("val")),
+        "budget": setting.budget,
+        "seed": setting.seed,
+        "device": project.device,
+        "bf16": project.config.compute.bf16,
+        "subject": {
+            "featurizer_sha256": cut.featurizer_sha256,
+            "classifier_sha256": hashlib.sha256(cut.classifier_file).hexdigest(),
+            "public_images_sha256": images.digest,
+        },
+        "bank_subject": target.subject,
+        "kept": setting.kept,
+    }
+    more = GRANTS[view](target, setting) if view in GRANTS else {}
+    return view(**fields, **more)
+
+
+def _held_pictures(read: Callable[[Rows], Tensor], rows: Rows) -> HeldPictures:
+    return HeldPictures(len(rows), lambda numbers: read(rows[numbers]))
+
+
+def _leaked_vault(target: Target, setting: Setting) -> dict[str, Any]:
+    return {"poison": target.poison}
+
+
+# What a view holds beyond a release: view → (target, setting) → its fields.
+GRANTS: dict[type[ReleaseView], Callable[[Target, Setting], dict[str, Any]]] = {
+    LeakedVault: _leaked_vault,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class VaultKept:
+    """What attackers have trained, in the vault; one file a name, sealed where the vault is."""
+
+    vault: Vault
+
+    def load(self, name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """What was kept under a name for exactly this subject; None where nothing was."""
+        path = self._path(name)
+        if not self.vault.holds(path):
+            return None
+        data = self.vault.read_bytes(path, "attack")
+        length = int.from_bytes(data[:8], "little")
+        said = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("subject")
+        return load(data) if said == json.dumps(subject, sort_keys=True) else None
+
+    def save(self, name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keeps it; what was kept under the name before is lost."""
+        ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        path = self._path(name)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        self.vault.write_bytes(path, save(ready, {"subject": json.dumps(subject, sort_keys=True)}))
+        self.vault.remove(path.with_suffix(".checkpoint"))
+
+    def checkpoint(self, name: str) -> Path | None:
+        """Where a training may keep what it goes on from."""
+        path = self._path(name)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        return self.vault.checkpoint(path.with_suffix(".checkpoint"))
+
+    def _path(self, name: str) -> Path:
+        code = name.split(" ", 1)[0]
+        return self.vault.root / "attackers" / f"{code}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"

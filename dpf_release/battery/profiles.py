@@ -1,0 +1,78 @@
+"""How hard the battery tries, and how long that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dpf_release.attack_report import PROFILE_ORDER, ProfileName
+from dpf_release.attacks.interface import Attack
+from dpf_release.attacks.view import Budget, ReleaseView
+from dpf_release.models.reconstructors import build_reconstructor
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One of `quick`, `standard`, `full`.
+
+    Attributes:
+        name: which.
+        rows: that are asked for, where the bank has them.
+        least_rows: below which a result is no evidence.
+        budget: of each attack; a result with less is no evidence.
+    """
+
+    name: ProfileName
+    rows: int
+    least_rows: int
+    budget: Budget
+
+    def runs(self, attack: Attack) -> bool:
+        """Whether the profile has this attack."""
+        return PROFILE_ORDER.index(attack.profile) <= PROFILE_ORDER.index(self.name)
+
+
+PROFILES: dict[str, Profile] = {
+    "quick": Profile("quick", 1000, 200, Budget(images=40_000, decoders=1, shadows=0)),
+    "standard": Profile("standard", 5000, 1000, Budget(images=150_000, decoders=3, shadows=4)),
+    "full": Profile("full", 5000, 1000, Budget(images=1_000_000, decoders=6, shadows=16, deep=True)),
+}
+
+
+def decoder_rate(view: ReleaseView, seconds: float = 2.0) -> float:
+    """Pictures a second that a decoder is shown in training here: φ1, decoder, both ways. A short trial."""
+    batch = view.public.read(np.arange(min(128, len(view.public))))
+    size = (batch.shape[-2], batch.shape[-1])
+    network = build_reconstructor("rx2s2-c", view.feature_shape, size).to(view.device)
+    network.to(memory_format=torch.channels_last)
+    started, done = 0.0, 0
+    for step in range(1_000_000):
+        network(view.features(batch)).mean().backward()
+        if view.device.type == "cuda":
+            torch.cuda.synchronize(view.device)
+        if step == 0:  # the first is slower than all others
+            started = time.monotonic()
+            continue
+        done += len(batch)
+        if time.monotonic() - started > seconds:
+            break
+    return done / (time.monotonic() - started)
+
+
+def minutes(attacks: Sequence[Attack], budget: Budget, rate: float) -> float:
+    """What the trainings of these attacks take, with those on planted functions."""
+    trainings = sum(
+        attack.trainings(budget) * (1 + (len(attack.planted) if attack.of_bank else 0)) for attack in attacks
+    )
+    return trainings * budget.images / rate / 60
+
+
+def within(budget: Budget, needed: float, limit: float | None) -> Budget:
+    """The budget, or what of it can be done in `limit` minutes of the `needed` ones."""
+    if limit is None or needed <= limit:
+        return budget
+    return replace(budget, images=max(1, int(budget.images * limit / needed)))

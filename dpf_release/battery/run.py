@@ -1,0 +1,364 @@
+"""`attack`: the battery on a candidate, one attack after the other, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way
+from dpf_release.attacks import Attack, Reconstructions, Result, registered
+from dpf_release.attacks.view import BATCH, ReleaseView
+from dpf_release.battery.grants import Setting, VaultKept, grant
+from dpf_release.battery.profiles import PROFILES, Profile, decoder_rate, minutes, within
+from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures, way_of
+from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
+from dpf_release.battery.truth import LEAST_POOL, Rows, Truth, bins_of, draw_pools
+from dpf_release.battery.verdicts import Limit, judge, re_identification_limit
+from dpf_release.errors import ConfigError, NotGrantedError
+from dpf_release.pipeline.fitting import load_function
+from dpf_release.pipeline.project import Project
+from dpf_release.progress import announce
+from dpf_release.storage import make_folder
+from dpf_release.vault import RELEASED_SPLITS
+
+REPORT = "attack.json"
+POWER_ROWS = 1000  # on which it is tried whether an attack breaks a planted function
+POWER_LEAKAGE = 0.5  # that it must reach there, surely
+
+
+def attack(
+    project: Project,
+    name: str = "default",
+    profile: str = "",
+    *,
+    only: Sequence[str] = (),
+    budget_minutes: float | None = None,
+    seed: int = 0,
+    restart: bool = False,
+) -> AttackReport:
+    """Runs the attack battery on a candidate, and keeps the report in the vault.
+
+    What is done already for this bank, profile, budget and seed is not done again. What a run that was cut off had
+    trained is gone on with.
+
+    Args:
+        project: the owner's.
+        name: which fitted function's candidate.
+        profile: `quick`, `standard` or `full`; by default what the gate asks for.
+        only: codes of attacks; all of the profile by default.
+        budget_minutes: of training, in all; less than the profile needs makes every result `inconclusive` at best.
+        seed: of all that is drawn.
+        restart: forget what the report has.
+
+    Returns:
+        The report, as `vault/reports/NAME/attack.json` has it.
+
+    Raises:
+        ConfigError: no such profile or attack.
+        VaultError: there is no such candidate.
+    """
+    with project.working(public=True, together=False):
+        return _Run.begin(project, name, profile, budget_minutes, seed).go(only, restart)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the harness makes of an attack's answer.
+
+    Attributes:
+        ways: by name.
+        best: the name of the way that tells the most.
+        baseline: of the same measure.
+        ceiling: of the same measure.
+        leakage: of the best way.
+        found: re-identification of the best way.
+        among: of how many.
+        limits: that a claim sets.
+        series: what depends on a number (leakage against m): name → number → value.
+    """
+
+    ways: dict[str, Way]
+    best: str
+    baseline: float | None
+    ceiling: float | None
+    leakage: Interval | None
+    found: Interval | None
+    among: int
+    limits: tuple[Limit, ...]
+    series: Mapping[str, Mapping[str, Interval]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    project: Project
+    name: str
+    profile: Profile
+    setting: Setting
+    target: Target
+    clean: Target
+    enough: bool
+
+    @classmethod
+    def begin(cls, project: Project, name: str, profile_name: str, budget_minutes: float | None, seed: int) -> _Run:
+        profile = _profile(profile_name or project.config.gate.profile)
+        function = load_function(project, name)
+        target = candidate_target(project, name, function)
+        rows = clean_rows(project)
+        clean = planted_target(project, "clean", rows, seed)
+        truth = draw_truth(project, target, profile.rows, seed)
+        setting = Setting(project, truth, profile.budget, seed, VaultKept(project.vault))
+        attacks = [attack for attack in registered() if profile.runs(attack)]
+        rate = decoder_rate(grant(ReleaseView, target, setting))
+        needed = minutes(attacks, profile.budget, rate)
+        budget = within(profile.budget, needed, budget_minutes)
+        announce(
+            f"Profile {profile.name}: {len(attacks)} attacks on {len(truth.asked)} rows, about {needed:.0f} minutes of "
+            f"training where nothing is kept of before ({rate:.0f} pictures/s)"
+            + ("" if budget == profile.budget else f"; done in {budget_minutes:g}, with smaller trainings")
+        )
+        return cls(project, name, profile, replace(setting, budget=budget), target, clean, budget == profile.budget)
+
+    def go(self, only: Sequence[str], restart: bool) -> AttackReport:
+        attacks = [attack for attack in registered() if self.profile.runs(attack)]
+        if unknown := set(only) - {attack.code for attack in attacks}:
+            there = ", ".join(attack.code for attack in attacks)
+            raise ConfigError(f"expected attacks of profile {self.profile.name} ({there}), found {sorted(unknown)}.")
+        known = None if restart else self._known()
+        references = self._references(attacks)
+        report = self._empty(references)
+        done = {result.code: result for result in known.attacks} if known and _same_run(known, report) else {}
+        for attack in attacks:
+            kept = done.get(attack.code)
+            if kept and kept.version == attack.version and kept.images == self.setting.budget.images:
+                continue
+            if only and attack.code not in only:
+                continue
+            result = self._attack(attack, references)
+            if result is not None:
+                done[attack.code] = result
+                self._write(report, attacks, done)
+        return self._write(report, attacks, done)
+
+    # ------------------------------------------------------------------------------------------ one attack
+
+    def _attack(self, attack: Attack, references: References) -> AttackResult | None:
+        started = time.monotonic()
+        try:
+            answer = attack.run(grant(attack.view, self.target, self.setting))
+            scored = score(answer, self.target, self.setting, references, self.project)
+        except NotGrantedError as error:
+            announce(f"{attack.code} {attack.title}: not applicable, {error}")
+            return None
+        power = self._power(attack, references)
+        verdict, reasons = judge(scored.limits, power, self._shortage(scored))
+        if attack.claim is None:
+            verdict, reasons = "reported", ()
+        result = AttackResult(
+            code=attack.code,
+            title=attack.title,
+            version=attack.version,
+            claim=attack.claim,
+            granted=attack.view.__name__,
+            rows=len(self.setting.truth.asked),
+            images=self.setting.budget.images,
+            seconds=round(time.monotonic() - started, 1),
+            ways=scored.ways,
+            baseline=scored.baseline,
+            ceiling=scored.ceiling,
+            leakage=scored.leakage,
+            re_identification=scored.found,
+            among=scored.among,
+            power=power,
+            verdict=verdict,
+            reasons=reasons,
+            series={key: dict(values) for key, values in scored.series.items()},
+        )
+        leakage = "not defined" if scored.leakage is None else f"{scored.leakage.value:.3f}"
+        announce(f"{attack.code} {attack.title}: leakage {leakage}, {verdict} ({result.seconds:.0f} s)")
+        return result
+
+    def _shortage(self, scored: Scored) -> list[str]:
+        truth, profile, found = self.setting.truth, self.profile, []
+        if len(truth.asked) < profile.least_rows:
+            found.append(f"{len(truth.asked)} rows, the profile wants {profile.least_rows}")
+        if not self.enough:
+            found.append(
+                f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
+            )
+        if scored.among < LEAST_POOL:
+            found.append(f"matched among {scored.among}, at least {LEAST_POOL} are wanted")
+        return found
+
+    def _power(self, attack: Attack, references: References) -> Power:
+        """Whether the attack breaks the functions that it declares; kept for this φ1, Q and budget."""
+        truth, places = self.setting.truth.first(POWER_ROWS)
+        setting = replace(self.setting, truth=truth)
+        found = {}
+        for name in attack.planted:
+            subject = {
+                **grant(ReleaseView, self.clean, setting).subject,
+                "attack": [attack.code, attack.version],
+                "planted": name,
+                "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows],
+                "seed": setting.seed,
+                "rows": truth.asked.tolist(),
+            }
+            kept = setting.kept.load(f"{attack.code} power on {name}", subject)
+            if kept is None:
+                target = planted_target(self.project, name, clean_rows(self.project), setting.seed)
+                answer = attack.run(grant(attack.view, target, setting))
+                leakage = score(answer, target, setting, references.at(places), self.project).leakage
+                numbers = [leakage.value, leakage.low, leakage.high] if leakage else []
+                kept = {"leakage": torch.tensor(numbers, dtype=torch.float64)}
+                setting.kept.save(f"{attack.code} power on {name}", subject, kept)
+            if len(numbers := kept["leakage"].tolist()):
+                found[name] = Interval(value=numbers[0], low=numbers[1], high=numbers[2])
+        if not attack.planted:
+            return Power(passed=None)
+        passed = len(found) == len(attack.planted) and all(value.low >= POWER_LEAKAGE for value in found.values())
+        return Power(passed=passed, planted=found)
+
+    # ------------------------------------------------------------------------------------------ references
+
+    def _references(self, attacks: Sequence[Attack]) -> References:
+        truth = self.setting.truth
+        scores = {
+            name: score_pictures(truth, self.clean.contributors, pictures)
+            for name, pictures in baselines(grant(ReleaseView, self.target, self.setting), truth).items()
+        }
+        _, baseline = best_of(scores)
+        reached = {}
+        for attack in attacks:
+            if attack.sets_ceiling:
+                answer = attack.run(grant(attack.view, self.clean, self.setting))
+                assert isinstance(answer, Reconstructions)
+                for name, pictures in answer.decoders.items():
+                    reached[f"{attack.code} {name}"] = score_pictures(truth, self.clean.contributors, pictures)
+        name, ceiling = best_of(reached)
+        announce(
+            f"Affine-fit SSIM of nothing but labels: {baseline.primary.mean():.3f}; of the clean rows, at best: "
+            f"{ceiling.primary.mean():.3f} ({name})"
+        )
+        return References(baseline, ceiling)
+
+    # ------------------------------------------------------------------------------------------ the report
+
+    def _empty(self, references: References) -> AttackReport:
+        seed = self.setting.seed
+        return AttackReport(
+            index_sha256=self.target.subject,
+            featurizer_sha256=self.project.cut.featurizer_sha256,
+            public_images_sha256=self.project.public_images.digest,
+            profile=self.profile.name,
+            seed=seed,
+            function=self.name,
+            baselines={"affine_ssim": mean_interval(references.baseline.primary, seed)},
+            references={"clean affine_ssim": mean_interval(references.ceiling.primary, seed)},
+        )
+
+    def _known(self) -> AttackReport | None:
+        vault, path = self.project.vault, self.project.vault.reports(self.name) / REPORT
+        return AttackReport.model_validate(vault.read_record(path, "attack")) if vault.holds(path) else None
+
+    def _write(self, report: AttackReport, attacks: Sequence[Attack], done: Mapping[str, AttackResult]) -> AttackReport:
+        results = tuple(done[attack.code] for attack in attacks if attack.code in done)
+        report = report.model_copy(update={"attacks": results})
+        folder = make_folder(self.project.vault.reports(self.name))
+        self.project.vault.write_json(folder / REPORT, report.model_dump(mode="json"))
+        return report
+
+
+def _profile(name: str) -> Profile:
+    if name not in PROFILES:
+        raise ConfigError(
+            f"expected a profile of {', '.join(PROFILES)}, found {name!r} (--profile, or [gate] profile)."
+        )
+    return PROFILES[name]
+
+
+def _same_run(one: AttackReport, other: AttackReport) -> bool:
+    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed")
+    return all(getattr(one, key) == getattr(other, key) for key in keys)
+
+
+def draw_truth(project: Project, target: Target, rows: int, seed: int) -> Truth:
+    """The pools that a target is scored in."""
+    table_rows = np.concatenate([project.bank_order[0][split] for split in RELEASED_SPLITS])
+    bins = bins_of(target.rows.targets)
+    pools = draw_pools(bins, target.contributors, rows, seed)
+    return Truth(pools, lambda rows: project.private_images.pictures.read(table_rows[rows]), bins)
+
+
+def baselines(view: ReleaseView, truth: Truth) -> dict[str, Callable[[Rows], Tensor]]:
+    """What someone without the bank would answer.
+
+    The mean picture of Q; for each label (of regression, each bin) the mean of Q's pictures that φ2 gives it; grey.
+    """
+    labels = np.concatenate([np.full(len(pool.rows), pool.label) for pool in truth.pools])
+    bins = int(truth.bins.max()) + 1
+    sums, counts = torch.zeros(bins, *view.public.read(np.arange(1)).shape[1:]), torch.zeros(bins)
+    edges: list[float] = []
+    if view.task == "regression":
+        edges = [float(view.bank.targets[truth.bins == label][:, 0].max()) for label in range(bins - 1)]
+    for first in range(0, min(len(view.public), 5000), BATCH):
+        pictures = view.public.read(np.arange(first, min(first + BATCH, len(view.public))))
+        answers = view.answers(view.features(pictures)).cpu()
+        given = torch.bucketize(answers[:, 0], torch.tensor(edges)) if edges else answers.argmax(1)
+        given = given.clamp_max(bins - 1)
+        sums.index_add_(0, given, pictures.float() / 255)
+        counts.index_add_(0, given, torch.ones(len(given)))
+    mean = (sums.sum(0) / counts.sum())[None]
+    by_label = torch.where(counts[:, None, None, None] > 0, sums / counts.clamp_min(1)[:, None, None, None], 0.5)
+    return {
+        "mean of Q": lambda positions: mean.expand(len(positions), *mean.shape[1:]),
+        "mean of Q by label": lambda positions: by_label[torch.from_numpy(labels[positions])],
+        "grey": lambda positions: torch.full((len(positions), *mean.shape[1:]), 0.5),
+    }
+
+
+# --------------------------------------------------------------------------------------------- scoring
+
+
+def score(answer: Result, target: Target, setting: Setting, references: References, project: Project) -> Scored:
+    """What an answer is worth; one scorer for each kind of answer."""
+    scorer = SCORERS[type(answer)]
+    return scorer(answer, target, setting, references, project)
+
+
+def _score_reconstructions(
+    answer: Reconstructions, target: Target, setting: Setting, references: References, project: Project
+) -> Scored:
+    truth, limits = setting.truth, project.config.gate
+    scores: dict[str, RowScores] = {
+        name: score_pictures(truth, target.contributors, pictures) for name, pictures in answer.decoders.items()
+    }
+    ways = {name: way_of(of, references, truth.among, setting.seed) for name, of in scores.items()}
+    best, _ = best_of(scores)
+    found = [way.measures.get("re_identification") for way in ways.values()]
+    highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
+    most = max((way.leakage for way in ways.values() if way.leakage), key=lambda value: value.high, default=None)
+    return Scored(
+        ways=ways,
+        best=best,
+        baseline=float(references.baseline.primary.mean()),
+        ceiling=float(references.ceiling.primary.mean()),
+        leakage=ways[best].leakage,
+        found=highest,
+        among=truth.among,
+        limits=(
+            Limit("leakage", most, limits.leakage),
+            Limit("re-identification", highest, re_identification_limit(truth.among, limits.re_identification)),
+        ),
+        series={},
+    )
+
+
+SCORERS: dict[type, Callable[[Any, Target, Setting, References, Project], Scored]] = {
+    Reconstructions: _score_reconstructions,
+}

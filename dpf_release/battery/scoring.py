@@ -1,0 +1,190 @@
+"""How much of a picture a reconstruction shows, whichever row it came from; and what that is worth.
+
+Pictures are floats in [0, 1], (n, 3, H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from torch import Tensor
+
+from dpf_release.attack_report import Interval, Way
+from dpf_release.battery.truth import LEAST_POOL, Contributors, Truth
+from dpf_release.metrics import l1, psnr, ssim
+
+Rows = NDArray[np.int64]
+Numbers = NDArray[np.float64]
+PSNR_LIMIT = 100.0  # of equal pictures it is infinite
+BATCH = 256
+DRAWS = 2000
+LEAST_GAP = 0.1  # between baseline and ceiling, below which their ratio says nothing
+WORST = 0.01
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """One number an asked row.
+
+    Attributes:
+        measures: `affine_ssim` and the others, against the row's match.
+        own: whether the match is a picture that the row is made of.
+    """
+
+    measures: dict[str, Numbers]
+    own: NDArray[np.bool_]
+
+    @property
+    def primary(self) -> Numbers:
+        """SSIM after the best affine colour fit."""
+        return self.measures["affine_ssim"]
+
+    def at(self, places: Rows) -> RowScores:
+        """Those of some of the rows."""
+        return RowScores({name: values[places] for name, values in self.measures.items()}, self.own[places])
+
+
+def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callable[[Rows], Tensor]) -> RowScores:
+    """Scores reconstructions of `truth.asked`, by their match: the picture of the pool that they correlate with most.
+
+    Ids are not trusted: a bank whose rows were shuffled within their pools scores as it did before.
+
+    Args:
+        truth: the pools.
+        contributors: of what the rows are made.
+        reconstruct: positions in `truth.asked` → pictures.
+    """
+    measures: dict[str, list[Tensor]] = {}
+    own: list[NDArray[np.bool_]] = []
+    done = 0
+    for pool in truth.pools:
+        originals = truth.read(pool.pictures).float() / 255
+        directions = _directions(originals)
+        at, members = contributors(pool.rows)
+        made_of = np.zeros((len(pool.rows), len(pool.pictures)), np.bool_)
+        there = np.isin(members, pool.pictures)
+        made_of[at[there], np.searchsorted(pool.pictures, members[there])] = True
+        for first in range(0, len(pool.rows), BATCH):
+            places = np.arange(first, min(first + BATCH, len(pool.rows)))
+            pictures = reconstruct(done + places).float().clamp(0, 1)
+            correlation = (_directions(pictures) @ directions.T).abs()  # (n, M)
+            best, match = correlation.max(dim=1)
+            own.append(made_of[places, match.numpy()])
+            for name, values in _measure(pictures, originals[match]).items():
+                measures.setdefault(name, []).append(values)
+            measures.setdefault("correlation", []).append(best)
+        done += len(pool.rows)
+    joined = {name: torch.cat(parts).double().numpy() for name, parts in measures.items()}
+    return RowScores(joined, np.concatenate(own))
+
+
+def _measure(pictures: Tensor, originals: Tensor) -> dict[str, Tensor]:
+    plain = ssim(pictures, originals)
+    return {
+        "affine_ssim": ssim(affine_fit(pictures, originals), originals),
+        "ssim": plain,
+        "abs_ssim": torch.maximum(plain, ssim(1 - pictures, originals)),
+        "l1": l1(pictures, originals),
+        "psnr": psnr(pictures, originals).clamp_max(PSNR_LIMIT),
+    }
+
+
+def _directions(pictures: Tensor) -> Tensor:
+    """Pictures as unit vectors around their mean, (n, 3HW); their products are pixel correlations."""
+    flat = pictures.flatten(1)
+    centred = flat - flat.mean(dim=1, keepdim=True)
+    return centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-6)
+
+
+def affine_fit(pictures: Tensor, originals: Tensor) -> Tensor:
+    """Each picture with its colours mapped by the 3×4 matrix that brings it nearest to its original.
+
+    A negative, or a picture in false colours, is so seen for what it is; a constant becomes the original's mean colour.
+    """
+    count, _, height, width = pictures.shape
+    flat = pictures.flatten(2).transpose(1, 2).double()  # (n, HW, 3)
+    design = torch.cat([flat, torch.ones_like(flat[..., :1])], dim=2)  # (n, HW, 4)
+    wanted = originals.flatten(2).transpose(1, 2).double()  # (n, HW, 3)
+    gram = design.transpose(1, 2) @ design + 1e-6 * torch.eye(4, dtype=torch.float64)
+    colours = torch.linalg.solve(gram, design.transpose(1, 2) @ wanted)  # (n, 4, 3)
+    fitted = (design @ colours).transpose(1, 2).reshape(count, 3, height, width)
+    return fitted.clamp(0, 1).to(pictures.dtype)
+
+
+# --------------------------------------------------------------------------------------------- what it is worth
+
+
+@dataclass(frozen=True)
+class References:
+    """What leakage is measured between, of the same rows.
+
+    Attributes:
+        baseline: the best that needs no bank.
+        ceiling: the best on clean rows.
+    """
+
+    baseline: RowScores
+    ceiling: RowScores
+
+    def at(self, places: Rows) -> References:
+        """Those of some of the rows."""
+        return References(self.baseline.at(places), self.ceiling.at(places))
+
+
+def way_of(scores: RowScores, references: References, among: int, seed: int) -> Way:
+    """Means of what was measured for one decoder, with their intervals, and its leakage."""
+    measures = {name: mean_interval(values, seed) for name, values in scores.measures.items()}
+    worst = np.sort(scores.primary)[-max(1, round(WORST * len(scores.primary))) :]
+    measures["affine_ssim_worst"] = mean_interval(worst, seed)
+    if among >= LEAST_POOL:
+        measures["re_identification"] = share_interval(scores.own)
+    leakage = ratio_interval(scores.primary, references.baseline.primary, references.ceiling.primary, seed)
+    return Way(measures=measures, leakage=leakage)
+
+
+def mean_interval(values: NDArray[Any], seed: int) -> Interval:
+    """The mean of one number an image, with its bootstrap 95 % interval over images."""
+    low, high = np.quantile(_resampled([values], seed)[0], [0.025, 0.975])
+    return Interval(value=float(np.mean(values)), low=float(low), high=float(high))
+
+
+def share_interval(found: NDArray[np.bool_]) -> Interval:
+    """A share of images, with its 95 % interval by Wilson: the bootstrap of none found would be exactly zero."""
+    interval = binomtest(int(found.sum()), len(found)).proportion_ci(0.95, "wilson")
+    return Interval(value=float(found.mean()), low=float(interval.low), high=float(interval.high))
+
+
+def ratio_interval(attack: Numbers, baseline: Numbers, ceiling: Numbers, seed: int) -> Interval | None:
+    """(attack - baseline) / (ceiling - baseline) of means over the same images; None where the gap is below 0.1."""
+    if ceiling.mean() - baseline.mean() < LEAST_GAP:
+        return None
+    means = _resampled([attack, baseline, ceiling], seed)
+    ratios = (means[0] - means[1]) / np.maximum(means[2] - means[1], 1e-9)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    value = (attack.mean() - baseline.mean()) / (ceiling.mean() - baseline.mean())
+    return Interval(value=float(value), low=float(low), high=float(high))
+
+
+def _resampled(columns: list[NDArray[Any]], seed: int) -> NDArray[np.float64]:
+    """Means of each column over the same bootstrap draws of its rows, (columns, draws)."""
+    table = np.stack([np.asarray(column, np.float64) for column in columns])
+    generator = np.random.default_rng([seed, 2])
+    count = table.shape[1]
+    chunk = max(1, 2**21 // count)
+    parts = []
+    for first in range(0, DRAWS, chunk):
+        drawn = generator.integers(count, size=(min(chunk, DRAWS - first), count))
+        parts.append(table[:, drawn].mean(axis=2))
+    return np.concatenate(parts, axis=1)
+
+
+def best_of(scores: Mapping[str, RowScores]) -> tuple[str, RowScores]:
+    """The name and scores with the highest mean."""
+    name = max(scores, key=lambda name: float(scores[name].primary.mean()))
+    return name, scores[name]

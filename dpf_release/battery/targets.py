@@ -1,0 +1,160 @@
+"""What is attacked: the candidate as it lies on disk, and planted functions of the same clean rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from dpf_release.attacks.view import HeldRows
+from dpf_release.bank import ID_BYTES, INDEX, FeatureBank
+from dpf_release.battery.planted import planted
+from dpf_release.battery.truth import Contributors
+from dpf_release.models.functions import Chain, FeatureSpec, RowSource
+from dpf_release.pipeline.fitting import FittedFunction
+from dpf_release.pipeline.project import Project
+from dpf_release.storage import sha256_of
+from dpf_release.vault import RELEASED_SPLITS
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One bank, and what only the harness knows of it. Its rows are numbered through the released splits.
+
+    Attributes:
+        name: of the function.
+        rows: as an attacker holds them.
+        poison: P on another bank.
+        contributors: which clean rows each row is made of.
+        subject: what the bank is, for what is kept of it.
+    """
+
+    name: str
+    rows: HeldRows
+    poison: Callable[[HeldRows], HeldRows]
+    contributors: Contributors
+    subject: str
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Several row sources as one."""
+
+    parts: tuple[RowSource, ...]
+
+    @property
+    def ids(self) -> NDArray[np.uint8]:
+        """(N, 16) bytes."""
+        return np.concatenate([part.ids for part in self.parts])
+
+    @property
+    def targets(self) -> NDArray[Any]:
+        """(N,) or (N, K)."""
+        return np.concatenate([part.targets for part in self.parts])
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        """Rows by number, (n, C, H, W)."""
+        return read_joined([(part.read, len(part)) for part in self.parts], np.asarray(rows, np.int64))
+
+
+def read_joined(parts: Sequence[tuple[Callable[[Rows], Any], int]], rows: Rows) -> NDArray[Any]:
+    """Rows of several sources, numbered through."""
+    starts = np.cumsum([0, *(length for _, length in parts)])
+    part_of = np.searchsorted(starts, rows, side="right") - 1
+    out: NDArray[Any] | None = None
+    for number in np.unique(part_of):
+        mine = part_of == number
+        found = np.asarray(parts[number][0](rows[mine] - starts[number]))
+        if out is None:
+            out = np.empty((len(rows), *found.shape[1:]), found.dtype)
+        out[mine] = found
+    if out is None:
+        raise ValueError("expected a row to read, found none")
+    return out
+
+
+def held(source: RowSource) -> HeldRows:
+    """A source as an attacker may hold it: rows, and no way to what they were made of."""
+    return HeldRows(source.targets, lambda rows: np.asarray(source.read(rows)))
+
+
+def clean_rows(project: Project) -> Joined:
+    """φ1(S), the released splits."""
+    return Joined(tuple(project.private_bank(split) for split in RELEASED_SPLITS))
+
+
+def candidate_target(project: Project, name: str, function: FittedFunction) -> Target:
+    """The candidate of a fitted function."""
+    vault = project.vault
+    features = vault.opened(vault.candidate(name) / "features", INDEX, *RELEASED_SPLITS)
+    parts = [FeatureBank(features, split) for split in RELEASED_SPLITS]
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def contributors(rows: Rows) -> tuple[Rows, Rows]:
+        found = []
+        for number, split in enumerate(RELEASED_SPLITS):
+            mine = np.flatnonzero((rows >= starts[number]) & (rows < starts[number + 1]))
+            at, members = function.chain.contributors(rows[mine] - starts[number], function.plans[split])
+            found.append((mine[at], members + starts[number]))
+        return np.concatenate([at for at, _ in found]), np.concatenate([members for _, members in found])
+
+    phi_2 = project.frozen(project.cut.split.classifier)
+    subject = sha256_of(features / INDEX)
+    return Target(name, held(Joined(tuple(parts))), _poison(function.chain, phi_2, subject), contributors, subject)
+
+
+def planted_target(project: Project, name: str, clean: RowSource, seed: int) -> Target:
+    """The same rows under a planted function (`battery.planted`)."""
+    cut = project.cut
+    chain = planted(name, FeatureSpec(cut.record.feature_shape, cut.split.non_negative))
+    phi_2 = project.frozen(cut.split.classifier)
+    plans = chain.plan(clean, phi_2, hashlib.sha256(f"planted {seed}".encode()).digest())
+    subject = f"planted {name}, seed {seed}, {project.bank_id}"
+    return Target(
+        name,
+        held(chain.on(clean, plans)),
+        _poison(chain, phi_2, f"planted {seed}"),
+        lambda rows: chain.contributors(rows, plans),
+        subject,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Held rows with ids, as a poisoning function wants them."""
+
+    rows: HeldRows
+
+    @property
+    def ids(self) -> NDArray[np.uint8]:
+        return np.random.default_rng(0).integers(0, 256, (len(self.rows), ID_BYTES), np.uint8)
+
+    @property
+    def targets(self) -> NDArray[Any]:
+        return self.rows.targets
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        return self.rows.read(rows)
+
+
+def _poison(chain: Chain, phi_2: nn.Module, seed: str) -> Callable[[HeldRows], HeldRows]:
+    """P on a bank of the attacker's, under a plan for that bank; learned weights and fixed numbers are P's own."""
+
+    def poison(rows: HeldRows) -> HeldRows:
+        source = _Source(rows)
+        return held(chain.on(source, chain.plan(source, phi_2, hashlib.sha256(seed.encode()).digest())))
+
+    return poison
