@@ -1,0 +1,244 @@
+"""The scorer against known answers: what a perfect, an empty, a negative and a shuffled attack score."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dpf_release.attacks
+from dpf_release.attack_report import Interval, Power
+from dpf_release.battery.scoring import (
+    References,
+    RowScores,
+    affine_fit,
+    ratio_interval,
+    score_pictures,
+    share_interval,
+    way_of,
+)
+from dpf_release.battery.truth import Rows, Truth, bins_of, draw_pools
+from dpf_release.battery.verdicts import Limit, judge, re_identification_limit
+from dpf_release.metrics import ssim
+
+POOL, CLASSES = 60, 2
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """Smooth random pictures, (count, 3, 24, 24) uint8: like photographs, no two alike."""
+    draws = torch.Generator().manual_seed(seed)
+    coarse = 0.7 * torch.rand(count, 1, 5, 5, generator=draws) + 0.3 * torch.rand(count, 3, 5, 5, generator=draws)
+    return (torch.nn.functional.interpolate(coarse, (24, 24), mode="bicubic").clamp(0, 1) * 255).byte()
+
+
+ORIGINALS = pictures(POOL * CLASSES, seed=1)
+LABELS = np.repeat(np.arange(CLASSES), POOL)
+
+
+def itself(rows: Rows) -> tuple[Rows, Rows]:
+    return np.arange(len(rows)), rows
+
+
+TRUTH = Truth(draw_pools(LABELS, itself, len(LABELS), seed=0), lambda rows: ORIGINALS[torch.from_numpy(rows)], LABELS)
+
+
+def perfect(positions: Rows) -> Tensor:
+    return ORIGINALS[torch.from_numpy(TRUTH.asked[positions])].float() / 255
+
+
+def mean_of_class(positions: Rows) -> Tensor:
+    means = torch.stack([ORIGINALS[label == LABELS].float().mean(0) / 255 for label in range(CLASSES)])
+    return means[torch.from_numpy(LABELS[TRUTH.asked[positions]])]
+
+
+def scored(reconstruct: object) -> RowScores:
+    return score_pictures(TRUTH, itself, reconstruct)  # type: ignore[arg-type]
+
+
+REFERENCES = References(scored(mean_of_class), scored(perfect))
+
+
+def test_a_perfect_reconstruction_leaks_all_and_the_class_mean_nothing() -> None:
+    found = way_of(scored(perfect), REFERENCES, TRUTH.among, seed=0)
+    nothing = way_of(scored(mean_of_class), REFERENCES, TRUTH.among, seed=0)
+    assert found.leakage is not None
+    assert found.leakage.value == pytest.approx(1.0)
+    assert found.measures["re_identification"].value == 1.0
+    assert nothing.leakage is not None
+    assert abs(nothing.leakage.value) < 1e-9
+    assert nothing.measures["re_identification"].value < 5 / POOL
+
+
+def test_a_negative_and_false_colours_are_not_called_safe() -> None:
+    def false_colours(positions: Rows) -> Tensor:
+        return perfect(positions)[:, [2, 0, 1]] * 0.5 + 0.2
+
+    for disguised in (lambda positions: 1 - perfect(positions), false_colours):
+        way = way_of(scored(disguised), REFERENCES, TRUTH.among, seed=0)
+        assert way.leakage is not None
+        assert way.leakage.value > 0.95
+        assert way.measures["ssim"].value < 0.8  # the plain measure would have been fooled
+    negative = way_of(scored(lambda positions: 1 - perfect(positions)), REFERENCES, TRUTH.among, seed=0)
+    assert negative.measures["re_identification"].value == 1.0
+    assert negative.measures["abs_ssim"].value == pytest.approx(1.0)
+
+
+def test_rows_shuffled_within_their_pools_score_as_before_and_rows_of_another_pool_do_not() -> None:
+    generator = np.random.default_rng(3)
+    place_of = {row: place for place, row in enumerate(TRUTH.asked)}
+    within = np.concatenate([generator.permutation(pool.rows) for pool in TRUTH.pools])
+    places = np.array([place_of[row] for row in within])
+    noisy = lambda at: (perfect(at) + 0.1 * torch.sin(17 * perfect(at))).clamp(0, 1)  # noqa: E731
+    plain, shuffled = scored(noisy), scored(lambda at: noisy(places[at]))
+    across = scored(lambda at: noisy((at + POOL) % len(TRUTH.asked)))
+    assert np.sort(shuffled.primary) == pytest.approx(np.sort(plain.primary), abs=1e-6)
+    assert across.primary.mean() < plain.primary.mean() - 0.2
+    assert shuffled.own.mean() < 0.2 < plain.own.mean()  # whose row it was is not taken on trust, nor forgotten
+
+
+def test_any_of_the_pictures_that_a_row_is_made_of_counts_as_its_own() -> None:
+    halves = np.random.default_rng(0).permutation(POOL).reshape(-1, 2)
+    partner = np.empty(POOL, np.int64)
+    partner[halves[:, 0]], partner[halves[:, 1]] = halves[:, 1], halves[:, 0]
+    partner = np.concatenate([partner, partner + POOL])
+
+    def pairs(rows: Rows) -> tuple[Rows, Rows]:
+        members = np.sort(np.stack([rows, partner[rows]], axis=1), axis=1)
+        return np.repeat(np.arange(len(rows)), 2), members.ravel()
+
+    def partners(positions: Rows) -> Tensor:
+        return ORIGINALS[torch.from_numpy(partner[TRUTH.asked[positions]])].float() / 255
+
+    assert score_pictures(TRUTH, pairs, partners).own.mean() == 1.0
+    assert score_pictures(TRUTH, itself, partners).own.mean() == 0.0
+
+
+def test_the_affine_fit_is_the_best_one_and_makes_a_constant_the_mean_colour() -> None:
+    originals = ORIGINALS[:8].float() / 255
+    grey = affine_fit(torch.full_like(originals, 0.5), originals)
+    assert torch.allclose(grey, originals.mean(dim=(2, 3), keepdim=True).expand_as(grey), atol=1e-3)
+    fitted = affine_fit(1 - originals, originals)
+    assert float(ssim(fitted, originals).min()) > 0.999
+    assert float(ssim(grey, originals).max()) < 0.9
+
+
+# --------------------------------------------------------------------------------------------- pools
+
+
+def test_pools_hold_the_pictures_of_their_rows_also_of_rows_that_are_made_of_many() -> None:
+    labels = np.repeat([0, 1], 300)
+    groups = np.random.default_rng(1).permutation(300).reshape(-1, 10)
+    group_of = np.empty(300, np.int64)
+    group_of[groups.ravel()] = np.repeat(np.arange(30), 10)
+    members = np.concatenate([groups[group_of], groups[group_of] + 300])  # (600, 10)
+
+    def mixed(rows: Rows) -> tuple[Rows, Rows]:
+        return np.repeat(np.arange(len(rows)), 10), members[rows].ravel()
+
+    def tangled(rows: Rows) -> tuple[Rows, Rows]:  # all rows of a class hang together
+        near = np.stack([rows // 300 * 300 + (rows + step) % 300 for step in range(10)], axis=1)
+        return np.repeat(np.arange(len(rows)), 10), near.ravel()
+
+    for contributors in (itself, mixed, tangled):
+        pools = draw_pools(labels, contributors, 400, seed=5)
+        assert [len(pool.pictures) for pool in pools] == [200, 200]
+        for pool in pools:
+            assert set(labels[pool.rows]) == set(labels[pool.pictures]) == {pool.label}
+            positions, own = contributors(pool.rows)
+            has_own = np.unique(positions[np.isin(own, pool.pictures)])
+            assert len(has_own) == len(pool.rows)
+    other = draw_pools(labels, itself, 400, seed=6)
+    assert not np.array_equal(other[0].rows, draw_pools(labels, itself, 400, seed=5)[0].rows)
+    assert np.array_equal(other[0].rows, draw_pools(labels, itself, 400, seed=6)[0].rows)
+
+
+def test_regression_targets_are_binned_so_that_each_bin_has_a_pool() -> None:
+    targets = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
+    bins = bins_of(targets)
+    assert np.bincount(bins).tolist() == [200] * 5
+    assert targets[bins == 0, 0].max() <= targets[bins == 1, 0].min()
+    assert bins_of(targets[:50]).max() == 0
+    assert np.array_equal(bins_of(np.array([3, 1])), [3, 1])
+
+
+def test_the_first_pools_are_of_all_classes() -> None:
+    labels = np.repeat([0, 1], 400)
+    truth = Truth(draw_pools(labels, itself, 800, seed=0), TRUTH.read, labels)
+    part, places = truth.first(400)
+    assert [pool.label for pool in truth.pools] == [0, 0, 1, 1]
+    assert [pool.label for pool in part.pools] == [0, 1]
+    assert np.array_equal(truth.asked[places], part.asked)
+
+
+# --------------------------------------------------------------------------------------------- intervals, verdicts
+
+
+def test_intervals_cover_the_truth_and_none_found_is_not_exactly_zero() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        attack, baseline, ceiling = (generator.normal(mean, 0.1, 300) for mean in (0.4, 0.2, 0.7))
+        interval = ratio_interval(attack, baseline, ceiling, seed)
+        assert interval is not None
+        covered += interval.low <= 0.4 <= interval.high
+    assert 180 <= covered <= 200
+    none = share_interval(np.zeros(200, np.bool_))
+    assert none.value == none.low == 0
+    assert 0.01 < none.high < 0.03
+    assert ratio_interval(np.full(9, 0.3), np.full(9, 0.2), np.full(9, 0.25), 0) is None
+
+
+def _interval(value: float, half: float = 0.01) -> Interval:
+    return Interval(value=value, low=value - half, high=value + half)
+
+
+def test_a_pass_wants_evidence_and_a_fail_does_not() -> None:
+    strong, weak = Power(passed=True), Power(passed=False, planted={"weak-noise": _interval(0.3)})
+    low, near, high = (Limit("leakage", _interval(value), 0.1) for value in (0.05, 0.095, 0.2))
+    assert judge([low], strong, []) == ("pass", ())
+    assert judge([near], strong, [])[0] == "inconclusive"
+    assert judge([high], strong, [])[0] == judge([high], weak, ["too few rows"])[0] == "fail"
+    for power, shortage in ((weak, []), (Power(passed=None), []), (strong, ["too few rows"])):
+        assert judge([low], power, shortage)[0] == "inconclusive"
+    assert judge([low, Limit("top-1", None, 0.05)], strong, [])[0] == "inconclusive"
+    assert re_identification_limit(200, 0.05) == 0.05
+    assert re_identification_limit(100, 0.05) == 0.1
+
+
+# --------------------------------------------------------------------------------------------- what an attack may know
+
+
+PRIVATE = (
+    "vault",
+    "pipeline",
+    "battery",
+    "sealing",
+    "guard",
+    "bank",
+    "loader",
+    "image_table",
+    "pictures",
+    "package",
+    "leaks",
+)
+
+
+def private_imports(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{name.name}" for name in node.names}
+    return {name for name in names for part in PRIVATE if name.startswith(f"dpf_release.{part}")}
+
+
+def test_no_attack_can_reach_what_its_view_does_not_hold() -> None:
+    files = sorted(Path(dpf_release.attacks.__file__).parent.glob("*.py"))
+    assert len(files) >= 5
+    assert {path.name: found for path in files if (found := private_imports(path.read_text(encoding="utf-8")))} == {}
+    assert private_imports("from dpf_release.pipeline import Project") == {"dpf_release.pipeline.Project"}
