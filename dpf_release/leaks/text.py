@@ -135,7 +135,7 @@ def _said_names(project: Project, texts: Iterable[str]) -> set[str]:
 
     The texts are few and the names may be millions: the names are looked up among all stretches of words of the texts.
     """
-    table = project.private_images.table
+    table = project.private_table
     gone = Sources.of(project).gone if project.vault.holds(project.vault.ids) else ()
     sources = (*table.paths, *gone)
     longest = 2 * max(map(len, sources), default=0)  # composing and folding lengthen few names, and by little
