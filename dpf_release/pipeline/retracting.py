@@ -204,7 +204,7 @@ def _begin(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> Non
     _keep_survey(project, table)
     (vault.features / BEFORE).unlink(missing_ok=True)  # of an earlier one that ended with this line undone
     write_retracted(vault, after.model_copy(update={"facts": {"source_sha256": table.digest()}}))
-    project.forget("retracted", "private_images", "source_facts", "bank_order")
+    project.forget("retracted", "private_table", "private_images", "source_facts", "bank_order")
 
 
 def _version(project: Project) -> str:
@@ -239,9 +239,9 @@ def _table_after(project: Project, after: Retracted, lines: Sequence[Line], kept
         VaultError: φ1(S) was made of something else than S is today.
     """
     plan, vault = project.bank_plan, project.vault
-    table, _ = project.private_table(after)
+    table, _ = project.table_without(after)
     if all((table.root / line["source"]).is_file() for line in lines):
-        same = project.private_table(project.retracted)[0].digest() == plan["source_sha256"]
+        same = project.table_without(project.retracted)[0].digest() == plan["source_sha256"]
     else:  # deleted before they were retracted: all others are there as they were, as far as can be seen without them
         same = _has_rows(project, table, {line["id"] for line in lines}, kept)
     changed = ["the images or their labels"] * (not same)
@@ -349,7 +349,7 @@ def _finish(project: Project) -> RetractionReport:
     facts = retracted.facts | {"ids_sha256": sha256_of(vault.ids)}
     write_retracted(vault, retracted.model_copy(update={"facts": facts, "unfinished": None}))
     (vault.features / BEFORE).unlink()
-    project.forget("retracted", "private_images", "source_facts", "bank_order")
+    project.forget("retracted", "private_table", "private_images", "source_facts", "bank_order")
     rebuilt = _rebuilt(vault, len(retracted.retractions))
     rows = {split: retracted.retractions[-1].rows[split] for split in SPLITS}
     return RetractionReport(rows, _version(project), rebuilt, tuple(lost))
