@@ -89,6 +89,20 @@ def read_identity(path: Path) -> list[Any]:
     return identities
 
 
+def refuse_other_identity(path: Path, recipients: Sequence[str]) -> None:
+    """That an identity file opens what is sealed for these recipients.
+
+    Raises:
+        VaultError: it has the secret key of none of them, or is no identity file.
+    """
+    own, expected = ([str(key.to_public()) for key in read_identity(path)], list(map(str, read_recipients(recipients))))
+    if set(own).isdisjoint(expected):
+        raise VaultError(
+            f"expected the secret key of {' or '.join(expected)} in the identity file {path}, found that of "
+            f"{', '.join(own)}. Name the file of a key that the vault is sealed for: --identity FILE."
+        )
+
+
 def encrypt(data: bytes, recipients: Sequence[str]) -> bytes:
     """The sealed form of a few bytes.
 

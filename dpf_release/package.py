@@ -29,10 +29,9 @@ from dpf_release.pipeline.banks import candidate_origin
 from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.record import ModelRecord, read_model_record
-from dpf_release.release import Release
 from dpf_release.signing import read_private_key, write_signature
 from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of, write_json
-from dpf_release.structure import check_structure
+from dpf_release.structure import verify_deep
 from dpf_release.vault import Vault, forget_release, releases, remember_release
 from dpf_release.verification import read_manifest
 
@@ -96,8 +95,8 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
         write_manifest(staging, manifest)
         if key is not None:
             write_signature(staging, key)
-        Release.open(staging)  # what its reader will check: digests, and that its parts belong together
-        _refuse_structure(staging)
+        # As any reader can, in a limited child; only then are its files opened here, for what only the owner can see.
+        _refuse_unsound(staging)
         _refuse_private_facts(staging, project, name)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -264,9 +263,9 @@ def _refuse_unpoisoned(index: BankIndex, *, poisons: bool) -> None:
         )
 
 
-def _refuse_structure(staging: Path) -> None:
-    """That each file is what its role says, whatever its digest, and that every row can be read and is finite."""
-    if problems := check_structure(staging, deep=True):
+def _refuse_unsound(staging: Path) -> None:
+    """That the digests are right, each file is what its role says, the records agree, and every row is finite."""
+    if problems := verify_deep(staging):
         raise RefusedError(
             "the release would hold files that are not what they should be. Nothing was published.\n"
             + "\n".join(f"  {problem}" for problem in problems)

@@ -21,7 +21,7 @@ from dpf_release.errors import VaultError
 from dpf_release.progress import Progress
 from dpf_release.retracted import read_retracted
 from dpf_release.storage import LOCK, PARTIAL, flush_to_disk, locked, refuse_small_disk, write_json
-from dpf_release.vault import OPENED, SEALS, Seals, Vault, releases
+from dpf_release.vault import OPENED, SEALS, STAGED, Seals, Vault, releases
 
 FORGETTABLE = ("features", "candidates", "figures")
 DELETION = (
@@ -89,7 +89,7 @@ class Forgotten:
 def look_at(vault: Vault) -> VaultState:
     """What is in a vault: sealed, in the clear, unknown, missing."""
     found = {path.relative_to(vault.root).as_posix(): path for path in vault.root.rglob("*") if not path.is_dir()}
-    names = {name: path for name, path in found.items() if not name.startswith(f"{OPENED}/")}
+    names = {name: path for name, path in found.items() if not name.startswith((f"{OPENED}/", f"{STAGED}/"))}
     sealed = {name.removesuffix(SEALED) for name, path in names.items() if is_sealed_form(path)}
     clear = {name for name, path in names.items() if name not in CLEAR and not is_sealed_form(path)}
     known = {name for name in clear if MEMBERS.fullmatch(name)}
@@ -129,7 +129,7 @@ def seal(vault: Vault, recipients: Sequence[str] = (), forgotten: Collection[str
         _remove_unfinished(vault)
         _refuse_strangers(vault)
         if not known:
-            _refuse_unfinished_retraction(vault)  # it would be stuck: `retract` refuses a sealed vault
+            _refuse_unfinished_retraction(vault)  # which may have half a file, or want what is forgotten
             seals = Seals(recipients=tuple(dict.fromkeys(recipients)))
             write_json(vault.root / SEALS, seals.model_dump(mode="json"))
         _forget(vault, forgotten)
@@ -260,8 +260,7 @@ def _forget(vault: Vault, kinds: Collection[str]) -> Forgotten:
     forgotten = Forgotten(len(chosen), sum(path.stat().st_size for path in files))
     # The index first: a bank without one is unfinished.
     vault.remove(*sorted(chosen, key=lambda member: (member.name != INDEX, member)))
-    for folder in {parent for member in chosen for parent in member.parents if parent.is_relative_to(vault.root)}:
-        flush_to_disk(folder)
+    vault.flush_folders(chosen)
     return forgotten
 
 
@@ -278,8 +277,11 @@ def check(vault: Vault) -> VaultState:
     """What is in a vault, where all of a sealed one is sealed and there.
 
     Raises:
-        VaultError: a sealed vault has members in the clear, has lost some, or holds what no command of ours wrote.
+        VaultError: a sealed vault has members in the clear, has lost some, or holds what no command of ours wrote; or a
+            run was cut off while what it had changed took its place.
     """
+    if (vault.root / STAGED / SEALS).exists():
+        raise VaultError(f"a run in {vault.root} was cut off. Run `dpf-release vault seal` to end it; it wants no key.")
     state = look_at(vault)
     problems = [
         f"{what}: {_listed(names)}"

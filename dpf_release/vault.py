@@ -16,13 +16,14 @@ from typing import Annotated, Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dpf_release.age import decrypt, decrypt_file, encrypt, encrypt_file, is_sealed_form, sealed_form
+from dpf_release.age import SEALED, decrypt, decrypt_file, encrypt, encrypt_file, is_sealed_form, sealed_form
 from dpf_release.bank import INDEX, SplitName
 from dpf_release.errors import VaultError
 from dpf_release.guard import refuse_others, refuse_tracked
 from dpf_release.storage import (
     PARTIAL,
     PRIVATE_FOLDER,
+    flush_to_disk,
     json_text,
     make_folder,
     refuse_small_disk,
@@ -36,7 +37,8 @@ SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 RELEASED_SPLITS: tuple[SplitName, ...] = ("train", "val")
 BANK = (INDEX, *SPLITS)  # what a bank has in its folder; beside it may lie what is never opened to the disk
 SEALS = "sealed.json"  # in the clear: for whom the vault is sealed, and the names of its sealed members
-OPENED = ".opened"  # banks of a sealed vault, while a run that holds its lock reads or writes them
+OPENED = ".opened"  # what of a sealed vault a run that holds its lock reads or writes by paths, in the clear
+STAGED = ".staged"  # what such a run has changed, sealed; with a `sealed.json` it is all there, and takes its place
 
 
 class Seals(BaseModel):
@@ -55,7 +57,8 @@ class Vault:
     """Paths inside a vault (layout: `docs/layout.md`), and its members, read and written by them, sealed or not.
 
     A member has one path, the one that it has in the clear; sealed it lies in `PATH.age` beside it. Small members are
-    sealed and opened in memory, banks in a private folder that goes with the run. Folders are 0700, files 0600.
+    sealed and opened in memory, banks (for a retraction: all) in a private folder that goes with the run. Folders are
+    0700, files 0600.
 
     Attributes:
         root: the folder.
@@ -259,20 +262,24 @@ class Vault:
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
         """One run, which holds the vault's lock: what it opens goes at its end, what a killed one left before."""
-        opened = self.root / OPENED
-        shutil.rmtree(opened, ignore_errors=True)
+        self._settle()
         try:
             if self.seals:
-                make_folder(opened)
+                make_folder(self.root / OPENED)
             yield
         finally:
-            shutil.rmtree(opened, ignore_errors=True)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Removes what is opened, and takes in what is staged."""
+        shutil.rmtree(self.root / OPENED, ignore_errors=True)
+        self._take_in()
 
     def opened(self, folder: Path, *parts: str) -> Path:
-        """The folder of a bank or candidate as it can be read, until the run ends: itself, or a copy in the clear.
+        """A folder of the vault as it can be read, until the run ends: itself, or a copy in the clear.
 
         Args:
-            folder: in the vault.
+            folder: in the vault, or the vault's own.
             parts: the files and folders of it that are wanted; all of it where none is named.
 
         Raises:
@@ -296,22 +303,55 @@ class Vault:
         return self._copy_of(folder)
 
     @contextlib.contextmanager
-    def changing(self, folder: Path) -> Iterator[Path]:
-        """The folder of a bank to write to: itself, or a copy in the clear that is sealed when the block ends well."""
+    def changing(self, folder: Path, *parts: str) -> Iterator[Path]:
+        """A folder to write to: itself, or a copy in the clear; what changed is sealed when the block ends well.
+
+        It takes its place as a whole: cut off, a sealed vault is as it was before, or as it is after.
+
+        Args:
+            folder: as for `opened`.
+            parts: as for `opened`.
+        """
         seals = self.seals
         if seals is None:
             yield folder
             return
-        place = make_folder(self.opened(folder, *BANK))
+        place, copies, staged = make_folder(self.opened(folder, *parts)), self.root / OPENED, self.root / STAGED
         before = _stamps(place)
         yield place
-        after = _stamps(place)
-        changed = [name for name in after if after[name] != before.get(name)]
-        for name in sorted(changed, key=lambda name: (name == INDEX, name)):  # without an index a bank is unfinished
-            make_folder((folder / name).parent)
-            encrypt_file(place / name, sealed_form(folder / name), seals.recipients)
-        self.note_sealed([folder / name for name in changed])
-        self.remove(*[folder / name for name in before if name not in after])
+        after, seals = _stamps(place), self.seals or seals  # with what the block itself has sealed
+        changed = [path.relative_to(copies) for path, stamp in after.items() if before.get(path) != stamp]
+        for name in changed:
+            make_folder((staged / name).parent)
+            encrypt_file(copies / name, sealed_form(staged / name), seals.recipients)
+        self.flush_folders(staged / name for name in changed)
+        gone = {path.relative_to(copies).as_posix() for path in before.keys() - after.keys()}
+        self._write_seals(seals, {*seals.members, *map(Path.as_posix, changed)} - gone, make_folder(staged))
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """What is staged takes its place if all of it is there, and goes if not; each step may be done twice."""
+        staged = self.root / STAGED
+        if (after := Vault(staged).seals) is not None:
+            taken = [self.root / path.relative_to(staged) for path in staged.rglob(f"*{SEALED}")]
+            for path in taken:
+                make_folder(path.parent)
+                (staged / path.relative_to(self.root)).replace(path)
+            before = self.seals
+            gone = [self.root / name for name in set(before.members if before else ()) - set(after.members)]
+            for path in gone:
+                sealed_form(path).unlink(missing_ok=True)
+            self.flush_folders([*taken, *gone])
+            (staged / SEALS).replace(self.root / SEALS)  # last: without it there is nothing to take in
+            flush_to_disk(self.root)
+        if staged.exists():
+            shutil.rmtree(staged)
+
+    def flush_folders(self, members: Iterable[Path]) -> None:
+        """Has the folders of members, up to the vault's own, name on the disk what they hold."""
+        for folder in {folder for member in members for folder in member.parents if folder.is_relative_to(self.root)}:
+            if folder.is_dir():
+                flush_to_disk(folder)
 
     def be_ignored(self) -> None:
         """Tells git to ignore the vault, where it is not told yet."""
@@ -324,10 +364,10 @@ class Vault:
         if seals := self.seals:
             self._write_seals(seals, {*seals.members, *map(self._name, members)})
 
-    def _write_seals(self, seals: Seals, members: set[str]) -> None:
-        if members != set(seals.members):
+    def _write_seals(self, seals: Seals, members: set[str], folder: Path | None = None) -> None:
+        if folder or members != set(seals.members):
             tree = seals.model_dump(mode="json") | {"members": sorted(members)}
-            write_json(self.root / SEALS, tree)
+            write_json((folder or self.root) / SEALS, tree)
 
     def _name(self, member: Path) -> str:
         return member.relative_to(self.root).as_posix()
@@ -366,10 +406,10 @@ def _write_table(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[st
     table.writerows(rows)
 
 
-def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
     """What tells a file below a folder from the one that was there before: files are replaced, never written into."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 def releases(vault: Vault) -> list[dict[str, Any]]:

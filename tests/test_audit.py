@@ -28,6 +28,7 @@ from dpf_release.bank_writer import BankWriter, SplitRows
 from dpf_release.croissant import CROISSANT, croissant
 from dpf_release.errors import ConfigError, SigningError, VaultError
 from dpf_release.manifest import MANIFEST, SUMS, Manifest, describe_files, write_manifest
+from dpf_release.pipeline import Project
 from dpf_release.sealing import seal
 from dpf_release.signing import new_key
 from dpf_release.storage import LOCK, sha256_of, write_json
@@ -151,13 +152,18 @@ def test_a_function_fitted_anew_no_longer_belongs_to_the_release(project_folder:
     assert artefacts["notes.txt"].role == "unknown"
 
 
-def test_a_sealed_vault_is_audited_with_its_key_as_an_open_one(
-    project_folder: Path, tmp_path: Path, with_vault: Audit
-) -> None:
-    identity = load_pyrage().x25519.Identity.generate()
-    key, vault, release = tmp_path / "key.txt", project_folder / "vault", project_folder / "release"
+@pytest.fixture
+def sealed(project_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A finished project whose vault is sealed, and the identity file that opens it."""
+    identity, key = load_pyrage().x25519.Identity.generate(), tmp_path / "key.txt"
     key.write_text(f"{identity}\n")
-    seal(Vault(vault), [str(identity.to_public())])
+    seal(Vault(project_folder / "vault"), [str(identity.to_public())])
+    return project_folder, key
+
+
+def test_a_sealed_vault_is_audited_with_its_key_as_an_open_one(sealed: tuple[Path, Path], with_vault: Audit) -> None:
+    folder, key = sealed
+    vault, release = folder / "vault", folder / "release"
     without, opened = audit(release, project_of(vault)), audit(release, project_of(vault, key))
     reasons = {result.check.name: result.reason for result in without.results if result.status == "not run"}
     assert reasons.pop("signature")
@@ -173,8 +179,71 @@ def test_a_sealed_vault_is_audited_with_its_key_as_an_open_one(
         assert {path for path, artefact in artefacts.items() if not artefact.sealed} - {LOCK} == {".gitignore", SEALS}
         assert not [artefact.path for artefact in artefacts.values() if artefact.role == "unknown"]
     assert artefacts["ids.csv.age"].releases == ("shapes 1.0.0",)
-    told = run_cli("audit", "release", "--vault", "vault", "--identity", str(key), folder=project_folder)
+    told = run_cli("audit", "release", "--vault", "vault", "--identity", str(key), folder=folder)
     assert told.returncode == 0, told.stderr
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Mode, time of change and bytes of everything below a folder; of folders the names stand for the bytes."""
+    found = {}
+    for path in (folder, *folder.rglob("*")):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() else b"/".join(sorted(map(os.fsencode, path.iterdir())))
+        found[path.relative_to(folder).as_posix()] = (status.st_mode, status.st_mtime_ns, content)
+    return found
+
+
+def _add_image(folder: Path) -> None:
+    images = folder / "images" / "private" / "disc"
+    shutil.copy(images / "disc-portrait-001.png", images / "disc-portrait-777.png")
+
+
+def _change_image(folder: Path) -> None:
+    (folder / "images" / "private" / "disc" / "disc-portrait-001.png").write_bytes(b"no picture any more")
+
+
+@pytest.mark.parametrize("change", [lambda folder: None, _add_image, _change_image], ids=["", "added", "changed"])
+def test_an_audit_changes_nothing_whatever_became_of_the_images(
+    project_folder: Path, change: Callable[[Path], None]
+) -> None:
+    change(project_folder)
+    before = state(project_folder)
+    done = run_cli("audit", "release", "--vault", "vault", folder=project_folder)
+    assert done.returncode == 0, done.stderr
+    assert state(project_folder) == before
+    with Project.open(project_folder / "dpf.toml").working():  # the control: what any other command of the owner's does
+        pass
+    changed = {path for path, what in state(project_folder).items() if what != before[path]}
+    assert changed == {"vault"} | ({"vault/survey-private.json"} if change in {_add_image, _change_image} else set())
+
+
+def test_an_audit_of_a_sealed_vault_leaves_every_file_as_it_was(sealed: tuple[Path, Path]) -> None:
+    folder, key = sealed
+    _add_image(folder)
+    before = state(folder)
+    assert audit(folder / "release", project_of(folder / "vault", key)).findings == ()
+    after = state(folder)
+    assert after.pop("vault")[::2] == before.pop("vault")[::2]  # a lock, and banks in the clear, came and went
+    assert after == before
+    with Project.open(folder / "dpf.toml", identity=key).working():  # the control
+        pass
+    assert state(folder)["vault/survey-private.json.age"] != before["vault/survey-private.json.age"]
+
+
+def test_an_identity_of_another_key_is_told_before_anything_is_done(sealed: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, key = sealed
+    wrong, theirs = tmp_path / "wrong.txt", load_pyrage().x25519.Identity.generate()
+    wrong.write_text(f"{theirs}\n")
+    before = state(folder)
+    refused = run_cli("audit", "release", "--vault", "vault", "--identity", str(wrong), folder=folder)
+    assert f"found that of {theirs.to_public()}. Name the file of a key that the vault is sealed for" in refused.stderr
+    with pytest.raises(VaultError, match="expected lines AGE-SECRET-KEY-1"):
+        audit(folder / "release", project_of(folder / "vault", tmp_path / "none.txt"))
+    assert state(folder) == before
+    other = run_cli("package", "--identity", str(wrong), folder=folder)
+    assert (refused.stdout, refused.returncode) == (other.stdout, other.returncode) == ("", 1)
+    good = run_cli("audit", "release", "--vault", "vault", "--identity", str(key), folder=folder)
+    assert good.returncode == 0, good.stderr
 
 
 # ------------------------------------------------------------------------------------------ bad ones

@@ -21,8 +21,10 @@ import torch
 from conftest import write_shapes
 from safetensors.torch import load_file, save_file
 from small_banks import fill
+from test_audit import list_anew
 
 from dpf_release import near_rows
+from dpf_release.audit import audit, project_of
 from dpf_release.bank import BankIndex, FeatureBank
 from dpf_release.bank_writer import BankWriter
 from dpf_release.errors import BankError, RefusedError
@@ -198,14 +200,39 @@ def test_names_are_found_in_every_kind_of_file(project_folder: Path) -> None:
     assert places == shown | {f"{name}.txt"}
 
 
-def test_a_name_in_a_shard_has_no_place_to_be(project_folder: Path) -> None:
-    release, name = project_folder / "release", "disc-portrait-012"
-    shards = sorted(release.glob("features/train/*.h5"))
-    assert said(project_folder) == []
-    with h5py.File(shards[0], "r+") as shard:
-        shard["features"].attrs["note"] = f"{name}.png"
-    with pytest.raises(BankError, match="an attribute"):
-        said(project_folder)
+NAME = "disc-portrait-012"
+IN_A_SHARD: dict[str, Callable[[h5py.File], Any]] = {
+    "an attribute": lambda shard: shard.attrs.create("note", NAME),
+    "the name of an attribute": lambda shard: shard.attrs.create(NAME, 1),
+    "an attribute that is there": lambda shard: shard.attrs.modify("encoding", NAME),
+    "an attribute of a member": lambda shard: shard["features"].attrs.create("note", NAME),
+    "a member": lambda shard: shard.create_dataset(NAME, data=np.zeros(4)),
+    "a group": lambda shard: shard.create_group(NAME),
+    "a link": lambda shard: shard.__setitem__(NAME, h5py.SoftLink("/id")),
+    "texts": lambda shard: shard.create_dataset("note", data=[NAME]),
+}
+
+
+@pytest.mark.parametrize("where", IN_A_SHARD)
+def test_a_name_in_a_shard_has_no_place_to_be(project_folder: Path, where: str) -> None:
+    release, candidate = project_folder / "release", project_folder / "vault" / "candidates" / "default"
+    project, owners = Project.open(project_folder / "dpf.toml"), project_of(project_folder / "vault")
+    _change(candidate, lambda shard: None)  # the control: written to, and nothing more in it
+    package(project)
+    assert audit(release, owners).findings == ()
+    _change(candidate, IN_A_SHARD[where])
+    with pytest.raises(RefusedError, match=r"\n  structure: features/train/shard-00000\.h5: "):
+        package(project)
+    with h5py.File(release / "features" / "train" / "shard-00000.h5", "r+") as shard:
+        IN_A_SHARD[where](shard)
+    with pytest.raises(BankError):  # whoever does not look at the structure first
+        private_facts(release, project, "default")
+    list_anew(release)
+    found = {(finding.kind, finding.path) for finding in audit(release, owners).findings}
+    assert ("structure", "features/train/shard-00000.h5") in found
+    (release / "notes.txt").touch()  # then the structure is not looked at
+    found = {finding.kind for finding in audit(release, owners).findings}
+    assert found == {"unexpected", "unknown release", "unreadable"}
 
 
 def test_a_source_that_is_no_longer_there_is_still_not_named(project_folder: Path) -> None:
@@ -268,17 +295,21 @@ def test_a_public_row_that_is_a_private_tensor_is_found(project_folder: Path) ->
 # --------------------------------------------------------------------------------------------- rows
 
 
-def _overwrite(candidate: Path, row: np.ndarray) -> None:
-    """Puts a row into the first shard of `train`, and has index and record say that it belongs there."""
+def _change(candidate: Path, change: Callable[[h5py.File], Any]) -> None:
+    """Changes the first shard of `train`, and has index and record say that it belongs there."""
     shard = candidate / "features" / "train" / "shard-00000.h5"
     with h5py.File(shard, "r+") as file:
-        file["features"][2] = row
+        change(file)
     path = candidate / "features" / "index.json"
     index = json.loads(path.read_text())
     index["splits"]["train"][0] |= {"sha256": sha256_of(shard), "bytes": shard.stat().st_size}
     path.write_text(json.dumps(index))
     record = candidate.parent.parent / "functions" / "default" / "candidate.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"index_sha256": sha256_of(path)}))
+
+
+def _overwrite(candidate: Path, row: np.ndarray) -> None:
+    _change(candidate, lambda shard: shard["features"].__setitem__(2, row))
 
 
 def test_a_release_with_one_row_of_the_private_bank_is_refused(project_folder: Path) -> None:

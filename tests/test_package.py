@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 from small_banks import fill
+from test_audit import list_anew
 
-from dpf_release import Release
+from dpf_release import Release, structure
 from dpf_release import package as package_module
 from dpf_release.bank import BankIndex, FeatureBank, read_index
 from dpf_release.bank_writer import BankWriter
 from dpf_release.errors import BankError, RefusedError, VaultError, VerificationError
+from dpf_release.limits import run_limited
+from dpf_release.manifest import Manifest, describe_files, write_manifest
 from dpf_release.near_rows import find_near_rows
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
@@ -153,6 +157,48 @@ def test_a_private_file_in_the_place_of_a_public_one_is_refused(project_folder: 
     assert digests(project_folder / "release") == before
 
 
+def _spoil(release: Path, what: str) -> None:
+    """Something wrong with a release that no check of its candidate could see; "nothing" is the control."""
+    shard, manifest = release / "features" / "val" / "shard-00000.h5", read_manifest(release)
+    assert isinstance(manifest, Manifest)
+    if what == "changed":
+        shard.write_bytes(shard.read_bytes() + b"\0")
+    elif what == "unexpected":
+        (release / "notes.txt").touch()
+    elif what == "schema":
+        write_manifest(release, manifest.model_copy(update={"splits": manifest.splits | {"val": 1}}))
+    elif what == "values":
+        with h5py.File(shard, "r+") as file:
+            file["features"][0] = np.nan
+        list_anew(release)
+
+
+@pytest.mark.parametrize("what", ["nothing", "changed", "unexpected", "schema", "values"])
+def test_a_release_is_checked_as_its_reader_will_find_it_in_one_child(
+    project_folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    before, deep = digests(project_folder / "release"), []
+
+    def spoilt(release: Path, manifest: Manifest) -> None:
+        write_manifest(release, manifest)
+        _spoil(release, what)
+
+    def counted(module: str, request: Any, seconds: int) -> Any:
+        deep.append(request["deep"])
+        return run_limited(module, request, seconds)
+
+    monkeypatch.setattr(package_module, "write_manifest", spoilt)
+    monkeypatch.setattr(structure, "run_limited", counted)
+    project = Project.open(project_folder / "dpf.toml", {"release.version": "2.0.0"})
+    if what == "nothing":
+        assert package(project).version == "2.0.0"
+    else:
+        with pytest.raises(RefusedError, match=rf"Nothing was published\.\n  {what}: "):
+            package(project)
+        assert digests(project_folder / "release") == before
+    assert deep == ([True] if what in {"nothing", "schema", "values"} else [])  # no file of a wrong digest is parsed
+
+
 def test_a_candidate_of_another_function_or_bank_is_refused(project_folder: Path) -> None:
     noise = {"poison.function": "gaussian-noise"}
     fit_poison(Project.open(project_folder / "dpf.toml", noise), restart=True)
@@ -284,8 +330,6 @@ def test_a_changed_release_does_not_open_and_a_whole_one_does(project_folder: Pa
 
 
 def test_a_release_that_contradicts_itself_does_not_open(project_folder: Path) -> None:
-    from dpf_release.manifest import describe_files, write_manifest
-
     release = project_folder / "release"
     index = release / "features" / "index.json"
     index.write_text(index.read_text().replace(read_index(release / "features").featurizer_sha256, "0" * 64))

@@ -17,20 +17,21 @@ import pytest
 from conftest import run_cli
 from safetensors.numpy import load_file, save_file
 from test_kill import KILLED
+from test_retract import files_with
 from typer.main import get_command
 
 from dpf_release import age, cli, sealing
 from dpf_release.age import HEADER, SEALED
 from dpf_release.bank import FeatureBank
-from dpf_release.errors import DPFReleaseError, StorageError, VaultError
+from dpf_release.errors import ConfigError, DPFReleaseError, StorageError, VaultError
 from dpf_release.inspection import inspect
 from dpf_release.leaks import private_facts
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, measure, retract, write_candidate
-from dpf_release.retracted import RETRACTED, Retracted, read_retracted, write_retracted
+from dpf_release.retracted import RETRACTED, Retracted, write_retracted
 from dpf_release.sealing import CLEAR, MEMBERS, check, forget, look_at, seal, unseal
 from dpf_release.storage import locked, sha256_of
-from dpf_release.vault import OPENED, SEALS, Vault
+from dpf_release.vault import OPENED, SEALS, STAGED, Vault
 from dpf_release.verification import verify
 
 pyrage = age.load_pyrage()
@@ -449,6 +450,7 @@ def test_an_opening_killed_midway_loses_nothing_and_is_gone_on_with(
         (["package"], "os.rename", "SHA256SUMS.partial", 1),
         (["poison", "--restart"], "os.rename", ".h5.partial", 12),
         (["poison", "--restart"], "os.rename", "index.json.age.partial", 1),
+        (["poison", "--restart"], "os.rename", ".age", 3),
     ],
 )
 def test_what_a_killed_run_had_opened_goes_at_the_next_start(
@@ -624,27 +626,92 @@ def some_train_row(vault: Vault) -> str:
     return next(line["id"] for line in vault.read_ids() if line["split"] == "train")
 
 
-def test_a_retraction_asks_for_an_open_vault_and_is_kept_by_a_sealed_one(sealed_folder: Path, key: Path) -> None:
-    vault = Vault(sealed_folder / "vault", key)
-    row, before = some_train_row(vault), private(vault.root)
-    refused = run_cli("retract", "--id", row, "--identity", str(key), folder=sealed_folder)
-    assert refused.returncode == 1
-    assert "Run `dpf-release vault open --identity FILE`" in refused.stderr
-    assert private(vault.root) == before
-    unseal(vault)
-    retract(opened(sealed_folder), ids=[row])
-    said = read_retracted(vault)
-    assert MEMBERS.fullmatch(RETRACTED)
+def test_a_retraction_in_a_sealed_vault_writes_what_it_writes_in_an_open_one(
+    project_folder: Path, key: Path, tmp_path: Path
+) -> None:
+    project = opened(project_folder, **{"poison.function": "recombine:k=3"})
+    fit_poison(project, "mixed")
+    write_candidate(project, "mixed")
+    vault, row = Vault(project_folder / "vault", key), some_train_row(project.vault)
+    never_sealed = Path(shutil.copytree(project_folder, tmp_path / "open"))
+    clear_before = private(vault.root)
+    report = retract(opened(never_sealed), [row])
+    clear_after = private(never_sealed / "vault")
     seal(vault, [recipient(key)])
-    assert in_the_clear(vault.root) == []
-    assert read_retracted(vault) == said
+    before = private(vault.root)
+    with pytest.raises(VaultError, match=r"is sealed\. Name the age identity file .*--identity FILE"):
+        retract(opened(project_folder), [row])
+    with pytest.raises(ConfigError, match=r"ids\.csv has: no row has the id xyz\. Nothing was retracted"):
+        retract(opened(project_folder, key), [row, "xyz"])
+    assert private(vault.root) == before
+
+    project = opened(project_folder, key)
+    assert retract(project, [row]) == report
+    assert project.retracted.ids == {bytes.fromhex(row)}
+    assert retract(opened(project_folder, key), [row]).rows == {}  # gone before
+    assert_nothing_clear(vault.root)
+    assert not files_with(vault.root, row.encode())
+    assert files_with(never_sealed / "vault", row.encode()) == [RETRACTED]
+    after = private(vault.root)
+    changed = {name for name in clear_before if clear_after.get(name) != clear_before[name]}
+    assert {name.removesuffix(SEALED) for name in before if after.get(name) != before[name]} == changed
+    check(vault)
     with pytest.raises(VaultError, match="is sealed"):
-        read_retracted(Vault(vault.root))
-    featurize(opened(sealed_folder, key))  # there already
-    write_candidate(opened(sealed_folder, key))
-    assert package(opened(sealed_folder, key)).version == "1.0.1"
-    bank = FeatureBank(sealed_folder / "release" / "features", "train")
+        package(opened(project_folder))
+    assert package(opened(project_folder, key)).version == "1.0.1"
+    bank = FeatureBank(project_folder / "release" / "features", "train")
     assert bytes.fromhex(row) not in {row_id.tobytes() for row_id in bank.ids}
+    featurize(opened(project_folder, key))  # there already
+    write_candidate(opened(project_folder, key))
+    unseal(vault)
+    package(opened(never_sealed))
+    assert private(vault.root) == private(never_sealed / "vault")
+
+
+def assert_nothing_clear(vault: Path) -> None:
+    assert in_the_clear(vault) == []
+    assert [path.name for path in vault.iterdir() if path.name.startswith(".")] == [".gitignore"]
+    assert wrong_modes(vault) == []
+
+
+KILLED_IN_A_RETRACTION = [  # the step before which it is killed, and whether all is done then
+    (("os.rename", ".h5.partial", 20), False),  # the vault is being opened, or a shard written
+    (("os.rename", ".age.partial", 2), False),  # what changed is being sealed
+    (("os.rename", ".staged/sealed.json.partial", 1), False),  # all is sealed, and that is not noted
+    (("os.rename", ".age", 1), True),  # it is noted
+    (("os.rename", ".age", 5), True),  # a part of it is in its place
+    (("os.remove", "vault/reports/default/measurements.json.age", 1), True),  # all of it; what goes is still there
+    (("os.rename", ".staged/sealed.json", 1), True),  # that has gone too; the names are those of before
+]
+
+
+def test_a_retraction_killed_in_a_sealed_vault_has_changed_nothing_or_all(
+    project_folder: Path, key: Path, tmp_path: Path
+) -> None:
+    row = some_train_row(Vault(project_folder / "vault"))
+    sealed = Path(shutil.copytree(project_folder, tmp_path / "sealed"))
+    seal(Vault(sealed / "vault"), [recipient(key)])
+    before = private(project_folder / "vault")
+    retract(opened(project_folder), [row])
+    after = private(project_folder / "vault")
+    for number, (step, done) in enumerate(KILLED_IN_A_RETRACTION):
+        folder = Path(shutil.copytree(sealed, tmp_path / f"killed-{number}"))
+        vault = Vault(folder / "vault", key)
+        killed(folder, *step, "retract", "--id", row, "--identity", str(key))
+        left = {name.removesuffix(".partial") for name in in_the_clear(vault.root)} - {f"{STAGED}/{SEALS}"}
+        assert left
+        assert all(name.startswith(f"{OPENED}/") for name in left), step
+        if done:
+            with pytest.raises(VaultError, match=r"was cut off\. Run `dpf-release vault seal`"):
+                check(vault)
+        next_run = Path(shutil.copytree(folder, tmp_path / f"next-{number}"))
+        seal(Vault(next_run / "vault"))  # any that holds the vault; it needs no key
+        assert_nothing_clear(next_run / "vault")
+        check(Vault(next_run / "vault"))
+        for place in (folder, next_run):
+            unseal(Vault(place / "vault", key))
+            assert private(place / "vault") == (after if done else before), step
+    assert before != after
 
 
 def test_a_retraction_that_was_cut_off_is_finished_before_anything_is_sealed_or_forgotten(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpf_release.age import SEALED
+from dpf_release.age import SEALED, refuse_other_identity
 from dpf_release.audit.checks import CHECKS, Finding, Result, Side, Subject, lineage, run_check, vault_files
 from dpf_release.audit.contents import public_contents, role_in_release, role_in_vault
 from dpf_release.config import CONFIG_NAME, read_config
@@ -171,7 +171,7 @@ class Audit:
 
 
 def audit(release: Path, project: Project | None = None, public_key: Path | None = None) -> Audit:
-    """Looks at every artefact of a release as it is now, and runs every check on it.
+    """Looks at every artefact of a release as it is now, and runs every check on it. No file is changed.
 
     Nothing that fails a check is opened afterwards. With the project of a vault the vault is looked at too, and the
     release is compared with it; then what comes back is private.
@@ -182,7 +182,7 @@ def audit(release: Path, project: Project | None = None, public_key: Path | None
         public_key: of the signer, if there is one.
 
     Raises:
-        VaultError: a name in the vault's ledger cannot be a function's.
+        VaultError: a name in the vault's ledger cannot be a function's, or the identity does not open the vault.
         StorageError: the vault is sealed, and another run works in it.
     """
     with _readable(project):
@@ -191,10 +191,12 @@ def audit(release: Path, project: Project | None = None, public_key: Path | None
 
 @contextlib.contextmanager
 def _readable(project: Project | None) -> Iterator[None]:
-    """A sealed vault with its key is held: banks are opened into a folder of the run."""
-    if project is None or project.vault.identity is None or not project.vault.seals:
+    """A sealed vault with its key is held: banks are opened into a folder of the run. Nothing else is written."""
+    seals = project.vault.seals if project else None
+    if project is None or project.vault.identity is None or seals is None:
         yield
         return
+    refuse_other_identity(project.vault.identity, seals.recipients)
     with locked(project.vault.root), project.vault.run():
         yield
 

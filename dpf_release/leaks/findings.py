@@ -55,7 +55,7 @@ class Sources:
         Raises:
             VaultError: there is no `ids.csv`.
         """
-        row_of = {source: row for row, source in enumerate(project.private_images.table.paths)}
+        row_of = {source: row for row, source in enumerate(project.private_table.paths)}
         ids: dict[str, bytearray] = {}
         rows: dict[str, array[int]] = {}
         gone = []

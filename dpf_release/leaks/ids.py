@@ -30,7 +30,7 @@ def telling_ids(release: Path, project: Project) -> list[Problem]:
     Derived: the first 16 bytes of a common digest, a UUID of version 3 or 5, or the text itself, of the name, stem,
     path or row of the image; for some rows of each split, also the digest of its file.
     """
-    sources, table = Sources.of(project), project.private_images.table
+    sources, table = Sources.of(project), project.private_table
     problems, seen = [], 0
     banks = public_banks(release)
     for bank in banks:

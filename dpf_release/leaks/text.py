@@ -15,11 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import h5py
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dpf_release.bank import BankIndex, open_shard
+from dpf_release.bank import BankIndex
 from dpf_release.card import fixed_card_text
 from dpf_release.croissant import CONTEXT
 from dpf_release.errors import WeightsError
@@ -49,7 +47,6 @@ def private_words(release: Path, project: Project) -> list[Problem]:
     targets and weights' names of Φ, may be said.
 
     Raises:
-        BankError: a shard is no HDF5 file.
         WeightsError: a safetensors file is damaged.
     """
     texts: dict[str, set[str]] = {}
@@ -76,7 +73,7 @@ def private_words(release: Path, project: Project) -> list[Problem]:
 
 
 def public_texts(release: Path) -> Iterator[tuple[str, str]]:
-    """All texts of a release: (path of the file, text), the paths themselves too."""
+    """All texts of a release but format 1's in shards: (path of the file, text), the paths themselves too."""
     for path in sorted(release.rglob("*")):
         name = path.relative_to(release).as_posix()
         yield name, name
@@ -86,11 +83,9 @@ def public_texts(release: Path) -> Iterator[tuple[str, str]]:
 
 
 def _texts_of(path: Path) -> Iterator[str]:
-    if path.suffix == ".h5":
-        yield from _texts_of_shard(path)
-    elif path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
         yield from _texts_of_weights(path)
-    else:
+    elif path.suffix != ".h5":  # a shard with other words than format 1's is refused by whoever opens it
         yield from _strings(path.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -122,33 +117,6 @@ def _texts_of_weights(path: Path) -> Iterator[str]:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): copy or write it again") from error
 
 
-def _texts_of_shard(path: Path) -> list[str]:
-    """Names of members, names and texts of attributes, and data sets of text; links are not followed."""
-    said: list[str] = []
-
-    def note(name: str, member: h5py.Group | h5py.Dataset) -> None:
-        said.append(name)
-        for key, value in member.attrs.items():
-            said.extend([key, *_texts_in(value)])
-        if isinstance(member, h5py.Dataset) and member.dtype.kind in "OSU":
-            said.extend(_texts_in(member[()]))
-
-    with open_shard(path) as shard:
-        note("", shard)
-        shard.visititems(note)
-        said.extend(shard)  # links, that are not visited, have names too
-    return said
-
-
-def _texts_in(value: Any) -> list[str]:
-    items = np.ravel(np.asarray(value, dtype=object)).tolist()
-    return [
-        item.decode(errors="replace") if isinstance(item, bytes) else item
-        for item in items
-        if isinstance(item, bytes | str)
-    ]
-
-
 # --------------------------------------------------------------------------------------------- what must not be said
 
 
@@ -167,7 +135,7 @@ def _said_names(project: Project, texts: Iterable[str]) -> set[str]:
 
     The texts are few and the names may be millions: the names are looked up among all stretches of words of the texts.
     """
-    table = project.private_images.table
+    table = project.private_table
     gone = Sources.of(project).gone if project.vault.holds(project.vault.ids) else ()
     sources = (*table.paths, *gone)
     longest = 2 * max(map(len, sources), default=0)  # composing and folding lengthen few names, and by little

@@ -218,7 +218,7 @@ def attribute_of_rows(project: Project, column: str, split: SplitName) -> NDArra
     Raises:
         ImageError: the private images have no such column.
     """
-    attributes = project.private_images.table.attributes
+    attributes = project.private_table.attributes
     if column not in attributes:
         raise ImageError(f"expected an attribute column {column!r} (confuse), found {sorted(attributes) or 'none'}.")
     rows, _ = project.bank_order

@@ -32,7 +32,7 @@ from dpf_release.record import ModelRecord
 from dpf_release.release import Release
 from dpf_release.storage import PARTIAL, make_folder, refuse_small_disk, sha256_of, write_json
 from dpf_release.training import pick_device
-from dpf_release.vault import RELEASED_SPLITS, SPLITS, Vault
+from dpf_release.vault import BANK, RELEASED_SPLITS, SPLITS, Vault
 
 Rows = NDArray[np.int64]
 NEW_PLAN = ".plan.json"  # of a downstream user's bank, while it is written
@@ -64,7 +64,7 @@ def featurize(project: Project, restart: bool = False) -> BankIndex:
         rows_of, ids_of = project.bank_order
         rows = {name: SplitRows(images.table.targets[rows_of[name]], ids_of[name]) for name in SPLITS}
         compute = _featurized(project.frozen(cut.split.featurizer), images.pictures, rows_of, project.device)
-        with vault.changing(vault.features) as folder:
+        with vault.changing(vault.features, *BANK) as folder:
             writer = _writer(project, folder, poisoned=False)
             return write_bank(writer, rows, compute, project.ranks, "Writing features", "images")
 
@@ -184,7 +184,7 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
             for span in spans:
                 yield sources[span.split].read(np.arange(span.start, span.stop))
 
-        with vault.changing(vault.candidate(name) / "features") as folder:
+        with vault.changing(vault.candidate(name) / "features", *BANK) as folder:
             writer = _writer(project, folder, poisoned=function.chain.poisons)
             index = write_bank(writer, rows, compute, project.ranks, "Poisoning", "rows")
             finished = plan | {"index_sha256": sha256_of(folder / INDEX)}

@@ -152,12 +152,17 @@ class Project:
     @cached_property
     def private_images(self) -> ImageSet:
         """S, without what was retracted."""
-        table, left_out = self.private_table(self.retracted)
+        return self._surveyed("private", self.private_table, self.config.images.private.max_bad)
+
+    @cached_property
+    def private_table(self) -> ImageTable:
+        """The files of S, without what was retracted; none of them is decoded, and nothing is written."""
+        table, left_out = self.table_without(self.retracted)
         if left_out and self.ranks.is_first:
             announce(f"left out, retracted: {left_out} images that are still among the private images")
-        return self._surveyed("private", table, self.config.images.private.max_bad)
+        return table
 
-    def private_table(self, retracted: Retracted) -> tuple[ImageTable, int]:
+    def table_without(self, retracted: Retracted) -> tuple[ImageTable, int]:
         """The files of S without those that were retracted, and how many of these are still there.
 
         Where splits are made, each image keeps the one that the bank has it in: made anew, they would mix what Φ was
@@ -224,7 +229,7 @@ class Project:
         Raises:
             VaultError: no id map, or an image of it is no longer there.
         """
-        row_of = {source: row for row, source in enumerate(self.private_images.table.paths)}
+        row_of = {source: row for row, source in enumerate(self.private_table.paths)}
         rows = {name: array("q") for name in SPLITS}
         ids = {name: bytearray() for name in SPLITS}
         for line in self.vault.read_ids():
@@ -256,7 +261,7 @@ class Project:
     @property
     def output_names(self) -> tuple[str, ...]:
         """Classes, or regression targets, in the order of Φ's outputs."""
-        return self.config.task.targets or self.private_images.table.classes
+        return self.config.task.targets or self.private_table.classes
 
     def save_network(self, network: nn.Module) -> ModelRecord:
         """Φ into the vault, with the record that rebuilds it.

@@ -90,7 +90,8 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
     Each P stays the same. Rows that are mixed of several images are made anew where one of these was among them. All
     others keep their bytes and their order, and shards that hold neither stay as they are. `package` publishes.
 
-    A run that was cut off is finished by the next, which needs no names for it.
+    A run that was cut off is finished by the next, which needs no names for it. A sealed vault changes as a whole, or
+    not at all.
 
     Args:
         project: the owner's.
@@ -100,13 +101,13 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
     Raises:
         ConfigError: ids or names that no row has, all of them; a class with too few rows left for a function that mixes
             rows; a split that would have none left. Nothing is changed then.
-        VaultError: φ1(S) is not of today's images and network, or the vault is sealed.
+        VaultError: φ1(S) is not of today's images and network, or the vault is sealed and does not open.
         StorageError: another run works in the vault, or the disk takes no more.
         RankError: there are several ranks.
     """
-    with project.working(together=False, retracting=True):
-        _refuse_sealed(project.vault)
-        project.forget("retracted")
+    project.forget("retracted", "private_images", "source_facts", "bank_order")
+    with project.working(together=False, retracting=True), project.vault.changing(project.vault.root) as root:
+        project = replace(project, vault=Vault(root))  # of a sealed vault, a copy: shards and plans are read by paths
         report = None if project.retracted.unfinished is None else _finish(project)
         if ids or sources:
             lines = _asked_for(project, ids, sources)
@@ -117,15 +118,6 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
         if report is None:
             raise ConfigError("expected ids or sources of what to retract, found none, and no retraction to finish.")
         return report
-
-
-def _refuse_sealed(vault: Vault) -> None:
-    """A retraction goes on in shards and plans as a crash left them, which lie in the clear until it is done."""
-    if vault.seals:
-        raise VaultError(
-            f"{vault.root} is sealed, and a retraction rewrites much of it in place. Run `dpf-release vault open "
-            "--identity FILE`, then this command again, then `dpf-release vault seal`. Nothing was retracted."
-        )
 
 
 def read_names(path: Path) -> list[str]:
@@ -166,7 +158,7 @@ def _asked_for(project: Project, ids: Sequence[str], sources: Sequence[str]) -> 
             problems.append(f"no row is of an image {name}")
     if problems:
         raise ConfigError(
-            f"expected ids and sources that {project.vault.ids} has: {'; '.join(problems)}. Nothing was retracted."
+            f"expected ids and sources that {project.vault.ids.name} has: {'; '.join(problems)}. Nothing was retracted."
         )
     return list(found.values())
 
@@ -204,7 +196,7 @@ def _begin(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> Non
     _keep_survey(project, table)
     (vault.features / BEFORE).unlink(missing_ok=True)  # of an earlier one that ended with this line undone
     write_retracted(vault, after.model_copy(update={"facts": {"source_sha256": table.digest()}}))
-    project.forget("retracted", "private_images", "source_facts", "bank_order")
+    project.forget("retracted", "private_table", "private_images", "source_facts", "bank_order")
 
 
 def _version(project: Project) -> str:
@@ -239,9 +231,9 @@ def _table_after(project: Project, after: Retracted, lines: Sequence[Line], kept
         VaultError: φ1(S) was made of something else than S is today.
     """
     plan, vault = project.bank_plan, project.vault
-    table, _ = project.private_table(after)
+    table, _ = project.table_without(after)
     if all((table.root / line["source"]).is_file() for line in lines):
-        same = project.private_table(project.retracted)[0].digest() == plan["source_sha256"]
+        same = project.table_without(project.retracted)[0].digest() == plan["source_sha256"]
     else:  # deleted before they were retracted: all others are there as they were, as far as can be seen without them
         same = _has_rows(project, table, {line["id"] for line in lines}, kept)
     changed = ["the images or their labels"] * (not same)
@@ -249,7 +241,7 @@ def _table_after(project: Project, after: Retracted, lines: Sequence[Line], kept
     changed += ["ids.csv"] * (sha256_of(vault.ids) != plan["ids_sha256"])
     if changed:
         raise VaultError(
-            f"the features in {vault.features} were made from something else; changed since: {', '.join(changed)}. "
+            f"the features were made from something else; changed since: {', '.join(changed)}. "
             "Nothing was retracted. Put back all but the images that go, or run `dpf-release featurize --restart`."
         )
     return table
@@ -349,7 +341,7 @@ def _finish(project: Project) -> RetractionReport:
     facts = retracted.facts | {"ids_sha256": sha256_of(vault.ids)}
     write_retracted(vault, retracted.model_copy(update={"facts": facts, "unfinished": None}))
     (vault.features / BEFORE).unlink()
-    project.forget("retracted", "private_images", "source_facts", "bank_order")
+    project.forget("retracted", "private_table", "private_images", "source_facts", "bank_order")
     rebuilt = _rebuilt(vault, len(retracted.retractions))
     rows = {split: retracted.retractions[-1].rows[split] for split in SPLITS}
     return RetractionReport(rows, _version(project), rebuilt, tuple(lost))
