@@ -30,7 +30,17 @@ from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_functio
 from dpf_release.pipeline.project import Project
 from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.signing import read_private_key, write_signature
-from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of, write_json
+from dpf_release.staging import build_beside, remove_unpublished, removed_manifest
+from dpf_release.storage import (
+    PUBLIC_FILE,
+    PUBLIC_FOLDER,
+    flush_to_disk,
+    make_folder,
+    remove_folder,
+    replacing,
+    sha256_of,
+    write_json,
+)
 from dpf_release.structure import verify_deep
 from dpf_release.vault import Vault, forget_release, releases, remember_release
 from dpf_release.verification import read_manifest
@@ -82,9 +92,7 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     reason = _reason_for_function(project.vault, function, second_function)
     config = _next_version(project)
 
-    staging = _staging(out)
-    shutil.rmtree(staging, ignore_errors=True)
-    make_folder(staging, PUBLIC_FOLDER)
+    staging = build_beside(project.vault, out)
     try:
         _copy_public(candidate, staging)
         record = project.cut.public_record
@@ -99,7 +107,8 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
         _refuse_unsound(staging)
         _refuse_private_facts(staging, project, name)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_folder(staging)
+        remove_unpublished(project.vault)
         raise
     entry = {
         "name": manifest.name,
@@ -114,8 +123,10 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     }
     # Before the swap, so that nothing is public that the ledger does not know; `published` only when it is.
     remember_release(project.vault, entry | {"published": False})
+    staging.chmod(PUBLIC_FOLDER)
     swap(staging, out)
     remember_release(project.vault, entry | {"published": True})
+    remove_unpublished(project.vault)
     return manifest
 
 
@@ -218,7 +229,7 @@ def _retractions(project: Project, name: str) -> str:
 
 
 def _settle_ledger(project: Project) -> None:
-    """After a crash around the swap: a release that stands in its place is published, one still in staging is not.
+    """After a crash around the swap: a release that stands in its place is published, one removed before it is not.
 
     One that is in neither stays, unsettled, and counts as published: it may have been taken elsewhere.
     """
@@ -228,7 +239,7 @@ def _settle_ledger(project: Project) -> None:
             place = project.config.folder / entry["place"]
             if _manifest_digest(place) == entry["manifest_sha256"]:
                 remember_release(vault, entry | {"published": True})
-            elif _manifest_digest(_staging(place)) == entry["manifest_sha256"]:
+            elif removed_manifest(vault) == entry["manifest_sha256"]:
                 forget_release(vault, entry)
 
 
@@ -344,10 +355,6 @@ def swap(staging: Path, out: Path) -> None:
         staging.replace(out)
         shutil.rmtree(_set_aside(out))
     flush_to_disk(out.parent)
-
-
-def _staging(out: Path) -> Path:
-    return out.with_name(f".{out.name}.dpf-staging")
 
 
 def _set_aside(out: Path) -> Path:

@@ -15,7 +15,7 @@ from conftest import run_cli
 from dpf_release import package as package_module
 from dpf_release.errors import RefusedError
 from dpf_release.package import package
-from dpf_release.pipeline import Project, fit_poison, write_candidate
+from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
 from dpf_release.storage import sha256_of
 from dpf_release.verification import verify
 
@@ -99,7 +99,7 @@ def test_a_vault_of_its_own_knows_of_no_other_function(project_folder: Path) -> 
     assert verify(project_folder / "new") == []
 
 
-@pytest.mark.parametrize("step", ["before the swap", "after the swap"])
+@pytest.mark.parametrize("step", ["before the swap", "before the swap, with another run since", "after the swap"])
 def test_a_crash_around_the_swap_leaves_the_ledger_right(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -118,7 +118,10 @@ def test_a_crash_around_the_swap_leaves_the_ledger_right(
         with pytest.raises(KeyboardInterrupt):
             package(opened(project_folder))
     assert [entry["published"] for entry in ledger(project_folder)] == [False]
-    if step == "before the swap":  # nobody ever saw it
+    if step.endswith("since"):
+        featurize(opened(project_folder))
+        assert not list(project_folder.glob(".release*"))
+    if step.startswith("before"):  # nobody ever saw it
         package(project, "other")
         assert [entry["function"] for entry in ledger(project_folder)] == ["other"]
     else:
