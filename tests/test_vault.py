@@ -197,6 +197,32 @@ def test_a_vault_that_git_has_a_file_of_is_refused(tmp_path: Path, monkeypatch: 
     assert Vault.open(vault.root) == vault
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_vault_that_git_does_not_answer_for_is_refused(tmp_path: Path) -> None:
+    vault = Vault.create(tmp_path / "project" / "vault")
+    assert Vault.open(vault.root) == vault  # the control: no repository
+    git(tmp_path, "init")
+    vault.write_json(vault.ledger, [])
+    git(tmp_path, "add", "--force", "project/vault/ledger.json")
+    config = tmp_path / ".git" / "config"
+    whole = config.read_text()
+    config.write_text("no configuration")
+    with pytest.raises(VaultError, match=r"git does not say .*bad config line 1 .*\.git/config.*Let git read it"):
+        Vault.open(vault.root)
+    config.write_text(whole)
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 1000, 1000)
+        with pytest.raises(VaultError, match=r"git does not say .*dubious ownership"):
+            Vault.open(vault.root)
+        os.chown(tmp_path, 0, 0)
+    shutil.move(tmp_path / ".git", tmp_path / "gone")
+    (tmp_path / ".git").write_text("gitdir: /nowhere")
+    with pytest.raises(VaultError, match=r"git does not say .*not a git repository: /nowhere"):
+        Vault.open(vault.root)
+    (tmp_path / ".git").unlink()
+    assert Vault.open(vault.root) == vault
+
+
 def move_and_link(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     path.rename(target)
