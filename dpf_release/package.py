@@ -131,16 +131,9 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
 
 
 def _refuse_place(out: Path, project: Project) -> None:
-    config, vault = project.config, project.vault.root.resolve()
-    inputs = {
-        "the vault": vault,
-        "the private images": config.locate(config.images.private.path),
-        "the public images": config.locate(config.images.public.path),
-    }
-    for what, path in inputs.items():
-        folder = path if path.is_dir() else path.parent
-        if out.is_relative_to(vault) or folder.is_relative_to(out):
-            raise VaultError(f"{out} is no place for a release: {what} ({path}) and it must not lie in each other.")
+    config = project.config
+    if nested := project.nested_with(out):
+        raise VaultError(f"{out} is no place for a release: {'; '.join(nested)}. Name another place with --out.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     there = read_manifest(out)
