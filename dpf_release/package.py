@@ -17,6 +17,7 @@ from dpf_release.errors import RefusedError, VaultError
 from dpf_release.leaks import private_facts
 from dpf_release.manifest import (
     MANIFEST,
+    UNLISTED,
     Claims,
     FileRecord,
     Manifest,
@@ -64,7 +65,8 @@ def package(
             card.
 
     Raises:
-        VaultError: the candidate is unfinished, or `out` is no place for a release.
+        VaultError: the candidate is unfinished; `out` is no place for a release, or holds more than one; or there is a
+            release that the vault's ledger does not know.
         RefusedError: the candidate holds what has no place in a release, was made from something else than today's
             function, features and network, is not poisoned, or tells a private fact; or another function's release was
             published from this vault, and no reason was given.
@@ -81,6 +83,7 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     _recover(out)
     _settle_ledger(project)
     _refuse_place(out, project)
+    _refuse_unknown_releases(out, project)
     key = None if sign is None else read_private_key(sign, outside=(out, project.vault.candidate(name)))
     candidate = project.vault.opened(project.vault.candidate(name))
     index = read_index(candidate / "features")
@@ -142,6 +145,26 @@ def _refuse_place(out: Path, project: Project) -> None:
             f"{out} is there and is not a release named {config.release.name!r}; it would be replaced. "
             "Name another place with --out."
         )
+    listed = UNLISTED | {record.path for record in there.files}
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if foreign := sorted(found - listed):
+        raise VaultError(
+            f"{out} holds what its manifest does not list: {', '.join(foreign[:10])}{' ...' if foreign[10:] else ''}. "
+            "It would be gone with the release that is replaced. Move it elsewhere. Nothing was changed."
+        )
+
+
+def _refuse_unknown_releases(out: Path, project: Project) -> None:
+    """That the ledger knows the releases that stand here: where it was lost, any function would pass for the first."""
+    name, known = project.config.release.name, {entry["manifest_sha256"] for entry in releases(project.vault)}
+    for place in (out, project.config.folder / "release"):
+        there = read_manifest(place)
+        if isinstance(there, Manifest) and there.name == name and _manifest_digest(place) not in known:
+            raise VaultError(
+                f"{place} is a release named {name!r} that {project.vault.ledger} does not know: which function made "
+                "it cannot be told. Bring back the ledger, or the vault that it was made from. If that is lost, move "
+                "the release away, and package its function before any other. Nothing was published."
+            )
 
 
 def _refuse_strangers(candidate: Path, index: BankIndex) -> None:

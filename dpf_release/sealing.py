@@ -257,7 +257,7 @@ def forget(vault: Vault) -> Forgotten:
     with locked(vault.root), vault.run():
         begin_run(vault)
         _refuse_unfinished_retraction(vault)
-        if not releases(vault):
+        if not any(entry.get("published", True) for entry in releases(vault)):
             raise VaultError(
                 f"no release was made from {vault.root} yet: what would be forgotten is still wanted. Run `dpf-release "
                 "package` first, or `dpf-release vault seal --forget features ...`."

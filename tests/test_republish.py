@@ -13,7 +13,7 @@ import pytest
 from conftest import run_cli
 
 from dpf_release import package as package_module
-from dpf_release.errors import RefusedError
+from dpf_release.errors import RefusedError, VaultError
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
 from dpf_release.storage import sha256_of
@@ -95,8 +95,22 @@ def test_a_reason_is_public_text_like_any_other(project_folder: Path) -> None:
 def test_a_vault_of_its_own_knows_of_no_other_function(project_folder: Path) -> None:
     project = with_second_function(project_folder)
     (project_folder / "vault" / "ledger.json").unlink()
+    shutil.rmtree(project_folder / "release")
     package(project, "other", out=project_folder / "new")
     assert verify(project_folder / "new") == []
+
+
+def test_a_release_that_the_ledger_does_not_know_is_not_taken_for_none(project_folder: Path) -> None:
+    project, path, release = with_second_function(project_folder), project_folder / "vault/ledger.json", "release"
+    known, before = path.read_bytes(), contents(project_folder / release)
+    path.unlink()
+    for place in (release, "new"):
+        with pytest.raises(VaultError, match=r"release is a release named 'shapes' that .*ledger\.json does not know"):
+            package(project, "other", out=project_folder / place, second_function=REASON)
+    assert contents(project_folder / release) == before
+    assert not (project_folder / "new").exists()
+    path.write_bytes(known)
+    package(project, "other", second_function=REASON)
 
 
 @pytest.mark.parametrize("step", ["before the swap", "before the swap, with another run since", "after the swap"])
