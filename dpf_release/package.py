@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dpf_release.manifest import (
 from dpf_release.pipeline.banks import candidate_origin
 from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_function
 from dpf_release.pipeline.project import Project
-from dpf_release.record import ModelRecord, read_model_record
+from dpf_release.record import read_model_record
 from dpf_release.signing import read_private_key, write_signature
 from dpf_release.staging import build_beside, remove_unpublished, removed_manifest
 from dpf_release.storage import (
@@ -102,7 +103,7 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
         card = staging / "README.md"
         scores = _scores(project, candidate, name)
         write_card(card, config, record, index, scores, Claims(), reason, _retractions(project, name))
-        manifest = _manifest(config, record, index, _describe(staging, config), out)
+        manifest = _manifest(project, config, index, _describe(staging, config))
         write_manifest(staging, manifest)
         if key is not None:
             write_signature(staging, key)
@@ -333,19 +334,12 @@ def _describe(staging: Path, config: Config) -> tuple[FileRecord, ...]:
     return tuple(sorted((*files, describe_file(staging, CROISSANT)), key=lambda record: record.path))
 
 
-def _manifest(
-    config: Config, record: ModelRecord, index: BankIndex, files: tuple[FileRecord, ...], out: Path
-) -> Manifest:
-    before = read_manifest(out) if out.exists() else None
-    previous = None
-    if isinstance(before, Manifest):
-        # The same version again has the same predecessor: packaging twice gives the same bytes.
-        same = before.version == config.release.version
-        previous = before.previous if same else sha256_of(out / MANIFEST)
+def _manifest(project: Project, config: Config, index: BankIndex, files: tuple[FileRecord, ...]) -> Manifest:
+    record = project.cut.public_record
     return Manifest(
         name=config.release.name,
         version=config.release.version,
-        previous=previous,
+        previous=_previous(project.vault, config),
         licence=config.release.licence,
         task=record.task,
         classes=record.classes,
@@ -353,6 +347,13 @@ def _manifest(
         splits={split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()},
         files=files,
     )
+
+
+def _previous(vault: Vault, config: Config) -> str | None:
+    """The release before the first of this version: packaged again, wherever to, it has the same predecessor."""
+    made = [entry for entry in releases(vault) if entry["name"] == config.release.name]
+    before = list(takewhile(lambda entry: entry["version"] != config.release.version, made))
+    return str(before[-1]["manifest_sha256"]) if before else None
 
 
 def swap(staging: Path, out: Path) -> None:

@@ -62,6 +62,18 @@ def test_packaging_twice_gives_the_same_bytes_file_by_file(project_folder: Path)
     }
 
 
+def test_a_later_version_has_the_same_predecessor_wherever_it_is_packaged(project_folder: Path) -> None:
+    first = sha256_of(project_folder / "release" / "manifest.json")
+    package(opened(project_folder, release__version="2.0.0"))
+    assert package(opened(project_folder, release__version="2.0.0"), out=project_folder / "new").previous == first
+    second = contents(project_folder / "release")
+    assert contents(project_folder / "new") == second
+    shutil.rmtree(project_folder / "release")
+    third = package(opened(project_folder, release__version="3.0.0"), out=project_folder / "other")
+    assert third.previous == sha256_of(project_folder / "new" / "manifest.json") != first  # the control
+    assert package(opened(project_folder), out=project_folder / "other").previous is None
+
+
 def test_a_second_function_of_the_same_images_wants_a_reason(project_folder: Path) -> None:
     project, before = with_second_function(project_folder), contents(project_folder / "release")
     with pytest.raises(RefusedError, match="a second view of the same images helps an attacker"):
