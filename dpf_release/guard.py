@@ -77,21 +77,28 @@ def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def refuse_tracked(root: Path) -> None:
-    """That git has no file of a folder in its index. Without git, and outside a work tree, there is nothing to ask.
+    """That git has no file of a folder in its index. Without git, and outside a repository, there is nothing to ask.
 
     Raises:
-        VaultError: how many it has, the first few, and what to do.
+        VaultError: how many it has, the first few, and what to do; or git does not answer.
     """
     git = shutil.which("git")
     if git is None:
         return
     # Not the repository that a hook, whose child this may be, works in.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment |= {"LC_ALL": "C", "GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"}
     asked = subprocess.run(
         [git, "ls-files", "-z"], cwd=root, env=environment, capture_output=True, check=False, stdin=subprocess.DEVNULL
     )
+    said = " ".join(os.fsdecode(asked.stderr).split())
+    if asked.returncode and "not a git repository (or any" not in said:
+        raise VaultError(
+            f"git does not say whether it tracks files of the vault {root}: {said}. Whoever has the repository may "
+            "have them. Let git read it, as you, or have the vault outside of it; then run the command again."
+        )
     names = [os.fsdecode(name) for name in asked.stdout.split(b"\0") if name not in {b"", b".gitignore"}]
-    if asked.returncode == 0 and names:
+    if names:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         raise VaultError(
             f"git tracks {len(names)} files of the vault {root}: {', '.join(islice(names, SHOWN))}{more}. Whoever has "

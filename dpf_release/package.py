@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpf_release.errors import RefusedError, VaultError
 from dpf_release.leaks import private_facts
 from dpf_release.manifest import (
     MANIFEST,
+    UNLISTED,
     Claims,
     FileRecord,
     Manifest,
@@ -28,9 +30,19 @@ from dpf_release.manifest import (
 from dpf_release.pipeline.banks import candidate_origin
 from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_function
 from dpf_release.pipeline.project import Project
-from dpf_release.record import ModelRecord, read_model_record
+from dpf_release.record import read_model_record
 from dpf_release.signing import read_private_key, write_signature
-from dpf_release.storage import PUBLIC_FILE, PUBLIC_FOLDER, flush_to_disk, make_folder, replacing, sha256_of, write_json
+from dpf_release.staging import build_beside, remove_unpublished, removed_manifest
+from dpf_release.storage import (
+    PUBLIC_FILE,
+    PUBLIC_FOLDER,
+    flush_to_disk,
+    make_folder,
+    remove_folder,
+    replacing,
+    sha256_of,
+    write_json,
+)
 from dpf_release.structure import verify_deep
 from dpf_release.vault import Vault, forget_release, releases, remember_release
 from dpf_release.verification import read_manifest
@@ -54,7 +66,8 @@ def package(
             card.
 
     Raises:
-        VaultError: the candidate is unfinished, or `out` is no place for a release.
+        VaultError: the candidate is unfinished; `out` is no place for a release, or holds more than one; or there is a
+            release that the vault's ledger does not know.
         RefusedError: the candidate holds what has no place in a release, was made from something else than today's
             function, features and network, is not poisoned, or tells a private fact; or another function's release was
             published from this vault, and no reason was given.
@@ -71,6 +84,7 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     _recover(out)
     _settle_ledger(project)
     _refuse_place(out, project)
+    _refuse_unknown_releases(out, project)
     key = None if sign is None else read_private_key(sign, outside=(out, project.vault.candidate(name)))
     candidate = project.vault.opened(project.vault.candidate(name))
     index = read_index(candidate / "features")
@@ -82,16 +96,14 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     reason = _reason_for_function(project.vault, function, second_function)
     config = _next_version(project)
 
-    staging = _staging(out)
-    shutil.rmtree(staging, ignore_errors=True)
-    make_folder(staging, PUBLIC_FOLDER)
+    staging = build_beside(project.vault, out)
     try:
         _copy_public(candidate, staging)
         record = project.cut.public_record
         card = staging / "README.md"
         scores = _scores(project, candidate, name)
         write_card(card, config, record, index, scores, Claims(), reason, _retractions(project, name))
-        manifest = _manifest(config, record, index, _describe(staging, config), out)
+        manifest = _manifest(project, config, index, _describe(staging, config))
         write_manifest(staging, manifest)
         if key is not None:
             write_signature(staging, key)
@@ -99,7 +111,8 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
         _refuse_unsound(staging)
         _refuse_private_facts(staging, project, name)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_folder(staging)
+        remove_unpublished(project.vault)
         raise
     entry = {
         "name": manifest.name,
@@ -114,22 +127,17 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     }
     # Before the swap, so that nothing is public that the ledger does not know; `published` only when it is.
     remember_release(project.vault, entry | {"published": False})
+    staging.chmod(PUBLIC_FOLDER)
     swap(staging, out)
     remember_release(project.vault, entry | {"published": True})
+    remove_unpublished(project.vault)
     return manifest
 
 
 def _refuse_place(out: Path, project: Project) -> None:
-    config, vault = project.config, project.vault.root.resolve()
-    inputs = {
-        "the vault": vault,
-        "the private images": config.locate(config.images.private.path),
-        "the public images": config.locate(config.images.public.path),
-    }
-    for what, path in inputs.items():
-        folder = path if path.is_dir() else path.parent
-        if out.is_relative_to(vault) or folder.is_relative_to(out):
-            raise VaultError(f"{out} is no place for a release: {what} ({path}) and it must not lie in each other.")
+    config = project.config
+    if nested := project.nested_with(out):
+        raise VaultError(f"{out} is no place for a release: {'; '.join(nested)}. Name another place with --out.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     there = read_manifest(out)
@@ -138,6 +146,26 @@ def _refuse_place(out: Path, project: Project) -> None:
             f"{out} is there and is not a release named {config.release.name!r}; it would be replaced. "
             "Name another place with --out."
         )
+    listed = UNLISTED | {record.path for record in there.files}
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if foreign := sorted(found - listed):
+        raise VaultError(
+            f"{out} holds what its manifest does not list: {', '.join(foreign[:10])}{' ...' if foreign[10:] else ''}. "
+            "It would be gone with the release that is replaced. Move it elsewhere. Nothing was changed."
+        )
+
+
+def _refuse_unknown_releases(out: Path, project: Project) -> None:
+    """That the ledger knows the releases that stand here: where it was lost, any function would pass for the first."""
+    name, known = project.config.release.name, {entry["manifest_sha256"] for entry in releases(project.vault)}
+    for place in (out, project.config.folder / "release"):
+        there = read_manifest(place)
+        if isinstance(there, Manifest) and there.name == name and _manifest_digest(place) not in known:
+            raise VaultError(
+                f"{place} is a release named {name!r} that {project.vault.ledger} does not know: which function made "
+                "it cannot be told. Bring back the ledger, or the vault that it was made from. If that is lost, move "
+                "the release away, and package its function before any other. Nothing was published."
+            )
 
 
 def _refuse_strangers(candidate: Path, index: BankIndex) -> None:
@@ -218,7 +246,7 @@ def _retractions(project: Project, name: str) -> str:
 
 
 def _settle_ledger(project: Project) -> None:
-    """After a crash around the swap: a release that stands in its place is published, one still in staging is not.
+    """After a crash around the swap: a release that stands in its place is published, one removed before it is not.
 
     One that is in neither stays, unsettled, and counts as published: it may have been taken elsewhere.
     """
@@ -228,7 +256,7 @@ def _settle_ledger(project: Project) -> None:
             place = project.config.folder / entry["place"]
             if _manifest_digest(place) == entry["manifest_sha256"]:
                 remember_release(vault, entry | {"published": True})
-            elif _manifest_digest(_staging(place)) == entry["manifest_sha256"]:
+            elif removed_manifest(vault) == entry["manifest_sha256"]:
                 forget_release(vault, entry)
 
 
@@ -306,19 +334,12 @@ def _describe(staging: Path, config: Config) -> tuple[FileRecord, ...]:
     return tuple(sorted((*files, describe_file(staging, CROISSANT)), key=lambda record: record.path))
 
 
-def _manifest(
-    config: Config, record: ModelRecord, index: BankIndex, files: tuple[FileRecord, ...], out: Path
-) -> Manifest:
-    before = read_manifest(out) if out.exists() else None
-    previous = None
-    if isinstance(before, Manifest):
-        # The same version again has the same predecessor: packaging twice gives the same bytes.
-        same = before.version == config.release.version
-        previous = before.previous if same else sha256_of(out / MANIFEST)
+def _manifest(project: Project, config: Config, index: BankIndex, files: tuple[FileRecord, ...]) -> Manifest:
+    record = project.cut.public_record
     return Manifest(
         name=config.release.name,
         version=config.release.version,
-        previous=previous,
+        previous=_previous(project.vault, config),
         licence=config.release.licence,
         task=record.task,
         classes=record.classes,
@@ -326,6 +347,13 @@ def _manifest(
         splits={split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()},
         files=files,
     )
+
+
+def _previous(vault: Vault, config: Config) -> str | None:
+    """The release before the first of this version: packaged again, wherever to, it has the same predecessor."""
+    made = [entry for entry in releases(vault) if entry["name"] == config.release.name]
+    before = list(takewhile(lambda entry: entry["version"] != config.release.version, made))
+    return str(before[-1]["manifest_sha256"]) if before else None
 
 
 def swap(staging: Path, out: Path) -> None:
@@ -344,10 +372,6 @@ def swap(staging: Path, out: Path) -> None:
         staging.replace(out)
         shutil.rmtree(_set_aside(out))
     flush_to_disk(out.parent)
-
-
-def _staging(out: Path) -> Path:
-    return out.with_name(f".{out.name}.dpf-staging")
 
 
 def _set_aside(out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from dpf_release.bank import INDEX
 from dpf_release.errors import VaultError
 from dpf_release.progress import Progress
 from dpf_release.retracted import read_retracted
+from dpf_release.staging import remove_unpublished, unpublished_folder
 from dpf_release.storage import LOCK, PARTIAL, flush_to_disk, locked, refuse_small_disk, write_json
-from dpf_release.vault import OPENED, SEALS, STAGED, Seals, Vault, releases
+from dpf_release.vault import OPENED, SEALS, STAGED, UNPUBLISHED, Seals, Vault, releases
 
 FORGETTABLE = ("features", "candidates", "figures")
 DELETION = (
@@ -32,7 +34,7 @@ DELETION = (
 )
 SHOWN = 5
 # What a vault keeps for itself; nothing of S or P is in it.
-CLEAR = {".gitignore", LOCK, SEALS}
+CLEAR = {".gitignore", LOCK, SEALS, UNPUBLISHED}
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _BANK = r"features/(index(-before)?\.json|(train|val|test)/shard-[0-9]{5}\.h5)"
 # Every file that a command writes into a vault: from each of them S or P, or a part of them, could be had.
@@ -61,7 +63,8 @@ class VaultState:
     Attributes:
         seals: for whom it is sealed; None where it is not.
         sealed: members that are sealed.
-        clear: members that are not.
+        clear: members that are not; and files that a run has opened, or has not published yet, or left so when it was
+            killed.
         strangers: files that no command of ours writes.
         missing: members that were sealed, and are not there any more.
     """
@@ -96,7 +99,9 @@ def look_at(vault: Vault) -> VaultState:
     strangers = (clear - known) | {name + SEALED for name in sealed if not MEMBERS.fullmatch(name)}
     seals = vault.seals
     missing = set(seals.members if seals else ()) - sealed - clear
-    parts = (sealed, known, strangers, missing)
+    places = [folder for folder in (vault.root / OPENED, unpublished_folder(vault)) if folder]
+    left = {os.path.relpath(path, vault.root) for place in places for path in place.rglob("*") if not path.is_dir()}
+    parts = (sealed, known | left, strangers, missing)
     return VaultState(seals, *(tuple(sorted(part)) for part in parts))
 
 
@@ -126,6 +131,7 @@ def seal(vault: Vault, recipients: Sequence[str] = (), forgotten: Collection[str
                 "--identity FILE`), then seal it for others: members that are sealed stay as they are."
             )
         read_recipients(recipients or (known.recipients if known else ()))
+        remove_unpublished(vault)
         _remove_unfinished(vault)
         _refuse_strangers(vault)
         if not known:
@@ -146,12 +152,16 @@ def _refuse_unfinished_retraction(vault: Vault) -> None:
 
 
 def begin_run(vault: Vault) -> None:
-    """What the first rank of each run does when it has the vault's lock: git ignores it, and what is sealed is sealed.
+    """What the first rank of each run does when it has the vault's lock.
+
+    Git ignores the vault then, what is sealed is sealed, and no release that was not published lies beside its place.
 
     Raises:
         VaultError: a sealed vault holds what no command of ours wrote.
+        StorageError: what a killed run left could not be removed.
     """
     vault.be_ignored()
+    remove_unpublished(vault)
     if vault.seals:
         _remove_unfinished(vault)
         _refuse_strangers(vault)
@@ -207,6 +217,7 @@ def unseal(vault: Vault) -> VaultState:
         if vault.seals is None and not sealed:
             raise VaultError(f"{vault.root} is not sealed. There is nothing to open.")
         read_identity(vault.identity_for(vault.root))  # said once, before the first member is tried
+        remove_unpublished(vault)
         _remove_unfinished(vault)
         problems = []
         with Progress("Opening", len(sealed), "files") as progress:
@@ -246,7 +257,7 @@ def forget(vault: Vault) -> Forgotten:
     with locked(vault.root), vault.run():
         begin_run(vault)
         _refuse_unfinished_retraction(vault)
-        if not releases(vault):
+        if not any(entry.get("published", True) for entry in releases(vault)):
             raise VaultError(
                 f"no release was made from {vault.root} yet: what would be forgotten is still wanted. Run `dpf-release "
                 "package` first, or `dpf-release vault seal --forget features ...`."

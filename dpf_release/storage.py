@@ -80,6 +80,21 @@ def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> Path:
     return path
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, where it is there, with all that is in it.
+
+    Raises:
+        StorageError: something of it stays; it is named.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # as much as goes, not up to the first file that does not
+    if folder.exists():
+        left = [str(path) for path in sorted(folder.rglob("*")) if not path.is_dir()] or [str(folder)]
+        raise StorageError(
+            f"{len(left)} files could not be removed, and lie in the clear: {', '.join(left[:5])}"
+            f"{' ...' if len(left) > 5 else ''}. Remove {folder}, and run the same command again."
+        )
+
+
 def refuse_small_disk(folder: Path, wanted: int) -> None:
     """That the disk of a folder has room.
 

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from dpf_release.storage import (
     json_text,
     make_folder,
     refuse_small_disk,
+    remove_folder,
     replacing,
     sha256_of,
     write_json,
@@ -39,6 +39,7 @@ BANK = (INDEX, *SPLITS)  # what a bank has in its folder; beside it may lie what
 SEALS = "sealed.json"  # in the clear: for whom the vault is sealed, and the names of its sealed members
 OPENED = ".opened"  # what of a sealed vault a run that holds its lock reads or writes by paths, in the clear
 STAGED = ".staged"  # what such a run has changed, sealed; with a `sealed.json` it is all there, and takes its place
+UNPUBLISHED = ".unpublished.json"  # in the clear: where a release is built that is not in its place yet (`staging`)
 
 
 class Seals(BaseModel):
@@ -272,7 +273,7 @@ class Vault:
 
     def _settle(self) -> None:
         """Removes what is opened, and takes in what is staged."""
-        shutil.rmtree(self.root / OPENED, ignore_errors=True)
+        remove_folder(self.root / OPENED)
         self._take_in()
 
     def opened(self, folder: Path, *parts: str) -> Path:
@@ -344,8 +345,7 @@ class Vault:
             self.flush_folders([*taken, *gone])
             (staged / SEALS).replace(self.root / SEALS)  # last: without it there is nothing to take in
             flush_to_disk(self.root)
-        if staged.exists():
-            shutil.rmtree(staged)
+        remove_folder(staged)
 
     def flush_folders(self, members: Iterable[Path]) -> None:
         """Has the folders of members, up to the vault's own, name on the disk what they hold."""

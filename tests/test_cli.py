@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+import resource
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,12 @@ VAULT_COMMANDS = ["vault seal", "vault open", "vault forget", "vault check"]
 
 def test_help_lists_every_command_in_less_than_half_a_second(tmp_path: Path) -> None:
     run_cli("--help", folder=tmp_path)  # bytecode is compiled once
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        result = run_cli("--help", folder=tmp_path)
-        seconds.append(time.perf_counter() - started)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run_cli("--help", folder=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert all(command in result.stdout for command in COMMANDS)
-    assert min(seconds) < 0.5  # the best of five: the machine may be busy
+    # Of the processor: the clock on the wall also counts what else the machine does.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 @pytest.mark.parametrize("command", COMMANDS + VAULT_COMMANDS)

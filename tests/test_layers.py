@@ -13,8 +13,9 @@ import dpf_release
 ROOT = Path(dpf_release.__file__).parent
 ORDER = [
     "errors",
-    "storage tree schema digests ahead age guard config vault sealing manifest croissant signing verification limits "
-    "shard_layout tensor_file attack_report bank bank_writer bank_drop record retracted progress structure",
+    "storage tree schema digests ahead age guard config vault staging sealing manifest croissant signing verification "
+    "limits shard_layout tensor_file attack_report bank bank_writer bank_drop record retracted progress "
+    "structure",
     "ranks metrics image_table images pictures figures loader models release",
     "training",
     "attacks",

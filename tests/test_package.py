@@ -262,6 +262,19 @@ def test_a_folder_that_is_no_release_is_never_replaced(project_folder: Path) -> 
     assert verify(project_folder / "new") == []
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "features/train/.DS_Store", "model/link"])
+def test_what_others_put_into_a_release_is_never_thrown_away(project_folder: Path, name: str) -> None:
+    foreign, project = project_folder / "release" / name, Project.open(project_folder / "dpf.toml")
+    foreign.symlink_to(project_folder / "images") if name.endswith("link") else foreign.write_text("years of work")
+    before = digests(project_folder / "release")
+    with pytest.raises(VaultError, match=rf"its manifest does not list: {name}\. .*Nothing was changed"):
+        package(project)
+    assert digests(project_folder / "release") == before
+    assert foreign.exists()
+    foreign.unlink()
+    package(project)
+
+
 @pytest.mark.parametrize("moment", ["write_card", "describe_files", "remember_release", "swap"])
 def test_a_crash_while_packaging_leaves_the_old_release(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str

@@ -13,9 +13,9 @@ import pytest
 from conftest import run_cli
 
 from dpf_release import package as package_module
-from dpf_release.errors import RefusedError
+from dpf_release.errors import RefusedError, VaultError
 from dpf_release.package import package
-from dpf_release.pipeline import Project, fit_poison, write_candidate
+from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
 from dpf_release.storage import sha256_of
 from dpf_release.verification import verify
 
@@ -62,6 +62,18 @@ def test_packaging_twice_gives_the_same_bytes_file_by_file(project_folder: Path)
     }
 
 
+def test_a_later_version_has_the_same_predecessor_wherever_it_is_packaged(project_folder: Path) -> None:
+    first = sha256_of(project_folder / "release" / "manifest.json")
+    package(opened(project_folder, release__version="2.0.0"))
+    assert package(opened(project_folder, release__version="2.0.0"), out=project_folder / "new").previous == first
+    second = contents(project_folder / "release")
+    assert contents(project_folder / "new") == second
+    shutil.rmtree(project_folder / "release")
+    third = package(opened(project_folder, release__version="3.0.0"), out=project_folder / "other")
+    assert third.previous == sha256_of(project_folder / "new" / "manifest.json") != first  # the control
+    assert package(opened(project_folder), out=project_folder / "other").previous is None
+
+
 def test_a_second_function_of_the_same_images_wants_a_reason(project_folder: Path) -> None:
     project, before = with_second_function(project_folder), contents(project_folder / "release")
     with pytest.raises(RefusedError, match="a second view of the same images helps an attacker"):
@@ -95,11 +107,25 @@ def test_a_reason_is_public_text_like_any_other(project_folder: Path) -> None:
 def test_a_vault_of_its_own_knows_of_no_other_function(project_folder: Path) -> None:
     project = with_second_function(project_folder)
     (project_folder / "vault" / "ledger.json").unlink()
+    shutil.rmtree(project_folder / "release")
     package(project, "other", out=project_folder / "new")
     assert verify(project_folder / "new") == []
 
 
-@pytest.mark.parametrize("step", ["before the swap", "after the swap"])
+def test_a_release_that_the_ledger_does_not_know_is_not_taken_for_none(project_folder: Path) -> None:
+    project, path, release = with_second_function(project_folder), project_folder / "vault/ledger.json", "release"
+    known, before = path.read_bytes(), contents(project_folder / release)
+    path.unlink()
+    for place in (release, "new"):
+        with pytest.raises(VaultError, match=r"release is a release named 'shapes' that .*ledger\.json does not know"):
+            package(project, "other", out=project_folder / place, second_function=REASON)
+    assert contents(project_folder / release) == before
+    assert not (project_folder / "new").exists()
+    path.write_bytes(known)
+    package(project, "other", second_function=REASON)
+
+
+@pytest.mark.parametrize("step", ["before the swap", "before the swap, with another run since", "after the swap"])
 def test_a_crash_around_the_swap_leaves_the_ledger_right(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -118,7 +144,10 @@ def test_a_crash_around_the_swap_leaves_the_ledger_right(
         with pytest.raises(KeyboardInterrupt):
             package(opened(project_folder))
     assert [entry["published"] for entry in ledger(project_folder)] == [False]
-    if step == "before the swap":  # nobody ever saw it
+    if step.endswith("since"):
+        featurize(opened(project_folder))
+        assert not list(project_folder.glob(".release*"))
+    if step.startswith("before"):  # nobody ever saw it
         package(project, "other")
         assert [entry["function"] for entry in ledger(project_folder)] == ["other"]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -31,7 +32,7 @@ from dpf_release.pipeline import Project, featurize, fit_poison, measure, retrac
 from dpf_release.retracted import RETRACTED, Retracted, write_retracted
 from dpf_release.sealing import CLEAR, MEMBERS, check, forget, look_at, seal, unseal
 from dpf_release.storage import locked, sha256_of
-from dpf_release.vault import OPENED, SEALS, STAGED, Vault
+from dpf_release.vault import OPENED, SEALS, STAGED, UNPUBLISHED, Vault
 from dpf_release.verification import verify
 
 pyrage = age.load_pyrage()
@@ -194,6 +195,32 @@ def test_a_vault_that_git_has_a_file_of_is_refused(tmp_path: Path, monkeypatch: 
         Vault.open(vault.root)
     monkeypatch.delenv("GIT_DIR")
     git(tmp_path, "rm", "-r", "--cached", "project/vault")
+    assert Vault.open(vault.root) == vault
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_vault_that_git_does_not_answer_for_is_refused(tmp_path: Path) -> None:
+    vault = Vault.create(tmp_path / "project" / "vault")
+    assert Vault.open(vault.root) == vault  # the control: no repository
+    git(tmp_path, "init")
+    vault.write_json(vault.ledger, [])
+    git(tmp_path, "add", "--force", "project/vault/ledger.json")
+    config = tmp_path / ".git" / "config"
+    whole = config.read_text()
+    config.write_text("no configuration")
+    with pytest.raises(VaultError, match=r"git does not say .*bad config line 1 .*\.git/config.*Let git read it"):
+        Vault.open(vault.root)
+    config.write_text(whole)
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 1000, 1000)
+        with pytest.raises(VaultError, match=r"git does not say .*dubious ownership"):
+            Vault.open(vault.root)
+        os.chown(tmp_path, 0, 0)
+    shutil.move(tmp_path / ".git", tmp_path / "gone")
+    (tmp_path / ".git").write_text("gitdir: /nowhere")
+    with pytest.raises(VaultError, match=r"git does not say .*not a git repository: /nowhere"):
+        Vault.open(vault.root)
+    (tmp_path / ".git").unlink()
     assert Vault.open(vault.root) == vault
 
 
@@ -467,6 +494,53 @@ def test_what_a_killed_run_had_opened_goes_at_the_next_start(
     package(opened(sealed_folder, key))
     assert private(sealed_folder / "release") == release
     assert in_the_clear(vault) == []
+
+
+@pytest.mark.parametrize("next_run", ["seal", "forget", "featurize", "package"])
+def test_a_release_that_was_being_checked_is_its_owners_alone_and_goes_at_the_next_start(
+    project_folder: Path, key: Path, next_run: str
+) -> None:
+    vault, staging = Vault(project_folder / "vault"), project_folder / ".release.dpf-staging"
+    killed(project_folder, "os.rename", "SHA256SUMS.partial", 1, "package")
+    shards = [f"../{path.relative_to(project_folder)}" for path in staging.rglob("*.h5")]
+    assert shards
+    assert set(shards) < set(look_at(vault).clear)
+    assert stat.S_IMODE(staging.stat().st_mode) == 0o700
+    {
+        "seal": lambda: seal(vault, [recipient(key)]),
+        "forget": lambda: forget(vault),
+        "featurize": lambda: featurize(opened(project_folder)),
+        "package": lambda: package(opened(project_folder), out=project_folder / "elsewhere"),
+    }[next_run]()
+    assert not staging.exists()
+    assert not any(name.startswith(".") for name in look_at(vault).clear)
+    assert (vault.root / UNPUBLISHED).is_file() == (next_run != "package")  # which settles the ledger first
+    assert stat.S_IMODE((project_folder / "release").stat().st_mode) == 0o755  # the control
+
+
+def test_what_was_opened_and_cannot_be_removed_is_named(
+    sealed_folder: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vault = Vault(sealed_folder / "vault")
+    killed(sealed_folder, "os.rename", "SHA256SUMS.partial", 1, "package", "--identity", str(key))
+    shard = next((vault.root / OPENED).rglob("shard-00000.h5")).relative_to(vault.root).as_posix()
+    with pytest.raises(VaultError, match=r"in the clear: \.\./\.release\.dpf-staging/README\.md, "):
+        check(vault)
+    assert shard in look_at(vault).clear
+    unlink = os.unlink
+
+    def kept(path: Any, *arguments: Any, **named: Any) -> None:
+        if str(path).endswith("shard-00000.h5"):
+            raise PermissionError(13, "Permission denied", path)
+        unlink(path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", kept)
+        with pytest.raises(StorageError, match=rf"could not be removed, and lie in the clear: .*{shard}"):
+            seal(vault)
+    assert shard in look_at(vault).clear
+    seal(vault)
+    check(vault)
 
 
 def cut_off(data: bytes) -> bytes:
@@ -782,11 +856,12 @@ def test_forgotten_features_are_not_made_from_other_images(project_folder: Path)
 def test_nothing_is_forgotten_before_a_release(project_folder: Path) -> None:
     vault = Vault(project_folder / "vault")
     ledger = vault.ledger.read_bytes()
-    vault.ledger.unlink()
-    before = private(vault.root)
-    with pytest.raises(VaultError, match="no release was made"):
-        forget(vault)
-    assert private(vault.root) == before
+    for unpublished in ([], [json.loads(ledger)[0] | {"published": False}]):
+        vault.write_json(vault.ledger, unpublished)
+        before = private(vault.root)
+        with pytest.raises(VaultError, match="no release was made"):
+            forget(vault)
+        assert private(vault.root) == before
     vault.ledger.write_bytes(ledger)
     assert forget(vault).files > 0
 

@@ -345,17 +345,7 @@ def _compared(find: Callable[[Path, Project], list[Problem]]) -> Callable[[Subje
 
 
 def _place(subject: Subject) -> Iterable[Finding]:
-    config, vault = subject.owners.config, subject.owners.vault.root.resolve()
-    if subject.release.is_relative_to(vault):
-        yield Finding("place", ".", "the release lies inside the vault: who copies one copies the other")
-    inside = {
-        "the vault": vault,
-        "the private images": config.locate(config.images.private.path),
-        "the public images": config.locate(config.images.public.path),
-    }
-    for what, path in inside.items():
-        if path.is_relative_to(subject.release):
-            yield Finding("place", ".", f"{what} lie inside the release folder: who uploads it uploads them")
+    return [Finding("place", ".", reason) for reason in subject.owners.nested_with(subject.release)]
 
 
 def vault_files(root: Path) -> list[Path]:

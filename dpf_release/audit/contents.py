@@ -123,6 +123,7 @@ _HOLDINGS: tuple[tuple[str, str, str], ...] = (
     (r"\.gitignore", "marker", "tells git to take nothing from here"),
     (r"\.lock", "marker", "a run works here, or was cut off"),
     (r"sealed\.json", "marker", "for whom the vault is sealed, and the names of what is"),
+    (r"\.unpublished\.json", "marker", "where a release was being built when its run was cut off"),
     (r".*\.partial", "left-over", "a file half written by a run that was cut off; what it becomes is private"),
     (r".*checkpoint\.safetensors", "checkpoint", "a training that was cut off, to go on from"),
     (r"network/phi\.safetensors", "network", "Φ, all its weights, as trained or imported"),

@@ -133,6 +133,20 @@ class Project:
                 "finish it."
             )
 
+    def nested_with(self, release: Path) -> list[str]:
+        """Why a folder, resolved, is no place for a release: vault, S or Q lie in it, or it lies in the vault."""
+        images, vault = self.config.images, self.vault.root.resolve()
+        found = ["it lies inside the vault: who copies one copies the other"] if release.is_relative_to(vault) else []
+        private = {
+            "the vault": vault,
+            "the private images": self.config.locate(images.private.path),
+            "the public images": self.config.locate(images.public.path),
+        }
+        for what, path in private.items():
+            if path.is_relative_to(release):
+                found.append(f"{what} lie inside the release folder: who uploads it uploads them")
+        return found
+
     def forget(self, *names: str) -> None:
         """Lets the named properties be read from the vault again: a step calls it for what it has just replaced."""
         for name in names:
