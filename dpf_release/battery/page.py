@@ -74,8 +74,8 @@ class Frontier(BaseModel):
 AXES = {
     "privacy": "leakage of the worst attack: left is safer",
     "linkage": "row found for a picture: left is safer",
-    "u2": "U2: a new classifier on the bank alone",
-    "u3": "U3: the bank with some pictures of one's own",
+    "u2": "U2: the bank alone",
+    "u3": "U3: with own pictures",
 }
 
 
@@ -88,12 +88,14 @@ class Strip:
         code: of the attack that made them; empty for others.
         source: a data URI.
         alt: the same in words.
+        count: how many.
     """
 
     label: str
     code: str
     source: str
     alt: str
+    count: int
 
 
 def write_page(vault: Vault, name: str, report: AttackReport) -> Path:
@@ -206,7 +208,7 @@ def strip(label: str, pictures: Tensor, code: str = "") -> Strip:
     sheet.save(file, format="PNG")
     source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     alt = f"{label}{f' ({code})' if code else ''}: {len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'}"
-    return Strip(label, code, source, alt)
+    return Strip(label, code, source, alt, len(pictures))
 
 
 def frontier_plots(points: Sequence[FrontierPoint]) -> list[tuple[str, str]]:
