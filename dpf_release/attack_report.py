@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -111,3 +112,7 @@ class AttackReport(_Record):
     references: dict[Short, Interval] = {}
     attacks: tuple[AttackResult, ...] = ()
     utility: dict[Short, Utility] = {}
+
+    def as_json(self) -> str:
+        """One object, its keys sorted: the same numbers give the same text."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False)

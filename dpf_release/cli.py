@@ -303,6 +303,13 @@ def attack(
         typer.Option("--budget", help="Minutes of training; with less than it takes no claim passes."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON (docs/attacks.md) in the place of tables.")
+    ] = False,
+    public: Annotated[
+        Path | None,
+        typer.Option("--public", help="Also write a page that anyone may see: its numbers, and pictures of Q only."),
+    ] = None,
     device: DeviceOption = None,
     restart: RestartOption = False,
     identity: IdentityOption = None,
@@ -315,12 +322,18 @@ def attack(
     Example: dpf-release attack --name default --profile quick
     """
     from dpf_release.battery import attack as run
+    from dpf_release.battery import print_attacks, publish_page
 
     project = _project(config, identity, fix_permissions, compute__device=device)
     codes = [code.strip() for code in only.split(",") if code.strip()]
     report = run(project, name, profile, only=codes, budget_minutes=budget, seed=seed, restart=restart)
-    for result in report.attacks:
-        print(result.code, result.title, result.verdict, result.leakage)
+    if public:
+        publish_page(project, name, report, public)
+    if as_json:
+        print(report.as_json())
+    else:
+        print_attacks(report)
+        print(f"Report: {project.vault.reports(name) / 'attack.html'} (private)")
 
 
 @app.command()

@@ -145,6 +145,11 @@ _HOLDINGS: tuple[tuple[str, str, str], ...] = (
     (r"candidates/[^/]*/.*", "candidate", "a file as `package` publishes it"),
     (r"reports/[^/]*/measurements\.json", "report", "what was measured on a candidate"),
     (r"reports/[^/]*/.*\.png", "report", "pictures of S and their reconstructions"),
+    (r"reports/[^/]*/attack\.json", "report", "what attackers got out of a candidate"),
+    (r"reports/[^/]*/attack\.html", "report", "what attackers got out of a candidate, with pictures of S"),
+    (r"reports/[^/]*/pictures\.safetensors", "report", "pictures of S and what attackers made of their rows"),
+    (r"reports/frontier\.(json|svg|png)", "report", "what several candidates protect, and what they leave to use"),
+    (r"attackers/.*", "attacker", "what the attack battery trained, or measured on planted functions"),
     (r"ledger\.json", "ledger", "the releases made from this vault"),
     (r"retracted\.json", "retractions", "which rows were retracted, and digests of the names of their images"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ from torch import Tensor
 from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way
 from dpf_release.attacks import Attack, Reconstructions, Result, registered
 from dpf_release.attacks.view import BATCH, ReleaseView
+from dpf_release.battery.gallery import keep_pictures, pictures_of
 from dpf_release.battery.grants import Setting, VaultKept, grant
+from dpf_release.battery.page import write_page
 from dpf_release.battery.profiles import PROFILES, Profile, decoder_rate, minutes, within
 from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures, way_of
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
@@ -81,6 +83,7 @@ class Scored:
         among: of how many.
         limits: that a claim sets.
         series: what depends on a number (leakage against m): name → number → value.
+        pictures: for the report (`gallery.pictures_of`).
     """
 
     ways: dict[str, Way]
@@ -92,6 +95,7 @@ class Scored:
     among: int
     limits: tuple[Limit, ...]
     series: Mapping[str, Mapping[str, Interval]]
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,22 +143,23 @@ class _Run:
                 continue
             if only and attack.code not in only:
                 continue
-            result = self._attack(attack, references)
+            result, pictures = self._attack(attack, references)
             if result is not None:
                 done[attack.code] = result
+                keep_pictures(self.project.vault, self.name, report, attack.code, pictures)
                 self._write(report, attacks, done)
         return self._write(report, attacks, done)
 
     # ------------------------------------------------------------------------------------------ one attack
 
-    def _attack(self, attack: Attack, references: References) -> AttackResult | None:
+    def _attack(self, attack: Attack, references: References) -> tuple[AttackResult | None, Mapping[str, Tensor]]:
         started = time.monotonic()
         try:
             answer = attack.run(grant(attack.view, self.target, self.setting))
             scored = score(answer, self.target, self.setting, references, self.project)
         except NotGrantedError as error:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
-            return None
+            return None, {}
         power = self._power(attack, references)
         verdict, reasons = judge(scored.limits, power, self._shortage(scored))
         if attack.claim is None:
@@ -181,7 +186,7 @@ class _Run:
         )
         leakage = "not defined" if scored.leakage is None else f"{scored.leakage.value:.3f}"
         announce(f"{attack.code} {attack.title}: leakage {leakage}, {verdict} ({result.seconds:.0f} s)")
-        return result
+        return result, scored.pictures
 
     def _shortage(self, scored: Scored) -> list[str]:
         truth, profile, found = self.setting.truth, self.profile, []
@@ -233,19 +238,31 @@ class _Run:
             for name, pictures in baselines(grant(ReleaseView, self.target, self.setting), truth).items()
         }
         _, baseline = best_of(scores)
-        reached = {}
+        reached, makers = {}, {}
         for attack in attacks:
             if attack.sets_ceiling:
                 answer = attack.run(grant(attack.view, self.clean, self.setting))
                 assert isinstance(answer, Reconstructions)
                 for name, pictures in answer.decoders.items():
                     reached[f"{attack.code} {name}"] = score_pictures(truth, self.clean.contributors, pictures)
+                    makers[f"{attack.code} {name}"] = self._clean_pictures(attack, name)
         name, ceiling = best_of(reached)
         announce(
             f"Affine-fit SSIM of nothing but labels: {baseline.primary.mean():.3f}; of the clean rows, at best: "
             f"{ceiling.primary.mean():.3f} ({name})"
         )
-        return References(baseline, ceiling)
+        return References(baseline, ceiling, makers[name])
+
+    def _clean_pictures(self, attack: Attack, way: str) -> Callable[[Rows], Tensor]:
+        """What a way of an attack makes of any rows of the clean bank."""
+        view = grant(attack.view, self.clean, self.setting)
+
+        def pictures(rows: Rows) -> Tensor:
+            answer = attack.run(replace(view, asked=rows))
+            assert isinstance(answer, Reconstructions)
+            return answer.decoders[way](np.arange(len(rows)))
+
+        return pictures
 
     # ------------------------------------------------------------------------------------------ the report
 
@@ -271,6 +288,7 @@ class _Run:
         report = report.model_copy(update={"attacks": results})
         folder = make_folder(self.project.vault.reports(self.name))
         self.project.vault.write_json(folder / REPORT, report.model_dump(mode="json"))
+        write_page(self.project.vault, self.name, report)
         return report
 
 
@@ -339,7 +357,7 @@ def _score_reconstructions(
         name: score_pictures(truth, target.contributors, pictures) for name, pictures in answer.decoders.items()
     }
     ways = {name: way_of(of, references, truth.among, setting.seed) for name, of in scores.items()}
-    best, _ = best_of(scores)
+    best, best_scores = best_of(scores)
     found = [way.measures.get("re_identification") for way in ways.values()]
     highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
     most = max((way.leakage for way in ways.values() if way.leakage), key=lambda value: value.high, default=None)
@@ -356,6 +374,7 @@ def _score_reconstructions(
             Limit("re-identification", highest, re_identification_limit(truth.among, limits.re_identification)),
         ),
         series={},
+        pictures=pictures_of(truth, best_scores, answer.decoders[best], references.clean) if references.clean else {},
     )
 
 

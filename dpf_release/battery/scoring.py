@@ -6,7 +6,7 @@ Pictures are floats in [0, 1], (n, 3, H, W).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,12 @@ class RowScores:
     Attributes:
         measures: `affine_ssim` and the others, against the row's match.
         own: whether the match is a picture that the row is made of.
+        matches: the match, as a row of the clean bank.
     """
 
     measures: dict[str, Numbers]
     own: NDArray[np.bool_]
+    matches: Rows = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def primary(self) -> Numbers:
@@ -47,7 +49,8 @@ class RowScores:
 
     def at(self, places: Rows) -> RowScores:
         """Those of some of the rows."""
-        return RowScores({name: values[places] for name, values in self.measures.items()}, self.own[places])
+        matches = self.matches[places] if len(self.matches) else self.matches
+        return RowScores({name: values[places] for name, values in self.measures.items()}, self.own[places], matches)
 
 
 def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callable[[Rows], Tensor]) -> RowScores:
@@ -62,6 +65,7 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
     """
     measures: dict[str, list[Tensor]] = {}
     own: list[NDArray[np.bool_]] = []
+    matches: list[Rows] = []
     done = 0
     for pool in truth.pools:
         originals = truth.read(pool.pictures).float() / 255
@@ -76,12 +80,13 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
             correlation = (_directions(pictures) @ directions.T).abs()  # (n, M)
             best, match = correlation.max(dim=1)
             own.append(made_of[places, match.numpy()])
+            matches.append(pool.pictures[match.numpy()])
             for name, values in _measure(pictures, originals[match]).items():
                 measures.setdefault(name, []).append(values)
             measures.setdefault("correlation", []).append(best)
         done += len(pool.rows)
     joined = {name: torch.cat(parts).double().numpy() for name, parts in measures.items()}
-    return RowScores(joined, np.concatenate(own))
+    return RowScores(joined, np.concatenate(own), np.concatenate(matches))
 
 
 def _measure(pictures: Tensor, originals: Tensor) -> dict[str, Tensor]:
@@ -127,10 +132,12 @@ class References:
     Attributes:
         baseline: the best that needs no bank.
         ceiling: the best on clean rows.
+        clean: the same, as pictures: rows of the clean bank → (n, 3, H, W), for the report; None: nothing is shown.
     """
 
     baseline: RowScores
     ceiling: RowScores
+    clean: Callable[[Rows], Tensor] | None = None
 
     def at(self, places: Rows) -> References:
         """Those of some of the rows."""

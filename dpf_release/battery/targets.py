@@ -110,7 +110,7 @@ def candidate_target(project: Project, name: str, function: FittedFunction) -> T
 
     phi_2 = project.frozen(project.cut.split.classifier)
     subject = sha256_of(features / INDEX)
-    return Target(name, held(Joined(tuple(parts))), _poison(function.chain, phi_2, subject), contributors, subject)
+    return Target(name, held(Joined(tuple(parts))), poison_with(function.chain, phi_2, subject), contributors, subject)
 
 
 def planted_target(project: Project, name: str, clean: RowSource, seed: int) -> Target:
@@ -123,7 +123,7 @@ def planted_target(project: Project, name: str, clean: RowSource, seed: int) -> 
     return Target(
         name,
         held(chain.on(clean, plans)),
-        _poison(chain, phi_2, f"planted {seed}"),
+        poison_with(chain, phi_2, f"planted {seed}"),
         lambda rows: chain.contributors(rows, plans),
         subject,
     )
@@ -150,11 +150,16 @@ class _Source:
         return self.rows.read(rows)
 
 
-def _poison(chain: Chain, phi_2: nn.Module, seed: str) -> Callable[[HeldRows], HeldRows]:
+def held_source(rows: HeldRows) -> RowSource:
+    """A bank of an attacker's, as a poisoning function wants it."""
+    return _Source(rows)
+
+
+def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Callable[[HeldRows], HeldRows]:
     """P on a bank of the attacker's, under a plan for that bank; learned weights and fixed numbers are P's own."""
 
     def poison(rows: HeldRows) -> HeldRows:
-        source = _Source(rows)
+        source = held_source(rows)
         return held(chain.on(source, chain.plan(source, phi_2, hashlib.sha256(seed.encode()).digest())))
 
     return poison

@@ -1,0 +1,107 @@
+"""The report's plots, as SVG text. The same numbers give the same bytes: no dates, ids from a fixed salt."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dpf_release.attack_report import AttackResult, Interval
+
+INK, SOFT, GRID = "#1c2126", "#545d66", "#d9dcdf"
+COLOURS = {"fail": "#96170f", "pass": "#14613a", "inconclusive": "#8a6700", "reported": "#0b5394"}
+SERIES = ("#0b5394", "#96170f", "#14613a", "#8a6700", "#5b3a8c")
+STYLE: Any = {  # of `rc_context`, whose type lists every key there is
+    "svg.hashsalt": "dpf-release",
+    "svg.fonttype": "path",  # looks the same everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 10,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,
+}
+WIDTH = 4.6  # inches: about as wide as a phone, so that the letters stay readable there
+
+
+def leakage_plot(results: Sequence[AttackResult]) -> str:
+    """The leakage of each attack that has one, with its interval: 0 is nothing beyond the label, 1 all of it."""
+    shown = [result for result in results if result.leakage]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(0.9 + 0.3 * len(shown))
+        for line, result in enumerate(shown):
+            assert result.leakage is not None
+            _point(axes, result.leakage, Interval(value=line, low=line, high=line), COLOURS[result.verdict])
+        axes.set_yticks(range(len(shown)), [result.code for result in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        for place in (0, 1):
+            axes.axvline(place, color=SOFT, linewidth=0.8, linestyle="--", zorder=0)
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, -0.1), max(high, 1.1))
+        axes.set_xlabel("leakage, 95 % interval")
+        return _svg(figure)
+
+
+def series_plot(series: Mapping[str, Mapping[str, Interval]]) -> str:
+    """A measure against a number (of known pairs, of shadow functions), a line a series."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(2.8)
+        numbers: list[float] = []
+        for place, (name, values) in enumerate(series.items()):
+            points = sorted((float(number), value) for number, value in values.items())
+            at, colour = [number for number, _ in points], SERIES[place % len(SERIES)]
+            numbers += at
+            axes.plot(at, [value.value for _, value in points], color=colour, marker="o", markersize=4, label=name)
+            axes.fill_between(
+                at, [v.low for _, v in points], [v.high for _, v in points], color=colour, alpha=0.2, linewidth=0
+            )
+        if min(numbers) > 0 and max(numbers) / min(numbers) >= 10:
+            axes.set_xscale("log")
+        ticks = sorted(set(numbers))
+        axes.set_xticks(ticks, [f"{number:g}" for number in ticks])
+        axes.minorticks_off()
+        axes.axhline(0, color=SOFT, linewidth=0.8, linestyle="--", zorder=0)
+        axes.set_xlabel("m")
+        axes.set_ylabel("leakage")
+        axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def scatter_plot(points: Mapping[str, tuple[Interval, Interval]], x: str, y: str) -> str:
+    """Points with intervals both ways, each with its label beside it."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(3.4)
+        for place, (label, (across, up)) in enumerate(points.items()):
+            _point(axes, across, up, SERIES[place % len(SERIES)])
+            axes.annotate(label, (across.value, up.value), xytext=(5, 5), textcoords="offset points", color=INK)
+        axes.margins(0.12)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        return _svg(figure)
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _point(axes: Axes, across: Interval, up: Interval, colour: str) -> None:
+    axes.plot([across.low, across.high], [up.value, up.value], color=colour, linewidth=2, alpha=0.6)
+    axes.plot([across.value, across.value], [up.low, up.high], color=colour, linewidth=2, alpha=0.6)
+    axes.plot([across.value], [up.value], color=colour, marker="o", markersize=6)
+
+
+def _svg(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return file.getvalue()

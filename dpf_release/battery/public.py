@@ -1,0 +1,189 @@
+"""Pictures that anyone may see: of Q, under a function of the same kind as P. Neither S nor P is touched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpf_release.attack_report import AttackReport
+from dpf_release.attacks import ATTACKS, Reconstructions
+from dpf_release.attacks.view import BATCH, HeldPictures, HeldRows, ReleaseView
+from dpf_release.battery.gallery import as_bytes, spread
+from dpf_release.battery.grants import Setting, VaultKept, grant
+from dpf_release.battery.page import refuse_inside_release, write_public_page
+from dpf_release.battery.profiles import PROFILES
+from dpf_release.battery.sentence import strongest
+from dpf_release.battery.targets import Target, held_source, poison_with
+from dpf_release.battery.truth import Pool, Rows, Truth
+from dpf_release.models.functions import Chain, FeatureSpec, build_chain
+from dpf_release.pipeline.attackers import straw_man
+from dpf_release.pipeline.network import TargetTask
+from dpf_release.pipeline.objective import Objective
+from dpf_release.pipeline.project import Project
+from dpf_release.training import Recipe, fit
+
+PICTURES = 1000  # of Q, as many as a function that mixes rows needs to choose among
+EPOCHS, TRAINING_BATCH, LEARNING_RATE = 8, 64, 3e-3
+KEPT = "public shadow function"
+SEED = "the public page"  # of all that is drawn: nothing of P's secret is in it
+
+
+def publish_page(project: Project, name: str, report: AttackReport, path: Path) -> None:
+    """Writes a page that anyone may see: the report's numbers, and pictures of Q under a shadow function.
+
+    Args:
+        project: the owner's.
+        name: of the fitted function.
+        report: of its candidate.
+        path: the file; what is there is replaced.
+
+    Raises:
+        ConfigError: the file would lie inside a release.
+        StorageError: it cannot be written, or another run works in the vault.
+    """
+    refuse_inside_release(path)
+    with project.working(public=True, together=False):
+        pictures = public_pictures(project, name, report)
+    write_public_page(report, pictures, path)
+
+
+def public_pictures(project: Project, name: str, report: AttackReport) -> dict[str, Tensor]:
+    """What each attack makes of pictures of Q under a shadow function, as `gallery` names pictures.
+
+    Only of attacks that need nothing but a release, and train nothing on its bank: of others there are none.
+
+    Args:
+        project: the owner's; of the vault, Φ's two parts, ψ, the attackers and P's recipe are read.
+        name: of the fitted function.
+        report: which attacks were run, how hard, and which of their ways is the strongest.
+    """
+    images, profile = project.public_images, PROFILES[report.profile]
+    rows = np.concatenate([images.rows("val"), images.rows("train")])[:PICTURES]
+    pictures = HeldPictures(len(rows), lambda numbers: images.pictures.read(rows[numbers]))
+    setting = Setting(project, _nothing_asked(len(rows)), profile.budget, report.seed, VaultKept(project.vault))
+    clean = _clean_view(setting, pictures)
+    recipe = project.vault.read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
+    poison = shadow_function(project, clean, pictures, recipe)
+    shadow = replace(clean, bank=poison(clean.bank), bank_subject=f"{SEED}, poisoned")
+    asked = spread(min(len(rows), len(images.rows("val")) or len(rows)))
+    found: dict[str, Tensor] = {}
+    originals = pictures.read(asked)
+    reference: Tensor | None = None
+    for result in report.attacks:
+        attack, best = ATTACKS.get(result.code), strongest(result)
+        if attack is None or best is None or attack.view is not ReleaseView or attack.of_bank:
+            continue
+        budget = replace(profile.budget, images=result.images)
+        answers = [attack().run(replace(view, asked=asked, budget=budget)) for view in (clean, shadow)]
+        of_clean, of_shadow = (
+            answer.decoders.get(best.way) if isinstance(answer, Reconstructions) else None for answer in answers
+        )
+        if of_clean is None or of_shadow is None:
+            continue
+        if reference is None:  # of the first attack, A1: its decoders are those for clean rows
+            reference = as_bytes(of_clean(np.arange(len(asked))))
+        made = as_bytes(of_shadow(np.arange(len(asked))))
+        found |= {
+            f"{result.code}/original": originals,
+            f"{result.code}/clean": reference,
+            f"{result.code}/attack": made,
+        }
+    return found
+
+
+def shadow_function(
+    project: Project, view: ReleaseView, pictures: HeldPictures, recipe: Mapping[str, Any]
+) -> Callable[[HeldRows], HeldRows]:
+    """A function of P's kind that has nothing of P: planned, and where it is learned fitted, on Q.
+
+    Args:
+        project: whose task, and ψ (fitted on Q).
+        view: whose bank is φ1(Q), labelled by φ2.
+        pictures: that it was made of.
+        recipe: what P was fitted by: `function`, `objective`, `lambda`, `straw_men`.
+
+    Returns:
+        A bank → the same, poisoned.
+    """
+    spec = FeatureSpec(view.feature_shape, view.non_negative)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(SEED.encode()).digest()[:4]))
+        chain = build_chain(recipe["function"], spec)
+    poison = poison_with(chain, view.phi_2, SEED)
+    if chain.learned is None or not recipe["straw_men"]:
+        return poison
+    keys = ("function", "objective", "lambda", "straw_men")
+    subject = {**view.subject, "recipe": [recipe[key] for key in keys], "epochs": EPOCHS, "pictures": len(pictures)}
+    kept = view.kept.load(KEPT, subject)
+    if kept is None:
+        _fit(project, chain, view, pictures, recipe)
+        view.kept.save(KEPT, subject, chain.learned.state_dict())
+    else:
+        chain.learned.load_state_dict(kept)
+    project.frozen(chain.learned)
+    return poison
+
+
+def _fit(project: Project, chain: Chain, view: ReleaseView, pictures: HeldPictures, recipe: Mapping[str, Any]) -> None:
+    """Fits the learned stage as `fit-poison` would, were Q the private images; attribute classifiers are left out."""
+    assert chain.learned is not None
+    source = held_source(view.bank)
+    plans = chain.plan(source, view.phi_2, hashlib.sha256(SEED.encode()).digest())
+    inputs = chain.on(source, plans, len(chain.stages) - 1)
+    goal = chain.on(source, plans, chain.mixing_stages)
+    objective = Objective(
+        view.phi_2,
+        TargetTask.of(project),
+        {name: straw_man(project, name) for name in recipe["straw_men"]},
+        {},
+        recipe["objective"] == "equivalence",
+        recipe["lambda"],
+    )
+
+    def read_batch(rows: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        positions, members = chain.contributors(rows, plans)
+        into, seen = (torch.from_numpy(np.asarray(part.read(rows), np.float32)) for part in (inputs, goal))
+        targets = torch.from_numpy(view.bank.targets[rows])
+        return into, seen, targets, torch.from_numpy(positions), pictures.read(members)
+
+    size = min(TRAINING_BATCH, len(view.bank))
+    training = Recipe(EPOCHS, size, LEARNING_RATE, seed=view.seed, bf16=view.bf16)
+    title = "Fitting a shadow function for the public page"
+    fit(chain.learned, len(view.bank), read_batch, objective, training, title=title, device=view.device)
+
+
+def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:
+    """A release whose bank is φ1(Q), labelled by φ2."""
+    nobody = HeldRows(np.zeros(len(pictures), np.int64), lambda rows: np.empty(0))
+    target = Target(SEED, nobody, lambda rows: rows, lambda rows: (rows, rows), SEED)
+    view = grant(ReleaseView, target, setting)
+
+    def read(rows: Rows) -> NDArray[Any]:
+        features: NDArray[np.float32] = view.features(pictures.read(rows)).cpu().numpy()
+        return features
+
+    outputs = [
+        view.answers(view.features(pictures.read(np.arange(first, min(first + BATCH, len(pictures)))))).cpu()
+        for first in range(0, len(pictures), BATCH)
+    ]
+    answers = torch.cat(outputs)
+    targets = answers.argmax(1) if view.task == "classification" else answers
+    return replace(view, bank=HeldRows(targets.numpy(), read))
+
+
+def _nothing_asked(count: int) -> Truth:
+    """Numbers of the bank, and no picture of S."""
+
+    def refuse(rows: Rows) -> Tensor:
+        raise AssertionError("expected a public page to need no private picture, found that one is read")
+
+    every = np.arange(count)
+    return Truth((Pool(every, every, 0),), refuse, np.zeros(count, np.int64))
