@@ -112,6 +112,7 @@ def test_a_picture_is_linked_to_its_row_where_rows_say_what_they_are_and_else_by
 def test_a_row_of_borrowed_pieces_is_told_by_the_copies_in_it(owner: Project, setting: Setting) -> None:
     found = attacked("A5", planted(owner, "recombine-2"), setting)
     assert found.ways["patches"].measures["top1"].value > 0.9
+    assert found.ways["patches, the nearest of each"].measures["auc"].value > 0.8
     assert found.ways["patches"].measures["top1"].value > found.ways["channels"].measures["top1"].value
 
 

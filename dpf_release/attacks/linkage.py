@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Likeness, Links, register
@@ -17,7 +16,7 @@ from dpf_release.attacks.taps import taps
 from dpf_release.attacks.view import BATCH, Budget, Candidates, HeldPictures, ReleaseView, Rows
 
 SAMPLE_ROWS = 512  # of a class, from which its mean and the typical distance of a piece are estimated
-PUBLIC_PICTURES = 1000  # of Q, that nobody's likeness is compared with
+PUBLIC_PICTURES = 500  # of Q, that nobody's likeness is compared with
 NUMBERS_AT_ONCE = 2**25  # of the candidates' features, at most; more candidates take another pass over the bank
 COPY = 1e-3  # of the typical squared distance: as near as this is a copy
 Vectors = Callable[[Tensor], list[Tensor]]  # features (n, C, h, w) → (n, d) for each piece
@@ -49,6 +48,7 @@ class Seen:
         pools: (n, M) likeness of candidate and row of its pool.
         highest: (n,) over all rows of the class.
         highest_public: (n,) over Q.
+        nearest: (pieces, n) the highest that each piece alone contributes, over all rows of the class.
         sums: of likenesses and of their squares, (2, n).
     """
 
@@ -58,7 +58,8 @@ class Seen:
     pools: Tensor
     highest: Tensor
     highest_public: Tensor
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 1))
+    nearest: Tensor
+    sums: Tensor
     rows: int = 0
 
 
@@ -76,12 +77,14 @@ class Linkage(Attack):
     def run(self, view: ReleaseView) -> Links:
         """Each way of looking, and all together.
 
-        On membership each says three things: how alike the nearest row is, how much so for its class, for Q.
+        On membership each says three things: how alike the nearest row is, how much so for its class, how much more so
+        than a picture of Q. Pieces say a fourth: how near each one's nearest is, in whatever row.
         """
         assert isinstance(view, Candidates)
         looks = all_looks(view, with_matcher=bool(self.trainings(view.budget)))
         names = [*looks, "all together"]
         pools = {name: np.zeros(view.pools.shape, np.float32) for name in names}
+        copies = {name: np.zeros(len(view.candidates), np.float32) for name in looks}
         member = {name: np.zeros((3, len(view.candidates)), np.float32) for name in names}
         for candidates, rows in _classes(view):
             for name, seen in _look_at(view, looks, candidates, rows).items():
@@ -89,13 +92,16 @@ class Linkage(Attack):
                 pools[name][candidates] = seen.pools.cpu().numpy()
                 against = (seen.highest, (seen.highest - mean) / deviation, seen.highest - seen.highest_public)
                 member[name][:, candidates] = torch.stack(against).cpu().numpy()
+                if len(seen.vectors) > 1:  # pieces, of which each may have gone into another row
+                    copies[name][candidates] = seen.nearest.sum(0).cpu().numpy()
                 pools["all together"][candidates] += ((seen.pools - mean[:, None]) / deviation[:, None]).cpu().numpy()
         for name in looks:
             scores = member[name]
             member["all together"] += (scores - scores.mean(1, keepdims=True)) / (scores.std(1, keepdims=True) + 1e-9)
         ways = {name: Likeness(pools[name], member[name][0]) for name in names}
-        for number, against in enumerate(("its class", "Q"), start=1):
-            ways |= {f"{name}, against {against}": Likeness(None, member[name][number]) for name in names}
+        for number, compared in enumerate(("its class", "Q"), start=1):
+            ways |= {f"{name}, against {compared}": Likeness(None, member[name][number]) for name in names}
+        ways |= {f"{name}, the nearest of each": Likeness(None, copies[name]) for name in looks if copies[name].any()}
         return Links(ways)
 
 
@@ -152,7 +158,7 @@ def patches(features: Tensor, size: int = 2) -> list[Tensor]:
 
 def _classes(view: Candidates) -> Iterator[tuple[Rows, Rows]]:
     """Candidates of one class, not too many at once, and all rows of that class."""
-    most = max(BATCH, NUMBERS_AT_ONCE // int(np.prod(view.feature_shape)))
+    most = max(64, NUMBERS_AT_ONCE // int(np.prod(view.feature_shape)))
     for label in np.unique(view.labels):
         candidates = np.flatnonzero(view.labels == label)
         for first in range(0, len(candidates), most):
@@ -171,41 +177,53 @@ def _look_at(view: Candidates, looks: dict[str, Look], candidates: Rows, rows: R
         here = (torch.from_numpy(batch)[place] == pools).to(view.device)
         place = place.to(view.device)
         for name, look in looks.items():
-            likeness, of = _likeness(look, seen[name], look.of_row(features)), seen[name]
+            of = seen[name]
+            likeness, nearest = _likeness(look, of, look.of_row(features))
+            of.nearest = torch.maximum(of.nearest, nearest)
             of.pools = torch.where(here, likeness.gather(1, place), of.pools)
             of.highest = torch.maximum(of.highest, likeness.amax(1))
             of.sums = of.sums + torch.stack([likeness.sum(1), likeness.square().sum(1)])
             of.rows += len(batch)
-    for _, features in _features(view, view.public, np.arange(min(PUBLIC_PICTURES, len(view.public)))):
+    for features in _features(view, view.public, np.arange(min(PUBLIC_PICTURES, len(view.public)))):
         for name, look in looks.items():
-            likeness = _likeness(look, seen[name], look.of_picture(features), public=True)
+            likeness, _ = _likeness(look, seen[name], look.of_picture(features), public=True)
             seen[name].highest_public = torch.maximum(seen[name].highest_public, likeness.amax(1))
     return seen
 
 
 def _begin(view: Candidates, look: Look, candidates: Rows, sample: Rows) -> Seen:
     """A look at the candidates, and what is typical of the class."""
-    parts = [look.of_picture(features) for _, features in _features(view, view.candidates, candidates)]
+    parts = [look.of_picture(features) for features in _features(view, view.candidates, candidates)]
     vectors = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-    typical = [look.of_row(view.rows(sample[first : first + BATCH])) for first in range(0, len(sample), BATCH)]
-    rows = [torch.cat(pieces) for pieces in zip(*typical, strict=True)]
-    means = [(piece.mean(0), row.mean(0)) for piece, row in zip(vectors, rows, strict=True)]
-    scales = [_distances(piece, row).mean(1, keepdim=True) for piece, row in zip(vectors, rows, strict=True)]
+    sums = [torch.zeros_like(piece[0]) for piece in vectors]
+    scales = [torch.zeros_like(piece[:, :1]) for piece in vectors]
+    for first in range(0, len(sample), BATCH):
+        rows = look.of_row(view.rows(sample[first : first + BATCH]))
+        for number, row in enumerate(rows):
+            sums[number] += row.sum(0)
+            scales[number] += _distances(vectors[number], row).sum(1, keepdim=True) / len(sample)
+    means = [(piece.mean(0), total / len(sample)) for piece, total in zip(vectors, sums, strict=True)]
     none = torch.full((len(candidates),), -torch.inf, device=view.device)
     pools = torch.full((len(candidates), view.pools.shape[1]), -torch.inf, device=view.device)
-    return Seen(vectors, scales, means, pools, none, none, torch.zeros(2, len(candidates), device=view.device))
+    nearest = none.expand(len(vectors), -1)
+    of_class = torch.zeros(2, len(candidates), device=view.device)
+    return Seen(vectors, scales, means, pools, none, none, nearest, of_class)
 
 
-def _likeness(look: Look, seen: Seen, rows: list[Tensor], *, public: bool = False) -> Tensor:
-    """(n, m) of each candidate and each of some rows, or of some pictures of Q."""
+def _likeness(look: Look, seen: Seen, rows: list[Tensor], *, public: bool = False) -> tuple[Tensor, Tensor]:
+    """(n, m) of each candidate and each of some rows, or of some pictures of Q; (pieces, n) of each piece."""
     if look.cosine:
         (mean, mean_of_rows), own = seen.means[0], seen.vectors[0]
         other = rows[0] - (mean if public else mean_of_rows)
-        return F.normalize(own - mean, dim=1) @ F.normalize(other, dim=1).T
+        cosines = F.normalize(own - mean, dim=1) @ F.normalize(other, dim=1).T
+        return cosines, cosines.amax(1)[None]
+    highest = []
     total = torch.zeros(len(seen.vectors[0]), len(rows[0]), device=rows[0].device)
     for own, row, scale in zip(seen.vectors, rows, seen.scales, strict=True):
-        total -= torch.log(_distances(own, row) / scale.clamp_min(1e-12) + COPY)
-    return total
+        likeness = -torch.log(_distances(own, row) / scale.clamp_min(1e-12) + COPY)
+        highest.append(likeness.amax(1))
+        total += likeness
+    return total, torch.stack(highest)
 
 
 def _distances(one: Tensor, other: Tensor) -> Tensor:
@@ -220,7 +238,6 @@ def _moments(seen: Seen) -> tuple[Tensor, Tensor]:
     return mean, (square - mean.square()).clamp_min(1e-12).sqrt()
 
 
-def _features(view: ReleaseView, pictures: HeldPictures, chosen: Rows) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+def _features(view: ReleaseView, pictures: HeldPictures, chosen: Rows) -> Iterator[Tensor]:
     for first in range(0, len(chosen), BATCH):
-        batch = chosen[first : first + BATCH]
-        yield batch, view.features(pictures.read(batch))
+        yield view.features(pictures.read(chosen[first : first + BATCH]))

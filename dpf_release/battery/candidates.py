@@ -17,7 +17,7 @@ LEAST_OF_A_VALUE = 4  # rows of an attribute's value; of rarer ones nothing coul
 
 
 def draw_suspects(project: Project, target: Target, truth: Truth, seed: int) -> Suspects:
-    """Members: pictures of the truth's pools, half as many as rows are asked for. Non-members: as many of S test.
+    """Members: pictures of the truth's pools, as many as rows are asked for. Non-members: as many of S test.
 
     Of all classes alike, shuffled. A member's pool has one row that its picture is in, the one with the most pieces of
     it; any other pool has none.
@@ -26,7 +26,7 @@ def draw_suspects(project: Project, target: Target, truth: Truth, seed: int) -> 
         return target.suspects
     generator = np.random.default_rng([seed, 5])
     labels = np.unique(truth.bins)
-    each = max(1, len(truth.asked) // 2 // len(labels))
+    each = max(1, len(truth.asked) // len(labels))
     table_rows, test = released_table_rows(project), project.private_images.rows("test")
     edges = [float(target.rows.targets[truth.bins == label, 0].max()) for label in labels] if _is_binned(target) else []
     test_labels = bin_of(project.private_images.table.targets[test], edges)

@@ -10,12 +10,13 @@ from dpf_release.attack_report import Interval, Way
 from dpf_release.attacks.interface import Likeness, Links
 from dpf_release.battery.candidates import draw_suspects
 from dpf_release.battery.grants import Setting
-from dpf_release.battery.scoring import DRAWS, References, share_interval
+from dpf_release.battery.scoring import References, share_interval
 from dpf_release.battery.targets import Target
 from dpf_release.battery.truth import LEAST_POOL, Suspects
 from dpf_release.battery.verdicts import Limit, Scored, re_identification_limit
 from dpf_release.pipeline.project import Project
 
+DRAWS = 500  # of members and non-members, for each way
 LEAST_NON_MEMBERS = 1000  # for a false positive rate of 0.1 %
 
 

@@ -196,11 +196,9 @@ class _Run:
         return len(self.setting.truth.asked) if scored.rows is None else scored.rows
 
     def _shortage(self, scored: Scored) -> list[str]:
-        # Of the asked rows, half are candidates, or are told: those count for as much.
-        rows = self._rows(scored) * (1 if scored.rows is None else 2)
-        profile, found = self.profile, []
+        rows, profile, found = self._rows(scored), self.profile, []
         if rows < profile.least_rows:
-            found.append(f"{self._rows(scored)} rows, the profile wants {profile.least_rows}")
+            found.append(f"{rows} rows, the profile wants {profile.least_rows}")
         if not self.enough:
             found.append(
                 f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
@@ -264,6 +262,7 @@ class _Run:
             profile=self.profile.name,
             seed=seed,
             function=self.name,
+            attribute=self.project.config.claims.attribute,
             baselines={"affine_ssim": mean_interval(references.baseline.primary, seed)},
             references={"clean affine_ssim": mean_interval(references.ceiling.primary, seed)},
         )
@@ -305,7 +304,7 @@ def _exactly(value: float) -> Interval:
 
 
 def _same_run(one: AttackReport, other: AttackReport) -> bool:
-    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed")
+    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed", "attribute")
     return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
