@@ -3,7 +3,7 @@
 Nothing here imports the vault, the private images or P; a test holds that.
 """
 
-from dpf_release.attacks import straw_men
+from dpf_release.attacks import attribute, linkage, membership, straw_men
 from dpf_release.attacks.interface import (
     ATTACKS,
     Attack,
@@ -45,6 +45,9 @@ __all__ = [
     "Result",
     "TwoReleases",
     "register",
+    "attribute",
+    "linkage",
+    "membership",
     "registered",
     "straw_men",
 ]

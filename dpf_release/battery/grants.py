@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dpf_release.attacks.view import Budget, HeldPictures, LeakedVault, ReleaseView
+from dpf_release.attacks.view import Budget, Candidates, HeldPictures, LabelledRows, LeakedVault, ReleaseView
+from dpf_release.battery.candidates import draw_labelled, draw_suspects
 from dpf_release.battery.targets import Target
 from dpf_release.battery.truth import Truth
 from dpf_release.pipeline.project import Project
@@ -52,7 +53,7 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
     cut = project.cut
     fields: dict[str, Any] = {
         "phi_1": project.frozen(cut.split.featurizer),
-        "phi_2": project.frozen(cut.split.classifier),
+        "phi_2": target.classifier or project.frozen(cut.split.classifier),
         "preprocess": project.preprocess,
         "non_negative": cut.split.non_negative,
         "task": project.config.task.kind,
@@ -66,14 +67,16 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
         "bf16": project.config.compute.bf16,
         "subject": {
             "featurizer_sha256": cut.featurizer_sha256,
-            "classifier_sha256": hashlib.sha256(cut.classifier_file).hexdigest(),
+            "classifier_sha256": target.subject
+            if target.classifier
+            else hashlib.sha256(cut.classifier_file).hexdigest(),
             "public_images_sha256": images.digest,
         },
         "bank_subject": target.subject,
         "kept": setting.kept,
     }
     more = GRANTS[view](target, setting) if view in GRANTS else {}
-    return view(**fields, **more)
+    return view(**{**fields, **more})
 
 
 def _held_pictures(read: Callable[[Rows], Tensor], rows: Rows) -> HeldPictures:
@@ -84,8 +87,33 @@ def _leaked_vault(target: Target, setting: Setting) -> dict[str, Any]:
     return {"poison": target.poison}
 
 
-# What a view holds beyond a release: view → (target, setting) → its fields.
+def _candidates(target: Target, setting: Setting) -> dict[str, Any]:
+    suspects = draw_suspects(setting.project, target, setting.truth, setting.seed)
+    return {
+        "candidates": HeldPictures(len(suspects.labels), suspects.read),
+        "labels": suspects.labels,
+        "bins": setting.truth.bins,
+        "pools": suspects.pools,
+        "persons": suspects.persons,
+    }
+
+
+def _labelled_rows(target: Target, setting: Setting) -> dict[str, Any]:
+    labelled = draw_labelled(setting.project, target, setting.truth, setting.seed)
+    return {
+        "values": labelled.values,
+        "public_values": labelled.public_values,
+        "known_rows": labelled.known_rows,
+        "known_values": labelled.known_values,
+        "bins": setting.truth.bins,
+        "asked": labelled.asked,
+    }
+
+
+# What a view holds beyond a release: view → (target, setting) → its fields, in the place of a release's.
 GRANTS: dict[type[ReleaseView], Callable[[Target, Setting], dict[str, Any]]] = {
+    Candidates: _candidates,
+    LabelledRows: _labelled_rows,
     LeakedVault: _leaked_vault,
 }
 

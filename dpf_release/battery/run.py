@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way
-from dpf_release.attacks import Attack, Reconstructions, Result, registered
+from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power
+from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Result, registered
 from dpf_release.attacks.view import BATCH, ReleaseView
+from dpf_release.battery.attributes import score_attributes
 from dpf_release.battery.gallery import keep_pictures, pictures_of
 from dpf_release.battery.grants import Setting, VaultKept, grant
+from dpf_release.battery.linking import score_links
 from dpf_release.battery.page import write_page
+from dpf_release.battery.planted_network import MEMORISER, memorising_target
 from dpf_release.battery.profiles import PROFILES, Profile, decoder_rate, minutes, within
 from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures, way_of
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
 from dpf_release.battery.truth import LEAST_POOL, Rows, Truth, bins_of, draw_pools
-from dpf_release.battery.verdicts import Limit, judge, re_identification_limit
+from dpf_release.battery.verdicts import Limit, Scored, judge, re_identification_limit
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import Project
@@ -67,35 +71,6 @@ def attack(
     """
     with project.working(public=True, together=False):
         return _Run.begin(project, name, profile, budget_minutes, seed).go(only, restart)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the harness makes of an attack's answer.
-
-    Attributes:
-        ways: by name.
-        best: the name of the way that tells the most.
-        baseline: of the same measure.
-        ceiling: of the same measure.
-        leakage: of the best way.
-        found: re-identification of the best way.
-        among: of how many.
-        limits: that a claim sets.
-        series: what depends on a number (leakage against m): name → number → value.
-        pictures: for the report (`gallery.pictures_of`).
-    """
-
-    ways: dict[str, Way]
-    best: str
-    baseline: float | None
-    ceiling: float | None
-    leakage: Interval | None
-    found: Interval | None
-    among: int
-    limits: tuple[Limit, ...]
-    series: Mapping[str, Mapping[str, Interval]]
-    pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +130,7 @@ class _Run:
     def _attack(self, attack: Attack, references: References) -> tuple[AttackResult | None, Mapping[str, Tensor]]:
         started = time.monotonic()
         try:
-            answer = attack.run(grant(attack.view, self.target, self.setting))
-            scored = score(answer, self.target, self.setting, references, self.project)
+            scored = self._scored(attack, self.target, self.setting, references)
         except NotGrantedError as error:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
             return None, {}
@@ -170,7 +144,7 @@ class _Run:
             version=attack.version,
             claim=attack.claim,
             granted=attack.view.__name__,
-            rows=len(self.setting.truth.asked),
+            rows=self._rows(scored),
             images=self.setting.budget.images,
             seconds=round(time.monotonic() - started, 1),
             ways=scored.ways,
@@ -188,15 +162,51 @@ class _Run:
         announce(f"{attack.code} {attack.title}: leakage {leakage}, {verdict} ({result.seconds:.0f} s)")
         return result, scored.pictures
 
+    def _scored(self, attack: Attack, target: Target, setting: Setting, references: References) -> Scored:
+        answer = attack.run(grant(attack.view, target, setting))
+        scored = score(answer, target, setting, references, self.project)
+        if scored.primary is None:
+            return scored
+        top = scored.ceiling
+        ceiling = self._reached_on_clean(attack, setting, references) if top is None else _exactly(top)
+        return scored if ceiling is None else scored.against(ceiling)
+
+    def _reached_on_clean(self, attack: Attack, setting: Setting, references: References) -> Interval | None:
+        """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
+        name = f"{attack.code} on clean rows, {len(setting.truth.asked)}"
+        subject = {**self._subject(attack, setting), "bank": self.clean.subject}
+        kept = setting.kept.load(name, subject)
+        if kept is None:
+            answer = attack.run(grant(attack.view, self.clean, setting))
+            found = score(answer, self.clean, setting, references, self.project).reached()
+            kept = {"reached": _as_tensor(found)}
+            setting.kept.save(name, subject, kept)
+        return _as_interval(kept["reached"])
+
+    def _subject(self, attack: Attack, setting: Setting) -> dict[str, Any]:
+        """What a result that is kept depends on, beside the bank."""
+        config = self.project.config
+        return {
+            **grant(ReleaseView, self.clean, setting).subject,
+            "attack": [attack.code, attack.version],
+            "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows],
+            "seed": setting.seed,
+            "rows": setting.truth.asked.tolist(),
+            "attribute": [config.claims.attribute, config.images.private.group],
+        }
+
+    def _rows(self, scored: Scored) -> int:
+        return len(self.setting.truth.asked) if scored.rows is None else scored.rows
+
     def _shortage(self, scored: Scored) -> list[str]:
-        truth, profile, found = self.setting.truth, self.profile, []
-        if len(truth.asked) < profile.least_rows:
-            found.append(f"{len(truth.asked)} rows, the profile wants {profile.least_rows}")
+        rows, profile, found = self._rows(scored), self.profile, []
+        if rows < profile.least_rows:
+            found.append(f"{rows} rows, the profile wants {profile.least_rows}")
         if not self.enough:
             found.append(
                 f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
             )
-        if scored.among < LEAST_POOL:
+        if 0 < scored.among < LEAST_POOL:
             found.append(f"matched among {scored.among}, at least {LEAST_POOL} are wanted")
         return found
 
@@ -206,24 +216,16 @@ class _Run:
         setting = replace(self.setting, truth=truth)
         found = {}
         for name in attack.planted:
-            subject = {
-                **grant(ReleaseView, self.clean, setting).subject,
-                "attack": [attack.code, attack.version],
-                "planted": name,
-                "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows],
-                "seed": setting.seed,
-                "rows": truth.asked.tolist(),
-            }
+            subject = {**self._subject(attack, setting), "planted": name}
             kept = setting.kept.load(f"{attack.code} power on {name}", subject)
             if kept is None:
-                target = planted_target(self.project, name, clean_rows(self.project), setting.seed)
-                answer = attack.run(grant(attack.view, target, setting))
-                leakage = score(answer, target, setting, references.at(places), self.project).leakage
-                numbers = [leakage.value, leakage.low, leakage.high] if leakage else []
-                kept = {"leakage": torch.tensor(numbers, dtype=torch.float64)}
+                plant = memorising_target if name == MEMORISER else partial(planted_target, name=name)
+                target = plant(self.project, clean=clean_rows(self.project), seed=setting.seed)
+                scored = self._scored(attack, target, setting, references.at(places))
+                kept = {"leakage": _as_tensor(scored.leakage)}
                 setting.kept.save(f"{attack.code} power on {name}", subject, kept)
-            if len(numbers := kept["leakage"].tolist()):
-                found[name] = Interval(value=numbers[0], low=numbers[1], high=numbers[2])
+            if leakage := _as_interval(kept["leakage"]):
+                found[name] = leakage
         if not attack.planted:
             return Power(passed=None)
         passed = len(found) == len(attack.planted) and all(value.low >= POWER_LEAKAGE for value in found.values())
@@ -275,6 +277,7 @@ class _Run:
             profile=self.profile.name,
             seed=seed,
             function=self.name,
+            attribute=self.project.config.claims.attribute,
             baselines={"affine_ssim": mean_interval(references.baseline.primary, seed)},
             references={"clean affine_ssim": mean_interval(references.ceiling.primary, seed)},
         )
@@ -300,8 +303,24 @@ def _profile(name: str) -> Profile:
     return PROFILES[name]
 
 
+def _as_tensor(interval: Interval | None) -> Tensor:
+    numbers = [interval.value, interval.low, interval.high] if interval else []
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _as_interval(numbers: Tensor) -> Interval | None:
+    if not len(numbers):
+        return None
+    value, low, high = numbers.tolist()
+    return Interval(value=value, low=low, high=high)
+
+
+def _exactly(value: float) -> Interval:
+    return Interval(value=value, low=value, high=value)
+
+
 def _same_run(one: AttackReport, other: AttackReport) -> bool:
-    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed")
+    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed", "attribute")
     return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
@@ -379,5 +398,7 @@ def _score_reconstructions(
 
 
 SCORERS: dict[type, Callable[[Any, Target, Setting, References, Project], Scored]] = {
+    Attributes: score_attributes,
+    Links: score_links,
     Reconstructions: _score_reconstructions,
 }

@@ -14,8 +14,8 @@ from torch import nn
 from dpf_release.attacks.view import HeldRows
 from dpf_release.bank import ID_BYTES, INDEX, FeatureBank
 from dpf_release.battery.planted import planted
-from dpf_release.battery.truth import Contributors
-from dpf_release.models.functions import Chain, FeatureSpec, RowSource
+from dpf_release.battery.truth import Contributors, Suspects
+from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource
 from dpf_release.pipeline.fitting import FittedFunction
 from dpf_release.pipeline.project import Project
 from dpf_release.storage import sha256_of
@@ -34,6 +34,10 @@ class Target:
         poison: P on another bank.
         contributors: which clean rows each row is made of.
         subject: what the bank is, for what is kept of it.
+        pieces: (n, pieces) of which clean row each piece of some rows is; None: rows are not made of pieces, or of
+            pieces of pieces.
+        classifier: in the place of φ2, where a network is planted.
+        suspects: the candidates, where they belong to a planted network.
     """
 
     name: str
@@ -41,6 +45,9 @@ class Target:
     poison: Callable[[HeldRows], HeldRows]
     contributors: Contributors
     subject: str
+    pieces: Callable[[Rows], Rows | None] = lambda rows: None
+    classifier: nn.Module | None = None
+    suspects: Suspects | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +115,23 @@ def candidate_target(project: Project, name: str, function: FittedFunction) -> T
             found.append((mine[at], members + starts[number]))
         return np.concatenate([at for at, _ in found]), np.concatenate([members for _, members in found])
 
+    def pieces(rows: Rows) -> Rows | None:
+        found = [_pieces(function.plans[split]) for split in RELEASED_SPLITS]
+        if any(part is None for part in found):
+            return None
+        joined = np.concatenate([part + start for part, start in zip(found, starts, strict=False) if part is not None])
+        return joined[rows]
+
     phi_2 = project.frozen(project.cut.split.classifier)
     subject = sha256_of(features / INDEX)
-    return Target(name, held(Joined(tuple(parts))), poison_with(function.chain, phi_2, subject), contributors, subject)
+    poison = poison_with(function.chain, phi_2, subject)
+    return Target(name, held(Joined(tuple(parts))), poison, contributors, subject, pieces)
+
+
+def _pieces(plans: Sequence[Plan]) -> Rows | None:
+    """Of the one stage that puts rows together; None where there is none, or several."""
+    mixing = [plan.pieces for plan in plans if plan.pieces is not None]
+    return mixing[0] if len(mixing) == 1 else None
 
 
 def planted_target(project: Project, name: str, clean: RowSource, seed: int) -> Target:
@@ -119,13 +140,14 @@ def planted_target(project: Project, name: str, clean: RowSource, seed: int) -> 
     chain = planted(name, FeatureSpec(cut.record.feature_shape, cut.split.non_negative))
     phi_2 = project.frozen(cut.split.classifier)
     plans = chain.plan(clean, phi_2, hashlib.sha256(f"planted {seed}".encode()).digest())
-    subject = f"planted {name}, seed {seed}, {project.bank_id}"
+    subject, pieces = f"planted {name}, seed {seed}, {project.bank_id}", _pieces(plans)
     return Target(
         name,
         held(chain.on(clean, plans)),
         poison_with(chain, phi_2, f"planted {seed}"),
         lambda rows: chain.contributors(rows, plans),
         subject,
+        lambda rows: None if pieces is None else pieces[rows],
     )
 
 

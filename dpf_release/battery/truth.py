@@ -76,6 +76,30 @@ class Truth:
         return Truth(tuple(self.pools[number] for number in chosen), self.read, self.bins), places
 
 
+@dataclass(frozen=True, eq=False)
+class Suspects:
+    """Pictures that an attacker holds, and which of them are in the bank.
+
+    Attributes:
+        read: numbers → (n, 3, H, W) uint8.
+        labels: (n,) class, or bin of the target.
+        pools: (n, M) rows of the bank among which each one's is looked for, ascending.
+        own: (n,) the row of the pool that it is in; -1: it is in none.
+        persons: (n,) whom it shows, as numbers; None: not known.
+    """
+
+    read: Callable[[Rows], Tensor]
+    labels: NDArray[np.int64]
+    pools: Rows
+    own: Rows
+    persons: NDArray[np.int64] | None = None
+
+    @property
+    def members(self) -> NDArray[np.bool_]:
+        """Which are in the bank."""
+        return self.own >= 0
+
+
 def bins_of(targets: NDArray[Any], most: int = 10, least_rows: int = POOL) -> NDArray[np.int64]:
     """Classes as they are; of regression targets, quantile bins of the first, as many as have 200 rows each."""
     if targets.ndim == 1:
@@ -83,6 +107,13 @@ def bins_of(targets: NDArray[Any], most: int = 10, least_rows: int = POOL) -> ND
     count = int(np.clip(len(targets) // least_rows, 1, most))
     edges = np.quantile(targets[:, 0], np.linspace(0, 1, count + 1)[1:-1])
     return np.searchsorted(edges, targets[:, 0], side="right").astype(np.int64)
+
+
+def bin_of(targets: NDArray[Any], edges: list[float]) -> NDArray[np.int64]:
+    """Of targets that are not in the bank: their class, or their bin, where each edge is the highest value of a bin."""
+    if targets.ndim == 1:
+        return targets.astype(np.int64)
+    return np.searchsorted(edges[:-1], targets[:, 0], side="left").astype(np.int64)
 
 
 def draw_pools(bins: NDArray[np.int64], contributors: Contributors, rows: int, seed: int) -> tuple[Pool, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from dpf_release.attack_report import Interval, Power, Verdict
+from torch import Tensor
+
+from dpf_release.attack_report import Interval, Power, Verdict, Way
+from dpf_release.battery.scoring import LEAST_GAP
 from dpf_release.battery.truth import LEAST_POOL, POOL
 
 
@@ -28,6 +31,58 @@ class Limit:
             return f"{self.what} was not measured"
         found = self.found
         return f"{self.what} {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], limit {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the harness makes of an attack's answer.
+
+    Attributes:
+        ways: by name.
+        best: the name of the way that tells the most.
+        baseline: of the same measure.
+        ceiling: of the same measure; None: what the same attack reaches on clean rows (`against`).
+        leakage: of the best way.
+        found: re-identification of the best way.
+        among: of how many; 0: nothing is matched.
+        limits: that a claim sets.
+        series: what depends on a number (leakage against m): name → number → value.
+        primary: the measure that leakage is reckoned by, where it is not paired with reconstructions of clean rows.
+        rows: how many were asked for, where it is not all of the truth's.
+        pictures: for the report (`gallery.pictures_of`).
+    """
+
+    ways: dict[str, Way]
+    best: str
+    baseline: float | None
+    ceiling: float | None
+    leakage: Interval | None
+    found: Interval | None
+    among: int
+    limits: tuple[Limit, ...]
+    series: Mapping[str, Mapping[str, Interval]]
+    primary: str | None = None
+    rows: int | None = None
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def reached(self) -> Interval | None:
+        """What the best way has of the measure that counts; None where it was not measured."""
+        return self.ways[self.best].measures.get(self.primary or "")
+
+    def against(self, ceiling: Interval) -> Scored:
+        """With leakage, of every way, between the baseline and what is reached on clean rows."""
+        base = self.baseline or 0.0
+
+        def leakage(way: Way) -> Interval | None:
+            found = way.measures.get(self.primary or "")
+            if found is None or ceiling.value - base < LEAST_GAP:
+                return None
+            share = lambda value, of: (value - base) / max(of - base, 1e-9)  # noqa: E731
+            low, high = share(found.low, ceiling.high), share(found.high, ceiling.low)
+            return Interval(value=share(found.value, ceiling.value), low=min(low, high), high=max(low, high))
+
+        ways = {name: way.model_copy(update={"leakage": leakage(way)}) for name, way in self.ways.items()}
+        return replace(self, ways=ways, ceiling=ceiling.value, leakage=ways[self.best].leakage)
 
 
 def judge(limits: Sequence[Limit], power: Power, shortage: Sequence[str]) -> tuple[Verdict, tuple[str, ...]]:

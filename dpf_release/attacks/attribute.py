@@ -1,0 +1,181 @@
+"""A8: an attribute of a picture (who it shows, say) read from its row."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpf_release.attacks.decoder import freeze_on
+from dpf_release.attacks.interface import Attack, Attributes, register
+from dpf_release.attacks.taps import taps
+from dpf_release.attacks.view import BATCH, Budget, LabelledRows, ReleaseView, Rows
+from dpf_release.models.probes import AttributeClassifier
+from dpf_release.training import Recipe, fit
+
+MOST_EPOCHS = 60
+HELD_OUT = 0.15  # of each value's examples, to choose the epoch by
+LEAST_TO_HOLD_OUT = 4  # examples of a value, below which it needs them all
+TRAINING_BATCH, LEARNING_RATE, WEIGHT_DECAY = 64, 3e-3, 1e-4
+Inputs = Callable[[Tensor], Tensor]  # features (n, C, h, w) → what a probe sees
+Examples = Callable[[Rows], Tensor]  # numbers → features
+
+
+@register
+class Attribute(Attack):
+    """Probes for the attribute: on φ1(Q), where Q has it, and on rows of the bank whose value the attacker knows."""
+
+    code, title, claim = "A8", "attribute, identity", "attribute"
+    view = LabelledRows
+    of_bank = True
+
+    def trainings(self, budget: Budget) -> float:
+        """Two small probes and two linear ones, about a decoder's work in all."""
+        return 1.0
+
+    def run(self, view: ReleaseView) -> Attributes:
+        """A linear and a convolutional probe on rows, a linear one on the blocks of φ2."""
+        assert isinstance(view, LabelledRows)
+        found = {}
+        known = np.flatnonzero(view.public_values >= 0)
+        if len(np.unique(view.public_values[known])) >= 2:
+            for kind in PROBES:
+                of_q = lambda rows: view.features(view.public.read(known[rows]))  # noqa: E731
+                network = _train_probe(view, f"A8 {kind}, from Q", kind, of_q, view.public_values[known], {})
+                found[f"{kind}, from Q"] = _predict(view, network, kind)
+        of_bank = {"bank": view.bank_subject, "rows": view.known_rows.tolist()}
+        for kind in PROBES:
+            of_rows = lambda rows: view.rows(view.known_rows[rows])  # noqa: E731
+            network = _train_probe(view, f"A8 {kind}, from known rows", kind, of_rows, view.known_values, of_bank)
+            found[f"{kind}, from known rows"] = _predict(view, network, kind)
+        return Attributes(found)
+
+
+def _rows(view: ReleaseView, features: Tensor) -> Tensor:
+    return features
+
+
+def _blocks(view: ReleaseView, features: Tensor) -> Tensor:
+    """Means and deviations over places of what φ2's blocks make of rows, and φ2's answers: (n, D, 1, 1)."""
+    maps = [features, *taps(view.phi_2, features)]
+    parts = [part for tap in maps for part in (tap.mean((2, 3)), tap.std((2, 3), unbiased=False))]
+    return torch.cat([*parts, view.answers(features)], dim=1)[..., None, None]
+
+
+def _linear(shape: tuple[int, ...], values: int) -> nn.Module:
+    size = math.prod(shape)
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(size, affine=False), nn.Dropout(0.2), nn.Linear(size, values))
+
+
+def _convolutional(shape: tuple[int, ...], values: int) -> nn.Module:
+    channels, height, width = shape
+    return nn.Sequential(nn.BatchNorm2d(channels, affine=False), AttributeClassifier((channels, height, width), values))
+
+
+PROBES: dict[str, tuple[Callable[[ReleaseView, Tensor], Tensor], Callable[[tuple[int, ...], int], nn.Module]]] = {
+    "linear": (_rows, _linear),
+    "convolutional": (_rows, _convolutional),
+    "linear on blocks of φ2": (_blocks, _linear),
+}
+
+
+def _train_probe(
+    view: LabelledRows,
+    name: str,
+    kind: str,
+    read: Examples,
+    values: NDArray[np.int64],
+    depends_on: dict[str, object],
+) -> nn.Module:
+    """A probe, each value of equal weight; at the epoch that is best on examples held out.
+
+    Args:
+        view: whose seed, budget, device and φ2.
+        name: under which it is kept.
+        kind: of `PROBES`.
+        read: numbers of examples → their features.
+        values: (n,) of the examples.
+        depends_on: beside Q, φ1, φ2, values, budget and seed.
+    """
+    inputs, build = PROBES[kind]
+    shape = tuple(inputs(view, read(np.arange(1))).shape[1:])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(view.seed)
+        network = build(shape, len(view.values))
+    train, val = _held_out(values, view.seed)
+    epochs = int(np.clip(view.budget.images // len(train), 1, MOST_EPOCHS))
+    rows = min(len(train), max(TRAINING_BATCH, view.budget.images // epochs))
+    subject = {
+        **view.subject,
+        "name": name,
+        "values": values.tolist(),
+        "of": len(view.values),
+        "epochs": epochs,
+        "rows": rows,
+        "seed": view.seed,
+        "depends_on": depends_on,
+    }
+    kept = view.kept.load(name, subject)
+    if kept is not None:
+        network.load_state_dict(kept)
+        return freeze_on(network, view)
+    weights = 1 / np.maximum(np.bincount(values[train], minlength=len(view.values)), 1)
+    weight = torch.from_numpy((weights / weights[values[train]].mean()).astype(np.float32)).to(view.device)
+
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        return inputs(view, read(train[chosen])), torch.from_numpy(values[train[chosen]])
+
+    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        scores = network(batch[0]).float()
+        return {
+            "loss": F.cross_entropy(scores, batch[1], weight),
+            "top1": (scores.argmax(1) == batch[1]).float().mean(),
+        }
+
+    def validate() -> float:
+        total = 0.0
+        for first in range(0, len(val), BATCH):
+            chosen = val[first : first + BATCH]
+            scores = network(inputs(view, read(chosen))).float()
+            total += float(F.cross_entropy(scores, torch.from_numpy(values[chosen]).to(view.device), reduction="sum"))
+        return total / len(val)
+
+    fit(
+        network,
+        rows,
+        read_batch,
+        loss,
+        Recipe(epochs, min(TRAINING_BATCH, rows), LEARNING_RATE, weight_decay=WEIGHT_DECAY, seed=view.seed, bf16="off"),
+        title=f"Training the probe {name}",
+        device=view.device,
+        validate=validate,
+        checkpoint=view.kept.checkpoint(name),
+        subject=json.dumps(subject, sort_keys=True),
+    )
+    view.kept.save(name, subject, network.state_dict())
+    return freeze_on(network, view)
+
+
+def _held_out(values: NDArray[np.int64], seed: int) -> tuple[Rows, Rows]:
+    """Examples to train on, and others to choose by: a share of each value that has several."""
+    shuffled = np.random.default_rng(seed).permutation(len(values))
+    chosen = [shuffled[values[shuffled] == value] for value in np.unique(values)]
+    val = [rows[: max(1, round(HELD_OUT * len(rows)))] for rows in chosen if len(rows) >= LEAST_TO_HOLD_OUT]
+    if not val:
+        return np.sort(shuffled), np.sort(shuffled)
+    return np.setdiff1d(shuffled, np.concatenate(val)), np.sort(np.concatenate(val))
+
+
+def _predict(view: LabelledRows, network: nn.Module, kind: str) -> NDArray[np.int64]:
+    inputs, parts = PROBES[kind][0], []
+    for first in range(0, len(view.asked), BATCH):
+        with torch.inference_mode():
+            scores = network(inputs(view, view.rows(view.asked[first : first + BATCH])))
+        parts.append(scores.argmax(1).cpu().numpy())
+    return np.concatenate(parts)

@@ -1,0 +1,143 @@
+"""A10: whether a picture was among those that the network was trained on. The rows, and so P, have no part in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpf_release.attacks.decoder import freeze_on
+from dpf_release.attacks.interface import Attack, Likeness, Links, register
+from dpf_release.attacks.view import BATCH, Budget, Candidates, ReleaseView, Rows
+from dpf_release.models.probes import AttributeClassifier
+from dpf_release.training import Recipe, fit
+
+STUDENT = "A10 student"
+Network = Callable[[Tensor], Tensor]  # pictures uint8 → outputs
+
+
+@register
+class Membership(Attack):
+    """φ2∘φ1 on the candidate: how sure of it the network is, and how much less of the same picture a little changed.
+
+    Reference networks, as the literature trains them, want pictures of the same classes, that S's owner alone has. What
+    Q allows is a student of φ2∘φ1's answers: it knows of S what they say, and saw no picture of it (`full`).
+    """
+
+    code, title, claim = "A10", "membership by the weights", "linkage"
+    view = Candidates
+    planted = ("memorising-network",)
+
+    def trainings(self, budget: Budget) -> float:
+        """A student, in `full`."""
+        return 1.0 if budget.deep else 0.0
+
+    def run(self, view: ReleaseView) -> Links:
+        """Loss, confidence, both calibrated; no rows are linked."""
+        assert isinstance(view, Candidates)
+        wrong, sure = _errors(view, lambda pictures: view.answers(view.features(pictures)))
+        found = {
+            "loss": -wrong[0],
+            "loss against its class": -_against_class(wrong[0], view.labels),
+            "loss over flip and shifts": -wrong.mean(0),
+            "loss against flip and shifts": wrong[1:].mean(0) - wrong[0],
+            "confidence": sure[0],
+        }
+        if view.budget.deep:
+            found["loss against a student's"] = _errors(view, train_student(view))[0][0] - wrong[0]
+        return Links({name: Likeness(None, values.astype(np.float32)) for name, values in found.items()})
+
+
+def _errors(view: Candidates, network: Network) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and confidence of each candidate: (6, n) as it is, mirrored, and shifted four ways."""
+    wrong, sure = [], []
+    wanted = _wanted(view)
+    for first in range(0, len(view.candidates), BATCH):
+        chosen = np.arange(first, min(first + BATCH, len(view.candidates)))
+        pictures = view.candidates.read(chosen)
+        answers = torch.stack([network(changed) for changed in _variants(pictures)])  # (6, n, K)
+        target = wanted[chosen].to(answers.device)
+        if view.task == "classification":
+            logs = F.log_softmax(answers, dim=2)
+            wrong.append(-logs.gather(2, target.expand(len(logs), -1)[..., None])[..., 0])
+            sure.append(logs.amax(2))
+        else:
+            wrong.append((answers - target).abs().mean(2))
+            sure.append(-(answers - answers.mean(0)).abs().mean(2))  # the less it wavers, the surer it is
+    return torch.cat(wrong, dim=1).cpu().numpy(), torch.cat(sure, dim=1).cpu().numpy()
+
+
+def _wanted(view: Candidates) -> Tensor:
+    """What the network should answer: the class, (n,); of a bin, the mean of the released targets in it, (n, K)."""
+    if view.task == "classification":
+        return torch.from_numpy(view.labels)
+    targets = np.asarray(view.bank.targets, np.float32)
+    means = np.stack([targets[view.bins == label].mean(0) for label in range(int(view.bins.max()) + 1)])
+    return torch.from_numpy(means[view.labels])
+
+
+def _variants(pictures: Tensor) -> list[Tensor]:
+    shifts = [(1, 0), (-1, 0), (0, 1), (0, -1)]
+    return [pictures, pictures.flip(3), *(torch.roll(pictures, shift, (2, 3)) for shift in shifts)]
+
+
+def _against_class(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Less the median of the candidates of the same class."""
+    out = values.copy()
+    for label in np.unique(labels):
+        out[labels == label] -= np.median(values[labels == label])
+    return out
+
+
+def train_student(view: ReleaseView) -> Network:
+    """A small network that answers pictures of Q as φ2∘φ1 does."""
+    one = view.public.read(np.arange(1))
+    outputs = view.answers(view.features(one)).shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(view.seed)
+        network = AttributeClassifier((3, one.shape[2], one.shape[3]), outputs)
+    epochs = max(1, math.ceil(view.budget.images / len(view.public)))
+    subject = {**view.subject, "name": STUDENT, "epochs": epochs, "seed": view.seed}
+    kept = view.kept.load(STUDENT, subject)
+
+    def scaled(pictures: Tensor) -> Tensor:
+        return view.preprocess.normalise(pictures.to(view.device))
+
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        pictures = view.public.read(chosen)
+        return pictures, view.answers(view.features(pictures))
+
+    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        answers = network(scaled(batch[0])).float()
+        if view.task == "regression":
+            return {"loss": F.smooth_l1_loss(answers, batch[1])}
+        return {"loss": F.cross_entropy(answers, batch[1].softmax(1))}
+
+    if kept is None:
+        fit(
+            network,
+            len(view.public),
+            read_batch,
+            loss,
+            Recipe(epochs, min(128, len(view.public)), 3e-3, seed=view.seed, bf16=view.bf16),
+            title="Training the student",
+            device=view.device,
+            checkpoint=view.kept.checkpoint(STUDENT),
+            subject=json.dumps(subject, sort_keys=True),
+        )
+        view.kept.save(STUDENT, subject, network.state_dict())
+    else:
+        network.load_state_dict(kept)
+    freeze_on(network, view)
+
+    def answer(pictures: Tensor) -> Tensor:
+        with torch.inference_mode():
+            out: Tensor = network(scaled(pictures)).float()
+        return out
+
+    return answer

@@ -1,0 +1,133 @@
+"""The scorer of linkage: is the candidate's own row found, and are those that are in S told from those that are not."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from dpf_release.attack_report import Interval, Way
+from dpf_release.attacks.interface import Likeness, Links
+from dpf_release.battery.candidates import draw_suspects
+from dpf_release.battery.grants import Setting
+from dpf_release.battery.scoring import References, share_interval
+from dpf_release.battery.targets import Target
+from dpf_release.battery.truth import LEAST_POOL, Suspects
+from dpf_release.battery.verdicts import Limit, Scored, re_identification_limit
+from dpf_release.pipeline.project import Project
+
+DRAWS = 500  # of members and non-members, for each way
+LEAST_NON_MEMBERS = 1000  # for a false positive rate of 0.1 %
+
+
+def score_links(answer: Links, target: Target, setting: Setting, references: References, project: Project) -> Scored:
+    """Every way counts: of each measure the worst is judged. What is compared with clean rows is top-1, else AUC."""
+    suspects = draw_suspects(project, target, setting.truth, setting.seed)
+    ways = {name: Way(measures=measure(way, suspects, setting.seed)) for name, way in answer.ways.items()}
+    worst = {
+        name: max((way.measures[name] for way in ways.values() if name in way.measures), key=_value, default=None)
+        for name in ("top1", "auc", "tpr_at_1_percent")
+    }
+    gate, links = project.config.gate, any(way.pools is not None for way in answer.ways.values())
+    among = suspects.pools.shape[1] if links else 0
+    limits = [Limit("AUC", worst["auc"], gate.auc), Limit("TPR at 1 % FPR", worst["tpr_at_1_percent"], gate.tpr)]
+    if links:
+        limits.insert(0, Limit("top-1", worst["top1"], re_identification_limit(among, gate.top1)))
+    primary = "top1" if links else "auc"
+    having = [name for name in ways if primary in ways[name].measures]
+    return Scored(
+        ways=ways,
+        best=max(having, key=lambda name: ways[name].measures[primary].value, default=next(iter(ways))),
+        baseline=1 / among if links else 0.5,
+        ceiling=None if links else 1.0,
+        leakage=None,
+        found=worst["top1"] if among >= LEAST_POOL else None,
+        among=among,
+        limits=tuple(limits),
+        series={},
+        primary=primary,
+        rows=int(suspects.members.sum()),
+    )
+
+
+def measure(way: Likeness, suspects: Suspects, seed: int) -> dict[str, Interval]:
+    """What one way of looking found.
+
+    Returns:
+        `top1`, `top5`: share of members whose own row is the most alike of its pool, or among the five most. `persons`:
+        share of the persons with a member of whom at least one picture is found so. `auc`, `tpr_at_1_percent`,
+        `tpr_at_0.1_percent`: membership; the last with 1,000 non-members or more.
+    """
+    members, measures = suspects.members, {}
+    if way.pools is not None and members.any():
+        rank = ranks(way.pools[members], suspects.pools[members], suspects.own[members])
+        measures["top1"] = share_interval(rank < 1)
+        measures["top5"] = share_interval(rank < 5)
+        if suspects.persons is not None:
+            persons, number = np.unique(suspects.persons[members], return_inverse=True)
+            found = np.zeros(len(persons), np.bool_)
+            np.logical_or.at(found, number, rank < 1)
+            measures["persons"] = share_interval(found)
+    if members.any() and not members.all():
+        measures |= membership_measures(way.membership[members], way.membership[~members], seed)
+    return measures
+
+
+def ranks(likeness: NDArray[np.float32], pools: NDArray[np.int64], own: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How many rows of its pool are more alike than its own, (n,); of those just as alike, half."""
+    mine = likeness[pools == own[:, None]][:, None]  # each pool has its own once
+    more, same = (likeness > mine).sum(axis=1), (likeness == mine).sum(axis=1) - 1
+    # A likeness that is not a number finds nothing.
+    return np.where(np.isfinite(mine[:, 0]), more + same / 2, likeness.shape[1])
+
+
+def membership_measures(members: NDArray[np.float32], others: NDArray[np.float32], seed: int) -> dict[str, Interval]:
+    """AUC, and the share of members found where at most 1 % (0.1 %) of others are taken for one. Bootstrap of both."""
+    generator = np.random.default_rng([seed, 7])
+    drawn_members = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), DRAWS)  # weights
+    drawn_others = generator.multinomial(len(others), np.full(len(others), 1 / len(others)), DRAWS)
+    out = {"auc": _auc(members, others, drawn_members, drawn_others)}
+    for name, rate, least in (("tpr_at_1_percent", 0.01, 0), ("tpr_at_0.1_percent", 0.001, LEAST_NON_MEMBERS)):
+        if len(others) >= least:
+            out[name] = _tpr(members, others, rate, drawn_members, drawn_others)
+    return out
+
+
+def _auc(
+    members: NDArray[np.float32],
+    others: NDArray[np.float32],
+    drawn_members: NDArray[np.int64],
+    drawn_others: NDArray[np.int64],
+) -> Interval:
+    ordered = np.sort(others)
+    below, up_to = (np.searchsorted(ordered, members, side=side) for side in ("left", "right"))
+    value = float((below + up_to).mean() / 2 / len(others))
+    # The number of drawn others below a member, for each draw: a running sum over the ordered others.
+    running = np.pad(np.cumsum(drawn_others[:, np.argsort(others)], axis=1), ((0, 0), (1, 0)))  # (draws, others + 1)
+    wins = (running[:, below] + running[:, up_to]) / 2
+    drawn = (drawn_members * wins).sum(axis=1) / len(members) / len(others)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(value=value, low=float(low), high=float(high))
+
+
+def _tpr(
+    members: NDArray[np.float32],
+    others: NDArray[np.float32],
+    rate: float,
+    drawn_members: NDArray[np.int64],
+    drawn_others: NDArray[np.int64],
+) -> Interval:
+    allowed, order = int(rate * len(others)), np.argsort(-others)
+    falling = others[order]
+    value = float((members > falling[allowed]).mean())
+    # Of each draw, the first of the others, from the top, at which more than are allowed were taken for members.
+    edge = falling[(np.cumsum(drawn_others[:, order], axis=1) > allowed).argmax(axis=1)]  # (draws,)
+    found = [(drawn * (members > at)).sum() / len(members) for drawn, at in zip(drawn_members, edge, strict=True)]
+    low, high = np.quantile(found, [0.025, 0.975])
+    # Few are found, or none: the bootstrap alone would be too sure.
+    wilson = binomtest(round(value * len(members)), len(members)).proportion_ci(0.95, "wilson")
+    return Interval(value=value, low=float(min(low, wilson.low)), high=float(max(high, wilson.high)))
+
+
+def _value(interval: Interval) -> float:
+    return interval.value

@@ -1,0 +1,298 @@
+"""Linkage, membership and attributes: what is found in rows as they are, and not in rows that say nothing."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpf_release.attacks import Attack, Attributes, Budget, HeldRows, Likeness, Links, registered
+from dpf_release.attacks.linkage import patches
+from dpf_release.attacks.taps import taps
+from dpf_release.attacks.view import Candidates, LabelledRows
+from dpf_release.battery.attributes import from_the_label
+from dpf_release.battery.attributes import measure as measure_attribute
+from dpf_release.battery.candidates import Labelled, draw_labelled, draw_suspects
+from dpf_release.battery.grants import Setting, VaultKept, grant
+from dpf_release.battery.linking import measure, membership_measures, ranks
+from dpf_release.battery.planted_network import memorising_target
+from dpf_release.battery.run import draw_truth, score
+from dpf_release.battery.scoring import References
+from dpf_release.battery.targets import Target, clean_rows, planted_target
+from dpf_release.battery.truth import Suspects, bin_of
+from dpf_release.battery.verdicts import Scored
+from dpf_release.errors import NotGrantedError
+from dpf_release.models.hooks import split
+from dpf_release.models.zoo import build_network
+from dpf_release.pipeline import Project, featurize
+
+BUDGET = Budget(images=3000, decoders=1, shadows=0)
+NOTHING: References = None  # type: ignore[assignment]  # linkage and attributes are not compared with reconstructions
+
+
+@pytest.fixture(scope="module")
+def owner(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """The shapes as a table that says of each whether its ground is bright, and who drew it."""
+    folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("linked") / "shapes"))
+    rows = []
+    for path in sorted((folder / "images" / "private").rglob("*.png")):
+        if "007" in path.name and "disc" in path.name:
+            continue
+        with Image.open(path) as picture:
+            ground = "bright" if np.asarray(picture)[0, 0].mean() > 55 else "dark"
+        name = path.relative_to(folder).as_posix()
+        split_name = "test" if int(path.stem[-3:]) % 4 == 0 else "val" if int(path.stem[-3:]) % 4 == 1 else "train"
+        rows.append({"path": name, "label": path.parent.name, "ground": ground, "split": split_name})
+    with (folder / "private.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    text = (folder / "dpf.toml").read_text().replace('path = "images/private"', 'path = "private.csv"')
+    (folder / "dpf.toml").write_text(text + '\n[claims]\nattribute = "ground"\n')
+    featurize(Project.open(folder / "dpf.toml"), restart=True)
+    project = Project.open(folder / "dpf.toml")
+    with project.working(public=True):
+        yield project
+
+
+@pytest.fixture(scope="module")
+def setting(owner: Project) -> Setting:
+    target = planted_target(owner, "clean", clean_rows(owner), 0)
+    return Setting(owner, draw_truth(owner, target, 1000, seed=0), BUDGET, 0, VaultKept(owner.vault))
+
+
+def planted(owner: Project, name: str) -> Target:
+    return planted_target(owner, name, clean_rows(owner), 0)
+
+
+def saying_nothing(owner: Project) -> Target:
+    """Each row is the same noise around the mean row of its class."""
+    target = planted(owner, "clean")
+    clean, targets = target.rows.read(np.arange(len(target.rows))), target.rows.targets
+    noise = np.random.default_rng(4).normal(size=clean.shape).astype(np.float32)
+    rows = np.stack([clean[targets == label].mean(0) for label in targets]) + clean.std() * noise
+    return replace(target, name="nothing", rows=HeldRows(targets, lambda at: rows[at]), subject="nothing")
+
+
+def attacked(code: str, target: Target, setting: Setting) -> Scored:
+    attack = next(attack for attack in registered() if attack.code == code)
+    return score(attack.run(grant(attack.view, target, setting)), target, setting, NOTHING, setting.project)
+
+
+def test_a_picture_is_linked_to_its_row_where_rows_say_what_they_are_and_else_by_chance(
+    owner: Project, setting: Setting
+) -> None:
+    clean = attacked("A5", planted(owner, "clean"), setting)
+    noisy = attacked("A5", planted(owner, "weak-noise"), setting)
+    nothing = attacked("A5", saying_nothing(owner), setting)
+    reached = clean.reached()
+    assert reached is not None
+    assert reached.value == 1.0
+    for name in ("features", "channels", "patches", "all together"):
+        assert clean.ways[name].measures["top1"].value == 1.0
+        assert noisy.ways[name].measures["top1"].value > 0.9
+        assert nothing.ways[name].measures["top1"].value < 0.25
+    assert clean.ways["features"].measures["auc"].value > 0.9 > 0.75 > nothing.ways["features"].measures["auc"].value
+    leakage = noisy.against(reached).leakage
+    assert leakage is not None
+    assert leakage.low > 0.5  # it has power
+    assert noisy.among == clean.among == setting.truth.among
+    assert {limit.what: limit.limit for limit in clean.limits}["AUC"] == 0.6
+    assert set(clean.ways["features"].measures) >= {"top1", "top5", "persons", "auc", "tpr_at_1_percent"}
+    assert "tpr_at_0.1_percent" not in clean.ways["features"].measures  # that wants 1,000 non-members
+
+
+def test_a_row_of_borrowed_pieces_is_told_by_the_copies_in_it(owner: Project, setting: Setting) -> None:
+    found = attacked("A5", planted(owner, "recombine-2"), setting)
+    assert found.ways["patches"].measures["top1"].value > 0.9
+    assert found.ways["patches, the nearest of each"].measures["auc"].value > 0.8
+    assert found.ways["patches"].measures["top1"].value > found.ways["channels"].measures["top1"].value
+
+
+def test_a_member_has_exactly_one_row_in_its_pool_and_others_none(owner: Project, setting: Setting) -> None:
+    for name in ("clean", "recombine-2"):
+        target = planted(owner, name)
+        suspects = draw_suspects(owner, target, setting.truth, seed=0)
+        positions, members = target.contributors(np.arange(len(target.rows)))
+        made_of: dict[int, set[int]] = {}
+        for position, member in zip(positions.tolist(), members.tolist(), strict=True):
+            made_of.setdefault(position, set()).add(member)
+        pictures = owner.private_images.pictures
+        assert 0 < suspects.members.sum() < len(suspects.labels)
+        assert (np.diff(suspects.pools, axis=1) > 0).all()  # where a row stands says nothing
+        assert (setting.truth.bins[suspects.pools] == suspects.labels[:, None]).all()
+        for number in np.flatnonzero(suspects.members)[:8]:
+            picture = suspects.read(np.array([number]))
+            rows = np.arange(len(target.rows))
+            same = [row for row in rows if torch.equal(setting.truth.read(np.array([row])), picture)]
+            holding = [row for row in suspects.pools[number].tolist() if made_of[row] & set(same)]
+            assert holding == [suspects.own[number]]
+        assert (suspects.own[~suspects.members] == -1).all()
+        test = pictures.read(owner.private_images.rows("test"))
+        outside = suspects.read(np.flatnonzero(~suspects.members))
+        assert all((test == picture).flatten(1).all(1).any() for picture in outside)
+
+
+def test_the_weights_give_away_what_was_learnt_by_heart_and_not_what_was_never_seen(
+    owner: Project, setting: Setting
+) -> None:
+    broken = attacked("A10", memorising_target(owner, clean_rows(owner), 0), setting)
+    reached = broken.reached()
+    assert reached is not None
+    assert reached.low > 0.75
+    target = memorising_target(owner, clean_rows(owner), 0)
+    assert target.suspects is not None
+    half = np.flatnonzero(~target.suspects.members)
+    unseen = np.where(np.arange(len(half)) % 2, 0, -1)  # none of them was: who is called a member is chance
+    strangers = Suspects(
+        lambda numbers: target.suspects.read(half[numbers]),  # type: ignore[union-attr]
+        target.suspects.labels[half],
+        target.suspects.pools[half],
+        unseen,
+    )
+    control = attacked("A10", replace(target, suspects=strangers), setting)
+    assert control.ways["loss"].measures["auc"].low < 0.5 < control.ways["loss"].measures["auc"].high
+    assert [limit.what for limit in broken.limits] == ["AUC", "TPR at 1 % FPR"]
+    student = replace(setting, budget=Budget(images=500, decoders=1, shadows=0, deep=True))
+    assert "loss against a student's" in attacked("A10", target, student).ways
+
+
+def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing(
+    owner: Project, setting: Setting
+) -> None:
+    clean, nothing = (attacked("A8", target, setting) for target in (planted(owner, "clean"), saying_nothing(owner)))
+    (gain,), (none,) = clean.limits, nothing.limits
+    assert gain.found is not None
+    assert gain.found.low > 0.15
+    assert none.found is not None
+    assert none.found.low < 0.05 < none.found.high
+    reached = clean.reached()
+    assert reached is not None
+    noisy = attacked("A8", planted(owner, "weak-noise"), setting).against(reached)
+    assert noisy.leakage is not None
+    assert noisy.leakage.value > 0.5
+
+
+def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owner: Project, setting: Setting) -> None:
+    labelled = draw_labelled(owner, planted(owner, "clean"), setting.truth, seed=0)
+    assert set(labelled.values) == {"bright", "dark"}
+    assert not np.intersect1d(labelled.asked, labelled.known_rows).size
+    assert abs(len(labelled.asked) - len(labelled.known_rows)) <= len(labelled.values)
+    assert (labelled.public_values == -1).all()  # Q says nothing of it here
+    view = grant(LabelledRows, planted(owner, "clean"), setting)
+    assert np.array_equal(view.asked, labelled.asked)
+    no_claim = owner.config.model_copy(update={"claims": owner.config.claims.model_copy(update={"attribute": None})})
+    with pytest.raises(NotGrantedError, match="no attribute"):
+        draw_labelled(replace(owner, config=no_claim), planted(owner, "clean"), setting.truth, seed=0)
+
+
+def test_probes_are_kept_and_one_of_another_bank_is_not_taken(owner: Project, setting: Setting) -> None:
+    attack = next(attack for attack in registered() if attack.code == "A8")
+    kept = {name: found for name, found in _answers(attack, planted(owner, "clean"), setting).probes.items()}
+    again = _answers(attack, planted(owner, "clean"), setting).probes
+    other = _answers(attack, saying_nothing(owner), setting).probes
+    assert all(np.array_equal(kept[name], again[name]) for name in kept)
+    assert any(not np.array_equal(kept[name], other[name]) for name in kept)
+
+
+def _answers(attack: Attack, target: Target, setting: Setting) -> Attributes:
+    answer = attack.run(grant(attack.view, target, setting))
+    assert isinstance(answer, Attributes)
+    return answer
+
+
+# --------------------------------------------------------------------------------------------- with the matcher
+
+
+def test_the_learned_matcher_finds_disturbed_rows(owner: Project, setting: Setting) -> None:
+    harder = replace(setting, budget=Budget(images=3000, decoders=2, shadows=0))
+    found = attacked("A5", planted(owner, "channel-affine"), harder).ways
+    assert found["learned matcher"].measures["top1"].value > 0.4
+    assert "learned matcher" not in attacked("A5", saying_nothing(owner), setting).ways
+
+
+# --------------------------------------------------------------------------------------------- known answers
+
+
+def test_linkage_is_scored_by_rank_and_persons_by_their_best_picture() -> None:
+    pools = np.tile(np.arange(10), (4, 1))
+    own = np.array([0, 1, 2, -1])
+    likeness = np.zeros((4, 10), np.float32)
+    likeness[0, 0], likeness[1, 5], likeness[1, 1] = 1, 2, 1
+    suspects = Suspects(lambda numbers: torch.zeros(0), np.zeros(4, np.int64), pools, own, np.array([7, 7, 8, 9]))
+    assert ranks(likeness[:3], pools[:3], own[:3]).tolist() == [0, 1, 4.5]  # all alike: in the middle
+    found = measure(Likeness(likeness, np.array([3, 2, 1, 0], np.float32)), suspects, seed=0)
+    assert found["top1"].value == pytest.approx(1 / 3)
+    assert found["top5"].value == 1.0
+    assert found["persons"].value == 0.5
+    assert found["auc"].value == 1.0
+    likeness[:] = np.nan
+    assert measure(Likeness(likeness, np.zeros(4, np.float32)), suspects, seed=0)["top5"].value == 0.0
+
+
+def test_membership_measures_have_their_known_values() -> None:
+    generator = np.random.default_rng(0)
+    members, others = generator.normal(1, 1, 600).astype(np.float32), generator.normal(0, 1, 1200).astype(np.float32)
+    found = membership_measures(members, others, seed=0)
+    assert found["auc"].low < 0.760 < found["auc"].high  # Φ(1/√2)
+    assert found["tpr_at_1_percent"].low < 0.092 < found["tpr_at_1_percent"].high  # 1 - Φ(2.326 - 1)
+    assert "tpr_at_0.1_percent" in found
+    same = membership_measures(others[:600], others[600:], seed=0)
+    assert same["auc"].low < 0.5 < same["auc"].high
+    assert "tpr_at_0.1_percent" not in same
+    flat = membership_measures(np.zeros(50, np.float32), np.zeros(50, np.float32), seed=0)
+    assert flat["auc"].value == flat["auc"].high == 0.5
+    assert flat["tpr_at_1_percent"].value == 0.0 < flat["tpr_at_1_percent"].high
+
+
+def test_the_label_alone_is_worth_what_it_tells() -> None:
+    values = np.array([0, 0, 0, 1, 1, 1])
+    bins = np.array([0, 0, 0, 1, 1, 1] * 2)
+    known, asked = np.arange(6), np.arange(6, 12)
+    labelled = Labelled(("a", "b"), np.empty(0, np.int64), asked, values, known, values)
+    assert from_the_label(labelled, bins).mean() == 1.0
+    assert from_the_label(replace(labelled, known_values=values[[0, 1, 3, 0, 1, 3]]), bins).mean() == 0.5
+    right = from_the_label(labelled, bins)
+    assert measure_attribute(values, right, values, seed=0)["gain"].value == 0.0
+    nothing_by_label = np.zeros(6, np.bool_)
+    assert measure_attribute(values, nothing_by_label, values, seed=0)["gain"].value == 1.0
+    none_right = measure_attribute(1 - values, nothing_by_label, values, seed=0)["gain"]
+    assert none_right.value == 0.0 < 0.2 < none_right.high
+
+
+def test_regression_targets_fall_into_the_bins_of_the_bank() -> None:
+    assert bin_of(np.array([[0.1], [0.5], [0.6], [9.0]]), [0.5, 0.9, 1.0]).tolist() == [0, 0, 1, 2]
+    assert bin_of(np.array([3, 1]), []).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(("arch", "hook"), [("resnet20_cifar", "conv4_1"), ("vgg11_bn", "features.10")])
+def test_taps_lie_inside_the_classifier_of_any_network(arch: str, hook: str) -> None:
+    cut = split(build_network(arch, 4).eval(), hook, (64, 64))
+    features = torch.randn(2, *cut.hook.shape)
+    found = taps(cut.classifier.eval(), features)
+    assert 1 <= len(found) <= 3
+    assert all(tap.ndim == 4 and len(tap) == 2 for tap in found)
+    again = taps(cut.classifier.eval(), features + 1)
+    assert all(not torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_patches_are_all_of_a_row_each_number_once() -> None:
+    features = torch.arange(2 * 3 * 5 * 4).reshape(2, 3, 5, 4).float()
+    pieces = patches(features)
+    assert [piece.shape[1] for piece in pieces] == [12, 12, 12, 12, 6, 6]
+    assert torch.equal(torch.cat(pieces, dim=1).sort(dim=1).values, features.flatten(1))
+
+
+def test_candidates_are_what_the_attack_is_shown(owner: Project, setting: Setting) -> None:
+    view = grant(Candidates, planted(owner, "clean"), setting)
+    assert isinstance(view, Candidates)
+    assert not hasattr(view, "own")
+    assert len(view.candidates) == len(view.labels) == len(view.pools)
+    assert isinstance(next(a for a in registered() if a.code == "A5").run(view), Links)
