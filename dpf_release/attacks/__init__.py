@@ -3,7 +3,7 @@
 Nothing here imports the vault, the private images or P; a test holds that.
 """
 
-from dpf_release.attacks import straw_men
+from dpf_release.attacks import deep_tap, straw_men
 from dpf_release.attacks.interface import (
     ATTACKS,
     Attack,
@@ -44,6 +44,7 @@ __all__ = [
     "ReleaseView",
     "Result",
     "TwoReleases",
+    "deep_tap",
     "register",
     "registered",
     "straw_men",
