@@ -3,7 +3,7 @@
 Nothing here imports the vault, the private images or P; a test holds that.
 """
 
-from dpf_release.attacks import deep_tap, straw_men
+from dpf_release.attacks import deep_tap, optimisation, outputs, straw_men
 from dpf_release.attacks.interface import (
     ATTACKS,
     Attack,
@@ -45,6 +45,8 @@ __all__ = [
     "Result",
     "TwoReleases",
     "deep_tap",
+    "optimisation",
+    "outputs",
     "register",
     "registered",
     "straw_men",

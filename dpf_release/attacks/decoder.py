@@ -67,7 +67,7 @@ def train_decoder(
         "name": name,
         "architecture": architecture,
         "inputs": list(shape),
-        "width": width,
+        **({} if width is None else {"width": width}),
         "loss": loss,
         "rows": rows,
         "epochs": epochs,

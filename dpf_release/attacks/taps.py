@@ -69,7 +69,7 @@ def open_taps(view: ReleaseView, most: int = MOST) -> Taps:
     trace = _trace(view.phi_2)
     places = _places(trace, view.rows(view.asked[:2]))
     if not places:
-        return Taps(("outputs",), _Outputs(view.phi_2))
+        return answers_alone(view)
     chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, most).round().astype(int))]
     part, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in trace.graph.nodes:
@@ -78,6 +78,11 @@ def open_taps(view: ReleaseView, most: int = MOST) -> Taps:
             break
     part.output(tuple(copies[node] for node in chosen))
     return Taps(tuple(node.name for node in chosen), fx.GraphModule(view.phi_2, part, "Taps"))
+
+
+def answers_alone(view: ReleaseView) -> Taps:
+    """One tap: φ2's outputs, (n, K, 1, 1)."""
+    return Taps(("outputs",), _Outputs(view.phi_2))
 
 
 def standard(view: ReleaseView, taps: Taps) -> Standard:
