@@ -15,7 +15,6 @@ from PIL import Image
 
 from dpf_release.attacks import Attack, Attributes, Budget, HeldRows, Likeness, Links, registered
 from dpf_release.attacks.linkage import patches
-from dpf_release.attacks.taps import taps
 from dpf_release.attacks.view import Candidates, LabelledRows
 from dpf_release.battery.attributes import from_the_label
 from dpf_release.battery.attributes import measure as measure_attribute
@@ -29,8 +28,6 @@ from dpf_release.battery.targets import Target, clean_rows, planted_target
 from dpf_release.battery.truth import Suspects, bin_of
 from dpf_release.battery.verdicts import Scored
 from dpf_release.errors import NotGrantedError
-from dpf_release.models.hooks import split
-from dpf_release.models.zoo import build_network
 from dpf_release.pipeline import Project, featurize
 
 BUDGET = Budget(images=3000, decoders=1, shadows=0)
@@ -270,17 +267,6 @@ def test_the_label_alone_is_worth_what_it_tells() -> None:
 def test_regression_targets_fall_into_the_bins_of_the_bank() -> None:
     assert bin_of(np.array([[0.1], [0.5], [0.6], [9.0]]), [0.5, 0.9, 1.0]).tolist() == [0, 0, 1, 2]
     assert bin_of(np.array([3, 1]), []).tolist() == [3, 1]
-
-
-@pytest.mark.parametrize(("arch", "hook"), [("resnet20_cifar", "conv4_1"), ("vgg11_bn", "features.10")])
-def test_taps_lie_inside_the_classifier_of_any_network(arch: str, hook: str) -> None:
-    cut = split(build_network(arch, 4).eval(), hook, (64, 64))
-    features = torch.randn(2, *cut.hook.shape)
-    found = taps(cut.classifier.eval(), features)
-    assert 1 <= len(found) <= 3
-    assert all(tap.ndim == 4 and len(tap) == 2 for tap in found)
-    again = taps(cut.classifier.eval(), features + 1)
-    assert all(not torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
 def test_patches_are_all_of_a_row_each_number_once() -> None:

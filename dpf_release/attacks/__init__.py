@@ -3,7 +3,7 @@
 Nothing here imports the vault, the private images or P; a test holds that.
 """
 
-from dpf_release.attacks import attribute, linkage, membership, straw_men
+from dpf_release.attacks import attribute, deep_tap, linkage, membership, optimisation, outputs, straw_men
 from dpf_release.attacks.interface import (
     ATTACKS,
     Attack,
@@ -44,6 +44,9 @@ __all__ = [
     "ReleaseView",
     "Result",
     "TwoReleases",
+    "deep_tap",
+    "optimisation",
+    "outputs",
     "register",
     "attribute",
     "linkage",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dpf_release.attacks.decoder import freeze_on
 from dpf_release.attacks.interface import Attack, Attributes, register
-from dpf_release.attacks.taps import taps
+from dpf_release.attacks.taps import open_taps
 from dpf_release.attacks.view import BATCH, Budget, LabelledRows, ReleaseView, Rows
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.training import Recipe, fit
@@ -57,15 +57,20 @@ class Attribute(Attack):
         return Attributes(found)
 
 
-def _rows(view: ReleaseView, features: Tensor) -> Tensor:
-    return features
+def _rows(view: ReleaseView) -> Inputs:
+    return lambda features: features
 
 
-def _blocks(view: ReleaseView, features: Tensor) -> Tensor:
+def _blocks(view: ReleaseView) -> Inputs:
     """Means and deviations over places of what φ2's blocks make of rows, and φ2's answers: (n, D, 1, 1)."""
-    maps = [features, *taps(view.phi_2, features)]
-    parts = [part for tap in maps for part in (tap.mean((2, 3)), tap.std((2, 3), unbiased=False))]
-    return torch.cat([*parts, view.answers(features)], dim=1)[..., None, None]
+    taps = open_taps(view)
+
+    def inputs(features: Tensor) -> Tensor:
+        maps = [features, *taps.of(features)]
+        parts = [part for tap in maps for part in (tap.mean((2, 3)), tap.std((2, 3), unbiased=False))]
+        return torch.cat([*parts, view.answers(features)], dim=1)[..., None, None]
+
+    return inputs
 
 
 def _linear(shape: tuple[int, ...], values: int) -> nn.Module:
@@ -78,7 +83,7 @@ def _convolutional(shape: tuple[int, ...], values: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(channels, affine=False), AttributeClassifier((channels, height, width), values))
 
 
-PROBES: dict[str, tuple[Callable[[ReleaseView, Tensor], Tensor], Callable[[tuple[int, ...], int], nn.Module]]] = {
+PROBES: dict[str, tuple[Callable[[ReleaseView], Inputs], Callable[[tuple[int, ...], int], nn.Module]]] = {
     "linear": (_rows, _linear),
     "convolutional": (_rows, _convolutional),
     "linear on blocks of φ2": (_blocks, _linear),
@@ -103,8 +108,9 @@ def _train_probe(
         values: (n,) of the examples.
         depends_on: beside Q, φ1, φ2, values, budget and seed.
     """
-    inputs, build = PROBES[kind]
-    shape = tuple(inputs(view, read(np.arange(1))).shape[1:])
+    inputs_of, build = PROBES[kind]
+    inputs = inputs_of(view)
+    shape = tuple(inputs(read(np.arange(1))).shape[1:])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(view.seed)
         network = build(shape, len(view.values))
@@ -129,7 +135,7 @@ def _train_probe(
     weight = torch.from_numpy((weights / weights[values[train]].mean()).astype(np.float32)).to(view.device)
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
-        return inputs(view, read(train[chosen])), torch.from_numpy(values[train[chosen]])
+        return inputs(read(train[chosen])), torch.from_numpy(values[train[chosen]])
 
     def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         scores = network(batch[0]).float()
@@ -142,7 +148,7 @@ def _train_probe(
         total = 0.0
         for first in range(0, len(val), BATCH):
             chosen = val[first : first + BATCH]
-            scores = network(inputs(view, read(chosen))).float()
+            scores = network(inputs(read(chosen))).float()
             total += float(F.cross_entropy(scores, torch.from_numpy(values[chosen]).to(view.device), reduction="sum"))
         return total / len(val)
 
@@ -173,9 +179,9 @@ def _held_out(values: NDArray[np.int64], seed: int) -> tuple[Rows, Rows]:
 
 
 def _predict(view: LabelledRows, network: nn.Module, kind: str) -> NDArray[np.int64]:
-    inputs, parts = PROBES[kind][0], []
+    inputs, parts = PROBES[kind][0](view), []
     for first in range(0, len(view.asked), BATCH):
         with torch.inference_mode():
-            scores = network(inputs(view, view.rows(view.asked[first : first + BATCH])))
+            scores = network(inputs(view.rows(view.asked[first : first + BATCH])))
         parts.append(scores.argmax(1).cpu().numpy())
     return np.concatenate(parts)

@@ -29,6 +29,7 @@ def train_decoder(
     inputs: Inputs,
     *,
     architecture: str = "rx2s2-c",
+    width: int | None = None,
     loss: DecoderLoss = "l1",
     depends_on: Mapping[str, Any] | None = None,
     start: Mapping[str, Tensor] | None = None,
@@ -41,6 +42,7 @@ def train_decoder(
         inputs: (numbers in Q, those pictures uint8, a generator) → what the decoder sees of them, (n, C, h, w) on the
             device. Without a generator: as in earnest, without augmentation, and the numbers are those of `public_val`.
         architecture: a name of `build_reconstructor`.
+        width: of its first stack; by default as many channels as the decoder sees, at most 256.
         loss: mean absolute difference; or 1 - SSIM with a tenth of it.
         depends_on: what else the training depends on, beside Q, φ1, budget and seed: the bank (`view.bank_subject`).
         start: weights to begin with, in the place of random ones.
@@ -49,11 +51,12 @@ def train_decoder(
         The network, frozen: inputs → pictures (n, 3, H, W) in [0, 1].
     """
     one = view.public_val.read(np.arange(1))
-    channels, height, width = inputs(np.arange(1), one, None).shape[1:]
+    channels, *map_size = inputs(np.arange(1), one, None).shape[1:]
+    shape = (channels, map_size[0], map_size[1])
     size = (one.shape[-2], one.shape[-1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(view.seed)
-        network = build_reconstructor(architecture, (channels, height, width), size)
+        network = build_reconstructor(architecture, shape, size, width)
     if start is not None:
         network.load_state_dict(dict(start))
     epochs = max(1, math.ceil(view.budget.images / len(view.public)))
@@ -63,7 +66,8 @@ def train_decoder(
         **view.subject,
         "name": name,
         "architecture": architecture,
-        "inputs": [channels, height, width],
+        "inputs": list(shape),
+        **({} if width is None else {"width": width}),
         "loss": loss,
         "rows": rows,
         "epochs": epochs,

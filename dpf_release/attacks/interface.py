@@ -22,9 +22,11 @@ class Reconstructions:
 
     Attributes:
         decoders: name → positions in `view.asked` → pictures (n, 3, H, W), floats in [0, 1].
+        answered: the positions that there is an answer for, ascending; None: for all. No others are asked for then.
     """
 
     decoders: Mapping[str, Callable[[Rows], Tensor]]
+    answered: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Attack:
         planted: weak functions that it must break, or it proves nothing (`battery.planted`).
         of_bank: whether it trains anew for each bank, a planted one too.
         sets_ceiling: whether what it reaches on clean rows counts for the ceiling.
+        rows: for how many rows it answers, where each costs it much; None: for all. They are evidence enough.
     """
 
     code: ClassVar[str]
@@ -81,6 +84,7 @@ class Attack:
     planted: ClassVar[tuple[str, ...]] = ("weak-noise",)
     of_bank: ClassVar[bool] = False
     sets_ceiling: ClassVar[bool] = False
+    rows: ClassVar[int | None] = None
 
     def trainings(self, budget: Budget) -> float:
         """How many decoders it trains, in all: what the cost is reckoned by."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Likeness, Links, register
 from dpf_release.attacks.matcher import train_matcher
-from dpf_release.attacks.taps import taps
+from dpf_release.attacks.taps import open_taps
 from dpf_release.attacks.view import BATCH, Budget, Candidates, HeldPictures, ReleaseView, Rows
 
 SAMPLE_ROWS = 512  # of a class, from which its mean and the typical distance of a piece are estimated
@@ -115,8 +115,8 @@ def all_looks(view: ReleaseView, *, with_matcher: bool) -> dict[str, Look]:
         out = view.answers(features)
         return [F.log_softmax(out, dim=1) if view.task == "classification" else out]
 
-    blocks = _once_each(lambda features: [tap.flatten(1) for tap in taps(view.phi_2, features)])
-    depth = len(blocks(view.rows(view.asked[:1])))
+    taps = open_taps(view)
+    blocks, depth = _once_each(lambda features: [tap.flatten(1) for tap in taps.of(features)]), len(taps)
     looks = {
         "features": both(lambda features: [features.flatten(1)], cosine=True),
         **{f"block {number + 1} of {depth}": both(_only(number, blocks), cosine=True) for number in range(depth)},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power
 from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Result, registered
+from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.view import BATCH, ReleaseView
 from dpf_release.battery.attributes import score_attributes
 from dpf_release.battery.gallery import keep_pictures, pictures_of
@@ -36,6 +37,7 @@ from dpf_release.vault import RELEASED_SPLITS
 REPORT = "attack.json"
 POWER_ROWS = 1000  # on which it is tried whether an attack breaks a planted function
 POWER_LEAKAGE = 0.5  # that it must reach there, surely
+SHOWN = (Outputs(),)  # decoders that no attack is
 
 
 def attack(
@@ -94,7 +96,7 @@ class _Run:
         setting = Setting(project, truth, profile.budget, seed, VaultKept(project.vault))
         attacks = [attack for attack in registered() if profile.runs(attack)]
         rate = decoder_rate(grant(ReleaseView, target, setting))
-        needed = minutes(attacks, profile.budget, rate)
+        needed = minutes([*attacks, *filter(profile.runs, SHOWN)], profile.budget, rate)
         budget = within(profile.budget, needed, budget_minutes)
         announce(
             f"Profile {profile.name}: {len(attacks)} attacks on {len(truth.asked)} rows, about {needed:.0f} minutes of "
@@ -110,7 +112,7 @@ class _Run:
             raise ConfigError(f"expected attacks of profile {self.profile.name} ({there}), found {sorted(unknown)}.")
         known = None if restart else self._known()
         references = self._references(attacks)
-        report = self._empty(references)
+        report = self._empty(references, self._shown())
         done = {result.code: result for result in known.attacks} if known and _same_run(known, report) else {}
         for attack in attacks:
             kept = done.get(attack.code)
@@ -135,7 +137,7 @@ class _Run:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
             return None, {}
         power = self._power(attack, references)
-        verdict, reasons = judge(scored.limits, power, self._shortage(scored))
+        verdict, reasons = judge(scored.limits, power, self._shortage(attack, scored))
         if attack.claim is None:
             verdict, reasons = "reported", ()
         result = AttackResult(
@@ -198,10 +200,11 @@ class _Run:
     def _rows(self, scored: Scored) -> int:
         return len(self.setting.truth.asked) if scored.rows is None else scored.rows
 
-    def _shortage(self, scored: Scored) -> list[str]:
-        rows, profile, found = self._rows(scored), self.profile, []
-        if rows < profile.least_rows:
-            found.append(f"{rows} rows, the profile wants {profile.least_rows}")
+    def _shortage(self, attack: Attack, scored: Scored) -> list[str]:
+        profile, found = self.profile, list[str]()
+        rows, least = self._rows(scored), min(profile.least_rows, attack.rows or profile.least_rows)
+        if rows < least:
+            found.append(f"{rows} rows, the profile wants {least}")
         if not self.enough:
             found.append(
                 f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
@@ -266,9 +269,20 @@ class _Run:
 
         return pictures
 
+    def _shown(self) -> dict[str, Interval]:
+        """What is shown beside the attacks, and neither subtracted nor gated: affine-fit SSIM of each."""
+        shown = {}
+        for reference in SHOWN:
+            if self.profile.runs(reference):
+                answer = reference.run(grant(reference.view, self.target, self.setting))
+                _, best = best_of(score_answer(answer, self.target, self.setting.truth))
+                shown[reference.code] = mean_interval(best.primary, self.setting.seed)
+                announce(f"Affine-fit SSIM of {reference.title}: {shown[reference.code].value:.3f}")
+        return shown
+
     # ------------------------------------------------------------------------------------------ the report
 
-    def _empty(self, references: References) -> AttackReport:
+    def _empty(self, references: References, shown: Mapping[str, Interval]) -> AttackReport:
         seed = self.setting.seed
         return AttackReport(
             index_sha256=self.target.subject,
@@ -279,7 +293,7 @@ class _Run:
             function=self.name,
             attribute=self.project.config.claims.attribute,
             baselines={"affine_ssim": mean_interval(references.baseline.primary, seed)},
-            references={"clean affine_ssim": mean_interval(references.ceiling.primary, seed)},
+            references={"clean affine_ssim": mean_interval(references.ceiling.primary, seed), **shown},
         )
 
     def _known(self) -> AttackReport | None:
@@ -372,9 +386,9 @@ def _score_reconstructions(
     answer: Reconstructions, target: Target, setting: Setting, references: References, project: Project
 ) -> Scored:
     truth, limits = setting.truth, project.config.gate
-    scores: dict[str, RowScores] = {
-        name: score_pictures(truth, target.contributors, pictures) for name, pictures in answer.decoders.items()
-    }
+    scores = score_answer(answer, target, truth)
+    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
+    clean, truth, references = references.clean, truth.at(places), references.at(places)
     ways = {name: way_of(of, references, truth.among, setting.seed) for name, of in scores.items()}
     best, best_scores = best_of(scores)
     found = [way.measures.get("re_identification") for way in ways.values()]
@@ -393,8 +407,22 @@ def _score_reconstructions(
             Limit("re-identification", highest, re_identification_limit(truth.among, limits.re_identification)),
         ),
         series={},
-        pictures=pictures_of(truth, best_scores, answer.decoders[best], references.clean) if references.clean else {},
+        pictures={}
+        if clean is None
+        else pictures_of(truth, best_scores, lambda at: answer.decoders[best](places[at]), clean),
+        rows=len(truth.asked),
     )
+
+
+def score_answer(answer: Reconstructions, target: Target, truth: Truth) -> dict[str, RowScores]:
+    """Scores of each decoder, of the rows that it answers for."""
+    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
+    part = truth.at(places)
+
+    def score_of(pictures: Callable[[Rows], Tensor]) -> RowScores:
+        return score_pictures(part, target.contributors, lambda positions: pictures(places[positions]))
+
+    return {name: score_of(pictures) for name, pictures in answer.decoders.items()}
 
 
 SCORERS: dict[type, Callable[[Any, Target, Setting, References, Project], Scored]] = {

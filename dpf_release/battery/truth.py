@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -58,6 +58,20 @@ class Truth:
     def among(self) -> int:
         """Pictures in the smallest pool."""
         return min(len(pool.pictures) for pool in self.pools)
+
+    def at(self, places: Rows) -> Truth:
+        """With some of the rows only, matched among as many pictures as before.
+
+        Args:
+            places: of those rows in `asked`, ascending.
+        """
+        pools, start = [], 0
+        for pool in self.pools:
+            mine = places[(places >= start) & (places < start + len(pool.rows))] - start
+            if len(mine):
+                pools.append(replace(pool, rows=pool.rows[mine]))
+            start += len(pool.rows)
+        return Truth(tuple(pools), self.read, self.bins)
 
     def first(self, rows: int) -> tuple[Truth, Rows]:
         """With so many pools that they have about that many rows, of all classes alike; and where those rows were."""
