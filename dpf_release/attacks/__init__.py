@@ -3,7 +3,7 @@
 Nothing here imports the vault, the private images or P; a test holds that.
 """
 
-from dpf_release.attacks import straw_men
+from dpf_release.attacks import known_pairs, leaked_vault, shadow, straw_men
 from dpf_release.attacks.interface import (
     ATTACKS,
     Attack,
@@ -44,7 +44,10 @@ __all__ = [
     "ReleaseView",
     "Result",
     "TwoReleases",
+    "known_pairs",
+    "leaked_vault",
     "register",
     "registered",
+    "shadow",
     "straw_men",
 ]

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way
 from dpf_release.attacks import Attack, Reconstructions, Result, registered
 from dpf_release.attacks.view import BATCH, ReleaseView
 from dpf_release.battery.grants import Setting, VaultKept, grant
-from dpf_release.battery.profiles import PROFILES, Profile, decoder_rate, minutes, within
+from dpf_release.battery.profiles import PLANTED_SHARE, PROFILES, Profile, decoder_rate, minutes, within
 from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures, way_of
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
 from dpf_release.battery.truth import LEAST_POOL, Rows, Truth, bins_of, draw_pools
@@ -198,20 +198,23 @@ class _Run:
     def _power(self, attack: Attack, references: References) -> Power:
         """Whether the attack breaks the functions that it declares; kept for this φ1, Q and budget."""
         truth, places = self.setting.truth.first(POWER_ROWS)
-        setting = replace(self.setting, truth=truth)
+        budget = replace(self.setting.budget, share=PLANTED_SHARE if attack.of_bank else 1.0)
+        setting = replace(self.setting, truth=truth, budget=budget)
+        members = attack.members(grant(ReleaseView, self.clean, setting))
+        functions: dict[str, nn.Module | None] = {**dict.fromkeys(attack.planted), **members}
         found = {}
-        for name in attack.planted:
+        for name, member in functions.items():
             subject = {
                 **grant(ReleaseView, self.clean, setting).subject,
                 "attack": [attack.code, attack.version],
                 "planted": name,
-                "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows],
+                "budget": [budget.images, budget.decoders, budget.shadows, budget.share],
                 "seed": setting.seed,
                 "rows": truth.asked.tolist(),
             }
             kept = setting.kept.load(f"{attack.code} power on {name}", subject)
             if kept is None:
-                target = planted_target(self.project, name, clean_rows(self.project), setting.seed)
+                target = planted_target(self.project, name, clean_rows(self.project), setting.seed, member)
                 answer = attack.run(grant(attack.view, target, setting))
                 leakage = score(answer, target, setting, references.at(places), self.project).leakage
                 numbers = [leakage.value, leakage.low, leakage.high] if leakage else []
@@ -219,9 +222,9 @@ class _Run:
                 setting.kept.save(f"{attack.code} power on {name}", subject, kept)
             if len(numbers := kept["leakage"].tolist()):
                 found[name] = Interval(value=numbers[0], low=numbers[1], high=numbers[2])
-        if not attack.planted:
+        if not functions:
             return Power(passed=None)
-        passed = len(found) == len(attack.planted) and all(value.low >= POWER_LEAKAGE for value in found.values())
+        passed = len(found) == len(functions) and all(value.low >= POWER_LEAKAGE for value in found.values())
         return Power(passed=passed, planted=found)
 
     # ------------------------------------------------------------------------------------------ references
@@ -355,8 +358,18 @@ def _score_reconstructions(
             Limit("leakage", most, limits.leakage),
             Limit("re-identification", highest, re_identification_limit(truth.among, limits.re_identification)),
         ),
-        series={},
+        series=_series(answer, ways),
     )
+
+
+def _series(answer: Reconstructions, ways: Mapping[str, Way]) -> dict[str, dict[str, Interval]]:
+    """The leakage of the best way for each number of each series."""
+    series: dict[str, dict[str, Interval]] = {}
+    for way, (name, number) in answer.series.items():
+        leakage, known = ways[way].leakage, series.setdefault(name, {})
+        if leakage is not None and (str(number) not in known or known[str(number)].value < leakage.value):
+            known[str(number)] = leakage
+    return series
 
 
 SCORERS: dict[type, Callable[[Any, Target, Setting, References, Project], Scored]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from dpf_release.attacks.view import HeldRows
 from dpf_release.bank import ID_BYTES, INDEX, FeatureBank
-from dpf_release.battery.planted import planted
+from dpf_release.battery.planted import Member, planted
 from dpf_release.battery.truth import Contributors
 from dpf_release.models.functions import Chain, FeatureSpec, RowSource
 from dpf_release.pipeline.fitting import FittedFunction
@@ -33,6 +34,7 @@ class Target:
         rows: as an attacker holds them.
         poison: P on another bank.
         contributors: which clean rows each row is made of.
+        foremost: which clean row each row has the most of.
         subject: what the bank is, for what is kept of it.
     """
 
@@ -40,6 +42,7 @@ class Target:
     rows: HeldRows
     poison: Callable[[HeldRows], HeldRows]
     contributors: Contributors
+    foremost: Callable[[Rows], Rows]
     subject: str
 
 
@@ -108,15 +111,24 @@ def candidate_target(project: Project, name: str, function: FittedFunction) -> T
             found.append((mine[at], members + starts[number]))
         return np.concatenate([at for at, _ in found]), np.concatenate([members for _, members in found])
 
+    def foremost(rows: Rows) -> Rows:
+        found = np.empty(len(rows), np.int64)
+        for number, split in enumerate(RELEASED_SPLITS):
+            mine = (rows >= starts[number]) & (rows < starts[number + 1])
+            found[mine] = function.chain.foremost(rows[mine] - starts[number], function.plans[split]) + starts[number]
+        return found
+
     phi_2 = project.frozen(project.cut.split.classifier)
     subject = sha256_of(features / INDEX)
-    return Target(name, held(Joined(tuple(parts))), _poison(function.chain, phi_2, subject), contributors, subject)
+    rows, poison = held(Joined(tuple(parts))), _poison(function.chain, phi_2, subject)
+    return Target(name, rows, poison, contributors, foremost, subject)
 
 
-def planted_target(project: Project, name: str, clean: RowSource, seed: int) -> Target:
-    """The same rows under a planted function (`battery.planted`)."""
+def planted_target(project: Project, name: str, clean: RowSource, seed: int, member: nn.Module | None = None) -> Target:
+    """The same rows under a planted function (`battery.planted`), or under a network of the attacker's own."""
     cut = project.cut
-    chain = planted(name, FeatureSpec(cut.record.feature_shape, cut.split.non_negative))
+    features = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
+    chain = planted(name, features) if member is None else Chain(name, (Member(features, member),))
     phi_2 = project.frozen(cut.split.classifier)
     plans = chain.plan(clean, phi_2, hashlib.sha256(f"planted {seed}".encode()).digest())
     subject = f"planted {name}, seed {seed}, {project.bank_id}"
@@ -125,6 +137,7 @@ def planted_target(project: Project, name: str, clean: RowSource, seed: int) -> 
         held(chain.on(clean, plans)),
         _poison(chain, phi_2, f"planted {seed}"),
         lambda rows: chain.contributors(rows, plans),
+        lambda rows: chain.foremost(rows, plans),
         subject,
     )
 
@@ -135,7 +148,7 @@ class _Source:
 
     rows: HeldRows
 
-    @property
+    @cached_property
     def ids(self) -> NDArray[np.uint8]:
         return np.random.default_rng(0).integers(0, 256, (len(self.rows), ID_BYTES), np.uint8)
 
