@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,30 @@ from torch import Tensor, nn
 
 import dpf_release.battery.truth as truth_module
 from dpf_release.attack_report import AttackResult, Interval, Power, Way
-from dpf_release.attacks import KnownPairs, LeakedVault, Reconstructions, ReleaseView, known_pairs, leaked_vault, shadow
+from dpf_release.attacks import (
+    KnownPairs,
+    LeakedVault,
+    Reconstructions,
+    ReleaseView,
+    decoder,
+    known_pairs,
+    leaked_vault,
+    shadow,
+    straw_men,
+)
 from dpf_release.attacks.straw_men import straw_man
 from dpf_release.attacks.view import Budget, HeldPictures, HeldRows
 from dpf_release.battery.grants import Setting, grant
-from dpf_release.battery.planted import planted
-from dpf_release.battery.run import _series, attack, draw_truth
-from dpf_release.battery.scoring import score_pictures
+from dpf_release.battery.run import _Run, _series, draw_truth
+from dpf_release.battery.scoring import References, score_pictures
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.metrics import ssim
-from dpf_release.models.functions import FeatureSpec, Plan
+from dpf_release.models.functions import Plan
 from dpf_release.pipeline import Project
 from dpf_release.pipeline.fitting import load_function
 
-BUDGET = Budget(images=1500, decoders=1, shadows=2)
+BUDGET = Budget(images=2500, decoders=1, shadows=2)
 
 
 class Memory:
@@ -50,7 +59,7 @@ class Memory:
 
 
 @pytest.fixture(scope="module")
-def setting(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def setting(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     """Twenty rows of each class are asked for, of about fifty."""
     folder = shutil.copytree(finished, tmp_path_factory.mktemp("attacked") / "shapes")
     project = Project.open(folder / "dpf.toml")
@@ -58,7 +67,13 @@ def setting(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(truth_module, "POOL", 20)
         truth = draw_truth(project, target, 40, seed=0)
-    return Setting(project, truth, BUDGET, 0, Memory())  # type: ignore[arg-type]
+        for module in (straw_men, known_pairs, leaked_vault, shadow):  # what learns fast on few pictures
+            patch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
+        for module in (decoder, shadow):
+            patch.setattr(module, "TRAINING_BATCH", 16)
+        patch.setattr(leaked_vault, "LOSSES", (("l1", 1.0),))
+        patch.setattr(truth_module, "POOL", 200)
+        yield Setting(project, truth, BUDGET, 0, Memory())  # type: ignore[arg-type]
 
 
 def target_of(setting: Setting, name: str) -> Target:
@@ -171,13 +186,11 @@ def test_public_pictures_get_p_itself_and_keep_their_own_picture(setting: Settin
     assert len(stored) == len(view.public) + len(view.public_val)
     numbers = np.array([0, 3, 17])
     clean = view.features(view.public.read(numbers))
-    expected = torch.from_numpy(
-        view.poison(HeldRows(np.zeros(3, np.int64), lambda rows: clean.numpy()[rows])).read(np.arange(3))
-    )
-    assert torch.allclose(torch.from_numpy(stored[numbers]).float(), expected, atol=0.01)
-    assert not torch.allclose(torch.from_numpy(stored[numbers]).float(), clean, atol=0.1)
-    last = view.features(view.public_val.read(np.array([len(view.public_val) - 1])))
-    assert np.sort(last.numpy().ravel()) == pytest.approx(np.sort(stored[-1].ravel().astype(np.float32)), abs=0.01)
+    poisoned = view.poison(HeldRows(np.zeros(3, np.int64), lambda rows: clean.numpy()[rows])).read(np.arange(3))
+    assert np.allclose(stored[numbers], poisoned, rtol=0.01, atol=0.01)  # as float16
+    assert np.abs(stored[numbers] - clean.numpy()).mean() > 0.1
+    last = view.features(view.public_val.read(np.array([len(view.public_val) - 1]))).numpy()
+    assert np.allclose(np.sort(stored[-1].ravel()), np.sort(last.ravel()), rtol=0.01, atol=0.01)
 
 
 def test_large_stores_lie_in_a_file_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -217,7 +230,9 @@ def test_classes_too_small_for_p_join_what_is_next_until_p_takes_them(setting: S
         leaked_vault._poisoned_bank(choosy(101), clean, answers)
     stored = leaked_vault.poisoned_public(view)  # P that mixes rows, in earnest
     public = view.features(view.public.read(np.arange(50))).numpy()
-    same = np.isclose(stored[:50], public, atol=0.01).all(axis=1)  # (rows, h, w): which places are a row's own
+    same = np.isclose(stored[:50], public, rtol=0.01, atol=0.01).all(
+        axis=1
+    )  # (rows, h, w): which places are a row's own
     assert 0.2 < same.mean() < 0.9
 
 
@@ -247,16 +262,15 @@ def test_a_shadow_function_does_on_public_pictures_what_p_does_on_private_ones(
     monkeypatch.setattr(shadow, "fit", None)
     again = shadow.shadow(view, 0)  # kept: nothing is trained
     assert torch.equal(again(features), network(features))
-    monkeypatch.setattr(setting.kept, "held", {name: kept for name, kept in view.kept.held.items() if name[:2] == "A1"})  # type: ignore[attr-defined]
     with pytest.raises(TypeError):
-        shadow.shadow(view, 0)
+        shadow.shadow(view, 1)
 
 
 def test_no_two_shadow_functions_are_alike_and_both_objectives_come_up() -> None:
     recipes = [shadow.shadow_recipe(number, 3, seed=0) for number in range(16)]
     assert len({recipe.seed for recipe in recipes}) == 16
     assert {recipe.objective for recipe in recipes[:2]} == {"equivalence", "paper"}
-    assert len({(recipe.lambda_, recipe.straw_man, recipe.objective, recipe.function) for recipe in recipes}) > 10
+    assert len({(recipe.lambda_, recipe.straw_man, recipe.objective, recipe.function) for recipe in recipes}) >= 8
     assert shadow.shadow_recipe(0, 3, seed=1) != recipes[0]
     assert [shadow._counts(most) for most in (0, 1, 4, 5, 16)] == [[], [1], [1, 2, 4], [1, 2, 4, 5], [1, 2, 4, 8, 16]]
 
@@ -276,10 +290,11 @@ def test_a_decoder_sees_every_function_of_the_union_and_their_pictures_in_order(
     assert 10 < int(own.sum()) < 60
     assert 10 < int(turned.sum()) < 60
     assert int((~own & ~turned).sum()) > 30
-    correlation = torch.stack(
-        [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() for a, b in zip(seen, clean, strict=True)]
-    )
-    assert float(correlation.min()) > 0.3  # each is made of its own picture
+    likeness = [
+        float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].abs())
+        for one, other in zip(seen, clean, strict=True)
+    ]
+    assert min(likeness) > 0.3  # each is made of its own picture
     inputs = shadow.union(view, [])
     assert torch.equal(inputs(np.arange(9), pictures[:9], None), inputs(np.arange(9), pictures[:9], None))
 
@@ -314,15 +329,22 @@ def test_a_series_has_the_best_way_of_each_number() -> None:
     assert result.smallest_above("shadows", 0.1) is None
 
 
-def test_the_attack_is_tried_on_its_own_shadow_functions(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpf_release.battery import profiles
-
-    small = replace(profiles.PROFILES["standard"], budget=Budget(images=600, decoders=1, shadows=1))
-    monkeypatch.setitem(profiles.PROFILES, "standard", small)
-    report = attack(setting.project, "default", "standard", only=["A3"])
-    (result,) = [found for found in report.attacks if found.code == "A3"]
-    assert set(result.series["shadows"]) == {"1"}
+def test_the_attack_is_tried_on_its_own_shadow_functions(setting: Setting) -> None:
+    run = _Run.begin(setting.project, "default", "quick", None, 0)
+    budget = Budget(images=64, decoders=1, shadows=1)
+    assert replace(budget, share=0.5).bank_images == 32
+    run = replace(run, setting=replace(run.setting, truth=setting.truth, budget=budget))
+    perfect = score_pictures(setting.truth, run.clean.contributors, lambda at: pictures_of(setting, at))
+    grey = score_pictures(setting.truth, run.clean.contributors, lambda at: torch.full((len(at), 3, 32, 32), 0.5))
+    result = run._attack(shadow.ShadowFunctions(), References(grey, perfect))
+    assert result is not None
     assert set(result.ways) == {"1 shadows", "1 shadows, moments"}
-    assert {"weak-noise", "channel-affine", "shadow 1"} >= set(result.power.planted)
+    assert result.series["shadows"]["1"] == result.ways["1 shadows"].leakage
+    assert set(result.power.planted) == {"weak-noise", "channel-affine", "shadow 1"}
+    assert result.power.passed is False  # 64 pictures teach nobody
+    assert result.verdict == "inconclusive"
     assert result.granted == "ReleaseView"
-    assert planted("clean", FeatureSpec((1, 2, 2), True)).learned is None
+
+
+def pictures_of(setting: Setting, positions: np.ndarray) -> Tensor:
+    return setting.truth.read(setting.truth.asked[positions]).float() / 255

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dpf_release.attacks.decoder import VALIDATION_PICTURES, DecoderLoss, decode, schedule, train_decoder
 from dpf_release.attacks.interface import Attack, Reconstructions, register
-from dpf_release.attacks.straw_men import straw_man
+from dpf_release.attacks.straw_men import DECODERS, straw_man
 from dpf_release.attacks.view import BATCH, Budget, HeldPictures, HeldRows, LeakedVault, ReleaseView, Rows
 from dpf_release.errors import ConfigError
 
-# Loss, and its share of the pictures. Both begin with A1's first decoder.
-DECODERS: tuple[tuple[DecoderLoss, float], ...] = (("ssim", 1.0), ("l1", 0.5))
+# A decoder's loss, and its share of the pictures. Both begin with A1's first decoder.
+LOSSES: tuple[tuple[DecoderLoss, float], ...] = (("ssim", 1.0), ("l1", 0.5))
 IN_MEMORY, ON_DISK = 2**28, 2**32  # bytes of rows
 FLOAT16_LARGEST = 65504.0
 LEAST_ROWS = 32  # of a class, to begin with: functions that mix rows refuse classes smaller than they need
@@ -34,8 +34,8 @@ class LeakedP(Attack):
     of_bank = True
 
     def trainings(self, budget: Budget) -> float:
-        """Those of `DECODERS`."""
-        return sum(share for _, share in DECODERS)
+        """Those of `LOSSES`."""
+        return sum(share for _, share in LOSSES)
 
     def run(self, view: ReleaseView) -> Reconstructions:
         """P is applied to Q as a bank of its own; a row of it is paired with its own picture, also where rows mix."""
@@ -51,11 +51,12 @@ class LeakedP(Attack):
             return features.contiguous(memory_format=torch.channels_last)
 
         decoders = {}
-        for loss, share in DECODERS:
+        for loss, share in LOSSES:
             network = train_decoder(
                 view,
                 f"A0 {loss} on {view.bank_name}",
                 inputs,
+                architecture=DECODERS[0][1],
                 loss=loss,
                 depends_on={"bank": view.bank_subject},
                 start=straw_man(view).state_dict(),
