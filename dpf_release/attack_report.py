@@ -83,6 +83,11 @@ class AttackResult(_Record):
     reasons: tuple[Text, ...] = ()
     series: dict[Short, dict[Short, Interval]] = {}
 
+    def smallest_above(self, series: str, limit: float) -> int | None:
+        """The smallest number of a series at which the leakage is above the limit; None: at no one that was tried."""
+        values = self.series.get(series, {})
+        return min((int(number) for number, found in values.items() if found.value > limit), default=None)
+
 
 class Utility(_Record):
     """What a downstream user can do with the bank: U1, U2, U3."""

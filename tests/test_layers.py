@@ -16,7 +16,7 @@ ORDER = [
     "storage tree schema digests ahead age guard config vault staging sealing manifest croissant signing verification "
     "limits shard_layout tensor_file attack_report bank bank_writer bank_drop record retracted progress "
     "structure",
-    "ranks metrics image_table images pictures figures loader models release",
+    "ranks metrics image_table images pictures figures loader models objective release",
     "training",
     "attacks",
     "pipeline downstream",

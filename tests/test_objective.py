@@ -15,9 +15,8 @@ from dpf_release.models.functions import DeepPoisoningFunction, FeatureSpec
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.models.reconstructors import build_reconstructor
 from dpf_release.models.weights import freeze, state_bytes
-from dpf_release.pipeline.attackers import AttributeAttacker
+from dpf_release.objective import AttributeAttacker, Objective
 from dpf_release.pipeline.network import TargetTask
-from dpf_release.pipeline.objective import Objective
 from dpf_release.training import Recipe, fit
 
 SHAPE = (3, 16, 16)  # features that are pictures: ψ can be the identity, or its negative

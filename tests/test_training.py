@@ -154,6 +154,15 @@ def test_fewer_rows_than_a_batch_are_used_all_the_same() -> None:
     assert state_bytes(toy.network) != before
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_training_of_four_steps_is_one_too(epochs: int) -> None:
+    toy = Toy()
+    before = state_bytes(toy.network)
+    toy.fit(replace(RECIPE, epochs=epochs))
+    assert len(toy.read) == 4 * epochs
+    assert state_bytes(toy.network) != before
+
+
 def test_an_error_of_the_reading_thread_reaches_the_caller() -> None:
     toy = Toy()
     toy.fail_at = 6

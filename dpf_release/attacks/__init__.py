@@ -3,7 +3,18 @@
 Nothing here imports the vault, the private images or P; a test holds that.
 """
 
-from dpf_release.attacks import attribute, deep_tap, linkage, membership, optimisation, outputs, straw_men
+from dpf_release.attacks import (
+    attribute,
+    deep_tap,
+    known_pairs,
+    leaked_vault,
+    linkage,
+    membership,
+    optimisation,
+    outputs,
+    shadow,
+    straw_men,
+)
 from dpf_release.attacks.interface import (
     ATTACKS,
     Attack,
@@ -47,10 +58,13 @@ __all__ = [
     "deep_tap",
     "optimisation",
     "outputs",
+    "known_pairs",
+    "leaked_vault",
     "register",
     "attribute",
     "linkage",
     "membership",
     "registered",
+    "shadow",
     "straw_men",
 ]

@@ -33,6 +33,8 @@ def train_decoder(
     loss: DecoderLoss = "l1",
     depends_on: Mapping[str, Any] | None = None,
     start: Mapping[str, Tensor] | None = None,
+    images: int | None = None,
+    shape: tuple[int, int, int] | None = None,
 ) -> nn.Module:
     """A decoder, trained on Q until the view's budget is spent; at the epoch that is best on pictures of Q held out.
 
@@ -46,21 +48,23 @@ def train_decoder(
         loss: mean absolute difference; or 1 - SSIM with a tenth of it.
         depends_on: what else the training depends on, beside Q, φ1, budget and seed: the bank (`view.bank_subject`).
         start: weights to begin with, in the place of random ones.
+        images: pictures that it is shown; the budget's by default.
+        shape: of what `inputs` gives, where even one costs much.
 
     Returns:
         The network, frozen: inputs → pictures (n, 3, H, W) in [0, 1].
     """
     one = view.public_val.read(np.arange(1))
-    channels, *map_size = inputs(np.arange(1), one, None).shape[1:]
-    shape = (channels, map_size[0], map_size[1])
+    if shape is None:
+        channels, *map_size = inputs(np.arange(1), one, None).shape[1:]
+        shape = (channels, map_size[0], map_size[1])
     size = (one.shape[-2], one.shape[-1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(view.seed)
         network = build_reconstructor(architecture, shape, size, width)
     if start is not None:
         network.load_state_dict(dict(start))
-    epochs = max(1, math.ceil(view.budget.images / len(view.public)))
-    rows = min(len(view.public), max(TRAINING_BATCH, math.ceil(view.budget.images / epochs)))
+    epochs, rows = schedule(view, images or view.budget.images)
     recipe = Recipe(epochs, min(TRAINING_BATCH, rows), LEARNING_RATE, seed=view.seed, bf16=view.bf16)
     subject = {
         **view.subject,
@@ -109,6 +113,12 @@ def train_decoder(
     )
     view.kept.save(name, subject, network.state_dict())
     return freeze_on(network, view)
+
+
+def schedule(view: ReleaseView, images: int) -> tuple[int, int]:
+    """How many epochs, of how many pictures of Q, show a network about `images` pictures."""
+    epochs = max(1, math.ceil(images / len(view.public)))
+    return epochs, min(len(view.public), max(TRAINING_BATCH, math.ceil(images / epochs)))
 
 
 def decode(

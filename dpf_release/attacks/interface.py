@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpf_release.attacks.view import Budget, ReleaseView, Rows
 
@@ -23,10 +23,12 @@ class Reconstructions:
     Attributes:
         decoders: name → positions in `view.asked` → pictures (n, 3, H, W), floats in [0, 1].
         answered: the positions that there is an answer for, ascending; None: for all. No others are asked for then.
+        series: name of a decoder → what it depends on, and how much of it there was: ("pairs", 100).
     """
 
     decoders: Mapping[str, Callable[[Rows], Tensor]]
     answered: Rows | None = None
+    series: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class Attack:
     def trainings(self, budget: Budget) -> float:
         """How many decoders it trains, in all: what the cost is reckoned by."""
         return 0.0
+
+    def members(self, view: ReleaseView) -> Mapping[str, nn.Module]:
+        """Functions of features that it learned by, and must break too, on pictures that it did not see."""
+        return {}
 
     def run(self, view: ReleaseView) -> Result:
         """Attacks; `view` is of the type that `self.view` names."""

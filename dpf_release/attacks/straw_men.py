@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpf_release.attacks.decoder import DecoderLoss, decode, train_decoder
 from dpf_release.attacks.interface import Attack, Reconstructions, register
@@ -34,18 +34,19 @@ class StrawMen(Attack):
 
     def run(self, view: ReleaseView) -> Reconstructions:
         """Decoders of several architectures and losses; those trained on disturbed features expect a poisoning."""
-        decoders = {}
-        for name, architecture, loss, disturbed in DECODERS[: view.budget.decoders]:
+        numbers = range(min(view.budget.decoders, len(DECODERS)))
+        return Reconstructions({DECODERS[number][0]: decode(view, straw_man(view, number)) for number in numbers})
 
-            def inputs(
-                rows: Rows, pictures: Tensor, generator: np.random.Generator | None, disturbed: bool = disturbed
-            ) -> Tensor:
-                features = view.features(pictures)
-                return disturb(features, generator) if disturbed and generator is not None else features
 
-            network = train_decoder(view, f"A1 {name}", inputs, architecture=architecture, loss=loss)
-            decoders[name] = decode(view, network)
-        return Reconstructions(decoders)
+def straw_man(view: ReleaseView, number: int = 0) -> nn.Module:
+    """One of `DECODERS`, trained where it is not kept. Other attacks begin with it."""
+    name, architecture, loss, disturbed = DECODERS[number]
+
+    def inputs(rows: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
+        features = view.features(pictures)
+        return disturb(features, generator) if disturbed and generator is not None else features
+
+    return train_decoder(view, f"A1 {name}", inputs, architecture=architecture, loss=loss)
 
 
 def disturb(features: Tensor, generator: np.random.Generator) -> Tensor:

@@ -30,12 +30,19 @@ class Budget:
         decoders: how many decoders an attack of several trains.
         shadows: poisoning functions that the attacker fits (A3).
         deep: whether what takes hours is done too: optimisation of each picture, reference networks.
+        share: of `images`, what a training on one bank alone gets: less on planted functions, which yield sooner.
     """
 
     images: int
     decoders: int
     shadows: int
     deep: bool = False
+    share: float = 1.0
+
+    @property
+    def bank_images(self) -> int:
+        """Pictures that a training is shown which serves one bank alone."""
+        return max(1, round(self.images * self.share))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +135,11 @@ class ReleaseView:
         """(C, H', W') of a row."""
         channels, height, width = self.bank.read(self.asked[:1]).shape[1:]
         return channels, height, width
+
+    @property
+    def bank_name(self) -> str:
+        """`bank_subject`, short: so what was trained on one bank is not lost when it is trained on another."""
+        return self.bank_subject.split(",")[0][:32]
 
     def features(self, pictures: Tensor) -> Tensor:
         """φ1 of pictures (n, 3, H, W) uint8: (n, C, H', W') float32 on the device, as the bank is made."""

@@ -14,14 +14,24 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dpf_release.attacks.view import Budget, Candidates, HeldPictures, LabelledRows, LeakedVault, ReleaseView
+from dpf_release.attacks.view import (
+    Budget,
+    Candidates,
+    HeldPictures,
+    KnownPairs,
+    LabelledRows,
+    LeakedVault,
+    ReleaseView,
+)
 from dpf_release.battery.candidates import draw_labelled, draw_suspects
 from dpf_release.battery.targets import Target
 from dpf_release.battery.truth import Truth
+from dpf_release.errors import NotGrantedError
 from dpf_release.pipeline.project import Project
 from dpf_release.vault import Vault
 
 Rows = NDArray[np.int64]
+KNOWN_PAIRS = 1000  # that A6 holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +120,24 @@ def _labelled_rows(target: Target, setting: Setting) -> dict[str, Any]:
     }
 
 
+def _known_pairs(target: Target, setting: Setting) -> dict[str, Any]:
+    """Rows that are not asked for, with the picture that each has the most of; none of these is to be found either."""
+    truth = setting.truth
+    rows = np.setdiff1d(np.arange(len(target.rows)), truth.asked)
+    own = target.foremost(rows)
+    rows = rows[~np.isin(own, np.concatenate([pool.pictures for pool in truth.pools]))]
+    if not len(rows):
+        raise NotGrantedError("all rows are asked for: the bank has none left of which the picture could be known")
+    rows = np.random.default_rng([setting.seed, 6]).permutation(rows)[:KNOWN_PAIRS]
+    own = target.foremost(rows)
+    return {"pictures": HeldPictures(len(rows), lambda numbers: truth.read(own[numbers])), "pair_rows": rows}
+
+
 # What a view holds beyond a release: view → (target, setting) → its fields, in the place of a release's.
 GRANTS: dict[type[ReleaseView], Callable[[Target, Setting], dict[str, Any]]] = {
     Candidates: _candidates,
     LabelledRows: _labelled_rows,
+    KnownPairs: _known_pairs,
     LeakedVault: _leaked_vault,
 }
 

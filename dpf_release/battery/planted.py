@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from dpf_release.models.functions import (
     Chain,
@@ -15,7 +17,7 @@ from dpf_release.models.functions import (
     Recombine,
     RowSource,
 )
-from dpf_release.models.functions.interface import Rows
+from dpf_release.models.functions.interface import Rows, as_tensor
 
 
 class _Fixed(PoisoningFunction):
@@ -53,6 +55,21 @@ class RandomConvolution(_Fixed):
         channels = self.features.shape[0]
         rotation, _ = np.linalg.qr(self.generator(plan).standard_normal((channels, channels)))
         out: NDArray[np.float32] = np.einsum("kc,nchw->nkhw", rotation, source.read(rows)).astype(np.float32)
+        return out
+
+
+class Member(PoisoningFunction):
+    """A network of the attacker's own, as P: one of those that he learned by."""
+
+    def __init__(self, features: FeatureSpec, network: nn.Module) -> None:
+        super().__init__(features)
+        self._attackers = network
+
+    def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
+        """The rows through the network."""
+        device = next((parameter.device for parameter in self._attackers.parameters()), torch.device("cpu"))
+        with torch.inference_mode():
+            out: NDArray[np.float32] = self._attackers(as_tensor(source.read(rows)).to(device)).float().cpu().numpy()
         return out
 
 

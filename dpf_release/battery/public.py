@@ -24,9 +24,9 @@ from dpf_release.battery.sentence import strongest
 from dpf_release.battery.targets import Target, held_source, poison_with
 from dpf_release.battery.truth import Pool, Rows, Truth
 from dpf_release.models.functions import Chain, FeatureSpec, build_chain
+from dpf_release.objective import Objective
 from dpf_release.pipeline.attackers import straw_man
 from dpf_release.pipeline.network import TargetTask
-from dpf_release.pipeline.objective import Objective
 from dpf_release.pipeline.project import Project
 from dpf_release.training import Recipe, fit
 
@@ -163,7 +163,7 @@ def _fit(project: Project, chain: Chain, view: ReleaseView, pictures: HeldPictur
 def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:
     """A release whose bank is φ1(Q), labelled by φ2."""
     nobody = HeldRows(np.zeros(len(pictures), np.int64), lambda rows: np.empty(0))
-    target = Target(SEED, nobody, lambda rows: rows, lambda rows: (rows, rows), SEED)
+    target = Target(SEED, nobody, lambda rows: rows, lambda rows: (rows, rows), lambda rows: rows, SEED)
     view = grant(ReleaseView, target, setting)
 
     def read(rows: Rows) -> NDArray[Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power
+from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way
 from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Result, registered
 from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.view import BATCH, ReleaseView
@@ -22,7 +21,7 @@ from dpf_release.battery.grants import Setting, VaultKept, grant
 from dpf_release.battery.linking import score_links
 from dpf_release.battery.page import write_page
 from dpf_release.battery.planted_network import MEMORISER, memorising_target
-from dpf_release.battery.profiles import PROFILES, Profile, decoder_rate, minutes, within
+from dpf_release.battery.profiles import PLANTED_SHARE, PROFILES, Profile, decoder_rate, minutes, within
 from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures, way_of
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
 from dpf_release.battery.truth import LEAST_POOL, Rows, Truth, bins_of, draw_pools
@@ -191,7 +190,7 @@ class _Run:
         return {
             **grant(ReleaseView, self.clean, setting).subject,
             "attack": [attack.code, attack.version],
-            "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows],
+            "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows, setting.budget.share],
             "seed": setting.seed,
             "rows": setting.truth.asked.tolist(),
             "attribute": [config.claims.attribute, config.images.private.group],
@@ -216,23 +215,31 @@ class _Run:
     def _power(self, attack: Attack, references: References) -> Power:
         """Whether the attack breaks the functions that it declares; kept for this φ1, Q and budget."""
         truth, places = self.setting.truth.first(POWER_ROWS)
-        setting = replace(self.setting, truth=truth)
+        budget = replace(self.setting.budget, share=PLANTED_SHARE if attack.of_bank else 1.0)
+        setting = replace(self.setting, truth=truth, budget=budget)
+        members = attack.members(grant(ReleaseView, self.clean, setting))
+        functions: dict[str, nn.Module | None] = {**dict.fromkeys(attack.planted), **members}
         found = {}
-        for name in attack.planted:
+        for name, member in functions.items():
             subject = {**self._subject(attack, setting), "planted": name}
             kept = setting.kept.load(f"{attack.code} power on {name}", subject)
             if kept is None:
-                plant = memorising_target if name == MEMORISER else partial(planted_target, name=name)
-                target = plant(self.project, clean=clean_rows(self.project), seed=setting.seed)
+                target = self._planted(name, member)
                 scored = self._scored(attack, target, setting, references.at(places))
                 kept = {"leakage": _as_tensor(scored.leakage)}
                 setting.kept.save(f"{attack.code} power on {name}", subject, kept)
             if leakage := _as_interval(kept["leakage"]):
                 found[name] = leakage
-        if not attack.planted:
+        if not functions:
             return Power(passed=None)
-        passed = len(found) == len(attack.planted) and all(value.low >= POWER_LEAKAGE for value in found.values())
+        passed = len(found) == len(functions) and all(value.low >= POWER_LEAKAGE for value in found.values())
         return Power(passed=passed, planted=found)
+
+    def _planted(self, name: str, member: nn.Module | None) -> Target:
+        clean, seed = clean_rows(self.project), self.setting.seed
+        if name == MEMORISER:
+            return memorising_target(self.project, clean=clean, seed=seed)
+        return planted_target(self.project, name, clean, seed, member)
 
     # ------------------------------------------------------------------------------------------ references
 
@@ -406,7 +413,7 @@ def _score_reconstructions(
             Limit("leakage", most, limits.leakage),
             Limit("re-identification", highest, re_identification_limit(truth.among, limits.re_identification)),
         ),
-        series={},
+        series=_series(answer, ways),
         pictures={}
         if clean is None
         else pictures_of(truth, best_scores, lambda at: answer.decoders[best](places[at]), clean),
@@ -423,6 +430,16 @@ def score_answer(answer: Reconstructions, target: Target, truth: Truth) -> dict[
         return score_pictures(part, target.contributors, lambda positions: pictures(places[positions]))
 
     return {name: score_of(pictures) for name, pictures in answer.decoders.items()}
+
+
+def _series(answer: Reconstructions, ways: Mapping[str, Way]) -> dict[str, dict[str, Interval]]:
+    """The leakage of the best way for each number of each series."""
+    series: dict[str, dict[str, Interval]] = {}
+    for way, (name, number) in answer.series.items():
+        leakage, known = ways[way].leakage, series.setdefault(name, {})
+        if leakage is not None and (str(number) not in known or known[str(number)].value < leakage.value):
+            known[str(number)] = leakage
+    return series
 
 
 SCORERS: dict[type, Callable[[Any, Target, Setting, References, Project], Scored]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from dpf_release.attacks.view import HeldRows
 from dpf_release.bank import ID_BYTES, INDEX, FeatureBank
-from dpf_release.battery.planted import planted
+from dpf_release.battery.planted import Member, planted
 from dpf_release.battery.truth import Contributors, Suspects
 from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource
 from dpf_release.pipeline.fitting import FittedFunction
@@ -33,6 +34,7 @@ class Target:
         rows: as an attacker holds them.
         poison: P on another bank.
         contributors: which clean rows each row is made of.
+        foremost: which clean row each row has the most of.
         subject: what the bank is, for what is kept of it.
         pieces: (n, pieces) of which clean row each piece of some rows is; None: rows are not made of pieces, or of
             pieces of pieces.
@@ -44,6 +46,7 @@ class Target:
     rows: HeldRows
     poison: Callable[[HeldRows], HeldRows]
     contributors: Contributors
+    foremost: Callable[[Rows], Rows]
     subject: str
     pieces: Callable[[Rows], Rows | None] = lambda rows: None
     classifier: nn.Module | None = None
@@ -122,10 +125,17 @@ def candidate_target(project: Project, name: str, function: FittedFunction) -> T
         joined = np.concatenate([part + start for part, start in zip(found, starts, strict=False) if part is not None])
         return joined[rows]
 
+    def foremost(rows: Rows) -> Rows:
+        found = np.empty(len(rows), np.int64)
+        for number, split in enumerate(RELEASED_SPLITS):
+            mine = (rows >= starts[number]) & (rows < starts[number + 1])
+            found[mine] = function.chain.foremost(rows[mine] - starts[number], function.plans[split]) + starts[number]
+        return found
+
     phi_2 = project.frozen(project.cut.split.classifier)
     subject = sha256_of(features / INDEX)
-    poison = poison_with(function.chain, phi_2, subject)
-    return Target(name, held(Joined(tuple(parts))), poison, contributors, subject, pieces)
+    rows, poison = held(Joined(tuple(parts))), poison_with(function.chain, phi_2, subject)
+    return Target(name, rows, poison, contributors, foremost, subject, pieces)
 
 
 def _pieces(plans: Sequence[Plan]) -> Rows | None:
@@ -134,10 +144,11 @@ def _pieces(plans: Sequence[Plan]) -> Rows | None:
     return mixing[0] if len(mixing) == 1 else None
 
 
-def planted_target(project: Project, name: str, clean: RowSource, seed: int) -> Target:
-    """The same rows under a planted function (`battery.planted`)."""
+def planted_target(project: Project, name: str, clean: RowSource, seed: int, member: nn.Module | None = None) -> Target:
+    """The same rows under a planted function (`battery.planted`), or under a network of the attacker's own."""
     cut = project.cut
-    chain = planted(name, FeatureSpec(cut.record.feature_shape, cut.split.non_negative))
+    features = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
+    chain = planted(name, features) if member is None else Chain(name, (Member(features, member),))
     phi_2 = project.frozen(cut.split.classifier)
     plans = chain.plan(clean, phi_2, hashlib.sha256(f"planted {seed}".encode()).digest())
     subject, pieces = f"planted {name}, seed {seed}, {project.bank_id}", _pieces(plans)
@@ -146,6 +157,7 @@ def planted_target(project: Project, name: str, clean: RowSource, seed: int) -> 
         held(chain.on(clean, plans)),
         poison_with(chain, phi_2, f"planted {seed}"),
         lambda rows: chain.contributors(rows, plans),
+        lambda rows: chain.foremost(rows, plans),
         subject,
         lambda rows: None if pieces is None else pieces[rows],
     )
@@ -157,7 +169,7 @@ class _Source:
 
     rows: HeldRows
 
-    @property
+    @cached_property
     def ids(self) -> NDArray[np.uint8]:
         return np.random.default_rng(0).integers(0, 256, (len(self.rows), ID_BYTES), np.uint8)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dpf_release.metrics import WINDOW, l1, ssim
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.models.reconstructors import Reconstructor, build_reconstructor
 from dpf_release.models.weights import parse_state, state_file
+from dpf_release.objective import AttributeAttacker
 from dpf_release.pipeline.project import Project
 from dpf_release.storage import make_folder
 from dpf_release.training import Recipe, fit
@@ -122,19 +123,6 @@ def _fit_straw_man(project: Project, network: Reconstructor, name: str, subject:
     )
     with torch.inference_mode():
         return {"public_val": scores(), "history": asdict(history)}
-
-
-@dataclass(frozen=True, eq=False)
-class AttributeAttacker:
-    """A classifier of an attribute from features, and which rows it can be asked about.
-
-    Attributes:
-        network: frozen; features → scores of `values`.
-        values: the attribute's values that it knows.
-    """
-
-    network: AttributeClassifier
-    values: tuple[str, ...]
 
 
 def attribute_classifier(project: Project, column: str) -> AttributeAttacker:

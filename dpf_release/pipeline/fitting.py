@@ -21,7 +21,7 @@ from dpf_release.errors import ConfigError, VaultError
 from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource, build_chain
 from dpf_release.models.weights import parse_state, state_file
 from dpf_release.pipeline.attackers import VALIDATION_ROWS, attribute_of_rows, new_straw_man, straw_man
-from dpf_release.pipeline.objective import Objective, batch_reader
+from dpf_release.pipeline.objective import batch_reader, configured_objective
 from dpf_release.pipeline.project import Project
 from dpf_release.storage import make_folder
 from dpf_release.training import Recipe, fit
@@ -212,7 +212,7 @@ def _fit_learned(
     network = chain.learned
     assert network is not None
     read = {split: batch_reader(project, chain, plans[split], split, bank) for split, bank in banks.items()}
-    objective = Objective.of(project)
+    objective = configured_objective(project)
     val = np.arange(min(len(banks["val"]), VALIDATION_ROWS))
 
     def validate() -> float:

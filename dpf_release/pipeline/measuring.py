@@ -22,7 +22,8 @@ from dpf_release.figures import draw_grid
 from dpf_release.metrics import bootstrap_interval, l1, mean_absolute_error, psnr, ssim, topk_correct
 from dpf_release.models.functions import RowSource
 from dpf_release.models.reconstructors import Reconstructor
-from dpf_release.pipeline.attackers import AttributeAttacker, attribute_classifier, attribute_of_rows, straw_man
+from dpf_release.objective import AttributeAttacker
+from dpf_release.pipeline.attackers import attribute_classifier, attribute_of_rows, straw_man
 from dpf_release.pipeline.fitting import FittedFunction, load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.ranks import Ranks

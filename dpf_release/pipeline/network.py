@@ -14,6 +14,7 @@ from dpf_release.errors import VaultError
 from dpf_release.metrics import mean_absolute_error, topk_correct
 from dpf_release.models.hooks import split
 from dpf_release.models.weights import load_weights
+from dpf_release.objective import TaskLoss
 from dpf_release.pipeline.project import ImageSet, Project
 from dpf_release.storage import make_folder, sha256_of
 from dpf_release.training import Recipe, fit
@@ -133,29 +134,18 @@ def import_network(project: Project, restart: bool = False) -> None:
     vault.write_json(came_from, digest)
 
 
-class TargetTask:
-    """What Φ is for: its loss and its scores.
-
-    Attributes:
-        scale: (K,) standard deviation of each regression target on S train; `None` for classification.
-    """
+class TargetTask(TaskLoss):
+    """What Φ is for: its loss and its scores; regression targets in standard deviations of S train."""
 
     def __init__(self, images: ImageSet, regression: bool) -> None:
         self._targets = images.table.targets
         train = self._targets[images.rows("train")]
-        self.scale = torch.from_numpy(train.std(axis=0) + 1e-6) if regression else None
+        super().__init__(torch.from_numpy(train.std(axis=0) + 1e-6) if regression else None)
 
     @classmethod
     def of(cls, project: Project) -> TargetTask:
         """The task of a project."""
         return cls(project.private_images, project.config.task.kind == "regression")
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy (Eq. 1), or smooth L1 in standard deviations of the target."""
-        if self.scale is None:
-            return F.cross_entropy(outputs, targets)
-        scale = self.scale.to(outputs.device)
-        return F.smooth_l1_loss(outputs / scale, targets / scale)
 
     def score(self, outputs: Tensor, rows: Rows) -> float:
         """Top-1 (0 to 1), or mean absolute error in the target's unit."""

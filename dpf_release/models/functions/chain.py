@@ -92,6 +92,12 @@ class Chain:
             positions, members = pairs[:, 0], pairs[:, 1]
         return positions, members
 
+    def foremost(self, rows: Rows, plans: Sequence[Plan]) -> Rows:
+        """Of each of `rows`, the bank row that it has the most pieces of after all stages."""
+        for plan in reversed(plans):
+            rows = plan.foremost(rows)
+        return rows
+
     @property
     def mixing_stages(self) -> int:
         """How many stages up to and with the last that mixes rows: what a row *is*, before it is disturbed."""

@@ -68,6 +68,16 @@ class Plan:
         positions = np.repeat(np.arange(len(rows)), [len(members) for members in pairs])
         return positions, np.concatenate(pairs) if pairs else np.empty(0, np.int64)
 
+    def foremost(self, rows: Rows) -> Rows:
+        """Of each of `rows`, the row that it has the most pieces of; of equals, itself or else the first."""
+        if self.pieces is None:
+            return rows
+        found = []
+        for row in rows:
+            members, counts = np.unique(self.pieces[row], return_counts=True)
+            found.append(members[np.lexsort([members != row, -counts])[0]])
+        return np.array(found, np.int64)
+
 
 class PoisoningFunction:
     """The interface: one stage of P.

@@ -1,0 +1,137 @@
+"""A0: the vault is lost, and P with it. The paper's "secondary attack"."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpf_release.attacks.decoder import VALIDATION_PICTURES, DecoderLoss, decode, schedule, train_decoder
+from dpf_release.attacks.interface import Attack, Reconstructions, register
+from dpf_release.attacks.straw_men import DECODERS, straw_man
+from dpf_release.attacks.view import BATCH, Budget, HeldPictures, HeldRows, LeakedVault, ReleaseView, Rows
+from dpf_release.errors import ConfigError
+
+# A decoder's loss, and its share of the pictures. Both begin with A1's first decoder.
+LOSSES: tuple[tuple[DecoderLoss, float], ...] = (("ssim", 1.0), ("l1", 0.5))
+IN_MEMORY, ON_DISK = 2**28, 2**32  # bytes of rows
+FLOAT16_LARGEST = 65504.0
+LEAST_ROWS = 32  # of a class, to begin with: functions that mix rows refuse classes smaller than they need
+
+
+@register
+class LeakedP(Attack):
+    """Decoders on (P(φ1(z)), z), z in Q: what is left when the secret is out."""
+
+    code, title, claim = "A0", "leaked vault", None
+    view = LeakedVault
+    planted = ("weak-noise", "channel-affine", "channel-permutation", "random-convolution")
+    of_bank = True
+
+    def trainings(self, budget: Budget) -> float:
+        """Those of `LOSSES`."""
+        return sum(share for _, share in LOSSES)
+
+    def run(self, view: ReleaseView) -> Reconstructions:
+        """P is applied to Q as a bank of its own; a row of it is paired with its own picture, also where rows mix."""
+        assert isinstance(view, LeakedVault)
+        _, rows = schedule(view, view.budget.bank_images)
+        held = min(rows, max(BATCH, ON_DISK // 2 // _bytes(1, view.feature_shape)))
+        view = replace(view, public=HeldPictures(held, view.public.read))
+        poisoned = functools.cache(lambda: poisoned_public(view))  # not made where all is kept
+
+        def inputs(rows: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
+            mine = rows if generator is not None else rows + held  # pictures of `public_val` come after the others
+            features = torch.from_numpy(np.asarray(poisoned()[mine], np.float32)).to(view.device)
+            return features.contiguous(memory_format=torch.channels_last)
+
+        decoders = {}
+        for loss, share in LOSSES:
+            network = train_decoder(
+                view,
+                f"A0 {loss} on {view.bank_name}",
+                inputs,
+                architecture=DECODERS[0][1],
+                loss=loss,
+                depends_on={"bank": view.bank_subject},
+                start=straw_man(view).state_dict(),
+                images=max(1, round(view.budget.bank_images * share)),
+                shape=view.feature_shape,
+            )
+            decoders[loss.upper()] = decode(view, network)
+        return Reconstructions(decoders)
+
+
+def poisoned_public(view: LeakedVault) -> NDArray[np.float16]:
+    """P of φ1(Q): (N, C, H, W), first all of `view.public`, then the pictures that a decoder is validated on.
+
+    Q gets the labels that φ2 gives it. Classes that P finds too small for it go to what φ2 takes them for next.
+
+    Raises:
+        ConfigError: Q has no class that is large enough for P.
+    """
+    sets = [(view.public, len(view.public)), (view.public_val, min(len(view.public_val), VALIDATION_PICTURES))]
+    clean, answers = room(sum(count for _, count in sets), view.feature_shape), []
+    done = 0
+    for pictures, count in sets:
+        for first in range(0, count, BATCH):
+            features = view.features(pictures.read(np.arange(first, min(first + BATCH, count))))
+            answers.append(view.answers(features).cpu().numpy())
+            clean[done : done + len(features)] = _float16(features.cpu().numpy())
+            done += len(features)
+    bank = _poisoned_bank(view, clean, np.concatenate(answers))
+    poisoned = room(done, view.feature_shape)
+    for first in range(0, done, BATCH):
+        rows = np.arange(first, min(first + BATCH, done))
+        poisoned[rows] = _float16(bank.read(rows))
+    return poisoned
+
+
+def _poisoned_bank(view: LeakedVault, clean: NDArray[np.float16], answers: NDArray[np.float32]) -> HeldRows:
+    def read(rows: Rows) -> NDArray[np.float16]:
+        return np.array(clean[rows])
+
+    if view.task == "regression":
+        return view.poison(HeldRows(answers, read))
+    least = LEAST_ROWS
+    while True:
+        labels, classes = _labels(answers, least)
+        try:
+            return view.poison(HeldRows(labels, read))
+        except ConfigError:  # P wants larger classes
+            if classes == 1:
+                raise
+            least *= 2
+
+
+def _labels(answers: NDArray[np.float32], least: int) -> tuple[NDArray[np.int64], int]:
+    """Class of each row by φ2, (N,), among those classes that have `least` rows; and how many these are."""
+    allowed = np.ones(answers.shape[1], np.bool_)
+    while True:
+        labels = np.where(allowed, answers, -np.inf).argmax(1).astype(np.int64)
+        counts = np.bincount(labels, minlength=len(allowed))
+        small = allowed & (counts < least)
+        if not small.any() or allowed.sum() == 1:
+            return labels, int((counts > 0).sum())
+        allowed[np.where(small, counts, len(labels) + 1).argmin()] = False  # one at a time: its rows help others
+
+
+def room(rows: int, shape: tuple[int, int, int]) -> NDArray[np.float16]:
+    """(rows, C, H, W) to be filled: in memory where that is little, else in a temporary file without a name."""
+    if _bytes(rows, shape) <= IN_MEMORY:
+        return np.empty((rows, *shape), np.float16)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float16, "w+", shape=(rows, *shape))
+
+
+def _bytes(rows: int, shape: tuple[int, int, int]) -> int:
+    return 2 * rows * int(np.prod(shape))
+
+
+def _float16(features: NDArray[np.floating]) -> NDArray[np.float16]:
+    return features.clip(-FLOAT16_LARGEST, FLOAT16_LARGEST).astype(np.float16)

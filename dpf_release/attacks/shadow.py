@@ -1,0 +1,246 @@
+"""A3: the attacker runs this very tool on Q, and learns to undo what comes out of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+
+from dpf_release.attacks.decoder import (
+    LEARNING_RATE,
+    TRAINING_BATCH,
+    VALIDATION_PICTURES,
+    Inputs,
+    decode,
+    freeze_on,
+    schedule,
+    train_decoder,
+)
+from dpf_release.attacks.interface import Attack, Reconstructions, register
+from dpf_release.attacks.straw_men import DECODERS, straw_man
+from dpf_release.attacks.view import BATCH, Budget, ReleaseView, Rows
+from dpf_release.models.functions import FeatureSpec, build_chain
+from dpf_release.objective import Objective, TaskLoss
+from dpf_release.training import Recipe, fit
+
+SHARE = 0.5  # of the pictures that a decoder is shown, those that a shadow function is
+STEP_COST = 1.5  # a step of a shadow function, in steps of a decoder
+MOMENT_PICTURES = 5000  # that per-channel moments are taken of
+
+
+@dataclass(frozen=True)
+class ShadowRecipe:
+    """How one P' is fitted: what the attacker cannot know of P, he varies."""
+
+    function: str
+    objective: Literal["equivalence", "paper"]
+    lambda_: float
+    straw_man: int
+    seed: int
+
+
+def shadow_recipe(number: int, decoders: int, seed: int) -> ShadowRecipe:
+    """The recipe of the shadow function of that number; the first has the tool's own defaults."""
+    return ShadowRecipe(
+        ("dpf", "dpf", "dpf:depth=2", "dpf")[number % 4],
+        ("equivalence", "paper", "equivalence")[number % 3],
+        (1.0, 1.0, 0.3, 3.0, 0.1)[number % 5],
+        number % max(1, min(decoders, len(DECODERS))),
+        int(np.random.default_rng([seed, 3, number]).integers(2**62)),
+    )
+
+
+@register
+class ShadowFunctions(Attack):
+    """m functions P' fitted on Q, and one decoder for them all, for clean features and for simple disturbances.
+
+    Labels of Q are what φ2 makes of it. Leakage against m, m = 1, 2, 4, ...
+    """
+
+    code, title = "A3", "shadow functions"
+    planted = ("weak-noise", "channel-affine")
+
+    def trainings(self, budget: Budget) -> float:
+        """The shadow functions, on fewer pictures; and a decoder for each m."""
+        return budget.shadows * SHARE * STEP_COST + len(_counts(budget.shadows))
+
+    def members(self, view: ReleaseView) -> Mapping[str, nn.Module]:
+        """All its shadow functions."""
+        return {f"shadow {number + 1}": shadow(view, number) for number in range(view.budget.shadows)}
+
+    def run(self, view: ReleaseView) -> Reconstructions:
+        """Decoders on rows as they are; the last one also on rows with the per-channel moments of clean features."""
+        shadows = [shadow(view, number) for number in range(view.budget.shadows)]
+        decoders, series = {}, {}
+        for m in _counts(len(shadows)):
+            recipes = [asdict(shadow_recipe(number, view.budget.decoders, view.seed)) for number in range(m)]
+            network = train_decoder(
+                view,
+                f"A3 decoder for {m}",
+                union(view, shadows[:m]),
+                architecture=DECODERS[0][1],
+                loss=DECODERS[0][2],
+                depends_on={"shadows": recipes},
+                start=straw_man(view).state_dict(),
+            )
+            decoders[f"{m} shadows"] = decode(view, network)
+            series[f"{m} shadows"] = ("shadows", m)
+            if m == len(shadows):
+                decoders[f"{m} shadows, moments"] = decode(view, network, match_moments(view))
+        return Reconstructions(decoders, series=series)
+
+
+def _counts(shadows: int) -> list[int]:
+    """1, 2, 4, ... and `shadows` itself."""
+    return sorted({2**power for power in range(shadows.bit_length()) if 2**power <= shadows} | {shadows} - {0})
+
+
+# --------------------------------------------------------------------------------------------- shadow functions
+
+
+def shadow(view: ReleaseView, number: int) -> nn.Module:
+    """P' of that number, fitted on Q as the owner fits P on S; frozen."""
+    recipe = shadow_recipe(number, view.budget.decoders, view.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = build_chain(recipe.function, FeatureSpec(view.feature_shape, view.non_negative)).learned
+    assert network is not None
+    epochs, rows = schedule(view, max(1, round(view.budget.images * SHARE)))
+    name, subject = f"A3 shadow {number}", {**view.subject, **asdict(recipe), "epochs": epochs, "rows": rows}
+    kept = view.kept.load(name, subject)
+    if kept is not None:
+        network.load_state_dict(kept)
+        return freeze_on(network, view)
+    objective = Objective(
+        view.phi_2,
+        TaskLoss(_scale(view)),
+        {"psi": straw_man(view, recipe.straw_man)},
+        {},
+        recipe.objective == "equivalence",
+        recipe.lambda_,
+    )
+
+    def batch_of(pictures: Tensor) -> tuple[Tensor, ...]:
+        features = view.features(pictures)
+        answers = view.answers(features)
+        labels = answers if view.task == "regression" else answers.argmax(1)
+        return features, features, labels, torch.arange(len(features)), pictures
+
+    def validate() -> float:
+        count, total = min(len(view.public_val), VALIDATION_PICTURES), 0.0
+        for some in _batches(np.arange(count)):
+            batch = batch_of(view.public_val.read(some))
+            batch = tuple(tensor.to(view.device) for tensor in batch)
+            total += float(objective(network, batch)["loss"]) * len(batch[0])
+        return total / count
+
+    fit(
+        network,
+        rows,
+        lambda chosen, _: batch_of(view.public.read(chosen)),
+        objective,
+        Recipe(epochs, min(TRAINING_BATCH, rows), LEARNING_RATE, seed=recipe.seed, bf16=view.bf16),
+        title=f"Training the shadow function {number + 1}",
+        device=view.device,
+        validate=validate,
+        checkpoint=view.kept.checkpoint(name),
+        subject=json.dumps(subject, sort_keys=True),
+    )
+    view.kept.save(name, subject, network.state_dict())
+    return freeze_on(network, view)
+
+
+def _scale(view: ReleaseView) -> Tensor | None:
+    """Standard deviations of regression targets: those of φ2's answers on Q."""
+    if view.task != "regression":
+        return None
+    count = min(len(view.public), MOMENT_PICTURES)
+    batches = _batches(np.arange(count))
+    answers = torch.cat([view.answers(view.features(view.public.read(some))).cpu() for some in batches])
+    return answers.std(dim=0, correction=0) + 1e-6
+
+
+# --------------------------------------------------------------------------------------------- what a decoder sees
+
+
+def union(view: ReleaseView, shadows: Sequence[nn.Module]) -> Inputs:
+    """Clean features of Q, each row through a function drawn anew.
+
+    One of the shadow functions, the identity, a random per-channel affine map, or noise or a blur as the stationary
+    functions have them, all alike often.
+    """
+
+    def inputs(rows: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
+        generator = generator or np.random.default_rng([view.seed, 4, int(rows[0])])
+        features = view.features(pictures)
+        drawn = generator.integers(len(shadows) + 3, size=len(features))
+        draws = torch.Generator(view.device).manual_seed(int(generator.integers(2**62)))
+        out = features.clone()
+        for number in np.unique(drawn):
+            mine = torch.from_numpy(np.flatnonzero(drawn == number)).to(view.device)
+            if number < len(shadows):
+                out[mine] = shadows[number](features[mine])
+            elif number == len(shadows):
+                out[mine] = _affine(features[mine], draws)
+            elif number == len(shadows) + 1:
+                out[mine] = _stationary(features[mine], int(generator.integers(3)), draws)
+        return out.contiguous(memory_format=torch.channels_last)
+
+    return inputs
+
+
+def _affine(features: Tensor, draws: torch.Generator) -> Tensor:
+    """Each channel of each row times 0.5 to 2, plus up to one unit."""
+    scale, shift = torch.rand((2, *features.shape[:2], 1, 1), generator=draws, device=features.device)
+    return features * 2 ** (2 * scale - 1) + shift
+
+
+def _stationary(features: Tensor, kind: int, draws: torch.Generator) -> Tensor:
+    """Noise of up to one deviation of the row; the mean over 3×3; a Gaussian of one place."""
+    if kind == 0 or min(features.shape[2:]) < 3:
+        noise = torch.randn(features.shape, generator=draws, device=features.device)
+        scale = torch.rand((len(features), 1, 1, 1), generator=draws, device=features.device)
+        return features + scale * features.std(dim=(1, 2, 3), keepdim=True) * noise
+    if kind == 1:
+        return F.avg_pool2d(features, 3, 1, 1, count_include_pad=False)
+    blurred: Tensor = gaussian_blur(features, [5, 5], [1.0, 1.0])
+    return blurred
+
+
+def match_moments(view: ReleaseView) -> Callable[[Rows], Tensor]:
+    """Rows of the bank, by number, with the mean and deviation that each channel has in φ1(Q)."""
+    numbers = np.random.default_rng([view.seed, 5]).permutation(len(view.bank))[:MOMENT_PICTURES]
+    mean, deviation = _moments(view.rows(some) for some in _batches(np.sort(numbers)))
+    public = np.arange(min(len(view.public), MOMENT_PICTURES))
+    wanted_mean, wanted = _moments(view.features(view.public.read(some)) for some in _batches(public))
+
+    def rows(numbers: Rows) -> Tensor:
+        return (view.rows(numbers) - mean) / deviation.clamp_min(1e-6) * wanted + wanted_mean
+
+    return rows
+
+
+def _batches(numbers: Rows) -> Iterator[Rows]:
+    for first in range(0, len(numbers), BATCH):
+        yield numbers[first : first + BATCH]
+
+
+def _moments(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (1, C, 1, 1)."""
+    total, squares, count = torch.zeros(()), torch.zeros(()), 0
+    for batch in features:
+        double = batch.double().cpu()  # (n, C, h, w)
+        total = total + double.sum(dim=(0, 2, 3))
+        squares = squares + double.square().sum(dim=(0, 2, 3))
+        count += batch.shape[0] * batch.shape[2] * batch.shape[3]
+        device = batch.device
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
+    return mean.float().to(device)[None, :, None, None], deviation.float().to(device)[None, :, None, None]
