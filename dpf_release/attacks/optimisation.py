@@ -20,7 +20,7 @@ from dpf_release.attacks.taps import STATISTICS, Taps, open_taps
 from dpf_release.attacks.view import BATCH, Budget, ReleaseView, Rows
 from dpf_release.progress import Progress
 
-ROWS = 256  # of 64 or fewer, none found is no proof that fewer than 5 % can be: the upper bound would be above
+ROWS = 256  # of fewer than 80, none found is no proof that it is below 5 %: the upper bound is above
 RESTARTS = 4
 AT_ONCE = 32  # rows; what is done of them is kept
 MOST_STEPS = 2000
@@ -76,7 +76,7 @@ class DeepImagePrior(nn.Module):
     All networks are one, in which groups of channels keep to themselves.
     """
 
-    learning_rate = 0.01
+    learning_rate = 0.03
     width, noise, stages = 24, 16, 3
 
     def __init__(self, count: int, size: tuple[int, int], draws: torch.Generator) -> None:
