@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import os
@@ -30,6 +29,7 @@ from dpf_release.battery.plots import leakage_plot, scatter_plot, series_plot
 from dpf_release.battery.sentence import strongest, verdict_in_words
 from dpf_release.battery.terminal import print_attacks
 from dpf_release.errors import ConfigError
+from dpf_release.pictures import Pictures
 from dpf_release.pipeline import Project
 
 HOSTILE = "<script>alert('$x$')</script> [bold]"
@@ -353,11 +353,15 @@ def test_the_public_page_holds_nothing_of_s_or_p(
     (folder / "vault" / "functions" / "default" / "dpf.safetensors").unlink()  # P is not even there
     shutil.rmtree(folder / "vault" / "candidates")
     shutil.rmtree(folder / "vault" / "features")
-    for path in (folder / "images" / "private").rglob("*.png"):
-        path.write_bytes(b"")  # of S there are names of files and classes, and no pixel
-    monkeypatch.setattr("dpf_release.battery.public.EPOCHS", 1)
+    monkeypatch.setattr("dpf_release.battery.public.EPOCHS", 2)
     project = Project.open(folder / "dpf.toml")
-    monkeypatch.setattr(Project, "working", lambda *_, **__: contextlib.nullcontext())  # it looks S through
+    reads = Pictures.read
+
+    def no_pixel_of_s(pictures: Pictures, rows: Any, **more: Any) -> torch.Tensor:
+        assert pictures is not project.private_images.pictures
+        return reads(pictures, rows, **more)
+
+    monkeypatch.setattr(Pictures, "read", no_pixel_of_s)
     publish_page(project, "default", found, tmp_path / "public.html")
     text = (tmp_path / "public.html").read_text(encoding="utf-8")
     mine = tiles(pictures_in(text))

@@ -1,4 +1,4 @@
-"""Pictures that anyone may see: of Q, under a function of the same kind as P. Neither S nor P is touched."""
+"""Pictures that anyone may see: of Q, under a function of the same kind as P. No picture of S is read, nothing of P."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def shadow_function(
     """A function of P's kind that has nothing of P: planned, and where it is learned fitted, on Q.
 
     Args:
-        project: whose task, and ψ (fitted on Q).
+        project: whose ψ, fitted on Q.
         view: whose bank is φ1(Q), labelled by φ2.
         pictures: that it was made of.
         recipe: what P was fitted by: `function`, `objective`, `lambda`, `straw_men`.
@@ -141,7 +141,7 @@ def _fit(project: Project, chain: Chain, view: ReleaseView, pictures: HeldPictur
     goal = chain.on(source, plans, chain.mixing_stages)
     objective = Objective(
         view.phi_2,
-        TargetTask.of(project),
+        _TaskOnQ(view.bank.targets),
         {name: straw_man(project, name) for name in recipe["straw_men"]},
         {},
         recipe["objective"] == "equivalence",
@@ -158,6 +158,14 @@ def _fit(project: Project, chain: Chain, view: ReleaseView, pictures: HeldPictur
     training = Recipe(EPOCHS, size, LEARNING_RATE, seed=view.seed, bf16=view.bf16)
     title = "Fitting a shadow function for the public page"
     fit(chain.learned, len(view.bank), read_batch, objective, training, title=title, device=view.device)
+
+
+class _TaskOnQ(TargetTask):
+    """The task with φ2's answers on Q as its targets: `TargetTask` takes those of S."""
+
+    def __init__(self, targets: NDArray[Any]) -> None:
+        self._targets = targets
+        self.scale = torch.from_numpy(targets.std(axis=0) + 1e-6) if targets.ndim == 2 else None
 
 
 def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:
