@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,7 +196,7 @@ def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owne
 
 def test_probes_are_kept_and_one_of_another_bank_is_not_taken(owner: Project, setting: Setting) -> None:
     attack = next(attack for attack in registered() if attack.code == "A8")
-    kept = {name: found for name, found in _answers(attack, planted(owner, "clean"), setting).probes.items()}
+    kept = _answers(attack, planted(owner, "clean"), setting).probes
     again = _answers(attack, planted(owner, "clean"), setting).probes
     other = _answers(attack, saying_nothing(owner), setting).probes
     assert all(np.array_equal(kept[name], again[name]) for name in kept)
@@ -214,7 +215,7 @@ def _answers(attack: Attack, target: Target, setting: Setting) -> Attributes:
 def test_the_learned_matcher_finds_disturbed_rows(owner: Project, setting: Setting) -> None:
     harder = replace(setting, budget=Budget(images=3000, decoders=2, shadows=0))
     found = attacked("A5", planted(owner, "channel-affine"), harder).ways
-    assert found["learned matcher"].measures["top1"].value > 0.4
+    assert found["learned matcher"].measures["top1"].value > 5 / setting.truth.among
     assert "learned matcher" not in attacked("A5", saying_nothing(owner), setting).ways
 
 
@@ -281,6 +282,15 @@ def test_taps_lie_inside_the_classifier_of_any_network(arch: str, hook: str) -> 
     assert all(tap.ndim == 4 and len(tap) == 2 for tap in found)
     again = taps(cut.classifier.eval(), features + 1)
     assert all(not torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_taps_of_two_threads_do_not_mix() -> None:
+    cut = split(build_network("resnet20_cifar", 4).eval(), "conv4_1", (32, 32))
+    small, large = torch.randn(2, *cut.hook.shape), torch.randn(5, *cut.hook.shape)
+    with ThreadPoolExecutor(2) as pool:
+        for one, other in pool.map(lambda _: (taps(cut.classifier, small), taps(cut.classifier, large)), range(20)):
+            assert [len(tap) for tap in one] == [2] * 3
+            assert [len(tap) for tap in other] == [5] * 3
 
 
 def test_patches_are_all_of_a_row_each_number_once() -> None:

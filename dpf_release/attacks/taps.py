@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +40,16 @@ def _places(phi_2: nn.Module, features: Tensor) -> set[int]:
 
 
 def _run(phi_2: nn.Module, features: Tensor, see: Callable[[int, nn.Module, Tensor], Any]) -> None:
-    """Runs φ2 and shows each feature map that a layer gives out, in order."""
-    number = 0
+    """Runs φ2 and shows each feature map that a layer gives out, in order.
+
+    A training reads its next batch in a thread of its own: what φ2 does there in the meantime is none of this run's.
+    """
+    number, thread = 0, threading.get_ident()
 
     def hook(layer: nn.Module, _: Any, output: Any) -> None:
         nonlocal number
+        if threading.get_ident() != thread:
+            return
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
             see(number, layer, output)
             number += 1
