@@ -144,11 +144,11 @@ def test_a_member_has_exactly_one_row_in_its_pool_and_others_none(owner: Project
 def test_the_weights_give_away_what_was_learnt_by_heart_and_not_what_was_never_seen(
     owner: Project, setting: Setting
 ) -> None:
-    broken = attacked("A10", memorising_target(owner, clean_rows(owner), 0), setting)
+    target = memorising_target(owner, clean_rows(owner), 0)
+    broken = attacked("A10", target, setting)
     reached = broken.reached()
     assert reached is not None
     assert reached.low > 0.75
-    target = memorising_target(owner, clean_rows(owner), 0)
     assert target.suspects is not None
     half = np.flatnonzero(~target.suspects.members)
     unseen = np.where(np.arange(len(half)) % 2, 0, -1)  # none of them was: who is called a member is chance
