@@ -140,11 +140,11 @@ def test_a_member_has_exactly_one_row_in_its_pool_and_others_none(owner: Project
 def test_the_weights_give_away_what_was_learnt_by_heart_and_not_what_was_never_seen(
     owner: Project, setting: Setting
 ) -> None:
-    broken = attacked("A10", memorising_target(owner, clean_rows(owner), 0), setting)
+    target = memorising_target(owner, clean_rows(owner), 0)
+    broken = attacked("A10", target, setting)
     reached = broken.reached()
     assert reached is not None
     assert reached.low > 0.75
-    target = memorising_target(owner, clean_rows(owner), 0)
     assert target.suspects is not None
     half = np.flatnonzero(~target.suspects.members)
     unseen = np.where(np.arange(len(half)) % 2, 0, -1)  # none of them was: who is called a member is chance
@@ -192,7 +192,7 @@ def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owne
 
 def test_probes_are_kept_and_one_of_another_bank_is_not_taken(owner: Project, setting: Setting) -> None:
     attack = next(attack for attack in registered() if attack.code == "A8")
-    kept = {name: found for name, found in _answers(attack, planted(owner, "clean"), setting).probes.items()}
+    kept = _answers(attack, planted(owner, "clean"), setting).probes
     again = _answers(attack, planted(owner, "clean"), setting).probes
     other = _answers(attack, saying_nothing(owner), setting).probes
     assert all(np.array_equal(kept[name], again[name]) for name in kept)
@@ -211,7 +211,7 @@ def _answers(attack: Attack, target: Target, setting: Setting) -> Attributes:
 def test_the_learned_matcher_finds_disturbed_rows(owner: Project, setting: Setting) -> None:
     harder = replace(setting, budget=Budget(images=3000, decoders=2, shadows=0))
     found = attacked("A5", planted(owner, "channel-affine"), harder).ways
-    assert found["learned matcher"].measures["top1"].value > 0.4
+    assert found["learned matcher"].measures["top1"].value > 5 / setting.truth.among
     assert "learned matcher" not in attacked("A5", saying_nothing(owner), setting).ways
 
 

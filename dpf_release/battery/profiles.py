@@ -75,7 +75,10 @@ def minutes(attacks: Sequence[Attack], budget: Budget, rate: float) -> float:
 
 
 def within(budget: Budget, needed: float, limit: float | None) -> Budget:
-    """The budget, or what of it can be done in `limit` minutes of the `needed` ones."""
+    """The budget, or what of it can be done in `limit` minutes of the `needed` ones.
+
+    In steps of a sixteenth: a machine is never twice as fast, and what was trained under one budget is kept for it.
+    """
     if limit is None or needed <= limit:
         return budget
-    return replace(budget, images=max(1, int(budget.images * limit / needed)))
+    return replace(budget, images=max(1, budget.images * max(1, int(16 * limit / needed)) // 16))
