@@ -132,7 +132,9 @@ class _Run:
         known = None if restart else self._known()
         references = self._references(attacks)
         report = self._empty(references)
-        done = {result.code: result for result in known.attacks} if known and _same_run(known, report) else {}
+        known = known if known and _same_run(known, report) else report
+        done = {result.code: result for result in known.attacks}
+        lacks = dict(known.not_applicable)
         for attack in attacks:
             kept = done.get(attack.code)
             if kept and kept.version == attack.version and kept.images == self.setting.budget.images:
@@ -140,21 +142,24 @@ class _Run:
             if only and attack.code not in only:
                 continue
             result = self._attack(attack, references)
-            if result is not None:
+            if isinstance(result, AttackResult):
                 done[attack.code] = result
-                self._write(report, attacks, done)
-        return self._write(report, attacks, done)
+            else:
+                lacks[attack.code] = result[:500]
+            self._write(report, attacks, done, lacks)
+        return self._write(report, attacks, done, lacks)
 
     # ------------------------------------------------------------------------------------------ one attack
 
-    def _attack(self, attack: Attack, references: References) -> AttackResult | None:
+    def _attack(self, attack: Attack, references: References) -> AttackResult | str:
+        """The result, or what the project lacks for it."""
         started = time.monotonic()
         try:
             answer = attack.run(grant(attack.view, self.target, self.setting))
             scored = score(answer, self.target, self.setting, references, self.project)
         except NotGrantedError as error:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
-            return None
+            return str(error)
         power = self._power(attack, references)
         verdict, reasons = judge(scored.limits, power, self._shortage(scored))
         if attack.claim is None:
@@ -258,6 +263,8 @@ class _Run:
             profile=self.profile.name,
             seed=seed,
             function=self.name,
+            attribute=self.project.config.claims.attribute,
+            limits=self.project.config.gate.model_dump(exclude={"profile"}),
             baselines={"affine_ssim": mean_interval(references.baseline.primary, seed)},
             references={"clean affine_ssim": mean_interval(references.ceiling.primary, seed)},
         )
@@ -266,9 +273,16 @@ class _Run:
         vault, path = self.project.vault, self.project.vault.reports(self.name) / REPORT
         return AttackReport.model_validate(vault.read_record(path, "attack")) if vault.holds(path) else None
 
-    def _write(self, report: AttackReport, attacks: Sequence[Attack], done: Mapping[str, AttackResult]) -> AttackReport:
+    def _write(
+        self,
+        report: AttackReport,
+        attacks: Sequence[Attack],
+        done: Mapping[str, AttackResult],
+        lacks: Mapping[str, str],
+    ) -> AttackReport:
         results = tuple(done[attack.code] for attack in attacks if attack.code in done)
-        report = report.model_copy(update={"attacks": results})
+        lacks = {code: reason for code, reason in lacks.items() if code not in done}
+        report = report.model_copy(update={"attacks": results, "not_applicable": lacks})
         folder = make_folder(self.project.vault.reports(self.name))
         self.project.vault.write_json(folder / REPORT, report.model_dump(mode="json"))
         return report
@@ -283,7 +297,7 @@ def _profile(name: str) -> Profile:
 
 
 def _same_run(one: AttackReport, other: AttackReport) -> bool:
-    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed")
+    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed", "attribute", "limits")
     return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
