@@ -24,6 +24,7 @@ from dpf_release.gate import objections, same_but_for_dropped_rows
 from dpf_release.manifest import ATTACK_REPORT, Manifest, describe_files, write_manifest
 from dpf_release.package import package
 from dpf_release.pipeline import Project, fit_poison, retract, write_candidate
+from dpf_release.sealing import look_at
 from dpf_release.storage import sha256_of, write_json
 from dpf_release.structure import verify_deep
 from dpf_release.verification import read_manifest
@@ -370,6 +371,8 @@ def test_a_weak_function_is_attacked_and_refused_with_the_reasons(
     assert report.limits == LIMITS
     (result,) = report.attacks
     assert result.verdict == "fail"
+    assert list((project.vault.root / "attackers").iterdir())
+    assert look_at(project.vault).strangers == ()  # a vault with what attackers keep can be sealed
     with pytest.raises(RefusedError) as caught:
         package(project, "weak", second_function="for a test")
     assert "attacks of profile quick were run, those of standard are wanted" in str(caught.value)
