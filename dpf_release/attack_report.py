@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from dpf_release.errors import VerificationError
+from dpf_release.schema import read_json
 
 Verdict = Literal["pass", "fail", "inconclusive", "reported"]
 ProfileName = Literal["quick", "standard", "full"]
 PROFILE_ORDER: tuple[ProfileName, ...] = ("quick", "standard", "full")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, Field(max_length=500)]
-Short = Annotated[str, Field(max_length=100)]
+# A report may be a stranger's: no characters that a terminal obeys, and no more of anything than attacks make.
+_SEEN = r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
+Text = Annotated[str, Field(max_length=500, pattern=_SEEN)]
+Short = Annotated[str, Field(max_length=100, pattern=_SEEN)]
+Few = Field(max_length=200)
+DECIMALS = 4  # of public numbers
 
 
 class _Record(BaseModel):
@@ -35,7 +43,7 @@ class Way(_Record):
         leakage: of this way alone.
     """
 
-    measures: dict[Short, Interval]
+    measures: Annotated[dict[Short, Interval], Few]
     leakage: Interval | None = None
 
 
@@ -48,7 +56,7 @@ class Power(_Record):
     """
 
     passed: bool | None
-    planted: dict[Short, Interval] = {}
+    planted: Annotated[dict[Short, Interval], Few] = {}
 
 
 class AttackResult(_Record):
@@ -61,6 +69,7 @@ class AttackResult(_Record):
         re_identification: share of rows (of pictures, for linkage) matched with their own, by the strongest way;
             None: not measured, or among too few.
         among: of how many the match was sought.
+        seconds: it took; not in a release, where it would tell of the owner's machine.
         reasons: for a verdict that is not `pass`.
     """
 
@@ -71,8 +80,8 @@ class AttackResult(_Record):
     granted: Short
     rows: int
     images: int
-    seconds: float
-    ways: dict[Short, Way]
+    seconds: float | None = None
+    ways: Annotated[dict[Short, Way], Few]
     baseline: float | None
     ceiling: float | None
     leakage: Interval | None
@@ -80,8 +89,8 @@ class AttackResult(_Record):
     among: int
     power: Power
     verdict: Verdict
-    reasons: tuple[Text, ...] = ()
-    series: dict[Short, dict[Short, Interval]] = {}
+    reasons: Annotated[tuple[Text, ...], Few] = ()
+    series: Annotated[dict[Short, Annotated[dict[Short, Interval], Few]], Few] = {}
 
     def smallest_above(self, series: str, limit: float) -> int | None:
         """The smallest number of a series at which the leakage is above the limit; None: at no one that was tried."""
@@ -92,32 +101,74 @@ class AttackResult(_Record):
 class Utility(_Record):
     """What a downstream user can do with the bank: U1, U2, U3."""
 
-    measures: dict[Short, Interval]
+    measures: Annotated[dict[Short, Interval], Few]
 
 
 class AttackReport(_Record):
-    """`attack.json`.
+    """`attack.json`; in a release it is what `public_report` leaves of it.
 
     Attributes:
         index_sha256: of the bank that was attacked: its `features/index.json`, which lists the digests of its shards.
+        public_images_sha256: Q, by names and file times; not in a release.
         profile: how hard.
+        function: its name; empty in a release.
         attribute: of which the claim `attribute` is.
+        limits: of `[gate]`, under which the verdicts were given.
+        not_applicable: attacks of the profile that need what this project does not have, and what that is (not said in
+            a release).
+        dropped_since: rows of the bank that was attacked which the release no longer has; all others are as they were.
     """
 
     format: Literal["dpf-release-attacks"] = "dpf-release-attacks"
     version: Literal[1] = 1
     index_sha256: Sha256
     featurizer_sha256: Sha256
-    public_images_sha256: Sha256
+    public_images_sha256: Sha256 | None = None
     profile: ProfileName
     seed: int
     function: Short
     attribute: Short | None = None
-    baselines: dict[Short, Interval] = {}
-    references: dict[Short, Interval] = {}
-    attacks: tuple[AttackResult, ...] = ()
-    utility: dict[Short, Utility] = {}
+    limits: Annotated[dict[Short, float], Few] = {}
+    not_applicable: Annotated[dict[Short, Text], Few] = {}
+    dropped_since: Annotated[int, Field(ge=0)] = 0
+    baselines: Annotated[dict[Short, Interval], Few] = {}
+    references: Annotated[dict[Short, Interval], Few] = {}
+    attacks: Annotated[tuple[AttackResult, ...], Few] = ()
+    utility: Annotated[dict[Short, Utility], Few] = {}
 
     def as_json(self) -> str:
         """One object, its keys sorted: the same numbers give the same text."""
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False)
+
+
+def public_report(report: AttackReport) -> AttackReport:
+    """What of a report may be public: its numbers, of four decimals, and what the battery's own code says of them.
+
+    Not the function's name, why an attack does not apply (the owner's words may be in either), how long anything took,
+    and what Q's files are like on the owner's disk. More decimals would tell of single images, and nothing true of all.
+    """
+    tree = _rounded(report.model_dump(mode="json"))
+    tree |= {"function": "", "public_images_sha256": None}
+    tree["not_applicable"] = dict.fromkeys(tree["not_applicable"], "")
+    tree["attacks"] = [attack | {"seconds": None} for attack in tree["attacks"]]
+    return AttackReport.model_validate(tree)
+
+
+def _rounded(tree: Any) -> Any:
+    if isinstance(tree, float):
+        return round(tree, DECIMALS) + 0.0  # no -0.0
+    if isinstance(tree, dict):
+        return {key: _rounded(value) for key, value in tree.items()}
+    return [_rounded(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def read_attack_report(path: Path) -> AttackReport:
+    """The report of a release.
+
+    Raises:
+        VerificationError: no file, one too large, or not a report of format 1.
+    """
+    try:
+        return read_json(path, AttackReport)
+    except (OSError, ValueError) as error:
+        raise VerificationError(f"{path.name} is not a report of attacks of format 1: {error}") from error

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpf_release.attack_report import AttackReport, AttackResult, Interval
 from dpf_release.bank import BankIndex
 from dpf_release.config import Config
-from dpf_release.manifest import Claims
+from dpf_release.gate import Passage
+from dpf_release.manifest import ATTACK_REPORT, Claims
 from dpf_release.record import ModelRecord
 from dpf_release.retracted import Retracted
 from dpf_release.storage import PUBLIC_FILE, write_text
@@ -61,17 +63,49 @@ features_of_mine = phi_1(release.preprocess(my_images))
 {retractions}
 ## What is promised, and what is not
 
-Claims made: **{claims_made}**. Attacks measured: **none**; no attack battery was run on this release.
-{claims_not_made}
+Claims made: **{claims_made}**.
+{claims}
+{attacks}
 The protection is empirical: the method (Guo et al., arXiv 1912.06895) gives no formal guarantee. A release cannot be
 recalled: who has a copy keeps it. A patent application, US 2021/0141926, describes this family of methods.
-{second_function}"""
+{accepted_risk}{second_function}"""
 
 CLAIMS: dict[str, str] = {
     "reconstruction": "that no picture can be reconstructed",
     "linkage": "that nobody who holds a picture can tell that it is in here",
     "attribute": "that no attribute of a person can be read from a row",
 }
+
+NO_ATTACKS = "Attacks measured: **none**; no attack battery was run on this bank.\n"
+ATTACKS = """\
+Attacks measured: those of profile **{profile}**, {bank}. All numbers are in `{file}`.
+
+| attack | speaks against | without the bank | attack | unpoisoned rows | leakage | re-identified | power | verdict |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+Each attack is compared with what someone without the bank reaches and with the best that is reached on unpoisoned
+rows: leakage 0 is the one, 1 the other, not defined where they are too near (SSIM after a colour fit; of linkage, the
+share that is found). Re-identified: the share of rows, or of pictures, whose own is picked among up to 200 of the
+class. In brackets, 95 % intervals. An attack without power does not even break the weak functions that it must break:
+its failure here proves nothing.
+"""
+THIS_BANK = "on exactly this bank"
+BANK_BEFORE = "on this bank as it was before {count} rows were dropped; all other rows are as they were then"
+POWER = {True: "yes", False: "no", None: "not tried"}
+NOT_APPLICABLE = "not applicable"
+NOT_DEFINED, NOT_MEASURED = "not defined", "not measured"
+NOT_GATED = "none: reported only"
+
+ACCEPTED_RISK = """
+## A risk that was accepted
+
+The owner wanted to make claims that the attacks do not bear out, and published without them. What speaks against them:
+
+{objections}
+
+The owner's reason: {reason}
+"""
 
 SECOND_FUNCTION = """
 ## A second function
@@ -87,7 +121,19 @@ SCORES = {"top1": ("top-1", "{:.2%}"), "mae": ("mean absolute error", "{:.3g} {u
 def fixed_card_text() -> str:
     """All that the words of a card are made of, but for what is the owner's."""
     scores = [*(label for label, _ in SCORES.values()), str(_score_rows({}, ""))]
-    sections = [CARD, NO_DESCRIPTION, SECOND_FUNCTION, RETRACTIONS, DROPPED, REBUILT, REBUILT_TOO, ANEW]
+    attacks = [
+        NO_ATTACKS,
+        ATTACKS,
+        THIS_BANK,
+        BANK_BEFORE,
+        NOT_APPLICABLE,
+        NOT_DEFINED,
+        NOT_MEASURED,
+        NOT_GATED,
+        ACCEPTED_RISK,
+        *POWER.values(),
+    ]
+    sections = [CARD, NO_DESCRIPTION, *attacks, SECOND_FUNCTION, RETRACTIONS, DROPPED, REBUILT, REBUILT_TOO, ANEW]
     return "\n".join([*sections, *CATEGORIES.values(), *CLAIMS, *CLAIMS.values(), *scores])
 
 
@@ -97,7 +143,7 @@ def write_card(
     record: ModelRecord,
     index: BankIndex,
     scores: Mapping[str, Any],
-    claims: Claims,
+    passage: Passage,
     second_function: str = "",
     retractions: str = "",
 ) -> None:
@@ -109,7 +155,7 @@ def write_card(
         record: the public model record.
         index: the public bank's.
         scores: split → `task` of the measurements of this candidate; empty where none were made.
-        claims: what the release promises, and what not.
+        passage: what the release promises and what not, and what attacks reached.
         second_function: why the same images are published once more, under another function; empty where they are not.
         retractions: as `describe_retractions` says it.
     """
@@ -133,8 +179,10 @@ def write_card(
         mean=list(record.preprocess.mean),
         std=list(record.preprocess.std),
         scores="\n".join(f"| {label} | {value} |" for label, value in _score_rows(scores, record.unit)),
-        claims_made=", ".join(claims.made) or "none",
-        claims_not_made="".join(f"\n- not claimed (`{name}`): {CLAIMS[name]}" for name in claims.not_made) + "\n",
+        claims_made=", ".join(passage.claims.made) or "none",
+        claims=_claims(passage.claims, passage.attribute),
+        attacks=NO_ATTACKS if passage.report is None else describe_attacks(passage.report),
+        accepted_risk=_accepted_risk(passage),
         second_function=SECOND_FUNCTION.format(reason=second_function) if second_function else "",
         retractions=retractions,
     )
@@ -182,6 +230,67 @@ def describe_retractions(retracted: Retracted, steps: Sequence[Mapping[str, Any]
     shown = REBUILT_TOO if base and count else ""
     told = ", ".join(f"{number} retracted since {version}" for version, number in rows.items())
     return RETRACTIONS.format(rows=told, others=others, shown=shown)
+
+
+def _claims(claims: Claims, attribute: str) -> str:
+    of = f", of `{attribute}`" if attribute else ""
+    lines = [f"- claimed (`{name}`{of if name == 'attribute' else ''}): {CLAIMS[name]}" for name in claims.made]
+    lines += [f"- not claimed (`{name}`): {CLAIMS[name]}" for name in claims.not_made]
+    return "".join(f"\n{line}" for line in lines) + "\n"
+
+
+def describe_attacks(report: AttackReport) -> str:
+    """The table of what attacks reached: one row an attack, and one for each that does not apply."""
+    rows = [_attack_row(result) for result in report.attacks]
+    rows += [(code, *[""] * 7, NOT_APPLICABLE) for code in sorted(report.not_applicable)]
+    dropped = report.dropped_since
+    return ATTACKS.format(
+        profile=report.profile,
+        bank=BANK_BEFORE.format(count=dropped) if dropped else THIS_BANK,
+        file=ATTACK_REPORT,
+        rows="\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in rows),
+    )
+
+
+def _attack_row(result: AttackResult) -> tuple[str, ...]:
+    return (
+        f"{result.code} {result.title}",
+        result.claim or NOT_GATED,
+        _number(result.baseline),
+        _number(reached(result)),
+        _number(result.ceiling),
+        _interval(result.leakage, "{:.3f}") or NOT_DEFINED,
+        f"{_interval(result.re_identification, '{:.1%}')}, of {result.among}"
+        if result.re_identification
+        else NOT_MEASURED,
+        POWER[result.power.passed],
+        result.verdict,
+    )
+
+
+def reached(result: AttackResult) -> float | None:
+    """What an attack reached, in the measure of its baseline and its ceiling."""
+    if result.leakage and result.baseline is not None and result.ceiling is not None:
+        return result.baseline + result.leakage.value * (result.ceiling - result.baseline)
+    return max(
+        (way.measures["affine_ssim"].value for way in result.ways.values() if "affine_ssim" in way.measures),
+        default=None,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(found: Interval | None, form: str) -> str:
+    return "" if found is None else f"{form.format(found.value)} [{form.format(found.low)}, {form.format(found.high)}]"
+
+
+def _accepted_risk(passage: Passage) -> str:
+    if not passage.accepted_risk:
+        return ""
+    listed = "\n".join(f"- {objection}" for objection in passage.objections)
+    return ACCEPTED_RISK.format(objections=listed, reason=passage.accepted_risk)
 
 
 def _score_rows(scores: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:

@@ -352,6 +352,14 @@ def package(
             help="Why these images are published again, under another function; public, on the card.",
         ),
     ] = "",
+    accept_risk: Annotated[
+        str,
+        typer.Option(
+            "--accept-risk",
+            metavar="REASON",
+            help="Why to publish without the claims that attacks do not bear out; public, on the card.",
+        ),
+    ] = "",
     identity: IdentityOption = None,
     fix_permissions: FixPermissionsOption = False,
 ) -> None:
@@ -362,13 +370,16 @@ def package(
     from dpf_release.package import package as run
 
     project = _project(config, identity, fix_permissions)
-    manifest = run(project, name, out, sign, second_function)
+    manifest = run(project, name, out, sign, second_function, accept_risk)
     print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
     for file in manifest.files:
         print(f"  {file.path}  {file.bytes} bytes  {file.role}")
     if manifest.version != (said := project.config.release.version):
         print(f"As {manifest.version}, and not as {said}, which was published with rows that are retracted since.")
-    print(f"Claims not made: {', '.join(manifest.claims.not_made)}. No attack battery was run on it.")
+    made, not_made = (", ".join(claims) or "none" for claims in (manifest.claims.made, manifest.claims.not_made))
+    print(f"Claims made: {made}. Claims not made: {not_made}.")
+    if not any(file.role == "attack-report" for file in manifest.files):
+        print("No attack battery was run on it.")
 
 
 @vault_app.command("seal")
@@ -601,7 +612,11 @@ def demo(out: Annotated[Path, typer.Option("--out", help="A new folder.")] = Pat
 
     result = run(out)
     print_measurements(result.measurements)
-    print("\nPublic files:")
+    print("\nAttacks:")
+    for attacked in result.attacks:
+        print(f"  {attacked}")
+    print(f"\ndpf-release package: {result.refusal}")
+    print(f'\ndpf-release package --accept-risk "{result.accepted_risk}"\n\nPublic files:')
     for name in result.public_files:
         print(f"  {name}")
     print(f"\n{result.not_claimed}")

@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpf_release.storage import PUBLIC_FILE, sha256_of, write_json, write_text
 
+ATTACK_REPORT = "reports/attack.json"
 MANIFEST, SUMS, SIGNATURE, SIGNER = "manifest.json", "SHA256SUMS", "manifest.sig", "signer.pub.pem"
 UNLISTED = frozenset({MANIFEST, SUMS, SIGNATURE, SIGNER})  # by the manifest, whose bytes they depend on
 
-Role = Literal["card", "croissant", "model-record", "featurizer", "classifier", "bank-index", "shard"]
+Role = Literal["card", "croissant", "model-record", "featurizer", "classifier", "bank-index", "attack-report", "shard"]
 # The whole of what a release may hold: a path that fits none of these is never published.
 ROLES: dict[str, Role] = {
     r"README\.md": "card",
@@ -22,6 +23,7 @@ ROLES: dict[str, Role] = {
     r"model/featurizer\.safetensors": "featurizer",
     r"model/classifier\.safetensors": "classifier",
     r"features/index\.json": "bank-index",
+    r"reports/attack\.json": "attack-report",
     r"features/(train|val)/shard-[0-9]{5}\.h5": "shard",
 }
 ReleasePath = Annotated[str, Field(pattern=r"^(?:" + "|".join(ROLES) + r")$")]

@@ -15,8 +15,10 @@ from dpf_release.card import NO_DESCRIPTION, describe_retractions, write_card
 from dpf_release.config import Config
 from dpf_release.croissant import CROISSANT, croissant
 from dpf_release.errors import RefusedError, VaultError
+from dpf_release.gate import pass_gate
 from dpf_release.leaks import private_facts
 from dpf_release.manifest import (
+    ATTACK_REPORT,
     MANIFEST,
     UNLISTED,
     Claims,
@@ -54,6 +56,7 @@ def package(
     out: Path | None = None,
     sign: Path | None = None,
     second_function: str = "",
+    accept_risk: str = "",
 ) -> Manifest:
     """Publishes a candidate into a folder, whole or not at all; a release of the same name that is there is replaced.
 
@@ -64,23 +67,27 @@ def package(
         sign: a private key; the release then holds a signature over its manifest, and the public key.
         second_function: why the same images are published once more, under another function than before; public, on the
             card.
+        accept_risk: why to publish although attacks do not bear out what `[claims]` promises; public, on the card, and
+            the claims that did not pass are not made.
 
     Raises:
         VaultError: the candidate is unfinished; `out` is no place for a release, or holds more than one; or there is a
             release that the vault's ledger does not know.
         RefusedError: the candidate holds what has no place in a release, was made from something else than today's
             function, features and network, is not poisoned, or tells a private fact; or another function's release was
-            published from this vault, and no reason was given.
+            published from this vault, or a claim does not pass the gate, and no reason was given.
         SigningError: others can read the private key, or it lies where the release or the candidate does.
         StorageError: another run works in the vault, or the disk does not take the release.
         RankError: there are several ranks.
     """
     with project.working(together=False):
         out = (out or project.config.folder / "release").resolve()
-        return _package(project, name, out, sign, second_function)
+        return _package(project, name, out, sign, second_function, accept_risk)
 
 
-def _package(project: Project, name: str, out: Path, sign: Path | None, second_function: str) -> Manifest:
+def _package(
+    project: Project, name: str, out: Path, sign: Path | None, second_function: str, accept_risk: str
+) -> Manifest:
     _recover(out)
     _settle_ledger(project)
     _refuse_place(out, project)
@@ -94,6 +101,8 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
     _refuse_unpoisoned(index, poisons=function.chain.poisons)
     _refuse_retracted(project, candidate, index)
     reason = _reason_for_function(project.vault, function, second_function)
+    digest, steps = sha256_of(candidate / "features" / "index.json"), _retraction_steps(project, name)
+    passage = pass_gate(project, name, digest, steps, accept_risk)
     config = _next_version(project)
 
     staging = build_beside(project.vault, out)
@@ -102,8 +111,12 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
         record = project.cut.public_record
         card = staging / "README.md"
         scores = _scores(project, candidate, name)
-        write_card(card, config, record, index, scores, Claims(), reason, _retractions(project, name))
-        manifest = _manifest(project, config, index, _describe(staging, config))
+        retractions = describe_retractions(project.retracted, steps)
+        write_card(card, config, record, index, scores, passage, reason, retractions)
+        if passage.report is not None:
+            make_folder((staging / ATTACK_REPORT).parent, PUBLIC_FOLDER)
+            write_json(staging / ATTACK_REPORT, passage.report.model_dump(mode="json"), PUBLIC_FILE)
+        manifest = _manifest(project, config, index, passage.claims, _describe(staging, config))
         write_manifest(staging, manifest)
         if key is not None:
             write_signature(staging, key)
@@ -121,7 +134,8 @@ def _package(project: Project, name: str, out: Path, sign: Path | None, second_f
         "function_digest": function.digest,
         "bank": project.bank_id,
         "second_function": reason,
-        "index_sha256": sha256_of(candidate / "features" / "index.json"),
+        "accepted_risk": passage.accepted_risk,
+        "index_sha256": digest,
         "manifest_sha256": sha256_of(staging / MANIFEST),
         "place": os.path.relpath(out, project.config.folder),
     }
@@ -236,10 +250,11 @@ def _refuse_retracted(project: Project, candidate: Path, index: BankIndex) -> No
         )
 
 
-def _retractions(project: Project, name: str) -> str:
-    """What the card says of retracted rows."""
+def _retraction_steps(project: Project, name: str) -> list[dict[str, Any]]:
+    """By which retractions rows were taken out of the candidate, the first first."""
     made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
-    return describe_retractions(project.retracted, made.get("retracted", []))
+    steps: list[dict[str, Any]] = made.get("retracted", [])
+    return steps
 
 
 # --------------------------------------------------------------------------------------------- the ledger
@@ -306,8 +321,8 @@ def _refuse_private_facts(staging: Path, project: Project, name: str) -> None:
         raise RefusedError(
             "the release would tell what is private. Nothing was published.\n"
             + "\n".join(f"  {problem}" for problem in problems)
-            + "\nTexts: change [release] in dpf.toml, or what --second-function says. Rows of φ1(S): fit with more "
-            "epochs or a larger lambda, and poison again. Order, ids and tensors are ours to get right: run "
+            + "\nTexts: change [release] in dpf.toml, or the reason that was given. Rows of φ1(S): fit "
+            "with more epochs or a larger lambda, and poison again. Order, ids and tensors are ours to get right: run "
             "`dpf-release poison --restart`, and report it where that does not help."
         )
 
@@ -334,7 +349,9 @@ def _describe(staging: Path, config: Config) -> tuple[FileRecord, ...]:
     return tuple(sorted((*files, describe_file(staging, CROISSANT)), key=lambda record: record.path))
 
 
-def _manifest(project: Project, config: Config, index: BankIndex, files: tuple[FileRecord, ...]) -> Manifest:
+def _manifest(
+    project: Project, config: Config, index: BankIndex, claims: Claims, files: tuple[FileRecord, ...]
+) -> Manifest:
     record = project.cut.public_record
     return Manifest(
         name=config.release.name,
@@ -345,6 +362,7 @@ def _manifest(project: Project, config: Config, index: BankIndex, files: tuple[F
         classes=record.classes,
         targets=record.targets,
         splits={split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()},
+        claims=claims,
         files=files,
     )
 

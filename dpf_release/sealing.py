@@ -51,6 +51,7 @@ MEMBERS = re.compile(
             rf"functions/{_NAME}/((dpf|plan|checkpoint)\.safetensors|(function|history|candidate)\.json)",
             rf"candidates/{_NAME}/({_BANK}|model/((featurizer|classifier)\.safetensors|model\.json))",
             rf"reports/{_NAME}/.+",
+            r"attackers/[^/]+\.(safetensors|checkpoint)",
         ]
     )
 )

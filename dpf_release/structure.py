@@ -19,6 +19,7 @@ from typing import Any, get_args
 import h5py
 import numpy as np
 
+from dpf_release.attack_report import AttackReport, public_report, read_attack_report
 from dpf_release.bank import (
     ID_BYTES,
     MOST_COMPRESSED,
@@ -33,7 +34,7 @@ from dpf_release.bank import (
 from dpf_release.croissant import croissant
 from dpf_release.errors import BankError, DPFReleaseError
 from dpf_release.limits import confine, run_limited
-from dpf_release.manifest import MANIFEST, Manifest, Role
+from dpf_release.manifest import ATTACK_REPORT, MANIFEST, Manifest, Role
 from dpf_release.record import ModelRecord, read_model_record
 from dpf_release.schema import MAX_BYTES, MAX_VALUES
 from dpf_release.shard_layout import read_layout
@@ -42,7 +43,7 @@ from dpf_release.tensor_file import not_finite, read_tensor_file
 from dpf_release.verification import Kind, Problem, read_manifest, verify
 
 MODULE = "dpf_release.structure"
-VERSION = 1  # of these checks: what another version found is not remembered
+VERSION = 2  # of these checks: what another version found is not remembered
 MAX_CARD_BYTES = 2**20
 BLOCK_BYTES = 2**24
 MAX_PROBLEMS, MAX_DETAIL = 1000, 500
@@ -133,6 +134,8 @@ def answers_to(request: dict[str, Any]) -> Iterator[str | tuple[str, str, str]]:
     yield MANIFEST
     for text in contradictions(manifest, release.model, release.index) if release.model and release.index else ():
         yield "schema", MANIFEST, text
+    for text in unfounded_claims(manifest, release.report):
+        yield "schema", MANIFEST, text
 
 
 @dataclass
@@ -145,6 +148,7 @@ class _Release:
         deep: whether data are looked at.
         model: what `model.json` says, once it is read.
         index: what `index.json` says, once it is read.
+        report: of attacks, once it is read.
     """
 
     folder: Path
@@ -152,6 +156,7 @@ class _Release:
     deep: bool
     model: ModelRecord | None = None
     index: BankIndex | None = None
+    report: AttackReport | None = None
 
 
 def _checked(release: _Release, role: Role, path: str) -> Iterator[Finding]:
@@ -159,7 +164,7 @@ def _checked(release: _Release, role: Role, path: str) -> Iterator[Finding]:
     try:
         yield from CHECKERS[role](release, path)
     except DPFReleaseError as error:
-        yield "schema" if role in {"model-record", "bank-index"} else "structure", str(error)
+        yield "schema" if role in {"model-record", "bank-index", "attack-report"} else "structure", str(error)
     except MemoryError:
         yield "limit", "it takes more memory than a file of a release may"
     # What h5py and numpy raise on files that are no shards.
@@ -183,6 +188,22 @@ def contradictions(manifest: Manifest, model: ModelRecord, index: BankIndex) -> 
         == {entry.path: entry.sha256 for entry in manifest.files if entry.role == "shard"},
     }
     return [text for text, holds in checks.items() if not holds]
+
+
+def unfounded_claims(manifest: Manifest, report: AttackReport | None) -> list[str]:
+    """What the manifest claims and no report of attacks on this bank says; and a report of something else."""
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    problems = []
+    if report is not None:
+        if report.featurizer_sha256 != digests.get(FEATURIZER):
+            problems.append(f"{ATTACK_REPORT} is of another featurizer")
+        if (report.index_sha256 == digests.get("features/index.json")) == bool(report.dropped_since):
+            problems.append(f"{ATTACK_REPORT} is of another bank")
+    for claim in manifest.claims.made:
+        verdicts = {attack.verdict for attack in report.attacks if attack.claim == claim} if report else set()
+        if "pass" not in verdicts or "fail" in verdicts:
+            problems.append(f"the manifest claims {claim[:40]!r}, which no attack in {ATTACK_REPORT} bears out")
+    return problems
 
 
 # --------------------------------------------------------------------------------------------- one checker a role
@@ -220,6 +241,13 @@ def _model_record(release: _Release, path: str) -> Iterator[Finding]:
 def _bank_index(release: _Release, path: str) -> Iterator[Finding]:
     release.index = read_index((release.folder / path).parent)
     yield from ()
+
+
+def _attack_report(release: _Release, path: str) -> Iterator[Finding]:
+    report = read_attack_report(release.folder / path)
+    if report != public_report(report):
+        yield "structure", "expected numbers of four decimals, and no name of a function, time or digest of the owner's"
+    release.report = report
 
 
 def _weights(release: _Release, path: str) -> Iterator[Finding]:
@@ -317,6 +345,7 @@ CHECKERS: dict[Role, Callable[[_Release, str], Iterator[Finding]]] = {
     "croissant": _croissant,
     "model-record": _model_record,
     "bank-index": _bank_index,
+    "attack-report": _attack_report,
     "featurizer": _weights,
     "classifier": _weights,
     "shard": _shard,

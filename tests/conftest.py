@@ -61,6 +61,9 @@ batch_size = 16
 shard_size = "40 kB"
 batch_size = 4
 
+[claims]
+reconstruction = false
+
 [compute]
 device = "cpu"
 bf16 = "off"

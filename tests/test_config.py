@@ -20,7 +20,7 @@ def template(tmp_path: Path) -> Path:
 
 
 def test_the_template_says_the_defaults_and_the_folder_s_name(template: Path) -> None:
-    assert template.read_text("utf-8").count("\n[") == 9  # of ten sections [compute] is left to the machine
+    assert template.read_text("utf-8").count("\n[") == 11  # of twelve sections [compute] is left to the machine
     found = read_config(template)
     defaults = parse_config({"release": {"name": "faces"}}, template.parent)
     assert found == defaults

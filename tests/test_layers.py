@@ -21,7 +21,7 @@ ORDER = [
     "attacks",
     "pipeline downstream",
     "battery",
-    "package leaks near_rows card inspection audit",
+    "package gate leaks near_rows card inspection audit",
     "cli demo __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(ORDER) for name in names.split()}

@@ -378,7 +378,7 @@ CHECKS: tuple[Check, ...] = (
         "Fetch the release again from where you trust it. Its owner: take out what does not belong, find out how it "
         "came there, and run `dpf-release package` again.",
         lambda subject: verify(subject.release),
-        ("manifest", "checksums", "signature", "card", "croissant", "model-record", *WEIGHTS, *BANK),
+        ("manifest", "checksums", "signature", "card", "croissant", "model-record", "attack-report", *WEIGHTS, *BANK),
     ),
     Check(
         "signature",
@@ -395,7 +395,7 @@ CHECKS: tuple[Check, ...] = (
         "Meaning: a row of the right form may hold anything.",
         "Open none of these files with other programs. Ask the publisher for a whole release.",
         _structure,
-        ("card", "croissant", "model-record", *WEIGHTS, *BANK),
+        ("card", "croissant", "model-record", "attack-report", *WEIGHTS, *BANK),
     ),
     Check(
         "agreement",
@@ -444,7 +444,7 @@ CHECKS: tuple[Check, ...] = (
         "Words of fewer than six letters, other languages' forms of a name, what the pictures show.",
         "Take the release down, change [release] in dpf.toml, and package again.",
         _compared(private_words),
-        ("card", "croissant", "model-record", *WEIGHTS, *BANK),
+        ("card", "croissant", "model-record", "attack-report", *WEIGHTS, *BANK),
     ),
     Check(
         "tensors",

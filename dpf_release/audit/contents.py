@@ -11,6 +11,7 @@ import h5py
 from safetensors import safe_open
 
 from dpf_release.age import SEALED
+from dpf_release.attack_report import read_attack_report
 from dpf_release.bank import read_index
 from dpf_release.errors import WeightsError
 from dpf_release.manifest import MANIFEST, SIGNATURE, SIGNER, SUMS, Manifest, role_of
@@ -72,6 +73,12 @@ def _bank_index(file: Path) -> str:
     return f"{splits}; {_extents(index.feature_shape)} {index.encoding}, poisoned: {_yes(index.poisoned)}"
 
 
+def _attack_report(file: Path) -> str:
+    report = read_attack_report(file)
+    verdicts = ", ".join(f"{result.code} {result.verdict}" for result in report.attacks) or "no attack"
+    return f"what attacks of profile {report.profile} reach, in numbers: {verdicts}"
+
+
 def _shard(file: Path) -> str:
     with h5py.File(file, "r") as shard:
         features, facts = shard["features"], shard.attrs
@@ -90,6 +97,7 @@ _PUBLIC: dict[str, Callable[[Path], str]] = {
     "featurizer": _weights("φ1"),
     "classifier": _weights("φ2"),
     "bank-index": _bank_index,
+    "attack-report": _attack_report,
     "shard": _shard,
 }
 
@@ -144,6 +152,13 @@ _HOLDINGS: tuple[tuple[str, str, str], ...] = (
     (r"functions/[^/]*/candidate\.json", "function", "what the candidate was made from"),
     (r"candidates/[^/]*/.*", "candidate", "a file as `package` publishes it"),
     (r"reports/[^/]*/measurements\.json", "report", "what was measured on a candidate"),
+    (r"reports/[^/]*/attack\.json", "report", "what attacks on a candidate reach, in numbers"),
+    (r"reports/[^/]*/.*\.html", "report", "pages that show pictures of S and their reconstructions"),
+    (
+        r"attackers/.*",
+        "attacker",
+        "what attacks have trained or made, to go on from; worth no less than a reconstructor",
+    ),
     (r"reports/[^/]*/.*\.png", "report", "pictures of S and their reconstructions"),
     (r"reports/[^/]*/attack\.json", "report", "what attackers got out of a candidate"),
     (r"reports/[^/]*/attack\.html", "report", "what attackers got out of a candidate, with pictures of S"),

@@ -16,7 +16,7 @@ from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Resu
 from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.view import BATCH, ReleaseView
 from dpf_release.battery.attributes import score_attributes
-from dpf_release.battery.gallery import keep_pictures, pictures_of
+from dpf_release.battery.gallery import pictures_of
 from dpf_release.battery.grants import Setting, VaultKept, grant
 from dpf_release.battery.linking import score_links
 from dpf_release.battery.page import write_page
@@ -112,7 +112,9 @@ class _Run:
         known = None if restart else self._known()
         references = self._references(attacks)
         report = self._empty(references, self._shown())
-        done = {result.code: result for result in known.attacks} if known and _same_run(known, report) else {}
+        known = known if known and _same_run(known, report) else report
+        done = {result.code: result for result in known.attacks}
+        lacks = dict(known.not_applicable)
         for attack in attacks:
             kept = done.get(attack.code)
             if kept and kept.version == attack.version and kept.images == self.setting.budget.images:
@@ -120,21 +122,24 @@ class _Run:
             if only and attack.code not in only:
                 continue
             result, pictures = self._attack(attack, references)
-            if result is not None:
+            if isinstance(result, AttackResult):
                 done[attack.code] = result
                 keep_pictures(self.project.vault, self.name, report, attack.code, pictures)
-                self._write(report, attacks, done)
-        return self._write(report, attacks, done)
+            else:
+                lacks[attack.code] = result[:500]
+            self._write(report, attacks, done, lacks)
+        return self._write(report, attacks, done, lacks)
 
     # ------------------------------------------------------------------------------------------ one attack
 
-    def _attack(self, attack: Attack, references: References) -> tuple[AttackResult | None, Mapping[str, Tensor]]:
+    def _attack(self, attack: Attack, references: References) -> tuple[AttackResult | str, Mapping[str, Tensor]]:
+        """The result, or what the project lacks for it; and pictures for the report."""
         started = time.monotonic()
         try:
             scored = self._scored(attack, self.target, self.setting, references)
         except NotGrantedError as error:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
-            return None, {}
+            return str(error), {}
         power = self._power(attack, references)
         verdict, reasons = judge(scored.limits, power, self._shortage(attack, scored))
         if attack.claim is None:
@@ -299,6 +304,7 @@ class _Run:
             seed=seed,
             function=self.name,
             attribute=self.project.config.claims.attribute,
+            limits=self.project.config.gate.model_dump(exclude={"profile"}),
             baselines={"affine_ssim": mean_interval(references.baseline.primary, seed)},
             references={"clean affine_ssim": mean_interval(references.ceiling.primary, seed), **shown},
         )
@@ -307,9 +313,16 @@ class _Run:
         vault, path = self.project.vault, self.project.vault.reports(self.name) / REPORT
         return AttackReport.model_validate(vault.read_record(path, "attack")) if vault.holds(path) else None
 
-    def _write(self, report: AttackReport, attacks: Sequence[Attack], done: Mapping[str, AttackResult]) -> AttackReport:
+    def _write(
+        self,
+        report: AttackReport,
+        attacks: Sequence[Attack],
+        done: Mapping[str, AttackResult],
+        lacks: Mapping[str, str],
+    ) -> AttackReport:
         results = tuple(done[attack.code] for attack in attacks if attack.code in done)
-        report = report.model_copy(update={"attacks": results})
+        lacks = {code: reason for code, reason in lacks.items() if code not in done}
+        report = report.model_copy(update={"attacks": results, "not_applicable": lacks})
         folder = make_folder(self.project.vault.reports(self.name))
         self.project.vault.write_json(folder / REPORT, report.model_dump(mode="json"))
         write_page(self.project.vault, self.name, report)
@@ -341,7 +354,7 @@ def _exactly(value: float) -> Interval:
 
 
 def _same_run(one: AttackReport, other: AttackReport) -> bool:
-    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed", "attribute")
+    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed", "attribute", "limits")
     return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dpf_release.attack_report import AttackReport
+from dpf_release.attacks import registered
 from dpf_release.bank import BankIndex
 from dpf_release.card import fixed_card_text
 from dpf_release.croissant import CONTEXT
@@ -233,9 +235,10 @@ def _fixed_texts(project: Project) -> Iterator[str]:
     yield fixed_card_text()
     yield from (MANIFEST, SUMS, "sha256sums", json.dumps(CONTEXT))
     yield from (pattern.replace("\\", "") for pattern in ROLES)
-    for schema in (Manifest, ModelRecord, BankIndex):
+    for schema in (Manifest, ModelRecord, BankIndex, AttackReport):
         yield json.dumps(schema.model_json_schema())
     yield from public_architectures()
+    yield from (attack.title for attack in registered())
     parts = project.cut.split
     yield from [*parts.featurizer.state_dict(), *parts.classifier.state_dict()]
     yield from [*project.output_names, project.config.task.unit]

@@ -329,6 +329,8 @@ def _finish(project: Project) -> RetractionReport:
     lost: list[str] = []
     if not (vault.features / BEFORE).exists():
         _drop_ids(vault, retracted.ids)
+        # What attackers have trained on a bank, and the pictures that they made, may show who is to go.
+        vault.remove(*vault.members(vault.root / "attackers"))
         kept, fitted = _kept(vault, retracted), set(_fitted(project))
         for name in _names(vault):
             forget_measurements(vault, name)
