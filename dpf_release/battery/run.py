@@ -16,7 +16,7 @@ from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Resu
 from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.view import BATCH, ReleaseView
 from dpf_release.battery.attributes import score_attributes
-from dpf_release.battery.gallery import pictures_of
+from dpf_release.battery.gallery import keep_pictures, pictures_of
 from dpf_release.battery.grants import Setting, VaultKept, grant
 from dpf_release.battery.linking import score_links
 from dpf_release.battery.page import write_page
