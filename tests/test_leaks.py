@@ -370,6 +370,52 @@ def test_every_candidate_is_confirmed_not_only_the_likest(tmp_path: Path, monkey
     assert _found(public, _bank(tmp_path / "same", private, 7)) == [0]
 
 
+# Each hands out every private row as a·x + b: whoever knows φ1 of one image, or the mean, has all of them.
+AFFINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "2 x": lambda rows: 2 * rows,
+    "x + 20": lambda rows: rows + 20,
+    "-x": lambda rows: -rows,
+    "x less row 0": lambda rows: rows - rows[0],
+    "3 - x / 2": lambda rows: 3 - rows / 2,
+}
+
+
+@pytest.mark.parametrize("what", AFFINE)
+@pytest.mark.parametrize("ids", ["the same", "others"])
+def test_a_bank_of_private_rows_scaled_and_shifted_is_found(tmp_path: Path, what: str, ids: str) -> None:
+    private, noise = _rows(90, 0) + 3 * _rows(1, 5), _rows(90, 1)  # of a mean that is not nothing
+    banks = [_bank(tmp_path / "train", private[:60], 1), _bank(tmp_path / "val", private[60:], 2)]
+    seed = {"the same": 2, "others": 3}[ids]
+    rows = private[60:] if ids == "the same" else np.roll(private, 7, axis=0)
+    assert _found(_bank(tmp_path / "public", AFFINE[what](rows), seed), *banks) == list(range(len(rows)))
+    assert _found(_bank(tmp_path / "control", rows + noise[: len(rows)], seed), *banks) == []
+
+
+def test_a_function_that_scales_is_refused_and_one_that_mixes_noise_in_is_not(
+    project_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpf_release.models.functions import FUNCTIONS, PoisoningFunction
+
+    class Times(PoisoningFunction):
+        def __init__(self, features: Any, by: float = 2, noise: float = 0) -> None:
+            super().__init__(features)
+            self.by, self.noise = by, noise
+
+        def apply(self, rows: Any, source: Any, plan: Any) -> np.ndarray:
+            values = source.read(rows).astype(np.float32)
+            noise = np.random.default_rng(0).standard_normal(values.shape, np.float32)
+            return self.by * values + self.noise * values.std() * noise
+
+    monkeypatch.setitem(FUNCTIONS, "times", Times)
+    for name, parameters in (("double", "by=2"), ("noisy", "by=2,noise=1")):
+        project = Project.open(project_folder / "dpf.toml", {"poison.function": f"times:{parameters}"})
+        fit_poison(project, name)
+        write_candidate(project, name)
+    with pytest.raises(RefusedError, match=r"private row: features/train/shard-00000\.h5: \d+ rows are, but for"):
+        package(project, "double", second_function="for a test")
+    package(project, "noisy", second_function="for a test")
+
+
 def test_a_contributor_is_compared_whatever_the_projection_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

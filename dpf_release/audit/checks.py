@@ -442,8 +442,10 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "rows",
-        f"No public row is as good as equal to a row of φ1(S) (mean-centred cosine above {SAME_ROW_COSINE}).",
-        "What a trained attacker gets out of a row: only equality, up to scale, is looked for.",
+        "No public row is as good as equal to a row of φ1(S), up to a scale (mean-centred |cosine| above "
+        f"{SAME_ROW_COSINE}), nor is a bank one of such rows times a number plus a row.",
+        "What a trained attacker gets out of a row. Other functions of rows, as a permutation of channels, and single "
+        "rows that are shifted are not looked for.",
         "Take the release down. What was downloaded cannot be called back: tell the people in the pictures.",
         _rows,
         BANK,
