@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -28,6 +29,7 @@ from dpf_release.audit import audit, project_of
 from dpf_release.bank import BankIndex, FeatureBank
 from dpf_release.bank_writer import BankWriter
 from dpf_release.errors import BankError, RefusedError
+from dpf_release.leaks import order as order_module
 from dpf_release.leaks import (
     private_facts,
     private_rows,
@@ -37,7 +39,7 @@ from dpf_release.leaks import (
     telling_ids,
 )
 from dpf_release.leaks.ids import _chance_of_bits, _from_texts
-from dpf_release.leaks.order import CHANCE, MOST_NEIGHBOURS, _deviations, _neighbours, _scores
+from dpf_release.leaks.order import CHANCE, _commonest_step, _deviations, _scores, _unlikely_times
 from dpf_release.near_rows import find_near_rows
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
@@ -604,7 +606,6 @@ def test_an_order_that_tells_is_told_from_a_random_one() -> None:
     for _ in range(200):
         order = generator.permutation(600)
         assert min(chances(order, targets[order])) > 1e-5
-        assert _neighbours(order) < MOST_NEIGHBOURS
     in_order = np.arange(600)
     assert min(chances(in_order, targets)) < CHANCE
     assert min(chances(in_order[::-1], targets[::-1])) < CHANCE
@@ -614,9 +615,64 @@ def test_an_order_that_tells_is_told_from_a_random_one() -> None:
         inside[labels == name] = np.flatnonzero(targets == name)
     assert abs(_deviations(inside)) < 4
     assert min(chances(inside, labels)) < CHANCE
-    # Shuffled in blocks: no correlation, too many neighbours.
-    blocks = np.concatenate([np.arange(start, start + 4) for start in 4 * generator.permutation(150)])
-    assert _neighbours(blocks) > MOST_NEIGHBOURS
+
+
+def _dealt(count: int, hands: int) -> np.ndarray:
+    """As rank 0 of `hands`, then rank 1, ... have them where each takes every so many-th."""
+    return np.concatenate([np.arange(hand, count, hands) for hand in range(hands)])
+
+
+STEADY: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+    "108 rows dealt to 4": lambda _: _dealt(108, 4),
+    "5000 rows dealt to 16": lambda _: _dealt(5000, 16),
+    "108 rows in every 67th place": lambda _: np.arange(108) * 67 % 108,
+    "5000 rows in every 3091st place, from the end": lambda _: (np.arange(5000) * 3091 % 5000)[::-1],
+    "blocks of 4 at random": lambda generator: np.concatenate(
+        [np.arange(start, start + 4) for start in 4 * generator.permutation(150)]
+    ),
+    "12 rows in order": lambda _: np.arange(12),
+}
+
+
+@pytest.mark.parametrize("what", STEADY)
+def test_an_order_by_steady_steps_is_told_from_a_random_one(what: str) -> None:
+    generator = np.random.default_rng(0)
+    order = STEADY[what](generator)
+    assert sorted(order) == list(range(len(order)))
+    assert _commonest_step(order)[1] >= _unlikely_times(len(order))
+    for _ in range(50):
+        assert _commonest_step(generator.permutation(len(order)))[1] < _unlikely_times(len(order))
+
+
+def test_a_random_order_has_its_commonest_step_as_seldom_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = np.array([_commonest_step(np.array(order))[1] for order in itertools.permutations(range(7))])
+    for chance in (0.5, 0.1, 0.02):
+        monkeypatch.setattr(order_module, "CHANCE", chance)
+        limit = _unlikely_times.__wrapped__(7)
+        assert (times >= limit).mean() < chance, (chance, limit)
+    assert limit < 7  # the control: it is not always infinite
+    monkeypatch.undo()
+    limits = {count: _unlikely_times(count) for count in (1, 2, 11, 12, 13, 1000, 50_000, 10_000_000)}
+    assert limits[11] > 11
+    assert limits[50_000] == 15
+
+
+def test_a_bank_that_is_dealt_out_in_turn_is_found(project_folder: Path) -> None:
+    release, project = project_folder / "release", Project.open(project_folder / "dpf.toml")
+    ids = FeatureBank(release / "features", "train").ids
+    lines = [line.split(",") for line in (project_folder / "vault" / "ids.csv").read_text().splitlines()[1:]]
+    source = {bytes.fromhex(row_id): name for row_id, _, _, name in lines}
+    in_order = np.array(sorted(ids, key=lambda row_id: source[row_id.tobytes()]))
+    for order, found in (
+        (_dealt(len(ids), 4), {"features/train"}),
+        (np.random.default_rng(1).permutation(len(ids)), set()),
+    ):
+        start = 0
+        for record in FeatureBank(release / "features", "train").index.splits["train"]:
+            with h5py.File(release / "features" / record.file, "r+") as shard:
+                shard["id"][:] = in_order[order][start : start + record.rows]
+            start += record.rows
+        assert {problem.path for problem in source_order(release, project)} == found
 
 
 def test_an_order_is_looked_at_in_each_split_of_a_release(finished: Path) -> None:

@@ -476,8 +476,9 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "order",
-        "The order of the rows does not go with the order of the source, as a whole or within a class.",
-        "Orders other than that of the image table.",
+        "The order of the rows does not go with the order of the source, as a whole or within a class, nor by steady "
+        "steps through it.",
+        "Orders by something else than the image table; other orders that can be reckoned.",
         "Take the release down, and write the features anew with `dpf-release featurize --restart`.",
         _compared(source_order),
         ("shard",),
