@@ -6,9 +6,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +121,10 @@ def test_users_hosts_and_addresses_are_found(project_folder: Path, monkeypatch: 
     subprocess.run(["git", "config", "user.email", "Ada@example.org"], cwd=project_folder, check=True)
     monkeypatch.setenv("LOGNAME", "adalove")
     monkeypatch.setattr(platform, "node", lambda: "engine-7.lab.example")
+    subprocess.run(["git", "config", "author.email", "author@example.org"], cwd=project_folder, check=True)
+    subprocess.run(["git", "config", "committer.email", "committer@example.org"], cwd=project_folder, check=True)
+    write_card(project_folder, "author@example.org, committer@example.org")
+    assert len(said(project_folder)) == 2
     write_card(project_folder, "By adalove.\nOn Engine-7.\nMail ada@example.org.\n")
     found = said(project_folder)
     assert len(found) == 3
@@ -232,15 +238,84 @@ def test_a_name_in_a_shard_has_no_place_to_be(project_folder: Path, where: str) 
     list_anew(release)
     found = {(finding.kind, finding.path) for finding in audit(release, owners).findings}
     assert ("structure", "features/train/shard-00000.h5") in found
-    (release / "notes.txt").touch()  # then the structure is not looked at
+    (release / "notes.txt").touch()
     found = {finding.kind for finding in audit(release, owners).findings}
-    assert found == {"unexpected", "unknown release", "unreadable"}
+    assert found == {"unexpected", "unknown release", "structure"}
 
 
 def test_a_source_that_is_no_longer_there_is_still_not_named(project_folder: Path) -> None:
     write_card(project_folder, "without disc-portrait-012")
     (project_folder / "images" / "private" / "disc" / "disc-portrait-012.png").unlink()
     assert len(said(project_folder)) == 1
+
+
+def test_a_name_is_found_in_a_long_text_as_fast_as_in_a_short_one(project_folder: Path) -> None:
+    words = np.random.default_rng(0).integers(0, 36**4, 200_000)
+    text = " ".join(np.base_repr(word, 36) for word in words)  # 1 MB
+    write_card(project_folder, text)
+    start = time.process_time()
+    assert said(project_folder) == []
+    write_card(project_folder, f"{text} disc-portrait-012 {text}")
+    assert len(said(project_folder)) == 1
+    assert time.process_time() - start < 30  # of which most is φ
+
+
+def test_secrets_of_p_and_digests_of_private_files_are_not_said(project_folder: Path) -> None:
+    vault = project_folder / "vault"
+    function = json.loads((vault / "functions" / "default" / "function.json").read_text())
+    plan = json.loads((vault / "features" / "plan.json").read_text())
+    origin = json.loads((vault / "functions" / "default" / "candidate.json").read_text())["origin"]
+    (entry,) = json.loads((vault / "ledger.json").read_text())
+    private = {
+        function["secret"]: "secret of the private functions/default/function.json",
+        plan["source_sha256"]: "source_sha256 of the private features/plan.json",
+        plan["ids_sha256"]: "of the private",  # several say it
+        origin["function"]: "of the private",
+    }
+    for digits, what in private.items():
+        for text in (f"seed {digits}", f"seed{digits}9", digits.upper()):
+            write_card(project_folder, text)
+            (found,) = said(project_folder)
+            assert what in found
+            assert digits not in found
+    public = [plan["featurizer_sha256"], entry["index_sha256"], entry["manifest_sha256"], origin["model"], "0" * 64]
+    write_card(project_folder, f"{public} {function['secret'][:-1]}")
+    assert said(project_folder) == []
+
+
+STRAYS: dict[str, Callable[[Path, Path], Any]] = {
+    "a pipe": lambda path, _: os.mkfifo(path),
+    "a link to private weights": lambda path, private: path.symlink_to(private),
+    "6 GiB of nothing": lambda path, _: [path.touch(), os.truncate(path, 6 * 2**30)],
+}
+
+
+@pytest.mark.parametrize("what", STRAYS)
+@pytest.mark.parametrize("name", ["disc-portrait-012.txt", "model/more.safetensors"])
+def test_a_stray_file_is_a_finding_and_is_not_opened(project_folder: Path, what: str, name: str) -> None:
+    release, vault = project_folder / "release", project_folder / "vault"
+    function = vault / "functions" / "default" / "dpf.safetensors"
+    STRAYS[what](release / name, function)
+    project = Project.open(project_folder / "dpf.toml")
+    kinds = [(problem.kind, problem.path) for problem in private_facts(release, project, "default")]
+    assert kinds == ([("private text", name)] if "disc" in name else [])
+    found = {(finding.path) for finding in audit(release, project_of(vault)).findings}
+    assert found == {name}
+    (release / name).unlink()
+    weights = release / "model" / "classifier.safetensors"  # the control: what the manifest lists is read
+    weights.write_bytes(function.read_bytes())
+    assert {problem.kind for problem in private_tensors(release, project)} == {"private tensor"}
+
+
+def test_the_list_of_ids_is_read_once(project_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Vault] = []
+    real = Vault.read_ids
+    monkeypatch.setattr(Vault, "read_ids", lambda vault: [reads.append(vault), real(vault)][1])
+    project = Project.open(project_folder / "dpf.toml")
+    assert private_facts(project_folder / "release", project, "default") == []
+    assert len(reads) == 1
+    assert telling_ids(project_folder / "release", project) == source_order(project_folder / "release", project) == []
+    assert len(reads) == 3  # the control: alone, each reads them
 
 
 # --------------------------------------------------------------------------------------------- tensors

@@ -16,7 +16,7 @@ from dpf_release.pipeline.project import Project
 CHANCE = 1e-6  # how often a bank in truly random order may be refused
 
 
-def source_order(release: Path, project: Project) -> list[Problem]:
+def source_order(release: Path, project: Project, sources: Sources | None = None) -> list[Problem]:
     """Splits whose rows stand in an order that goes with the order of the image table, as a whole or in a class.
 
     Spearman's rank correlation ρ of n rows in random order has the mean 0 and the variance 1 / (n - 1); its tail is
@@ -24,7 +24,7 @@ def source_order(release: Path, project: Project) -> list[Problem]:
     correlation, nor have rows that were dealt out in turn or by i·k mod n; but from one row to the next they take the
     same step of the source too often.
     """
-    sources, problems = Sources.of(project), []
+    sources, problems = sources or Sources.of(project), []
     for bank in public_banks(release):
         rows = sources.table_rows(bank)
         known = np.flatnonzero(rows >= 0)
