@@ -56,6 +56,10 @@ ShardSizeOption = Annotated[
 ]
 EpochsOption = Annotated[int | None, typer.Option("--epochs", help="Passes over the images.")]
 
+TrustCodeOption = Annotated[
+    bool, typer.Option("--trust-code", help="Import and run a network or function of its owner's own.")
+]
+
 CONFIG = Path("dpf.toml")
 
 
@@ -562,6 +566,7 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/audit.md) in the place of tables.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Also write one page that works offline.")] = None,
     identity: IdentityOption = None,
+    trust_code: TrustCodeOption = False,
 ) -> None:
     """Say of every file whether it is public, what it holds and which check passed; with the vault, what leaked.
 
@@ -575,7 +580,7 @@ def audit(
     from dpf_release.audit import print_audit, project_of, write_page
 
     place = config.parent / "vault" if config else vault
-    found = run(release, project_of(place, identity) if place else None, public_key)
+    found = run(release, project_of(place, identity, trust_code=trust_code) if place else None, public_key)
     if html:
         write_page(found, html, release)
     if as_json:
@@ -591,6 +596,7 @@ def inspect(
     path: Annotated[str, typer.Argument(help="A release, vault, bank or shard, dpf.toml, or an architecture's name.")],
     size: Annotated[int, typer.Option("--size", help="For an architecture: side of its input in pixels.")] = 224,
     width: Annotated[int | None, typer.Option("--width", help="For resnet20_cifar and resnet56_cifar.")] = None,
+    trust_code: TrustCodeOption = False,
 ) -> None:
     """Say what a bank, release or vault holds, or where a network can be cut.
 
@@ -598,7 +604,7 @@ def inspect(
     """
     from dpf_release.inspection import inspect as run
 
-    for table in run(path, size, width):
+    for table in run(path, size, width, trust_code=trust_code):
         _print_table(table.title, table.header, table.rows)
 
 

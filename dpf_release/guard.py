@@ -45,18 +45,28 @@ def refuse_others(root: Path, *, fix: bool = False) -> None:
 
 def _problems(root: Path, fix: bool) -> Iterator[str]:
     for path, found in _walk(root):
-        name, mode = path.relative_to(root.parent), stat.S_IMODE(found.st_mode)
-        expected = PRIVATE_FOLDER if stat.S_ISDIR(found.st_mode) else PRIVATE_FILE
-        if found.st_uid != os.geteuid():
-            yield f"{name} is of user {found.st_uid}, not yours"
-        elif stat.S_ISLNK(found.st_mode):
-            yield f"{name} is a link"
-        elif not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-            yield f"{name} is no file and no folder"
-        elif mode & OTHERS and fix:
-            path.chmod(expected)
-        elif mode & OTHERS:
-            yield f"{name} has mode {mode:o}, expected {expected:o}"
+        kind, detail = problem_of(found)
+        if kind == "readable" and fix:
+            path.chmod(_expected(found))
+        elif kind:
+            yield f"{path.relative_to(root.parent)} {detail}"
+
+
+def problem_of(found: os.stat_result) -> tuple[str, str]:
+    """Why something is not its owner's alone: in a word, and in words that go after its name; both empty if it is."""
+    if found.st_uid != os.geteuid():
+        return "owner", f"is of user {found.st_uid}, not yours"
+    if stat.S_ISLNK(found.st_mode):
+        return "link", "is a link"
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        return "special file", "is no file and no folder"
+    if stat.S_IMODE(found.st_mode) & OTHERS:
+        return "readable", f"has mode {stat.S_IMODE(found.st_mode):o}, expected {_expected(found):o}"
+    return "", ""
+
+
+def _expected(found: os.stat_result) -> int:
+    return PRIVATE_FOLDER if stat.S_ISDIR(found.st_mode) else PRIVATE_FILE
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -89,7 +99,13 @@ def refuse_tracked(root: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment |= {"LC_ALL": "C", "GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"}
     asked = subprocess.run(
-        [git, "ls-files", "-z"], cwd=root, env=environment, capture_output=True, check=False, stdin=subprocess.DEVNULL
+        # No program that the repository's configuration names.
+        [git, "-c", "core.fsmonitor=false", "ls-files", "-z"],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
     said = " ".join(os.fsdecode(asked.stderr).split())
     if asked.returncode and "not a git repository (or any" not in said:

@@ -36,13 +36,14 @@ class Table:
     rows: Sequence[tuple[str, ...]]
 
 
-def inspect(path: str, size: int = 224, width: int | None = None) -> list[Table]:
+def inspect(path: str, size: int = 224, width: int | None = None, *, trust_code: bool = False) -> list[Table]:
     """What a release, vault, bank, shard, `dpf.toml` or architecture is.
 
     Args:
         path: the name of an architecture (which goes before a path of that name), or a path.
         size: side of an architecture's input, in pixels.
         width: argument of the CIFAR-sized ResNets.
+        trust_code: import and run a network of its owner's own that a `dpf.toml` names, from its folder too.
 
     Raises:
         ConfigError: it is none of these.
@@ -55,9 +56,10 @@ def inspect(path: str, size: int = 224, width: int | None = None) -> list[Table]
         return [_shard(place)]
     if place.suffix == ".toml":
         config = read_config(place)
-        import_from(config.folder)
+        if trust_code:
+            import_from(config.folder)
         model = config.model
-        network = build_network(model.arch, 10, model.arguments, allow_import=True)
+        network = build_network(model.arch, 10, model.arguments, allow_import=trust_code)
         return [_hooks(f"{model.arch}, {model.size[0]} x {model.size[1]} px", hook_points(network, model.size))]
     if (place / MANIFEST).is_file():
         release = Release.open(place)

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from io import StringIO
@@ -20,20 +22,21 @@ from conftest import run_cli
 from rich.console import Console
 
 from dpf_release.age import load_pyrage
-from dpf_release.audit import Audit, audit, print_audit, project_of, write_page
+from dpf_release.audit import Audit, audit, checks, print_audit, project_of, write_page
 from dpf_release.audit.checks import CHECKS
 from dpf_release.audit.page import page
 from dpf_release.bank import FeatureBank, read_index
 from dpf_release.bank_writer import BankWriter, SplitRows
 from dpf_release.croissant import CROISSANT, croissant
 from dpf_release.errors import ConfigError, SigningError, VaultError
+from dpf_release.inspection import inspect
 from dpf_release.manifest import MANIFEST, SUMS, Manifest, describe_files, write_manifest
 from dpf_release.pipeline import Project
 from dpf_release.sealing import seal
 from dpf_release.signing import new_key
 from dpf_release.storage import LOCK, sha256_of, write_json
 from dpf_release.vault import OPENED, SEALS, Vault
-from dpf_release.verification import read_manifest
+from dpf_release.verification import Problem, read_manifest
 
 ROOT = Path(__file__).parent.parent
 SHARD = "features/train/shard-00000.h5"
@@ -299,6 +302,11 @@ def _append(path: Path) -> None:
         file.write(b"x")
 
 
+def _track(folder: Path, name: str) -> None:
+    for arguments in (["init", "-q"], ["add", "-f", name]):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+
+
 UNKNOWN = ("ledger", "unknown release", MANIFEST)
 BAD: dict[str, tuple[Callable[[Path], Any], set[tuple[str, str, str]]]] = {
     "a stranger": (lambda f: (f / "release" / "ids.csv").touch(), {("files", "unexpected", "ids.csv")}),
@@ -312,6 +320,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], set[tuple[str, str, str]]]] = {
     "a readable file": (lambda f: (f / "vault" / "ids.csv").chmod(0o640), {("vault", "readable", "ids.csv")}),
     "a readable vault": (lambda f: (f / "vault").chmod(0o755), {("vault", "readable", ".")}),
     "a link in the vault": (lambda f: (f / "vault" / "x").symlink_to("/etc"), {("vault", "link", "x")}),
+    "a .gitignore with exceptions": (
+        lambda f: (f / "vault" / ".gitignore").write_text("*\n!ids.csv\n"),
+        {("vault", "git", ".gitignore")},
+    ),
+    "a tracked file": (lambda f: _track(f, "vault/ids.csv"), {("vault", "git", ".")}),
+    "a pipe in the vault": (lambda f: os.mkfifo(f / "vault" / "x", 0o600), {("vault", "special file", "x")}),
     "no .gitignore": (lambda f: (f / "vault" / ".gitignore").unlink(), {("vault", "git", ".gitignore")}),
     "another ledger": (lambda f: (f / "vault" / "ledger.json").unlink(), {UNKNOWN}),
 }
@@ -343,17 +357,63 @@ def test_what_failed_a_check_is_not_opened(project_folder: Path, monkeypatch: py
         return real(path, *arguments, **options)
 
     release = project_folder / "release"
-    _append(release / SHARD)
     os.mkfifo(release / "pipe")
     monkeypatch.setattr(h5py, "File", noted)
     found = audited(project_folder)
+    assert {statuses(found)[name] for name in ("structure", "agreement", "poisoned", "rows")} == {"passed"}
+    assert str(release / SHARD) in opened  # the control: whole ones are, beside a stranger too
+    opened.clear()
+    _append(release / SHARD)
+    found = audited(project_folder)
     assert {statuses(found)[name] for name in ("structure", "agreement", "poisoned", "rows")} == {"not run"}
     assert statuses(found)["network"] == "passed"
-    assert str(release / SHARD) not in opened
-    assert str(release / SHARD.replace("00000", "00001")) in opened  # the control: whole ones are
+    assert not [path for path in opened if path.startswith(str(release))]
     artefacts = {artefact.path: artefact for artefact in found.of("public")}
     assert (artefacts[SHARD].holds, artefacts[SHARD].passed, artefacts[SHARD].failed) == ("", (), ("files",))
     assert artefacts["pipe"].sha256 is None
+
+
+@pytest.mark.parametrize("stray", [True, False])
+def test_a_shard_that_leads_elsewhere_is_not_followed_beside_a_stray_file(project_folder: Path, stray: bool) -> None:
+    release, outside = project_folder / "release", project_folder / "outside.h5"
+    with h5py.File(outside, "w") as file:
+        file["x"] = np.zeros((77, 3), "i4")
+    with h5py.File(release / SHARD, "r+") as shard:
+        del shard["features"]
+        shard["features"] = h5py.ExternalLink(str(outside), "/x")
+    list_anew(release)
+    if stray:
+        (release / "stray.txt").touch()
+    found = audit(release)
+    (artefact,) = [artefact for artefact in found.artefacts if artefact.path == SHARD]
+    assert (artefact.holds, artefact.failed) == ("", ("structure",))
+    assert statuses(found)["poisoned"] == "not run"
+    assert failed(found) == {"structure"} | ({"files"} if stray else set())
+
+
+def test_a_check_that_met_a_limit_passes_no_file(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = [Problem("limit", SHARD, "could not be checked within limits")]
+    monkeypatch.setattr(checks, "check_structure", lambda folder, deep: limit)
+    found = audit(finished / "release")
+    assert all("structure" not in artefact.passed for artefact in found.artefacts)
+    assert {artefact.holds for artefact in found.artefacts if artefact.role == "shard"} == {""}
+    assert statuses(found)["poisoned"] == "not run"
+
+
+def test_a_folder_of_many_folders_in_each_other_is_audited(finished: Path, tmp_path: Path) -> None:
+    release = shutil.copytree(finished / "release", tmp_path / "release")
+    way = [os.open(release, os.O_RDONLY)]
+    for _ in range(1500):
+        os.mkdir("deep", dir_fd=way[-1])  # noqa: PTH102
+        way.append(os.open("deep", os.O_RDONLY, dir_fd=way.pop()))
+    os.close(way.pop())
+    found = audit(release)
+    assert failed(found) == {"files"}
+    assert {artefact.path for artefact in found.artefacts} == {
+        path.relative_to(finished / "release").as_posix()
+        for path in (finished / "release").rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_folder_without_a_manifest_passes_nothing(project_folder: Path) -> None:
@@ -373,6 +433,59 @@ def test_a_vault_of_another_network_is_not_compared_with(project_folder: Path) -
     found = audited(project_folder)
     assert statuses(found)["rows"] == "not run"
     assert "Not all of shapes 1.0.0 could be compared" in found.verdict
+
+
+def test_a_vault_of_another_user_is_found(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = project_of(finished / "vault").vault.root.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    found = {(kind, path) for check, kind, path in findings(audited(finished)) if check == "vault"}
+    assert {("owner", "."), ("owner", "ids.csv")} <= found
+
+
+CODE = """
+import pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+from dpf_release.models.functions import PoisoningFunction
+from dpf_release.models.zoo import build_network
+def make(outputs):
+    return build_network("resnet20_cifar", outputs, {"width": 8})
+class Own(PoisoningFunction):
+    pass
+"""
+
+
+def test_code_beside_a_vault_is_not_run_unless_it_is_trusted(
+    project_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project_folder / "handed_over.py").write_text(CODE)
+    config, network = project_folder / "dpf.toml", project_folder / "vault" / "network" / "network.json"
+    before = config.read_text(), network.read_text()
+    config.write_text(
+        before[0].replace('"resnet20_cifar"', '"handed_over:make"').replace("arguments = { width = 8 }", "")
+    )
+    network.write_text(json.dumps(json.loads(before[1]) | {"arch": "handed_over:make", "arguments": {}}))
+    assert _untrusted(project_folder) == {"network", "rows", "words"}
+    with pytest.raises(ConfigError, match="--trust-code"):
+        inspect(str(config))
+    assert not (project_folder / "ran").exists()
+    inspect(str(config), trust_code=True)
+    assert (project_folder / "ran").exists()  # the control
+    config.write_text(before[0])
+    network.write_text(before[1])
+    record = project_folder / "vault" / "functions" / "default" / "function.json"
+    tree = json.loads(record.read_text())
+    record.write_text(json.dumps(tree | {"recipe": tree["recipe"] | {"function": "handed_over.Own"}}))
+    monkeypatch.delitem(sys.modules, "handed_over")
+    (project_folder / "ran").unlink()
+    assert _untrusted(project_folder) == {"rows"}
+    assert not (project_folder / "ran").exists()
+    audit(project_folder / "release", project_of(project_folder / "vault", trust_code=True))
+    assert (project_folder / "ran").exists()
+
+
+def _untrusted(folder: Path) -> set[str]:
+    """The checks that say that they were not run for want of trust."""
+    return {result.check.name for result in audited(folder).results if "--trust-code" in result.reason}
 
 
 def test_release_and_vault_in_each_other_are_found(project_folder: Path) -> None:

@@ -117,8 +117,9 @@ def test_an_owners_own_network_is_found_beside_the_configuration(tmp_path: Path)
     )
     text = config.read_text().replace("arguments = { width = 8 }\n", "")
     config.write_text(text.replace('"resnet20_cifar"', '"own_networks:tiny"'))
-    result = run_cli("inspect", str(config), folder=tmp_path)  # run from elsewhere
+    assert "--trust-code" in run_cli("inspect", str(config), folder=tmp_path).stderr
+    result = run_cli("inspect", str(config), "--trust-code", folder=tmp_path)  # run from elsewhere
     assert result.returncode == 0, result.stderr
     assert "conv4_1" in result.stdout
     config.write_text(text.replace('"resnet20_cifar"', '"not_there:tiny"'))
-    assert run_cli("inspect", str(config), folder=tmp_path).returncode == 1
+    assert run_cli("inspect", str(config), "--trust-code", folder=tmp_path).returncode == 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,7 @@ from dpf_release.audit import audit, project_of
 from dpf_release.bank import BankIndex, FeatureBank
 from dpf_release.bank_writer import BankWriter
 from dpf_release.errors import BankError, RefusedError
+from dpf_release.leaks import order as order_module
 from dpf_release.leaks import (
     private_facts,
     private_rows,
@@ -37,7 +41,7 @@ from dpf_release.leaks import (
     telling_ids,
 )
 from dpf_release.leaks.ids import _chance_of_bits, _from_texts
-from dpf_release.leaks.order import CHANCE, MOST_NEIGHBOURS, _deviations, _neighbours, _scores
+from dpf_release.leaks.order import CHANCE, _commonest_step, _deviations, _scores, _unlikely_times
 from dpf_release.near_rows import find_near_rows
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
@@ -117,6 +121,10 @@ def test_users_hosts_and_addresses_are_found(project_folder: Path, monkeypatch: 
     subprocess.run(["git", "config", "user.email", "Ada@example.org"], cwd=project_folder, check=True)
     monkeypatch.setenv("LOGNAME", "adalove")
     monkeypatch.setattr(platform, "node", lambda: "engine-7.lab.example")
+    subprocess.run(["git", "config", "author.email", "author@example.org"], cwd=project_folder, check=True)
+    subprocess.run(["git", "config", "committer.email", "committer@example.org"], cwd=project_folder, check=True)
+    write_card(project_folder, "author@example.org, committer@example.org")
+    assert len(said(project_folder)) == 2
     write_card(project_folder, "By adalove.\nOn Engine-7.\nMail ada@example.org.\n")
     found = said(project_folder)
     assert len(found) == 3
@@ -230,15 +238,84 @@ def test_a_name_in_a_shard_has_no_place_to_be(project_folder: Path, where: str) 
     list_anew(release)
     found = {(finding.kind, finding.path) for finding in audit(release, owners).findings}
     assert ("structure", "features/train/shard-00000.h5") in found
-    (release / "notes.txt").touch()  # then the structure is not looked at
+    (release / "notes.txt").touch()
     found = {finding.kind for finding in audit(release, owners).findings}
-    assert found == {"unexpected", "unknown release", "unreadable"}
+    assert found == {"unexpected", "unknown release", "structure"}
 
 
 def test_a_source_that_is_no_longer_there_is_still_not_named(project_folder: Path) -> None:
     write_card(project_folder, "without disc-portrait-012")
     (project_folder / "images" / "private" / "disc" / "disc-portrait-012.png").unlink()
     assert len(said(project_folder)) == 1
+
+
+def test_a_name_is_found_in_a_long_text_as_fast_as_in_a_short_one(project_folder: Path) -> None:
+    words = np.random.default_rng(0).integers(0, 36**4, 200_000)
+    text = " ".join(np.base_repr(word, 36) for word in words)  # 1 MB
+    write_card(project_folder, text)
+    start = time.process_time()
+    assert said(project_folder) == []
+    write_card(project_folder, f"{text} disc-portrait-012 {text}")
+    assert len(said(project_folder)) == 1
+    assert time.process_time() - start < 30  # of which most is φ
+
+
+def test_secrets_of_p_and_digests_of_private_files_are_not_said(project_folder: Path) -> None:
+    vault = project_folder / "vault"
+    function = json.loads((vault / "functions" / "default" / "function.json").read_text())
+    plan = json.loads((vault / "features" / "plan.json").read_text())
+    origin = json.loads((vault / "functions" / "default" / "candidate.json").read_text())["origin"]
+    (entry,) = json.loads((vault / "ledger.json").read_text())
+    private = {
+        function["secret"]: "secret of the private functions/default/function.json",
+        plan["source_sha256"]: "source_sha256 of the private features/plan.json",
+        plan["ids_sha256"]: "of the private",  # several say it
+        origin["function"]: "of the private",
+    }
+    for digits, what in private.items():
+        for text in (f"seed {digits}", f"seed{digits}9", digits.upper()):
+            write_card(project_folder, text)
+            (found,) = said(project_folder)
+            assert what in found
+            assert digits not in found
+    public = [plan["featurizer_sha256"], entry["index_sha256"], entry["manifest_sha256"], origin["model"], "0" * 64]
+    write_card(project_folder, f"{public} {function['secret'][:-1]}")
+    assert said(project_folder) == []
+
+
+STRAYS: dict[str, Callable[[Path, Path], Any]] = {
+    "a pipe": lambda path, _: os.mkfifo(path),
+    "a link to private weights": lambda path, private: path.symlink_to(private),
+    "6 GiB of nothing": lambda path, _: [path.touch(), os.truncate(path, 6 * 2**30)],
+}
+
+
+@pytest.mark.parametrize("what", STRAYS)
+@pytest.mark.parametrize("name", ["disc-portrait-012.txt", "model/more.safetensors"])
+def test_a_stray_file_is_a_finding_and_is_not_opened(project_folder: Path, what: str, name: str) -> None:
+    release, vault = project_folder / "release", project_folder / "vault"
+    function = vault / "functions" / "default" / "dpf.safetensors"
+    STRAYS[what](release / name, function)
+    project = Project.open(project_folder / "dpf.toml")
+    kinds = [(problem.kind, problem.path) for problem in private_facts(release, project, "default")]
+    assert kinds == ([("private text", name)] if "disc" in name else [])
+    found = {(finding.path) for finding in audit(release, project_of(vault)).findings}
+    assert found == {name}
+    (release / name).unlink()
+    weights = release / "model" / "classifier.safetensors"  # the control: what the manifest lists is read
+    weights.write_bytes(function.read_bytes())
+    assert {problem.kind for problem in private_tensors(release, project)} == {"private tensor"}
+
+
+def test_the_list_of_ids_is_read_once(project_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Vault] = []
+    real = Vault.read_ids
+    monkeypatch.setattr(Vault, "read_ids", lambda vault: [reads.append(vault), real(vault)][1])
+    project = Project.open(project_folder / "dpf.toml")
+    assert private_facts(project_folder / "release", project, "default") == []
+    assert len(reads) == 1
+    assert telling_ids(project_folder / "release", project) == source_order(project_folder / "release", project) == []
+    assert len(reads) == 3  # the control: alone, each reads them
 
 
 # --------------------------------------------------------------------------------------------- tensors
@@ -368,6 +445,52 @@ def test_every_candidate_is_confirmed_not_only_the_likest(tmp_path: Path, monkey
     assert _found(public, _bank(tmp_path / "alike", private, 5)) == []
     private[130] = alike(0.9995)[130]
     assert _found(public, _bank(tmp_path / "same", private, 7)) == [0]
+
+
+# Each hands out every private row as a·x + b: whoever knows φ1 of one image, or the mean, has all of them.
+AFFINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "2 x": lambda rows: 2 * rows,
+    "x + 20": lambda rows: rows + 20,
+    "-x": lambda rows: -rows,
+    "x less row 0": lambda rows: rows - rows[0],
+    "3 - x / 2": lambda rows: 3 - rows / 2,
+}
+
+
+@pytest.mark.parametrize("what", AFFINE)
+@pytest.mark.parametrize("ids", ["the same", "others"])
+def test_a_bank_of_private_rows_scaled_and_shifted_is_found(tmp_path: Path, what: str, ids: str) -> None:
+    private, noise = _rows(90, 0) + 3 * _rows(1, 5), _rows(90, 1)  # of a mean that is not nothing
+    banks = [_bank(tmp_path / "train", private[:60], 1), _bank(tmp_path / "val", private[60:], 2)]
+    seed = {"the same": 2, "others": 3}[ids]
+    rows = private[60:] if ids == "the same" else np.roll(private, 7, axis=0)
+    assert _found(_bank(tmp_path / "public", AFFINE[what](rows), seed), *banks) == list(range(len(rows)))
+    assert _found(_bank(tmp_path / "control", rows + noise[: len(rows)], seed), *banks) == []
+
+
+def test_a_function_that_scales_is_refused_and_one_that_mixes_noise_in_is_not(
+    project_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpf_release.models.functions import FUNCTIONS, PoisoningFunction
+
+    class Times(PoisoningFunction):
+        def __init__(self, features: Any, by: float = 2, noise: float = 0) -> None:
+            super().__init__(features)
+            self.by, self.noise = by, noise
+
+        def apply(self, rows: Any, source: Any, plan: Any) -> np.ndarray:
+            values = source.read(rows).astype(np.float32)
+            noise = np.random.default_rng(0).standard_normal(values.shape, np.float32)
+            return self.by * values + self.noise * values.std() * noise
+
+    monkeypatch.setitem(FUNCTIONS, "times", Times)
+    for name, parameters in (("double", "by=2"), ("noisy", "by=2,noise=1")):
+        project = Project.open(project_folder / "dpf.toml", {"poison.function": f"times:{parameters}"})
+        fit_poison(project, name)
+        write_candidate(project, name)
+    with pytest.raises(RefusedError, match=r"private row: features/train/shard-00000\.h5: \d+ rows are, but for"):
+        package(project, "double", second_function="for a test")
+    package(project, "noisy", second_function="for a test")
 
 
 def test_a_contributor_is_compared_whatever_the_projection_says(
@@ -558,7 +681,6 @@ def test_an_order_that_tells_is_told_from_a_random_one() -> None:
     for _ in range(200):
         order = generator.permutation(600)
         assert min(chances(order, targets[order])) > 1e-5
-        assert _neighbours(order) < MOST_NEIGHBOURS
     in_order = np.arange(600)
     assert min(chances(in_order, targets)) < CHANCE
     assert min(chances(in_order[::-1], targets[::-1])) < CHANCE
@@ -568,9 +690,64 @@ def test_an_order_that_tells_is_told_from_a_random_one() -> None:
         inside[labels == name] = np.flatnonzero(targets == name)
     assert abs(_deviations(inside)) < 4
     assert min(chances(inside, labels)) < CHANCE
-    # Shuffled in blocks: no correlation, too many neighbours.
-    blocks = np.concatenate([np.arange(start, start + 4) for start in 4 * generator.permutation(150)])
-    assert _neighbours(blocks) > MOST_NEIGHBOURS
+
+
+def _dealt(count: int, hands: int) -> np.ndarray:
+    """As rank 0 of `hands`, then rank 1, ... have them where each takes every so many-th."""
+    return np.concatenate([np.arange(hand, count, hands) for hand in range(hands)])
+
+
+STEADY: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+    "108 rows dealt to 4": lambda _: _dealt(108, 4),
+    "5000 rows dealt to 16": lambda _: _dealt(5000, 16),
+    "108 rows in every 67th place": lambda _: np.arange(108) * 67 % 108,
+    "5000 rows in every 3091st place, from the end": lambda _: (np.arange(5000) * 3091 % 5000)[::-1],
+    "blocks of 4 at random": lambda generator: np.concatenate(
+        [np.arange(start, start + 4) for start in 4 * generator.permutation(150)]
+    ),
+    "12 rows in order": lambda _: np.arange(12),
+}
+
+
+@pytest.mark.parametrize("what", STEADY)
+def test_an_order_by_steady_steps_is_told_from_a_random_one(what: str) -> None:
+    generator = np.random.default_rng(0)
+    order = STEADY[what](generator)
+    assert sorted(order) == list(range(len(order)))
+    assert _commonest_step(order)[1] >= _unlikely_times(len(order))
+    for _ in range(50):
+        assert _commonest_step(generator.permutation(len(order)))[1] < _unlikely_times(len(order))
+
+
+def test_a_random_order_has_its_commonest_step_as_seldom_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = np.array([_commonest_step(np.array(order))[1] for order in itertools.permutations(range(7))])
+    for chance in (0.5, 0.1, 0.02):
+        monkeypatch.setattr(order_module, "CHANCE", chance)
+        limit = _unlikely_times.__wrapped__(7)
+        assert (times >= limit).mean() < chance, (chance, limit)
+    assert limit < 7  # the control: it is not always infinite
+    monkeypatch.undo()
+    limits = {count: _unlikely_times(count) for count in (1, 2, 11, 12, 13, 1000, 50_000, 10_000_000)}
+    assert limits[11] > 11
+    assert limits[50_000] == 15
+
+
+def test_a_bank_that_is_dealt_out_in_turn_is_found(project_folder: Path) -> None:
+    release, project = project_folder / "release", Project.open(project_folder / "dpf.toml")
+    ids = FeatureBank(release / "features", "train").ids
+    lines = [line.split(",") for line in (project_folder / "vault" / "ids.csv").read_text().splitlines()[1:]]
+    source = {bytes.fromhex(row_id): name for row_id, _, _, name in lines}
+    in_order = np.array(sorted(ids, key=lambda row_id: source[row_id.tobytes()]))
+    for order, found in (
+        (_dealt(len(ids), 4), {"features/train"}),
+        (np.random.default_rng(1).permutation(len(ids)), set()),
+    ):
+        start = 0
+        for record in FeatureBank(release / "features", "train").index.splits["train"]:
+            with h5py.File(release / "features" / record.file, "r+") as shard:
+                shard["id"][:] = in_order[order][start : start + record.rows]
+            start += record.rows
+        assert {problem.path for problem in source_order(release, project)} == found
 
 
 def test_an_order_is_looked_at_in_each_split_of_a_release(finished: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from dpf_release.errors import (
     VerificationError,
     WeightsError,
 )
+from dpf_release.guard import problem_of, refuse_tracked
 from dpf_release.leaks import private_rows, private_tensors, private_words, source_order, telling_ids
 from dpf_release.manifest import MANIFEST, FileRecord, Manifest
 from dpf_release.near_rows import SAME_ROW_COSINE
@@ -36,8 +38,9 @@ from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.record import read_model_record
 from dpf_release.release import Release
-from dpf_release.storage import LOCK, sha256_of
+from dpf_release.storage import sha256_of
 from dpf_release.structure import check_structure
+from dpf_release.tree import Tree
 from dpf_release.vault import OPENED, releases
 from dpf_release.verification import Problem, verify
 
@@ -94,6 +97,7 @@ class Subject:
         project: of the vault, where one was given.
         public_key: of the signer, where one was given.
         unsound: paths in the release that failed a check.
+        structured: whether `structure` looked at every file: only then the unpacked ones are opened in this process.
     """
 
     release: Path
@@ -101,10 +105,15 @@ class Subject:
     project: Project | None = None
     public_key: Path | None = None
     unsound: frozenset[str] = frozenset()
+    structured: bool = False
 
     def after(self, result: Result) -> Subject:
         """The subject as the next check finds it."""
-        return replace(self, unsound=self.unsound | (result.paths if result.check.side == "public" else set()))
+        return replace(
+            self,
+            unsound=self.unsound | (result.paths if result.check.side == "public" else set()),
+            structured=self.structured or (result.check.name == "structure" and result.looked_at_all),
+        )
 
     def is_sound(self, path: str) -> bool:
         """Whether a file is listed, and neither it nor a folder above it failed a check."""
@@ -157,6 +166,8 @@ class Subject:
         Raises:
             NotRunError: one of them failed a check, or the manifest lists others.
         """
+        if not self.structured:
+            raise NotRunError("what the files hold was not looked at (structure), and the bank is not opened")
         shards = {path for path, record in self.files.items() if record.role == "shard"}
         self.refuse_gaps([f"features/{INDEX}", *sorted(shards)])
         index = read_index(self.release / "features")
@@ -217,6 +228,11 @@ class Result:
         return frozenset(finding.path for finding in self.findings)
 
     @property
+    def looked_at_all(self) -> bool:
+        """Whether it was run, and to its end: one that met a limit says nothing of what it did not come to."""
+        return not self.reason and all(finding.kind != "limit" for finding in self.findings)
+
+    @property
     def status(self) -> Status:
         """Passed, failed or not run."""
         if self.reason:
@@ -250,15 +266,12 @@ def lineage(path: str) -> list[str]:
 
 
 def _structure(subject: Subject) -> list[Problem]:
-    if subject.unsound:
-        raise NotRunError("files of the release failed a check before this one; what they hold is not looked at")
-    subject.refuse_gaps([])
+    subject.refuse_gaps(subject.files)
     return check_structure(subject.release, deep=True)
 
 
 def _agreement(subject: Subject) -> Iterable[Finding]:
-    if subject.unsound:
-        raise NotRunError("files of the release failed a check before this one; it is not opened as a whole")
+    subject.refuse_gaps(subject.files)
     try:
         Release.open(subject.release, verify="none")
     except VerificationError as error:
@@ -348,24 +361,29 @@ def _place(subject: Subject) -> Iterable[Finding]:
     return [Finding("place", ".", reason) for reason in subject.owners.nested_with(subject.release)]
 
 
-def vault_files(root: Path) -> list[Path]:
-    """Files and folders of a vault, ascending, but for the copies that this audit reads of what is sealed."""
-    return sorted(path for path in root.rglob("*") if not path.is_relative_to(root / OPENED))
+def vault_entries(root: Path) -> tuple[dict[str, os.stat_result], dict[str, str]]:
+    """As of `Tree`: what a vault holds, but for the copies that this audit reads of what is sealed; what is unseen."""
+    with Tree.open(root) as tree:
+        return {path: found for path, found in tree.entries.items() if path.split("/")[0] != OPENED}, tree.unseen
 
 
 def _vault(subject: Subject) -> Iterable[Finding]:
     root = subject.owners.vault.root
-    for path in (root, *vault_files(root)):
-        name, status = path.relative_to(root).as_posix(), path.lstat()
-        if stat.S_ISLNK(status.st_mode):
-            yield Finding("link", name, "what it leads to lies outside the vault, and is not looked at")
-        elif status.st_mode & 0o077 and name != LOCK:
-            expected = "0700" if path.is_dir() else "0600"
-            found = stat.S_IMODE(status.st_mode)
-            yield Finding("readable", name, f"others than its owner may use it: expected {expected}, found {found:04o}")
-    ignore = root / ".gitignore"
-    if not ignore.is_file() or "*" not in ignore.read_text(encoding="utf-8", errors="replace").splitlines():
-        yield Finding("git", ".gitignore", "expected a line `*`, so that git takes nothing from the vault")
+    entries, unseen = vault_entries(root)
+    for name, found in {".": root.lstat(), **entries}.items():
+        kind, detail = problem_of(found)
+        if kind:
+            yield Finding(kind, name, detail)
+    for name, why in unseen.items():
+        yield Finding("not looked at", name, why)
+    ignore = entries.get(".gitignore")
+    plain = ignore is not None and stat.S_ISREG(ignore.st_mode) and ignore.st_size == len(b"*\n")
+    if not plain or (root / ".gitignore").read_bytes() != b"*\n":
+        yield Finding("git", ".gitignore", "expected a line `*` and no other, so that git takes nothing from the vault")
+    try:
+        refuse_tracked(root)
+    except VaultError as error:
+        yield Finding("git", ".", str(error))
 
 
 # --------------------------------------------------------------------------------------------- all of them
@@ -407,7 +425,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "poisoned",
-        "Every shard of the bank says of itself that it is poisoned.",
+        "The index of the bank says that its rows are poisoned, and `structure` found that its shards say the same.",
         "A flag that lies. With the vault, `rows` compares the rows themselves.",
         "Take the release down: a reconstructor shows the pictures in unpoisoned features.",
         _poisoned,
@@ -432,8 +450,10 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "rows",
-        f"No public row is as good as equal to a row of φ1(S) (mean-centred cosine above {SAME_ROW_COSINE}).",
-        "What a trained attacker gets out of a row: only equality, up to scale, is looked for.",
+        "No public row is as good as equal to a row of φ1(S), up to a scale (mean-centred |cosine| above "
+        f"{SAME_ROW_COSINE}), nor is a bank one of such rows times a number plus a row.",
+        "What a trained attacker gets out of a row. Other functions of rows, as a permutation of channels, and single "
+        "rows that are shifted are not looked for.",
         "Take the release down. What was downloaded cannot be called back: tell the people in the pictures.",
         _rows,
         BANK,
@@ -464,8 +484,9 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "order",
-        "The order of the rows does not go with the order of the source, as a whole or within a class.",
-        "Orders other than that of the image table.",
+        "The order of the rows does not go with the order of the source, as a whole or within a class, nor by steady "
+        "steps through it.",
+        "Orders by something else than the image table; other orders that can be reckoned.",
         "Take the release down, and write the features anew with `dpf-release featurize --restart`.",
         _compared(source_order),
         ("shard",),
@@ -479,7 +500,8 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "vault",
-        "Only the owner of the vault can read its files (0600, folders 0700), it has no links, and git ignores it.",
+        "Only the owner of the vault, who runs this, can read its files (0600, folders 0700), it has no links, and git "
+        "ignores it and tracks none of it.",
         "Access lists, backups, and whoever administers the machine.",
         "Run `chmod -R go-rwx` on the vault. Who could read it so far may have what undoes the release.",
         _vault,

@@ -7,17 +7,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import h5py
-from safetensors import safe_open
-
 from dpf_release.age import SEALED
 from dpf_release.attack_report import read_attack_report
-from dpf_release.bank import read_index
-from dpf_release.errors import WeightsError
+from dpf_release.bank import open_shard, read_index
 from dpf_release.manifest import MANIFEST, SIGNATURE, SIGNER, SUMS, Manifest, role_of
 from dpf_release.record import read_model_record
-
-LONGEST_HEADER = 8 * 2**20  # of a safetensors file; that of ResNet-152 has 100 kB
+from dpf_release.tensor_file import read_tensor_file
 
 
 def role_in_release(path: str) -> str:
@@ -58,8 +53,9 @@ def _model(file: Path) -> str:
 
 def _weights(part: str) -> Callable[[Path], str]:
     def describe(file: Path) -> str:
-        shapes = tensor_shapes(file)
-        return f"weights of {part}: {len(shapes)} tensors, {sum(map(math.prod, shapes.values())):,} values"
+        tensors = read_tensor_file(file).tensors
+        values = sum(math.prod(tensor.shape) for tensor in tensors)
+        return f"weights of {part}: {len(tensors)} tensors, {values:,} values"
 
     return describe
 
@@ -80,7 +76,7 @@ def _attack_report(file: Path) -> str:
 
 
 def _shard(file: Path) -> str:
-    with h5py.File(file, "r") as shard:
+    with open_shard(file) as shard:
         features, facts = shard["features"], shard.attrs
         return (
             f"{features.shape[0]:,} rows of {_extents(features.shape[1:])} {features.dtype}, split {facts['split']}, "
@@ -100,21 +96,6 @@ _PUBLIC: dict[str, Callable[[Path], str]] = {
     "attack-report": _attack_report,
     "shard": _shard,
 }
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a safetensors file; its data is not read.
-
-    Raises:
-        WeightsError: its header is larger than any network's.
-        SafetensorError: it is no whole safetensors file.
-    """
-    with file.open("rb") as start:
-        length = int.from_bytes(start.read(8), "little")
-    if length > LONGEST_HEADER:
-        raise WeightsError(f"expected a header of at most {LONGEST_HEADER >> 20} MiB, found one of {length} bytes")
-    with safe_open(file, framework="numpy") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def _extents(shape: tuple[int, ...]) -> str:

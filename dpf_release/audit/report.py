@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpf_release.age import SEALED, refuse_other_identity
-from dpf_release.audit.checks import CHECKS, Finding, Result, Side, Subject, lineage, run_check, vault_files
+from dpf_release.audit.checks import CHECKS, Finding, Result, Side, Subject, lineage, run_check, vault_entries
 from dpf_release.audit.contents import public_contents, role_in_release, role_in_vault
 from dpf_release.config import CONFIG_NAME, read_config
 from dpf_release.errors import DPFReleaseError, VaultError
@@ -20,6 +21,7 @@ from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import Project, import_from
 from dpf_release.schema import MAX_BYTES
 from dpf_release.storage import locked, sha256_of
+from dpf_release.tree import Tree
 from dpf_release.vault import Vault, releases
 from dpf_release.verification import read_manifest
 
@@ -215,7 +217,7 @@ def _audit(release: Path, project: Project | None, public_key: Path | None) -> A
     return Audit(subject.manifest, digest, project is not None, tuple(results), tuple(artefacts))
 
 
-def project_of(vault: Path, identity: Path | None = None) -> Project:
+def project_of(vault: Path, identity: Path | None = None, *, trust_code: bool = False) -> Project:
     """The project that a vault belongs to: its `dpf.toml` lies beside it.
 
     A vault that others can read is not refused: the audit reports it.
@@ -223,6 +225,8 @@ def project_of(vault: Path, identity: Path | None = None) -> Project:
     Args:
         vault: its folder.
         identity: the age identity file that opens it, where it is sealed.
+        trust_code: import and run networks and functions that the configuration or the vault name, from its folder too;
+            without it the checks that need them are not run.
 
     Raises:
         VaultError: there is no such folder.
@@ -234,27 +238,33 @@ def project_of(vault: Path, identity: Path | None = None) -> Project:
             f"expected a vault at {vault}, found none. It is the folder that holds ids.csv and ledger.json."
         )
     config = read_config(vault.parent / CONFIG_NAME)
-    import_from(config.folder)
-    return Project(config, Vault(vault, identity))
+    if trust_code:
+        import_from(config.folder)
+    return Project(config, Vault(vault, identity), trusts_code=trust_code)
 
 
 def _public_artefacts(subject: Subject, results: Sequence[Result]) -> Iterator[Artefact]:
-    for path in sorted(subject.release.rglob("*")):
-        name, status = path.relative_to(subject.release).as_posix(), path.lstat()
+    try:
+        with Tree.open(subject.release) as tree:
+            entries = tree.entries
+    except OSError:  # no folder that can be read, as `files` says
+        return
+    for name, status in entries.items():
         if stat.S_ISDIR(status.st_mode):
             continue
         role = role_in_release(name)
         passed, failed = _judged("public", name, role, results)
         if subject.manifest is None:
             passed = ()  # nothing is known of a file that no manifest lists
-        whole = bool(passed) and not failed
+        needed = {check.name for check in CHECKS if check.name in {"files", "structure"} and role in check.roles}
+        whole = bool(needed) and needed <= set(passed) and not failed
         listed = subject.files.get(name)
         yield Artefact(
             name,
             "public",
             role,
             status.st_size,
-            listed.sha256 if listed and "files" in passed else _digest(path, status.st_mode, MAX_BYTES),
+            listed.sha256 if listed and "files" in passed else _digest(subject.release / name, status, MAX_BYTES),
             public_contents(subject.release, name, subject.manifest) if whole and subject.manifest else "",
             f"{stat.S_IMODE(status.st_mode):04o}",
             passed,
@@ -264,8 +274,8 @@ def _public_artefacts(subject: Subject, results: Sequence[Result]) -> Iterator[A
 
 def _private_artefacts(project: Project, results: Sequence[Result]) -> Iterator[Artefact]:
     root, made = project.vault.root, _releases(project)
-    for path in vault_files(root):
-        name, status = path.relative_to(root).as_posix(), path.lstat()
+    entries, _ = vault_entries(root)
+    for name, status in entries.items():
         if stat.S_ISDIR(status.st_mode):
             continue
         role, holds = role_in_vault(name)
@@ -275,7 +285,7 @@ def _private_artefacts(project: Project, results: Sequence[Result]) -> Iterator[
             "private",
             role,
             status.st_size,
-            _digest(path, status.st_mode),
+            _digest(root / name, status),
             holds,
             f"{stat.S_IMODE(status.st_mode):04o}",
             passed,
@@ -293,13 +303,13 @@ def _judged(side: Side, path: str, role: str, results: Sequence[Result]) -> tupl
         check = result.check
         if check.side == side and not result.paths.isdisjoint(lineage(path)):
             failed.append(check.name)
-        elif not result.reason and not failed and check.side == side and (side == "private" or role in check.roles):
+        elif result.looked_at_all and not failed and check.side == side and (side == "private" or role in check.roles):
             passed.append(check.name)
     return tuple(passed), tuple(failed)
 
 
-def _digest(path: Path, mode: int, limit: int | None = None) -> str | None:
-    if not stat.S_ISREG(mode) or (limit is not None and path.lstat().st_size > limit):
+def _digest(path: Path, status: os.stat_result, limit: int | None = None) -> str | None:
+    if not stat.S_ISREG(status.st_mode) or (limit is not None and status.st_size > limit):
         return None
     return sha256_of(path)
 

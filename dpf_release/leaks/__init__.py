@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpf_release.bank import FeatureBank, SplitName, read_index
 from dpf_release.errors import VaultError
-from dpf_release.leaks.findings import Problem, Rows, public_banks, shard_of
+from dpf_release.leaks.findings import Problem, Rows, Sources, public_banks, shard_of
 from dpf_release.leaks.ids import telling_ids
 from dpf_release.leaks.order import source_order
 from dpf_release.leaks.tensors import private_tensors
@@ -34,13 +34,15 @@ def private_facts(release: Path, project: Project, name: str | None = None) -> l
     Raises:
         BankError: a bank, public or private, is not whole.
         VaultError: the vault lacks what the release is compared with.
+        VerificationError: the release has no manifest, or a text is longer than any of a release.
         WeightsError: a safetensors file is damaged.
     """
+    sources = Sources.of(project)
     return [
-        *private_words(release, project),
+        *private_words(release, project, sources),
         *private_tensors(release, project),
-        *telling_ids(release, project),
-        *source_order(release, project),
+        *telling_ids(release, project, sources),
+        *source_order(release, project, sources),
         *private_rows(release, project, name),
     ]
 

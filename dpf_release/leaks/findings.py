@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import stat
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpf_release.bank import ID_BYTES, BankIndex, FeatureBank, SplitName, read_index
+from dpf_release.errors import VerificationError
+from dpf_release.manifest import MANIFEST, SUMS
 from dpf_release.pipeline.project import Project
-from dpf_release.verification import Problem
+from dpf_release.tree import Tree
+from dpf_release.verification import Problem, read_manifest
 
-__all__ = ["Problem", "Rows", "Sources", "public_banks", "shard_of"]
+__all__ = ["Problem", "Rows", "Sources", "public_banks", "public_files", "shard_of"]
 
 Rows = NDArray[np.int64]
+
+
+@contextlib.contextmanager
+def public_files(release: Path) -> Iterator[tuple[Tree, list[str]]]:
+    """All that is in a release, and which of it may be read: plain files that the manifest lists, and it and its sums.
+
+    Raises:
+        VerificationError: there is no manifest that can be read.
+    """
+    manifest = read_manifest(release)
+    if isinstance(manifest, Problem):
+        raise VerificationError(f"{release} is not a release: {manifest}.")
+    listed = {record.path for record in manifest.files} | {MANIFEST, SUMS}
+    with Tree.open(release) as tree:
+        yield tree, [path for path, found in tree.entries.items() if path in listed and stat.S_ISREG(found.st_mode)]
 
 
 def public_banks(release: Path) -> list[FeatureBank]:

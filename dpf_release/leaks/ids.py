@@ -24,13 +24,14 @@ _NAMESPACES = [
 ]
 
 
-def telling_ids(release: Path, project: Project) -> list[Problem]:
+def telling_ids(release: Path, project: Project, sources: Sources | None = None) -> list[Problem]:
     """Ids that the vault's `ids.csv` does not have in this order, that come twice, are not random or are derived.
 
     Derived: the first 16 bytes of a common digest, a UUID of version 3 or 5, or the text itself, of the name, stem,
-    path or row of the image; for some rows of each split, also the digest of its file.
+    path or row of the image; for some rows of each split, also the digest of its file. `sources`: where they are read
+    already.
     """
-    sources, table = Sources.of(project), project.private_table
+    sources, table = sources or Sources.of(project), project.private_table
     problems, seen = [], 0
     banks = public_banks(release)
     for bank in banks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,17 @@ from dpf_release.leaks.findings import Problem, Rows, Sources, public_banks
 from dpf_release.pipeline.project import Project
 
 CHANCE = 1e-6  # how often a bank in truly random order may be refused
-# Neighbours of the source that are neighbours in a bank number about two, whatever its size (Poisson): this many in one
-# of 10^8 banks.
-MOST_NEIGHBOURS = 15
 
 
-def source_order(release: Path, project: Project) -> list[Problem]:
+def source_order(release: Path, project: Project, sources: Sources | None = None) -> list[Problem]:
     """Splits whose rows stand in an order that goes with the order of the image table, as a whole or in a class.
 
     Spearman's rank correlation ρ of n rows in random order has the mean 0 and the variance 1 / (n - 1); its tail is
     lighter than the normal one that its probability is taken from. Rows that were shuffled in blocks have no
-    correlation, but too many neighbours from the source.
+    correlation, nor have rows that were dealt out in turn or by i·k mod n; but from one row to the next they take the
+    same step of the source too often.
     """
-    sources, problems = Sources.of(project), []
+    sources, problems = sources or Sources.of(project), []
     for bank in public_banks(release):
         rows = sources.table_rows(bank)
         known = np.flatnonzero(rows >= 0)
@@ -38,10 +37,10 @@ def source_order(release: Path, project: Project) -> list[Problem]:
                 problems.append(
                     Problem("source order", path, f"{what} go with the order of the source (by chance: {chance:.0e})")
                 )
-        if (neighbours := _neighbours(rows[known])) >= MOST_NEIGHBOURS:
-            problems.append(
-                Problem("source order", path, f"{neighbours} neighbours are neighbours in the source; by chance: 2")
-            )
+        step, times = _commonest_step(rows[known])
+        if times >= (limit := _unlikely_times(len(known))):
+            told = f"{times} times the next row is the one {step:+d} further in the source; by chance: below {limit}"
+            problems.append(Problem("source order", path, told))
     return problems
 
 
@@ -66,6 +65,24 @@ def _deviations(rows: Rows) -> float:
     return rho * math.sqrt(count - 1)
 
 
-def _neighbours(rows: Rows) -> int:
-    ranks = np.argsort(np.argsort(rows))
-    return int((np.abs(np.diff(ranks)) == 1).sum())
+def _commonest_step(rows: Rows) -> tuple[int, int]:
+    """From one row to the next: by how many rows of the source, most often, and how often."""
+    steps, times = np.unique(np.diff(np.argsort(np.argsort(rows))), return_counts=True)
+    return (int(steps[times.argmax()]), int(times.max())) if len(steps) else (0, 0)
+
+
+@cache
+def _unlikely_times(count: int) -> int:
+    """How often the commonest step comes in less than one of a million random orders; above `count` where no number is.
+
+    The chance that one step comes m times is at most the expected number of ways to choose m places that all take it.
+    Such places lie in c chains, in C(m - 1, c - 1)·C(n - m, c) ways; they fix m + c rows, of which the first of each
+    chain can be any: n^c of the n!/(n - m - c)! ways. There are 2(n - 1) steps.
+    """
+
+    def chance(times: int) -> float:
+        chains = range(1, min(times, count - times) + 1)
+        ways = [math.comb(times - 1, c - 1) * math.comb(count - times, c) * count**c for c in chains]
+        return sum(2 * (count - 1) * way / math.perm(count, times + c) for c, way in zip(chains, ways, strict=True))
+
+    return next((times for times in range(1, count) if chance(times) < CHANCE), count + 1)

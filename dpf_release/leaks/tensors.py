@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dpf_release.errors import WeightsError
-from dpf_release.leaks.findings import Problem, public_banks, shard_of
+from dpf_release.leaks.findings import Problem, public_banks, public_files, shard_of
 from dpf_release.models.weights import parse_state
 from dpf_release.pipeline.project import Project
 from dpf_release.vault import Vault
@@ -24,9 +24,10 @@ def private_tensors(release: Path, project: Project) -> list[Problem]:
     """Public tensors that equal one of the vault's, Φ's own excepted, and public rows that do.
 
     Equal: as canonical float16, flattened, so in whatever shape and type. Tensors of fewer than 1,024 values, and
-    constant ones, tell nothing and are passed over.
+    constant ones, tell nothing and are passed over, and so are files that the manifest does not list.
 
     Raises:
+        VerificationError: the release has no manifest.
         WeightsError: a safetensors file, public or private, is damaged.
         VaultError: the vault is sealed, and does not open.
     """
@@ -41,12 +42,14 @@ def private_tensors(release: Path, project: Project) -> list[Problem]:
                 if digest not in own:
                     private[digest] = f"{path.relative_to(vault.root)}, {key}"
                     sizes.add(size)
-    problems = [
-        Problem("private tensor", path.relative_to(release).as_posix(), f"{key} is the private {private[digest]}")
-        for path in sorted(release.rglob("*.safetensors"))
-        for key, digest, _ in _digests(path)
-        if digest in private
-    ]
+    with public_files(release) as (_, files):
+        problems = [
+            Problem("private tensor", path, f"{key} is the private {private[digest]}")
+            for path in files
+            if path.endswith(".safetensors")
+            for key, digest, _ in _digests(release / path)
+            if digest in private
+        ]
     for bank in public_banks(release):
         if int(np.prod(bank.shape)) in sizes:
             for rows, features in bank.batches(64):

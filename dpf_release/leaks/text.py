@@ -12,59 +12,81 @@ import re
 import subprocess
 import unicodedata
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from dpf_release.attack_report import AttackReport
 from dpf_release.attacks import registered
 from dpf_release.bank import BankIndex
 from dpf_release.card import fixed_card_text
 from dpf_release.croissant import CONTEXT
-from dpf_release.errors import WeightsError
-from dpf_release.leaks.findings import Problem, Sources
+from dpf_release.errors import VerificationError
+from dpf_release.leaks.findings import Problem, Sources, public_files
 from dpf_release.manifest import MANIFEST, ROLES, SUMS, Manifest
 from dpf_release.models.zoo import public_architectures
 from dpf_release.pipeline.project import Project
 from dpf_release.record import ModelRecord
+from dpf_release.retracted import RETRACTED
+from dpf_release.schema import MAX_BYTES
+from dpf_release.tensor_file import read_tensor_file
+from dpf_release.tree import Tree
+from dpf_release.vault import Vault
 
 NAME_LENGTH = 6  # of a source file's name, at the least
 ACCOUNT_LENGTH = 4  # of a user, host or home folder; a shorter one is found in the paths only
 COMMON_ACCOUNTS = frozenset({"root", "user", "users", "home", "admin", "ubuntu", "debian", "nobody", "localhost"})
-SHOWN = 10
+SHOWN, MOST_COMPARED = 10, 1000  # names that one file says
+# Keys of the vault's records with digests of what is published; all other digests are private.
+PUBLIC_DIGESTS = frozenset(
+    {"featurizer_sha256", "index_sha256", "published_index", "dropped_from", "manifest_sha256", "model"}
+)
 
 _RUN = re.compile(r"[^\W_]+")
+_HEX = re.compile(r"(?=([0-9a-f]{64}))")  # each 64 digits of a longer run too
 _IN_VAULT = re.compile(
     r"(?<![^\W_])vault/(?:network|features|reconstructors|functions|candidates|reports|ids\.csv|ledger\.json|survey-)"
 )
 
 
-def private_words(release: Path, project: Project) -> list[Problem]:
-    """Names of source files, paths, accounts and e-mail addresses in what a release says.
+def private_words(release: Path, project: Project, sources: Sources | None = None) -> list[Problem]:
+    """Names of source files, paths, accounts, e-mail addresses, secrets and private digests in what a release says.
 
     Looked for at word bounds, whatever the case: the file name, its stem and its path under the root of S, of 6
     characters or more; user, host and home folder names of 4 or more; paths of the vault, the project, S and the home
     folder; the e-mail addresses of the git configuration. What the fixed texts and schemas say, and the classes,
-    targets and weights' names of Φ, may be said.
+    targets and weights' names of Φ, may be said. Of the vault's records, whatever 64 hexadecimal digits are no digest
+    of something public: what P is drawn from, and what tells whether a guess of a private file is right.
+
+    Args:
+        release: the folder; only plain files that its manifest lists are read.
+        project: of the vault.
+        sources: its `ids.csv`, where it is read already.
 
     Raises:
+        VerificationError: the release has no manifest, or a text is longer than any of a release.
         WeightsError: a safetensors file is damaged.
     """
     texts: dict[str, set[str]] = {}
     for file, text in public_texts(release):
         texts.setdefault(file, set()).add(_plain(text))
-    names = {words: "a source file's name" for words in _said_names(project, set().union(*texts.values()))}
+    if sources is None and project.vault.holds(project.vault.ids):
+        sources = Sources.of(project)
+    names = {words: "a source file's name" for words in _said_names(project, sources, set().union(*texts.values()))}
+    digits = _private_digits(project.vault)
     names |= _accounts(project) | _places(project)
     allowed = "\n".join(map(_plain, _fixed_texts(project)))
     names = {words: what for words, what in names.items() if not _says(allowed, words)}
     problems = []
     for file, said in texts.items():
-        here = [words for words in sorted(names) if any(_says(text, words) for text in said)]
+        here = list(
+            islice((words for words in sorted(names) if any(_says(text, words) for text in said)), MOST_COMPARED)
+        )
         longest = [words for words in here if not any(words in other for other in here if other != words)]
         found = [f"{words!r}, {names[words]}" for words in longest]
         if any(_IN_VAULT.search(text) for text in said):
             found.append("a path inside the vault")
+        found += sorted({digits[run] for text in said for run in _HEX.findall(text) if run in digits})
         problems += [Problem("private text", file, f"says {words}") for words in found[:SHOWN]]
         if len(found) > SHOWN:
             problems.append(Problem("private text", file, f"says {len(found) - SHOWN} more names of the owner's"))
@@ -75,20 +97,32 @@ def private_words(release: Path, project: Project) -> list[Problem]:
 
 
 def public_texts(release: Path) -> Iterator[tuple[str, str]]:
-    """All texts of a release but format 1's in shards: (path of the file, text), the paths themselves too."""
-    for path in sorted(release.rglob("*")):
-        name = path.relative_to(release).as_posix()
-        yield name, name
-        if path.is_file() and not path.is_symlink():
-            for text in _texts_of(path):
-                yield name, text
+    """All texts of a release but format 1's in shards: (path of the file, text), the paths themselves too.
+
+    Of files that the manifest does not list, and of links, pipes and devices, the path only.
+
+    Raises:
+        VerificationError: the release has no manifest, or a text cannot be read or is longer than any of a release.
+        WeightsError: a safetensors file is damaged.
+    """
+    with public_files(release) as (tree, files):
+        yield from ((path, path) for path in tree.entries)
+        for path in files:
+            if path.endswith(".safetensors"):
+                yield from ((path, text) for text in _texts_of_weights(release / path))
+            elif not path.endswith(".h5"):  # a shard with other words than format 1's is refused by whoever opens it
+                yield from ((path, text) for text in _strings(_read(tree, path)))
 
 
-def _texts_of(path: Path) -> Iterator[str]:
-    if path.suffix == ".safetensors":
-        yield from _texts_of_weights(path)
-    elif path.suffix != ".h5":  # a shard with other words than format 1's is refused by whoever opens it
-        yield from _strings(path.read_text(encoding="utf-8", errors="replace"))
+def _read(tree: Tree, path: str) -> str:
+    try:
+        with tree.file(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise VerificationError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(content) > MAX_BYTES:
+        raise VerificationError(f"{path}: expected a text of at most {MAX_BYTES >> 20} MiB, found a larger one.")
+    return content.decode("utf-8", errors="replace")
 
 
 def _strings(text: str) -> Iterator[str]:
@@ -109,14 +143,11 @@ def _strings(text: str) -> Iterator[str]:
 
 
 def _texts_of_weights(path: Path) -> Iterator[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield from file.keys()
-            for key, value in (file.metadata() or {}).items():
-                yield key
-                yield from _strings(value)  # a record is JSON inside the header's JSON
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}): copy or write it again") from error
+    header = read_tensor_file(path)
+    yield from (tensor.name for tensor in header.tensors)
+    for key, value in header.metadata.items():
+        yield key
+        yield from _strings(value)  # a record is JSON inside the header's JSON
 
 
 # --------------------------------------------------------------------------------------------- what must not be said
@@ -132,27 +163,20 @@ def _says(text: str, words: str) -> bool:
     return words in text and re.search(rf"(?<![^\W_]){re.escape(words)}(?![^\W_])", text) is not None
 
 
-def _said_names(project: Project, texts: Iterable[str]) -> set[str]:
-    """Names of source files that are said somewhere.
-
-    The texts are few and the names may be millions: the names are looked up among all stretches of words of the texts.
-    """
-    table = project.private_table
-    gone = Sources.of(project).gone if project.vault.holds(project.vault.ids) else ()
-    sources = (*table.paths, *gone)
-    longest = 2 * max(map(len, sources), default=0)  # composing and folding lengthen few names, and by little
-    said = {stretch for text in texts for stretch in _stretches(text, longest)}
-    return {words for source in sources for words in _names_of(source) if words in said}
+def _said_names(project: Project, sources: Sources | None, texts: Iterable[str]) -> set[str]:
+    """Names of source files that are said somewhere: stretches of words of a text that are one."""
+    paths = chain(project.private_table.paths, sources.gone if sources else ())
+    names = {words for path in paths for words in _names_of(path)}
+    most_runs = max((len(_RUN.findall(words)) for words in names), default=0)
+    return {stretch for text in texts for stretch in _stretches(text, most_runs) if stretch in names}
 
 
-def _stretches(text: str, longest: int) -> Iterator[str]:
-    """What lies between the beginning of a run of letters and digits and the end of one."""
+def _stretches(text: str, most_runs: int) -> Iterator[str]:
+    """What lies between the beginning of a run of letters and digits and the end of one of the next few."""
     runs = [match.span() for match in _RUN.finditer(text)]
     for number, (start, _) in enumerate(runs):
-        for _, stop in runs[number:]:
-            if stop - start > longest:
-                break
-            yield text[start:stop]
+        for last in range(number, min(number + most_runs, len(runs))):
+            yield text[start : runs[last][1]]
 
 
 def _names_of(source: str) -> Iterator[str]:
@@ -191,6 +215,25 @@ def _accounts(project: Project) -> dict[str, str]:
     }
 
 
+def _private_digits(vault: Vault) -> dict[str, str]:
+    """Every 64 hexadecimal digits of the vault's records that no release says, and where they stand."""
+    records = [vault.ledger, vault.root / RETRACTED, vault.survey("private"), vault.survey("public")]
+    folders = [vault.root / "functions", vault.features]
+    members = [member for folder in folders for member in vault.members(folder) if member.suffix == ".json"]
+    found: dict[str, str] = {}
+    for member in [*filter(vault.holds, records), *members]:
+        trees: list[tuple[str, Any]] = [("", vault.read_record(member, "package"))]
+        while trees:
+            key, tree = trees.pop()
+            if isinstance(tree, dict):
+                trees += tree.items()
+            elif isinstance(tree, list):
+                trees += ((key, value) for value in tree)
+            elif isinstance(tree, str) and re.fullmatch("[0-9a-f]{64}", tree) and key not in PUBLIC_DIGESTS:
+                found[tree] = f"{key} of the private {member.relative_to(vault.root)}"
+    return found
+
+
 def _users_of(uid: int) -> list[pwd.struct_passwd]:
     try:
         return [pwd.getpwuid(uid)]
@@ -218,7 +261,7 @@ def _places(project: Project) -> dict[str, str]:
 def _addresses(folder: Path) -> list[str]:
     try:
         done = subprocess.run(
-            ["git", "config", "--get-all", "user.email"],
+            ["git", "config", "--get-regexp", r"^(user|author|committer)\.email$"],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -227,7 +270,7 @@ def _addresses(folder: Path) -> list[str]:
         )
     except OSError:  # no git
         return []
-    return done.stdout.split()
+    return [address for line in done.stdout.splitlines() for address in line.split()[1:]]
 
 
 def _fixed_texts(project: Project) -> Iterator[str]:

@@ -210,7 +210,7 @@ def _imported(arch: str, allow_import: bool) -> Callable[..., nn.Module]:
     if not allow_import:
         raise ConfigError(
             f"arch {arch!r} names somebody's own code, which is run for its owner only: "
-            "expected an allow-listed name; hand in the function that builds the network instead"
+            "expected an allow-listed name; hand in the function that builds the network instead, or say --trust-code"
         )
     if not _IMPORT.fullmatch(arch):
         raise ConfigError(f"arch {arch!r} is not of the form package.module:function")

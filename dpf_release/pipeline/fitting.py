@@ -169,7 +169,8 @@ def load_function(project: Project, name: str) -> FittedFunction:
             f"the function {name!r} was fitted for another featurizer or hook point, or for features since "
             f"written anew. Fit it again: `dpf-release fit-poison --name {name} --restart`."
         )
-    chain = build_chain(record["recipe"]["function"], FeatureSpec(cut.record.feature_shape, cut.split.non_negative))
+    spec = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
+    chain = build_chain(record["recipe"]["function"], spec, allow_import=project.trusts_code)
     if chain.learned is not None:
         weights = folder / "dpf.safetensors"
         chain.learned.load_state_dict(parse_state(vault.read_bytes(weights, f"fit-poison --name {name}"), weights))

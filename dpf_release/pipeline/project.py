@@ -69,6 +69,7 @@ class Project:
     config: Config
     vault: Vault
     ranks: Ranks = Ranks()
+    trusts_code: bool = True  # whether networks and functions of the owner's own are imported and run
 
     @classmethod
     def open(
@@ -264,7 +265,10 @@ class Project:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return build_network(
-                self.config.model.arch, len(self.output_names), self.config.model.arguments, allow_import=True
+                self.config.model.arch,
+                len(self.output_names),
+                self.config.model.arguments,
+                allow_import=self.trusts_code,
             )
 
     def new_classifier(self) -> nn.Module:
@@ -327,7 +331,7 @@ class Project:
                 f"the vault's network is {found}, but [model] asks for {wanted}. Set [model] back, or run "
                 "`dpf-release train --restart` for a new network."
             )
-        network = build_network(record.arch, record.outputs, record.arguments, allow_import=True)
+        network = build_network(record.arch, record.outputs, record.arguments, allow_import=self.trusts_code)
         network.load_state_dict(parse_state(self.vault.read_bytes(weights, "train"), weights))
         parts = split(network, model.hook, model.size)
         return CutNetwork(

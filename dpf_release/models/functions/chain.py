@@ -104,21 +104,23 @@ class Chain:
         return max((number + 1 for number, stage in enumerate(self.stages) if stage.mixes_rows), default=0)
 
 
-def build_chain(spec: str, features: FeatureSpec) -> Chain:
+def build_chain(spec: str, features: FeatureSpec, *, allow_import: bool = True) -> Chain:
     """A poisoning function from its name: `dpf`, `recombine:k=20`, `gaussian-filter:sigma=2+dpf:depth=4,width=64`.
+
+    Without `allow_import` no `package.module.Class` is imported.
 
     Raises:
         ConfigError: no such function or parameter, or a learned function that is not the last.
     """
-    stages = tuple(_build_stage(part.strip(), features) for part in spec.split("+"))
+    stages = tuple(_build_stage(part.strip(), features, allow_import) for part in spec.split("+"))
     if any(stage.network is not None for stage in stages[:-1]):
         raise ConfigError(f"expected a learned function last in a chain, as in 'gaussian-filter+dpf', found {spec!r}.")
     return Chain(spec, stages)
 
 
-def _build_stage(text: str, features: FeatureSpec) -> PoisoningFunction:
+def _build_stage(text: str, features: FeatureSpec, allow_import: bool) -> PoisoningFunction:
     name, _, rest = text.partition(":")
-    cls = FUNCTIONS.get(name) or _import_function(name)
+    cls = FUNCTIONS.get(name) or _import_function(name, allow_import)
     well_formed = re.fullmatch(r"\w+=[^,=]+(,\w+=[^,=]+)*", rest)
     parameters = dict(pair.split("=") for pair in rest.split(",")) if well_formed else {}
     if (rest or text.endswith(":")) and not parameters:
@@ -135,7 +137,9 @@ def _build_stage(text: str, features: FeatureSpec) -> PoisoningFunction:
     return cls(features, **values)
 
 
-def _import_function(name: str) -> type[PoisoningFunction]:
+def _import_function(name: str, allow_import: bool) -> type[PoisoningFunction]:
+    if not allow_import:
+        raise ConfigError(f"the poisoning function {name!r} is somebody's own code: say --trust-code to run it")
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute) if module.strip(".") == module != "" else None
