@@ -6,7 +6,22 @@ import json
 import pickle
 from pathlib import Path
 
-from corpus import FEATURIZER, INDEX, MODEL, change_header, edit, made, sparse, write_features
+from corpus import (
+    FEATURIZER,
+    INDEX,
+    MODEL,
+    PLANTED,
+    VAL,
+    change_header,
+    edit,
+    edit_manifest,
+    made,
+    signed,
+    sparse,
+    write_features,
+)
+
+from dpf_release.croissant import CROISSANT
 
 
 @made("schema", reads=False)
@@ -57,6 +72,62 @@ def _index_of_another_featurizer(release: Path) -> None:
 @made("schema", reads=False)
 def _index_of_a_million_levels(release: Path) -> None:
     (release / INDEX).write_bytes(b'{"splits":' + b"[" * 10**6)
+
+
+def hide(path: Path, key: str) -> None:
+    """A text under a key that comes again: readers take the last, and `strings` shows both."""
+    path.write_text(path.read_text().replace("{", f'{{"{key}": "{PLANTED.decode()}",', 1))
+
+
+@made("schema", reads=False)
+def _index_with_a_key_twice(release: Path) -> None:
+    hide(release / INDEX, "format")
+
+
+@made("schema")
+def _model_with_a_key_twice(release: Path) -> None:
+    hide(release / MODEL, "arch")
+
+
+@made("structure")
+def _croissant_with_a_key_twice(release: Path) -> None:
+    hide(release / CROISSANT, "name")
+
+
+@made("structure")
+def _record_of_weights_with_a_key_twice(release: Path) -> None:
+    def change(tree: dict[str, dict[str, str]]) -> None:
+        said = tree["__metadata__"]
+        said["record"] = said["record"].replace("{", f'{{"arch": "{PLANTED.decode()}",', 1)
+
+    change_header(release / FEATURIZER, change)
+    write_features(release)
+
+
+# --------------------------------------------------------------------------------------------- what is not there
+
+
+@signed("structure")
+def _no_files(release: Path) -> None:
+    for path in [path for path in release.rglob("*") if path.is_file() and path.parent != release]:
+        path.unlink()
+    for folder in ("features/train", "features/val", "features", "model"):
+        (release / folder).rmdir()
+    (release / "README.md").unlink()
+    (release / CROISSANT).unlink()
+
+
+@signed("structure", reads=True)
+def _no_card(release: Path) -> None:
+    (release / "README.md").unlink()
+
+
+@signed("structure", reads=True)
+def _split_of_no_shards(release: Path) -> None:
+    (release / VAL).unlink()
+    (release / VAL).parent.rmdir()
+    edit(release / INDEX, lambda tree: tree["splits"].update(val=[]))
+    edit_manifest(release, lambda tree: tree["splits"].update(val=0))
 
 
 @made("schema", reads=False)

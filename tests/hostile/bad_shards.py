@@ -20,6 +20,7 @@ from corpus import (
     PLANTED,
     ROW_BYTES,
     ROWS,
+    SECOND,
     SECRET,
     SHAPE,
     VAL,
@@ -27,6 +28,7 @@ from corpus import (
     made,
     poke,
     secret,
+    tampered,
     write_features,
 )
 
@@ -543,6 +545,29 @@ def _weights_for_a_shard(release: Path) -> None:
 @bad_shard("values", opens=True, reads=True)
 def _features_that_are_not_numbers(shard: h5py.File, release: Path) -> None:
     shard["features"][2, 1, 2, 3] = np.nan
+
+
+@bad_shard("values", opens=True, reads=True)
+def _id_twice_in_a_shard(shard: h5py.File, release: Path) -> None:
+    shard["id"][1] = shard["id"][3]
+
+
+@bad_shard("values", opens=True, reads=True)
+def _id_of_another_shard(shard: h5py.File, release: Path) -> None:
+    with h5py.File(release / SECOND, "r") as other:
+        shard["id"][1] = other["id"][3]
+
+
+@bad_shard("values", opens=True, reads=True)
+def _ids_of_another_split(shard: h5py.File, release: Path) -> None:
+    with h5py.File(release / VAL, "r") as other:
+        shard["id"][:] = other["id"][:]
+
+
+@tampered("unexpected")
+def _external_link_beside_a_stray_file(release: Path) -> None:
+    _external_link(release)
+    (release / "stray.txt").write_text("a file that no manifest lists\n")
 
 
 @bad_shard("values", opens=True, reads=True)
