@@ -416,16 +416,22 @@ def _pieces(content: bytes, *lengths: int) -> list[bytes]:
 
 def _are_filters(body: bytes, item: int, sides: tuple[int, ...]) -> bool:
     """Whether a message says nothing but one of format 1's chains of filters, for chunks of these sides."""
-    if body[:2] == b"\2\2":
+    if len(body) == 22:
         level = body[-4:]
-        gzip = struct.pack("<HHHI", SHUFFLE, body[4], 1, item) + struct.pack("<HHH", DEFLATE, body[14], 1) + level
-        return body[2:] == gzip and {body[4], body[14]} <= {0, 1} and int.from_bytes(level, "little") <= 9
+        gzip = (
+            b"\2\2"
+            + struct.pack("<HHHI", SHUFFLE, body[4], 1, item)
+            + struct.pack("<HHH", DEFLATE, body[14], 1)
+            + level
+        )
+        return body == gzip and {body[4], body[14]} <= {0, 1} and int.from_bytes(level, "little") <= 9
     head = struct.pack("<BBHHHH", 2, 1, BLOSC2, len(BLOSC2_NAME), 0, BLOSC2_NUMBERS) + BLOSC2_NAME
-    numbers = struct.unpack(f"<{BLOSC2_NUMBERS}I", body[len(head) :])
+    if not body.startswith(head) or len(body) != len(head) + 4 * BLOSC2_NUMBERS:
+        return False
+    numbers = struct.unpack_from(f"<{BLOSC2_NUMBERS}I", body, len(head))
     # Its version, level, shuffle and codec are numbers of its own; the rest is the chunk's.
     return (
-        body.startswith(head)
-        and max(numbers[:2] + numbers[4:7]) < 256
+        max(numbers[:2] + numbers[4:7]) < 256
         and numbers[2:4] == (item, item * math.prod(sides))
         and numbers[7:] == (len(sides), *sides)
     )
