@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
+import torch
 from corpus import (
     FEATURIZER,
     INDEX,
@@ -22,6 +24,7 @@ from corpus import (
 )
 
 from dpf_release.croissant import CROISSANT
+from dpf_release.models.weights import state_file
 
 
 @made("schema", reads=False)
@@ -171,6 +174,19 @@ def _regnet_of_600_million_parameters(release: Path) -> None:
 @made(opens=True, network=True)
 def _images_of_16_million_pixels(release: Path) -> None:
     edit(release / MODEL, lambda tree: tree["preprocess"].update(size=[4096, 4096]))
+    _say_in_the_featurizer(release)
+
+
+@made(opens=True, network=True)
+def _network_of_much_work(release: Path) -> None:
+    """Weights of 40 MB and tensors below 256 MiB each; together they took minutes and gigabytes."""
+
+    def change(tree: dict[str, Any]) -> None:
+        tree.update(arch="densenet201", arguments={}, hook="features.denseblock1")
+        tree["preprocess"].update(size=[1400, 1400])
+
+    edit(release / MODEL, change)
+    (release / FEATURIZER).write_bytes(state_file({"x": torch.zeros(10_000_000)}))
     _say_in_the_featurizer(release)
 
 

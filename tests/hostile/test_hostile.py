@@ -107,6 +107,15 @@ def test_the_untouched_release_is_let_in_by_every_entry(release: Path, battery: 
         assert result == {"raised": "", "typed": True, "kinds": [], "text": ""}
 
 
+def test_a_card_of_a_megabyte_of_words_is_let_in_and_costs_little(release: Path, battery: Battery) -> None:
+    (release / "README.md").write_text(" ".join(f"{number:x}" for number in range(150_000)))
+    resign(release)
+    found = battery.run(release, ["verify", "deep", "open"])
+    for result in found["results"].values():
+        assert result == {"raised": "", "typed": True, "kinds": [], "text": ""}
+    _check_harmless(found, release)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_bad_release_is_refused_and_does_no_harm(release: Path, battery: Battery, name: str) -> None:
     kind = KINDS[name]
