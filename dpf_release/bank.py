@@ -266,7 +266,7 @@ class _GzipShard:
                 octets = unpack.decompress(octets, self.row_bytes + 1)
             except zlib.error as error:
                 raise BankError(f"row {row} of {self.name} cannot be unpacked: {error}. Fetch it again.") from error
-            whole = unpack.eof
+            whole = unpack.eof and not unpack.unused_data
         if mask not in {0, DEFLATE_LEFT_OUT} or not whole or len(octets) != self.row_bytes:
             raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
         shuffled = np.frombuffer(octets, np.uint8).reshape(2, -1)  # all low bytes, then all high bytes

@@ -1,8 +1,9 @@
-"""Work on files that may be hostile, in a child process that can use little and reach nothing. No torch.
+"""Work on files that may be hostile, in a child process that can use little. No torch.
 
 The child is Python with this package and its own limits: memory, processor time, files that it opens, none that it
 writes. It inherits no open file and no variable but where Python finds its packages, loads no HDF5 plugin, and answers
-in JSON lines, of which a bounded number is read. Whatever it dies of, its parent lives and learns of it.
+in JSON lines, of which a bounded number is read. Whatever it dies of, its parent lives and learns of it. It is no jail:
+the network, and every file that its user can read, are open to it.
 """
 
 from __future__ import annotations

@@ -31,10 +31,24 @@ MAX_BLOCKS, MAX_BLOCK_BYTES = 64, 2**16
 # Types of header messages.
 NOTHING, DATASPACE, LINK_INFO, DATATYPE, FILL_VALUE, LINK, LAYOUT = 0x00, 0x01, 0x02, 0x03, 0x05, 0x06, 0x08
 GROUP_INFO, FILTERS, ATTRIBUTE, CONTINUATION, ATTRIBUTE_INFO = 0x0A, 0x0B, 0x0C, 0x10, 0x15
-# Classes of types, and of layouts; kinds of chunk indexes.
-INTEGER, FLOAT, ENUM, VARIABLE = 0, 1, 8, 9
+# Classes of layouts; kinds of chunk indexes.
 CONTIGUOUS, CHUNKED = 1, 2
 SINGLE, IMPLICIT, FIXED_ARRAY = 1, 2, 3
+# Whole messages, which have no room for more: a data set's types and the bytes of a value, an attribute's, ...
+NUMBERS = {
+    bytes.fromhex("11200f0002000000000010000a05000a0f000000"): 2,  # float16
+    bytes.fromhex("11201f000400000000002000170800177f000000"): 4,  # float32
+    bytes.fromhex("100800000800000000004000"): 8,  # int64
+    bytes.fromhex("100000000100000000000800"): 1,  # uint8
+}
+TEXT = bytes.fromhex("1901010010000000" + "100000000100000000000800")
+TRUTH = bytes.fromhex("3802000001000000" + "100800000100000000000800") + b"FALSE\0TRUE\0\0\1"
+ONE_VALUE = bytes.fromhex("02000000")
+NO_HEAP = bytes.fromhex("0000") + b"\xff" * 16  # links, or attributes, are in the header itself
+NO_GROUP_INFO = bytes.fromhex("0000")
+# Filters, with the numbers that they are given: shuffle's bytes of a value, deflate's level, Blosc2's of a row.
+SHUFFLE, DEFLATE, BLOSC2 = 2, 1, 32026
+BLOSC2_NAME, BLOSC2_NUMBERS = b"blosc2\0", 12
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,7 @@ class _Walk:
     rows: dict[str, StoredRows] = field(default_factory=dict)
     begins: dict[str, int] = field(default_factory=dict)
     texts: dict[int, dict[int, int]] = field(default_factory=dict)  # heap -> number in it -> length
+    attributes: set[bytes] = field(default_factory=set)
 
     def layout(self) -> ShardLayout:
         root = self._superblock()
@@ -132,10 +147,8 @@ class _Walk:
                 members[member] = address
             elif kind == ATTRIBUTE:
                 self._attribute(body)
-            elif kind in {LINK_INFO, ATTRIBUTE_INFO}:
-                self._refuse_heap(kind, body, "the root group")
-            elif kind != GROUP_INFO:
-                self._refuse(f"the root group has more than format 1: {_named(kind)}")
+            elif body != {LINK_INFO: NO_HEAP, ATTRIBUTE_INFO: NO_HEAP, GROUP_INFO: NO_GROUP_INFO}.get(kind):
+                self._refuse(f"the root group has more than format 1, or too much: {_named(kind)}")
         for member, address in members.items():
             self._dataset(member, address)
         for address, texts in self.texts.items():
@@ -209,21 +222,22 @@ class _Walk:
         flags = prefix[5]
         if flags & 0x20:
             self.timed.append(what)
-        begin = 6 + (16 if flags & 0x20 else 0) + (4 if flags & 0x10 else 0)
+        if flags & ~0x23:
+            self._refuse(f"the header of {what} has more than format 1")
+        begin = 6 + (16 if flags & 0x20 else 0)
         width = 1 << (flags & 3)
         length = int.from_bytes(self._read(address + begin, width), "little")
         blocks = [(address, begin + width, begin + width + length + 4)]
-        header = 6 if flags & 4 else 4
         while blocks:
             start, position, length = blocks.pop(0)
             block = self._block(start, length, f"the header of {what}")
             if start != address and block[:4] != b"OCHK":
                 self._refuse(f"the header of {what} goes on where there is none")
             end = length - 4  # the checksum is HDF5's to check
-            while end - position >= header:
+            while end - position >= 4:
                 kind, size, message_flags = struct.unpack_from("<BHB", block, position)
-                body, position = block[position + header : position + header + size], position + header + size
-                if position > end or message_flags & 2:
+                body, position = block[position + 4 : position + 4 + size], position + 4 + size
+                if position > end or message_flags & ~5:
                     self._refuse(f"the header of {what} is cut off, or shared with another")
                 if kind == NOTHING:
                     self.unused.append((start + position - size, start + position))
@@ -234,41 +248,30 @@ class _Walk:
                     yield kind, body
             self.unused.append((start + position, start + end))
 
-    def _refuse_heap(self, kind: int, body: bytes, what: str) -> None:
-        """Links and attributes are in the header itself, where there are few."""
-        counter = (8 if kind == LINK_INFO else 2) if body[1] & 1 else 0
-        if struct.unpack_from("<QQ", body, 2 + counter) != (NOWHERE, NOWHERE):
-            self._refuse(f"{what} has too many links or attributes")
-
     def _link(self, body: bytes) -> tuple[str, int]:
         """The name of a member and the address of its header."""
-        version, flags = body[0], body[1]
-        position = 2
-        kind = 0
-        if flags & 8:
-            kind, position = body[position], position + 1
-        position += (8 if flags & 4 else 0) + (1 if flags & 16 else 0)
-        width = 1 << (flags & 3)
-        length = int.from_bytes(body[position : position + width], "little")
-        name = body[position + width : position + width + length].decode("ascii", errors="replace")
+        begin = 4 if body[1] & 8 else 3  # a link that is none to a header of this file says its kind
+        end = begin + body[begin - 1]
+        name = body[begin:end].decode("ascii", errors="replace")
         if not re.fullmatch(r"[A-Za-z0-9_ .-]{1,64}", name):
             self._refuse("a member has a name that is none")
-        if version != 1 or kind != 0:
+        if body[:2] != b"\1\0":
             self._refuse(f"/{name} is a link")
-        return name, struct.unpack_from("<Q", body, position + width + length)[0]
+        return name, struct.unpack("<Q", body[end:])[0]
 
     def _attribute(self, body: bytes) -> None:
-        """That it is a number, a truth value or a text; where its text lies is noted."""
-        version, flags, name_bytes, type_bytes, space_bytes = struct.unpack_from("<BBHHH", body)
-        begin = 9 + name_bytes
-        kind = body[begin] & 15
-        base = body[begin + 8] & 15 if kind in {ENUM, VARIABLE} else INTEGER
-        if version != 3 or flags or kind not in {INTEGER, ENUM, VARIABLE} or base != INTEGER:
-            self._refuse("an attribute is no number, truth value or text")
-        values = body[begin + type_bytes + space_bytes :]
-        for length, address, number in struct.iter_unpack("<IQI", values if kind == VARIABLE else b""):
-            if length:
-                self.texts.setdefault(address, {})[number] = length
+        """That it is a number, a truth value or a text, and no more; where its text lies is noted."""
+        version, flags, name_bytes, type_bytes, space_bytes, alphabet = struct.unpack_from("<BBHHHB", body)
+        name, type_, space, value = _pieces(body[9:], name_bytes, type_bytes, space_bytes)
+        size = {TEXT: 16, TRUTH: 1}.get(type_) or NUMBERS.get(type_)
+        if (version, flags, alphabet, space, len(value)) != (3, 0, 0, ONE_VALUE, size):
+            self._refuse("an attribute is no number, truth value or text, or more than that")
+        if name.find(b"\0") != name_bytes - 1 or name in self.attributes:
+            self._refuse("an attribute has a name that is none, or that of another")
+        self.attributes.add(name)
+        if type_ == TEXT:
+            length, address, number = struct.unpack("<IQI", value)
+            self.texts.setdefault(address, {})[number] = length
 
     def _heap(self, address: int, texts: dict[int, int]) -> None:
         """That a heap of texts holds those of the attributes, and no others."""
@@ -276,18 +279,20 @@ class _Walk:
         head = self._read(address, 16)
         length = struct.unpack_from("<Q", head, 8)[0]
         heap = self._block(address, length, what)
-        if heap[:5] != b"GCOL\x01":
+        if heap[:8] != b"GCOL\1\0\0\0":
             self._refuse(f"{what} is none")
         found: set[int] = set()
         position = 16
         while length - position >= 16:
-            number, size = struct.unpack_from("<H6xQ", heap, position)
-            if number == 0:
+            number, nothing, size = struct.unpack_from("<H6sQ", heap, position)
+            if number == 0 and nothing == bytes(6) and size == length - position:  # the rest is free
                 position += 16
                 break
             stop = position + 16 + -(-size // 8) * 8
-            if stop > length or number in found or texts.get(number) != size:
+            if stop > length or number in found or nothing != bytes(6) or texts.get(number) != size:
                 self._refuse(f"{what} holds what no attribute names")
+            if b"\0" in heap[position + 16 : position + 16 + size]:
+                self._refuse(f"{what} holds a text that goes on behind its end")
             self.unused.append((address + position + 16 + size, address + stop))
             found.add(number)
             position = stop
@@ -298,58 +303,68 @@ class _Walk:
     # ----------------------------------------------------------------------------------------- data sets
 
     def _dataset(self, name: str, address: int) -> None:
-        what, shape, layout = f"/{name}", None, None
+        what = f"/{name}"
+        found: dict[int, bytes] = {}
         for kind, body in self._messages(address, what):
-            if kind == DATASPACE:
-                shape = self._shape(body)
-            elif kind == LAYOUT:
-                layout = body
-            elif kind == ATTRIBUTE_INFO:
-                self._refuse_heap(kind, body, what)
-            elif kind == DATATYPE:
-                if body[0] & 15 not in {INTEGER, FLOAT}:
-                    self._refuse(f"{what} holds no plain numbers")
-            elif kind not in {FILL_VALUE, FILTERS}:
+            if kind in found or kind not in {DATASPACE, DATATYPE, FILL_VALUE, LAYOUT, FILTERS, ATTRIBUTE_INFO}:
                 self._refuse(f"{what} is not a data set stored in this file, or is more: {_named(kind)}")
-        if shape is None or layout is None:
-            self._refuse(f"{what} is not a data set stored in this file: it lacks a shape or a layout")
-        version, layout_class = layout[0], layout[1]
-        if layout_class == CONTIGUOUS and version in {3, 4}:
-            self._piece(name, *struct.unpack_from("<QQ", layout, 2))
-        elif layout_class == CHUNKED and version == 4:
-            self._chunks(name, shape, layout)
+            found[kind] = body
+        if not {DATASPACE, DATATYPE, LAYOUT} <= found.keys():
+            self._refuse(f"{what} is not a data set stored in this file: it lacks a shape, a type or a layout")
+        shape, layout = self._shape(found[DATASPACE]), found[LAYOUT]
+        if found[DATATYPE] not in NUMBERS:
+            self._refuse(f"{what} holds no plain numbers of format 1")
+        item = NUMBERS[found[DATATYPE]]
+        if found.get(ATTRIBUTE_INFO, NO_HEAP) != NO_HEAP:
+            self._refuse(f"{what} has attributes")
+        fill = found.get(FILL_VALUE, b"\3\0")
+        if len(fill) != 2 or fill[0] != 3 or fill[1] & 0xF0:
+            self._refuse(f"{what} says what it holds where nothing was written")
+        if layout[:2] in {bytes([3, CONTIGUOUS]), bytes([4, CONTIGUOUS])} and FILTERS not in found:
+            start, count = struct.unpack("<QQ", layout[2:])
+            if count != math.prod(shape) * item:
+                self._refuse(f"{what} takes {count} bytes, not those of its values")
+            self._piece(name, start, count)
+        elif layout[:2] == bytes([4, CHUNKED]):
+            sides = self._chunks(name, shape, item, layout)
+            if FILTERS in found and not _are_filters(found[FILTERS], item, sides):
+                self._refuse(f"{what} has filters that are not those of format 1")
         else:
             self._refuse(f"{what} is not a data set stored in this file, as format 1 stores it")
 
     def _shape(self, body: bytes) -> tuple[int, ...]:
-        version, rank = body[0], body[1]
-        if version != 2:
-            self._refuse("a data set has a shape of another version")
-        return struct.unpack_from(f"<{rank}Q", body, 4)
+        rank = body[1]
+        shape = struct.unpack_from(f"<{rank}Q", body, 4)
+        # With or without the shape that it can grow to, which is its own.
+        whole = [struct.pack(f"<4B{rank * times}Q", 2, rank, times - 1, 1, *shape * times) for times in (1, 2)]
+        if body not in whole:
+            self._refuse("a data set has a shape of another kind, or can grow")
+        return shape
 
     def _piece(self, name: str, start: int, count: int) -> None:
         if start != NOWHERE:
             self._claim(start, count, f"/{name}")
             self.begins[name] = start
 
-    def _chunks(self, name: str, shape: tuple[int, ...], layout: bytes) -> None:
-        """Where the chunks lie, by one of the three indexes that HDF5 1.10 takes for a fixed shape."""
+    def _chunks(self, name: str, shape: tuple[int, ...], item: int, layout: bytes) -> tuple[int, ...]:
+        """The shape of a chunk; notes where they lie, by one of the three indexes of HDF5 1.10 for a fixed shape."""
         flags, rank, width = layout[2], layout[3], layout[4]
         sides = [int.from_bytes(layout[5 + i * width : 5 + (i + 1) * width], "little") for i in range(rank)]
         chunk_bytes = math.prod(sides)
-        if rank != len(shape) + 1 or not 0 < chunk_bytes < 2**63:
+        if rank != len(shape) + 1 or sides[-1] != item or not 0 < chunk_bytes < 2**63:
             self._refuse(f"/{name} has chunks of another rank than its own, or of no possible size")
         count = math.prod(-(-extent // side) for extent, side in zip(shape, sides, strict=False))
         index, rest = layout[5 + rank * width], layout[6 + rank * width :]
-        if index == SINGLE and flags & 2:
+        if index == SINGLE and flags == 2:
             size, mask, address = struct.unpack("<QIQ", rest)
             self.rows[name] = StoredRows(np.array([address], "u8"), np.array([size], "u8"), np.array([mask], "u4"))
-        elif index in {SINGLE, IMPLICIT}:
+        elif index in {SINGLE, IMPLICIT} and flags == 0:
             self._piece(name, struct.unpack("<Q", rest)[0], count * chunk_bytes)
-        elif index == FIXED_ARRAY:
+        elif index == FIXED_ARRAY and flags == 0 and rest[0] == PAGE_BITS:
             self._fixed_array(name, struct.unpack("<Q", rest[1:])[0], count, chunk_bytes)
         else:
             self._refuse(f"the chunks of /{name} are indexed in another way than format 1's")
+        return tuple(sides[:-1])
 
     def _fixed_array(self, name: str, address: int, count: int, chunk_bytes: int) -> None:
         """One entry a chunk: address and, where there are filters, stored size and mask; in pages where many."""
@@ -359,8 +374,8 @@ class _Walk:
         if count > MAX_CHUNKS:
             self._refuse(f"/{name} has {count} chunks, expected at most {MAX_CHUNKS}")
         head = self._block(address, 28, what)
-        magic, _, filtered, entry, page_bits, entries, table = struct.unpack_from("<4sBBBBQQ", head)
-        if magic != b"FAHD" or entries != count or page_bits != PAGE_BITS:
+        magic, filtered, entry, page_bits, entries, table = struct.unpack_from("<5sBBBQQ", head)
+        if magic != b"FAHD\0" or filtered > 1 or entries != count or page_bits != PAGE_BITS:
             self._refuse(f"{what} is not of its shape")
         if not (13 <= entry <= 20 if filtered else entry == 8):
             self._refuse(f"{what} has entries of {entry} bytes")
@@ -368,7 +383,7 @@ class _Walk:
         pages = -(-count // per_page) if count > per_page else 0
         prefix = 14 + -(-pages // 8) + (4 if pages else 0)
         self._claim(table, prefix + count * entry + (pages or 1) * 4, what)
-        if self._read(table, 4) != b"FADB":
+        if self._read(table, 14) != struct.pack("<5sBQ", b"FADB\0", filtered, address):
             self._refuse(f"{what} has no table")
         rows = StoredRows(np.empty(count, "u8"), np.full(count, chunk_bytes, "u8"), np.zeros(count, "u4"))
         self.file.seek(table + prefix)
@@ -388,6 +403,38 @@ def _numbers(octets: NDArray[np.uint8]) -> NDArray[np.uint64]:
     wide = np.zeros((len(octets), 8), np.uint8)
     wide[:, : octets.shape[1]] = octets
     return wide.view("<u8")[:, 0]
+
+
+def _pieces(content: bytes, *lengths: int) -> list[bytes]:
+    """Pieces of these lengths, and the rest."""
+    pieces = []
+    for length in lengths:
+        pieces.append(content[:length])
+        content = content[length:]
+    return [*pieces, content]
+
+
+def _are_filters(body: bytes, item: int, sides: tuple[int, ...]) -> bool:
+    """Whether a message says nothing but one of format 1's chains of filters, for chunks of these sides."""
+    if len(body) == 22:
+        level = body[-4:]
+        gzip = (
+            b"\2\2"
+            + struct.pack("<HHHI", SHUFFLE, body[4], 1, item)
+            + struct.pack("<HHH", DEFLATE, body[14], 1)
+            + level
+        )
+        return body == gzip and {body[4], body[14]} <= {0, 1} and int.from_bytes(level, "little") <= 9
+    head = struct.pack("<BBHHHH", 2, 1, BLOSC2, len(BLOSC2_NAME), 0, BLOSC2_NUMBERS) + BLOSC2_NAME
+    if not body.startswith(head) or len(body) != len(head) + 4 * BLOSC2_NUMBERS:
+        return False
+    numbers = struct.unpack_from(f"<{BLOSC2_NUMBERS}I", body, len(head))
+    # Its version, level, shuffle and codec are numbers of its own; the rest is the chunk's.
+    return (
+        max(numbers[:2] + numbers[4:7]) < 256
+        and numbers[2:4] == (item, item * math.prod(sides))
+        and numbers[7:] == (len(sides), *sides)
+    )
 
 
 def _named(kind: int) -> str:

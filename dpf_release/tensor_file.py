@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from dpf_release.errors import WeightsError
+from dpf_release.schema import MAX_BYTES as MAX_HEADER_BYTES
+from dpf_release.schema import bounded_json
 
-MAX_HEADER_BYTES = 16 * 2**20
 MAX_VALUES, MAX_RANK = 2**20, 8
 # Bytes of a value, by safetensors' name of its type.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -68,14 +69,10 @@ def _parsed(file: BinaryIO, name: str) -> TensorFile:
     if len(head) < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
         _refuse(name, f"its header would take {length} bytes of {size}, at most {MAX_HEADER_BYTES} are read")
     text = file.read(length)
-    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        _refuse(name, f"its header has more than {MAX_VALUES} values")
     try:
-        tree = json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
-    except RecursionError:
-        _refuse(name, "its header is nested too deeply")
+        tree = bounded_json(text, MAX_VALUES)
     except ValueError as error:
-        _refuse(name, f"its header is not JSON with each key once ({str(error)[:100]})")
+        _refuse(name, f"its header: {error}")
     if not isinstance(tree, dict):
         _refuse(name, "its header is no object")
     canonical = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode("utf-8", errors="replace")
@@ -110,17 +107,6 @@ def _entry(name: str, number: int, entry: Any) -> tuple[str, tuple[int, ...], in
 
 def _counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
 
 
 def _refuse(name: str, what: str) -> NoReturn:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import re
 import stat
 import unicodedata
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 
 from dpf_release.errors import SigningError
 from dpf_release.manifest import MANIFEST, SIGNATURE, SIGNER, SUMS, UNLISTED, Manifest, sums_of
-from dpf_release.schema import MAX_BYTES, MAX_VALUES
+from dpf_release.schema import MAX_BYTES, RepeatedKeyError, bounded_json
 from dpf_release.signing import MAX_KEY_BYTES, is_signed, parse_public_key, public_pem, read_public_key
 from dpf_release.storage import digest_of
 from dpf_release.tree import Tree, open_plain
@@ -125,44 +124,27 @@ def read_manifest(folder: Path) -> Manifest | Problem:
 
 def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Problem]]:
     """The manifest that the bytes of `manifest.json` hold, None where they hold none, and all that is wrong with it."""
-    if len(content) > MAX_BYTES:
-        return None, [_schema(f"expected at most {MAX_BYTES >> 20} MiB, found more")]
-    if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        return None, [_schema(f"expected at most {MAX_VALUES} values, found more")]
-    repeated: Counter[str] = Counter()
     try:
-        tree = json.loads(content.decode("utf-8"), object_pairs_hook=lambda pairs: _object(pairs, repeated))
-    except RecursionError:
-        return None, [_schema("nested deeper than a manifest is")]
+        tree = bounded_json(content)
+    except RepeatedKeyError as error:
+        return None, [Problem("duplicate", MANIFEST, f"{error}: {error.key[:MAX_NAME]}; no file was compared")]
     except ValueError as error:
-        return None, [_schema(f"not JSON in UTF-8: {error}")]
-    problems = [
-        Problem("duplicate", MANIFEST, f"a key stands twice in one object: {key[:MAX_NAME]}") for key in repeated
-    ]
+        return None, [_schema(str(error))]
     fields = tree if isinstance(tree, dict) else {}
     version = fields.get("format_version", 1)
     if version != 1:
         shown = str(version)[:20] if isinstance(version, int | float | str) else "something else"
         detail = f"expected format_version 1, found {shown}; a newer dpf-release may read it"
-        return None, [*problems, Problem("unknown version", MANIFEST, detail)]
+        return None, [Problem("unknown version", MANIFEST, detail)]
     paths = _path_problems(fields.get("files"))
     try:
-        return Manifest.model_validate_json(content, strict=True), problems + list(paths.values())
+        return Manifest.model_validate_json(content, strict=True), list(paths.values())
     except ValidationError as error:
-        return None, problems + list(paths.values()) + _schema_problems(error, set(paths))
+        return None, list(paths.values()) + _schema_problems(error, set(paths))
 
 
 def _schema(detail: str) -> Problem:
     return Problem("schema", MANIFEST, detail)
-
-
-def _object(pairs: list[tuple[str, Any]], repeated: Counter[str]) -> dict[str, Any]:
-    """A JSON object; a key that it has twice means one thing to one reader, and another to the next."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        repeated.update(key for key in counts if counts[key] > 1)
-    return found
 
 
 def _path_problems(files: Any) -> dict[int, Problem]:

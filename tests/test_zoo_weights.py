@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dpf_release.errors import ConfigError, WeightsError
+from dpf_release.models.hooks import split
 from dpf_release.models.weights import freeze, load_state, load_weights, save_state, state_bytes
 from dpf_release.models.zoo import (
     CifarResNet,
     build_network,
-    bytes_needed,
     is_public_architecture,
+    network_on_paper,
     public_architectures,
 )
 
@@ -71,28 +72,31 @@ def test_torchvision_networks_are_built_for_any_number_of_outputs_without_a_warn
 
 
 @pytest.mark.parametrize("arch", ["resnet20_cifar", "resnet18", "densenet121", "regnet_y_400mf", "googlenet"])
-def test_what_a_network_takes_is_known_before_it_is_built(arch: str) -> None:
-    network = build_network(arch, 7).eval()
-    largest = 0
-
-    def note(module: nn.Module, inputs: object, output: object) -> None:
-        nonlocal largest
-        largest = max(largest, output.nbytes if isinstance(output, Tensor) else 0)
-
-    for module in network.modules():
-        module.register_forward_hook(note)
-    with torch.no_grad():
-        network(torch.zeros(2, 3, 64, 64))
-    stored = sum(value.nbytes for value in network.state_dict().values())
-    assert bytes_needed(arch, 7, {}, (64, 64)) == (stored, largest)
-    assert bytes_needed(arch, 8, {}, (96, 96)) > (stored, largest)
+def test_a_network_on_paper_has_the_shapes_of_the_built_one_and_no_room(arch: str) -> None:
+    built, on_paper = build_network(arch, 7).state_dict(), network_on_paper(arch, 7, {}).state_dict()
+    shapes = [{key: (value.shape, value.dtype) for key, value in state.items()} for state in (built, on_paper)]
+    assert shapes[0] == shapes[1]
+    assert all(value.is_meta for value in on_paper.values())
+    assert not any(value.is_meta for value in built.values())
 
 
-def test_a_giant_is_known_without_room_for_it() -> None:
+@pytest.mark.parametrize(("arch", "hook"), [("resnet20_cifar", "conv4_1"), ("googlenet", "maxpool3")])
+def test_a_network_on_paper_is_cut_as_the_built_one_and_takes_its_weights(arch: str, hook: str) -> None:
+    built, on_paper = (split(make(arch, 7, {}), hook, (64, 64)) for make in (build_network, network_on_paper))
+    assert built.hook == on_paper.hook
+    images = torch.rand(1, 3, 64, 64)
+    features = built.featurizer.eval()(images)
+    on_paper.featurizer.load_state_dict(built.featurizer.state_dict(), assign=True)
+    assert torch.equal(on_paper.featurizer.eval()(images), features)
+    assert on_paper.classifier(features.to("meta")).is_meta  # the control: it has none yet
+
+
+def test_a_giant_on_paper_is_cut_without_room_for_it() -> None:
     before = torch.random.get_rng_state()
-    stored, largest = bytes_needed("resnet56_cifar", 10, {"width": 1024}, (4096, 4096))
-    assert stored > 10 * 2**30
-    assert largest > 100 * 2**30  # twice: no machine of the tests has that
+    network = network_on_paper("resnet56_cifar", 10, {"width": 1024})
+    assert sum(value.nbytes for value in network.state_dict().values()) > 10 * 2**30
+    parts = split(network, "conv3_1", (4096, 4096))  # its features would take 128 GiB
+    assert parts.hook.shape == (2048, 2048, 2048)
     assert torch.equal(before, torch.random.get_rng_state())
 
 

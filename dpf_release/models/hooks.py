@@ -57,7 +57,7 @@ class Split:
         featurizer: φ1, images (N, 3, H, W) to features (N, *hook.shape).
         classifier: φ2, features to what the network returns.
         hook: where it was cut.
-        non_negative: no feature of the probe batch is below 0, as where φ1 ends in a ReLU.
+        non_negative: no feature of the probe batch is below 0, as where φ1 ends in a ReLU; False on the meta device.
     """
 
     featurizer: nn.Module
@@ -120,6 +120,7 @@ def split(network: nn.Module, hook: str, image_size: tuple[int, int]) -> Split:
     eval) that it has there. Together their state dicts have the names of Φ's that its forward pass uses.
     Operations that would overwrite their input are made out of place. Where the cut needs `torch.fx`,
     Python code of a forward pass that asks for `self.training` keeps what it does in eval mode.
+    A network on torch's meta device is cut by its shapes alone: no value is computed, and none compared.
 
     Args:
         network: maps images (N, 3, H, W) to one tensor; it is left as it is, and the random state too.
@@ -141,20 +142,23 @@ def split(network: nn.Module, hook: str, image_size: tuple[int, int]) -> Split:
         featurizer=_placed_as(network, copy.deepcopy(featurizer)),
         classifier=_placed_as(network, classifier),
         hook=_hook_point(network, path, features.shape),
-        non_negative=bool((features >= 0).all()),
+        non_negative=not features.is_meta and bool((features >= 0).all()),
     )
 
 
 def _probed(network: nn.Module, image_size: tuple[int, int]) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return a copy of Φ on the CPU in eval mode, a probe batch (2, 3, H, W), and Φ's output on it."""
+    """Return a copy of Φ in eval mode, on the CPU or on paper, a probe batch (2, 3, H, W), and Φ's output on it."""
     if any(isinstance(module, _TOKEN_MIXERS) for module in network.modules()):
         raise HookError(
             f"{type(network).__name__} is a vision transformer: its features are tokens, and a feature bank "
             "holds feature maps (N, C, H, W). Choose a convolutional network, such as resnet50"
         )
-    reference = copy.deepcopy(network).cpu().eval()
+    on_paper = any(t.is_meta for t in tensors_of(network))
+    reference = (copy.deepcopy(network) if on_paper else copy.deepcopy(network).cpu()).eval()
     dtype = next((t.dtype for t in tensors_of(reference) if t.is_floating_point()), torch.float32)
-    probe = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    probe = torch.empty(2, 3, *image_size, device="meta", dtype=dtype)
+    if not on_paper:
+        probe = torch.randn(probe.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             output = reference(probe.clone())
@@ -292,4 +296,6 @@ def _placed_as(network: nn.Module, half: nn.Module) -> nn.Module:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     # Bytes and not values: an untrained network may overflow, and NaN differs from itself.
-    return a.shape == b.shape and torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))
+    if a.shape != b.shape or a.is_meta:
+        return a.shape == b.shape
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))

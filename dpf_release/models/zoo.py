@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import re
@@ -165,33 +164,19 @@ class _OnPaper(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **({"device": "meta"} if made else {})})
 
 
-def bytes_needed(arch: str, outputs: int, arguments: Mapping[str, int], image_size: tuple[int, int]) -> tuple[int, int]:
-    """Bytes of a network's weights, and of the largest tensor when two images go through it; it is not built.
+def network_on_paper(arch: str, outputs: int, arguments: Mapping[str, int]) -> nn.Module:
+    """A network of the allow list without room for its weights, which are on torch's meta device: shapes alone.
 
     Args:
         arch: a name of the allow list, as for `build_network`.
         outputs: as for `build_network`.
         arguments: as for `build_network`.
-        image_size: (H, W) in pixels.
 
     Raises:
         ConfigError: as for `build_network`.
     """
     with _OnPaper(), torch.random.fork_rng(devices=[]):
-        network = build_network(arch, outputs, arguments).eval()
-    largest = 0
-
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, output.nbytes)
-
-    for module in network.modules():
-        module.register_forward_hook(note)
-    # A network that does not take these images is told so where it is cut.
-    with torch.no_grad(), contextlib.suppress(AssertionError, LookupError, RuntimeError, TypeError, ValueError):
-        network(torch.empty(2, 3, *image_size, device="meta"))
-    return sum(value.nbytes for value in network.state_dict().values()), largest
+        return build_network(arch, outputs, arguments).to("meta")
 
 
 def _checked_arguments(arch: str, arguments: Mapping[str, int], accepted: set[str]) -> dict[str, int]:

@@ -5,8 +5,26 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
-from corpus import FEATURIZER, INDEX, MODEL, change_header, edit, made, sparse, write_features
+import torch
+from corpus import (
+    FEATURIZER,
+    INDEX,
+    MODEL,
+    PLANTED,
+    VAL,
+    change_header,
+    edit,
+    edit_manifest,
+    made,
+    signed,
+    sparse,
+    write_features,
+)
+
+from dpf_release.croissant import CROISSANT
+from dpf_release.models.weights import state_file
 
 
 @made("schema", reads=False)
@@ -59,6 +77,62 @@ def _index_of_a_million_levels(release: Path) -> None:
     (release / INDEX).write_bytes(b'{"splits":' + b"[" * 10**6)
 
 
+def hide(path: Path, key: str) -> None:
+    """A text under a key that comes again: readers take the last, and `strings` shows both."""
+    path.write_text(path.read_text().replace("{", f'{{"{key}": "{PLANTED.decode()}",', 1))
+
+
+@made("schema", reads=False)
+def _index_with_a_key_twice(release: Path) -> None:
+    hide(release / INDEX, "format")
+
+
+@made("schema")
+def _model_with_a_key_twice(release: Path) -> None:
+    hide(release / MODEL, "arch")
+
+
+@made("structure")
+def _croissant_with_a_key_twice(release: Path) -> None:
+    hide(release / CROISSANT, "name")
+
+
+@made("structure")
+def _record_of_weights_with_a_key_twice(release: Path) -> None:
+    def change(tree: dict[str, dict[str, str]]) -> None:
+        said = tree["__metadata__"]
+        said["record"] = said["record"].replace("{", f'{{"arch": "{PLANTED.decode()}",', 1)
+
+    change_header(release / FEATURIZER, change)
+    write_features(release)
+
+
+# --------------------------------------------------------------------------------------------- what is not there
+
+
+@signed("structure")
+def _no_files(release: Path) -> None:
+    for path in [path for path in release.rglob("*") if path.is_file() and path.parent != release]:
+        path.unlink()
+    for folder in ("features/train", "features/val", "features", "model"):
+        (release / folder).rmdir()
+    (release / "README.md").unlink()
+    (release / CROISSANT).unlink()
+
+
+@signed("structure", reads=True)
+def _no_card(release: Path) -> None:
+    (release / "README.md").unlink()
+
+
+@signed("structure", reads=True)
+def _split_of_no_shards(release: Path) -> None:
+    (release / VAL).unlink()
+    (release / VAL).parent.rmdir()
+    edit(release / INDEX, lambda tree: tree["splits"].update(val=[]))
+    edit_manifest(release, lambda tree: tree["splits"].update(val=0))
+
+
 @made("schema", reads=False)
 def _index_of_64_mebibytes(release: Path) -> None:
     sparse(release / INDEX, 2**26)
@@ -100,6 +174,19 @@ def _regnet_of_600_million_parameters(release: Path) -> None:
 @made(opens=True, network=True)
 def _images_of_16_million_pixels(release: Path) -> None:
     edit(release / MODEL, lambda tree: tree["preprocess"].update(size=[4096, 4096]))
+    _say_in_the_featurizer(release)
+
+
+@made(opens=True, network=True)
+def _network_of_much_work(release: Path) -> None:
+    """Weights of 40 MB and tensors below 256 MiB each; together they took minutes and gigabytes."""
+
+    def change(tree: dict[str, Any]) -> None:
+        tree.update(arch="densenet201", arguments={}, hook="features.denseblock1")
+        tree["preprocess"].update(size=[1400, 1400])
+
+    edit(release / MODEL, change)
+    (release / FEATURIZER).write_bytes(state_file({"x": torch.zeros(10_000_000)}))
     _say_in_the_featurizer(release)
 
 

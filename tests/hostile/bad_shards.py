@@ -20,6 +20,7 @@ from corpus import (
     PLANTED,
     ROW_BYTES,
     ROWS,
+    SECOND,
     SECRET,
     SHAPE,
     VAL,
@@ -27,10 +28,11 @@ from corpus import (
     made,
     poke,
     secret,
+    tampered,
     write_features,
 )
 
-from dpf_release.shard_layout import read_layout
+from dpf_release.shard_layout import DATATYPE, FILTERS, LAYOUT, read_layout
 
 V110 = ("v110", "v110")
 
@@ -546,6 +548,29 @@ def _features_that_are_not_numbers(shard: h5py.File, release: Path) -> None:
 
 
 @bad_shard("values", opens=True, reads=True)
+def _id_twice_in_a_shard(shard: h5py.File, release: Path) -> None:
+    shard["id"][1] = shard["id"][3]
+
+
+@bad_shard("values", opens=True, reads=True)
+def _id_of_another_shard(shard: h5py.File, release: Path) -> None:
+    with h5py.File(release / SECOND, "r") as other:
+        shard["id"][1] = other["id"][3]
+
+
+@bad_shard("values", opens=True, reads=True)
+def _ids_of_another_split(shard: h5py.File, release: Path) -> None:
+    with h5py.File(release / VAL, "r") as other:
+        shard["id"][:] = other["id"][:]
+
+
+@tampered("unexpected")
+def _external_link_beside_a_stray_file(release: Path) -> None:
+    _external_link(release)
+    (release / "stray.txt").write_text("a file that no manifest lists\n")
+
+
+@bad_shard("values", opens=True, reads=True)
 def _infinite_features(shard: h5py.File, release: Path) -> None:
     shard["features"][3, 7, 7, 7] = -np.inf
 
@@ -593,3 +618,90 @@ def _blosc2_chunk_of_a_gibibyte(release: Path) -> None:
 @made("structure", reads=False)
 def _blosc2_garbage(release: Path) -> None:
     in_frame(release, (235, b"\xff" * 600))
+
+
+# --------------------------------------------------------------------------------- texts that HDF5 reads over
+
+
+def checksum(data: bytes) -> int:
+    """Bob Jenkins' lookup3, which HDF5 puts behind each block of a header."""
+    words = struct.unpack(f"<{-(-len(data) // 12) * 3}I", data + bytes(-len(data) % 12))
+    a = b = c = 0xDEADBEEF + len(data)
+
+    def turned(value: int, bits: int) -> int:
+        return (value << bits | value >> 32 - bits) % 2**32
+
+    for place in range(0, len(words), 3):
+        a, b, c = ((old + new) % 2**32 for old, new in zip((a, b, c), words[place : place + 3], strict=True))
+        for bits in (4, 6, 8, 16, 19, 4) if place + 3 < len(words) else ():
+            a, b, c = b, (c + b) % 2**32, (a - c) % 2**32 ^ turned(c, bits)
+    for bits in (14, 11, 25, 16, 4, 14, 24):
+        a, b, c = b, ((c ^ b) - turned(b, bits)) % 2**32, a
+    return b
+
+
+def with_message(path: Path, member: str, kind: int, change: Callable[[bytes], bytes]) -> None:
+    """A longer message in the header of a data set, whose reserve has room for it; with a right checksum."""
+    with h5py.File(path, "r") as shard:
+        begin = h5py.h5o.get_info(shard[member].id).addr
+    content = bytearray(path.read_bytes())
+    position, stop = begin + 8, begin + 8 + int.from_bytes(content[begin + 6 : begin + 8], "little")
+    messages = []
+    while position < stop:
+        found, size, flags = struct.unpack_from("<BHB", content, position)
+        body = bytes(content[position + 4 : position + 4 + size])
+        messages.append((found, flags, change(body) if found == kind else body))
+        position += 4 + size
+    grown = sum(4 + len(body) for _, _, body in messages) - (stop - begin - 8)
+    messages[-1] = (0, 0, messages[-1][2][grown:])
+    content[begin + 8 : stop] = b"".join(struct.pack("<BHB", k, len(body), flags) + body for k, flags, body in messages)
+    content[stop : stop + 4] = checksum(bytes(content[begin:stop])).to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+@made("structure", reads=False)
+def _text_behind_a_layout(release: Path) -> None:
+    with_message(release / FIRST, "label", LAYOUT, lambda body: body + PLANTED)
+
+
+@made("structure", reads=False)
+def _text_behind_a_type(release: Path) -> None:
+    with_message(release / FIRST, "id", DATATYPE, lambda body: body + PLANTED)
+
+
+@made("structure", reads=False)
+def _text_behind_the_name_of_a_filter(release: Path) -> None:
+    write_features(release, "blosc2")
+    name, text = b"blosc2\0", PLANTED + b"\0"
+    longer = struct.pack("<H", len(name + text))
+    with_message(
+        release / FIRST,
+        "features",
+        FILTERS,
+        lambda body: body[:4] + longer + body[6:10] + name + text + body[10 + len(name) :],
+    )
+
+
+@made("structure", reads=False)
+def _text_behind_the_numbers_of_a_filter(release: Path) -> None:
+    write_features(release, "gzip")
+    more = PLANTED.ljust(32)
+    with_message(
+        release / FIRST,
+        "features",
+        FILTERS,
+        lambda body: body[:6] + struct.pack("<H", 1 + len(more) // 4) + body[8:12] + more + body[12:],
+    )
+
+
+@made("structure", reads=False)
+def _text_behind_a_text(release: Path) -> None:
+    path = release / FIRST
+    with h5py.File(path, "r+", libver=V110) as shard:
+        shard.attrs["split"] = "train#" + PLANTED.decode()
+    poke(path, path.read_bytes().index(b"train#") + 5, b"\0")
+
+
+@made("structure", reads=False)
+def _text_behind_a_packed_row(release: Path) -> None:
+    with_chunk(release, zlib.compress(bytes(ROW_BYTES)) + PLANTED)

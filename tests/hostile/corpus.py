@@ -16,7 +16,17 @@ import torch
 
 from dpf_release.bank import BankIndex
 from dpf_release.bank_writer import BankWriter, SplitRows
-from dpf_release.manifest import MANIFEST, SUMS, Manifest, describe_files, role_of, write_manifest
+from dpf_release.croissant import CROISSANT, croissant
+from dpf_release.manifest import (
+    MANIFEST,
+    SUMS,
+    FileRecord,
+    Manifest,
+    describe_file,
+    describe_files,
+    role_of,
+    write_manifest,
+)
 from dpf_release.models.hooks import split
 from dpf_release.models.weights import state_file
 from dpf_release.models.zoo import build_network
@@ -77,13 +87,23 @@ def made(*found: str, **expected: Any) -> Any:
     """A change of what a file holds: raw, and with digests made right, which `--deep` finds as one of these kinds."""
 
     def register(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
-        def signed(release: Path) -> None:
+        name = make.__name__.removeprefix("_").replace("_", " ")
+        KINDS[name] = Kind(make, frozenset({"changed"}), frozenset({"changed"}))
+        return signed(*found, **expected)(make)
+
+    return register
+
+
+def signed(*found: str, **expected: Any) -> Any:
+    """The same with digests made right alone."""
+
+    def register(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def change(release: Path) -> None:
             make(release)
             resign(release)
 
         name = make.__name__.removeprefix("_").replace("_", " ")
-        KINDS[name] = Kind(make, frozenset({"changed"}), frozenset({"changed"}))
-        KINDS[f"{name}, re-signed"] = Kind(signed, frozenset(), frozenset(found), **expected)
+        KINDS[f"{name}, re-signed"] = Kind(change, frozenset(), frozenset(found), **expected)
         return make
 
     return register
@@ -114,6 +134,7 @@ def good_release(folder: Path) -> Path:
     (folder / CLASSIFIER).write_bytes(state_file(parts.classifier.state_dict()))
     write_text(folder / "README.md", "# A card\n")
     write_features(folder)
+    write_croissant(folder, {"name": "small", "version": "1.0.0", "licence": "cc0-1.0"})
     manifest = Manifest(
         name="small",
         version="1.0.0",
@@ -152,7 +173,7 @@ def write_features(release: Path, compression: str = "none") -> None:
 
 
 def resign(release: Path) -> None:
-    """What an attacker does: sizes and digests in index, manifest and sums are those of the files as they are."""
+    """What an attacker does: sizes and digests in index, croissant, manifest and sums are those of the files."""
     with contextlib.suppress(ValueError, KeyError, RecursionError, OSError, TypeError, AttributeError):
         tree = json.loads(_small(release / INDEX))
         for shards in tree["splits"].values():
@@ -160,20 +181,27 @@ def resign(release: Path) -> None:
                 path = release / "features" / shard["file"]
                 if path.is_file() and not path.is_symlink():
                     shard |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        write_json(release / INDEX, tree)
+        if tree != json.loads(_small(release / INDEX)):
+            write_json(release / INDEX, tree)
     tree = json.loads((release / MANIFEST).read_bytes())
-    tree["files"] = [
-        {
-            "path": path.relative_to(release).as_posix(),
-            "role": role_of(path.relative_to(release).as_posix()),
-            "bytes": path.stat().st_size,
-            "sha256": sha256_of(path),
-        }
-        for path in sorted(release.rglob("*"))
-        if path.is_file() and role_of(path.relative_to(release).as_posix())
-    ]
+    if (release / CROISSANT).is_file():
+        write_croissant(release, {key: tree[key] for key in ("name", "version", "licence")})
+    tree["files"] = [record.model_dump() for record in _records(release)]
     write_json(release / MANIFEST, tree)
     write_sums(release)
+
+
+def _records(release: Path) -> list[FileRecord]:
+    """Of every file that has a role."""
+    names = [path.relative_to(release).as_posix() for path in sorted(release.rglob("*")) if path.is_file()]
+    return [describe_file(release, name) for name in names if role_of(name)]
+
+
+def write_croissant(release: Path, said: dict[str, str]) -> None:
+    """`croissant.json` of the files as they are; one that says so already is left as it is."""
+    tree = croissant(**said, description="", files=_records(release))
+    if not (release / CROISSANT).is_file() or json.loads((release / CROISSANT).read_bytes()) != tree:
+        write_json(release / CROISSANT, tree)
 
 
 def write_sums(release: Path) -> None:

@@ -26,6 +26,7 @@ from dpf_release.bank import FeatureBank
 from dpf_release.errors import BankError, ConfigError, VerificationError
 from dpf_release.limits import run_limited
 from dpf_release.release import Level
+from dpf_release.shard_layout import read_layout
 from dpf_release.verification import verify
 
 BATTERY = Path(__file__).with_name("battery.py")
@@ -104,6 +105,15 @@ def test_the_untouched_release_is_let_in_by_every_entry(release: Path, battery: 
     found = battery.run(release, ["verify", "deep", "open", "network", "bank"], alone)
     for result in found["results"].values():
         assert result == {"raised": "", "typed": True, "kinds": [], "text": ""}
+
+
+def test_a_card_of_a_megabyte_of_words_is_let_in_and_costs_little(release: Path, battery: Battery) -> None:
+    (release / "README.md").write_text(" ".join(f"{number:x}" for number in range(150_000)))
+    resign(release)
+    found = battery.run(release, ["verify", "deep", "open"])
+    for result in found["results"].values():
+        assert result == {"raised": "", "typed": True, "kinds": [], "text": ""}
+    _check_harmless(found, release)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -203,6 +213,29 @@ def test_data_deleted_from_an_hdf5_file_stay_readable_in_its_bytes_and_are_found
     assert verify(release) == []
     with pytest.raises(VerificationError, match="belongs to nothing and is not zero"):
         Release.open(release)
+
+
+@pytest.mark.parametrize("behind", ["a layout", "a type", "the name of a filter", "a text"])
+def test_a_text_that_hdf5_reads_over_is_found(release: Path, good: Path, behind: str) -> None:
+    KINDS[f"text behind {behind}"].make(release)
+    assert PLANTED in (release / FIRST).read_bytes()
+    with h5py.File(good / FIRST, "r") as before, h5py.File(release / FIRST, "r") as after:
+        assert dict(before.attrs) == dict(after.attrs)  # to HDF5 nothing is there
+        for member in before:
+            np.testing.assert_array_equal(before[member][:], after[member][:])
+    with pytest.raises(BankError, match="is not a shard of format 1"):
+        read_layout(release / FIRST)
+
+
+@pytest.mark.parametrize(("other", "then"), [(b"split#planted", b"split\0planted"), (b"splat", b"split")])
+def test_an_attribute_has_one_name_that_ends_where_it_says(release: Path, other: bytes, then: bytes) -> None:
+    with h5py.File(release / FIRST, "r+", libver=("v110", "v110")) as shard:
+        shard.attrs[other.decode()] = 1
+    content = (release / FIRST).read_bytes()
+    read_layout(release / FIRST)  # which attributes there are, `check_shard` looks at
+    (release / FIRST).write_bytes(content.replace(other, then))
+    with pytest.raises(BankError, match="an attribute has a name that is none, or that of another"):
+        read_layout(release / FIRST)
 
 
 # What `Release.open` checks, and how often.
