@@ -31,28 +31,30 @@ from dpf_release.errors import NotGrantedError
 from dpf_release.pipeline import Project, featurize
 
 BUDGET = Budget(images=3000, decoders=1, shadows=0)
+SPLIT_OF = ("test", "val", "train", "train")
 NOTHING: References = None  # type: ignore[assignment]  # linkage and attributes are not compared with reconstructions
 
 
 @pytest.fixture(scope="module")
 def owner(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """The shapes as a table that says of each whether its ground is bright, and who drew it."""
+    """The shapes as a table that says of each on which side the shape is."""
     folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("linked") / "shapes"))
     rows = []
     for path in sorted((folder / "images" / "private").rglob("*.png")):
         if "007" in path.name and "disc" in path.name:
             continue
         with Image.open(path) as picture:
-            ground = "bright" if np.asarray(picture)[0, 0].mean() > 55 else "dark"
-        name = path.relative_to(folder).as_posix()
-        split_name = "test" if int(path.stem[-3:]) % 4 == 0 else "val" if int(path.stem[-3:]) % 4 == 1 else "train"
-        rows.append({"path": name, "label": path.parent.name, "ground": ground, "split": split_name})
+            _, places = np.nonzero(np.asarray(picture).min(axis=2) > 130)  # the shape is bright, its ground is not
+        row = {"path": path.relative_to(folder).as_posix(), "label": path.parent.name}
+        rows.append(
+            row | {"side": "left" if places.mean() < 15 else "right", "split": SPLIT_OF[int(path.stem[-3:]) % 4]}
+        )
     with (folder / "private.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
     text = (folder / "dpf.toml").read_text().replace('path = "images/private"', 'path = "private.csv"')
-    (folder / "dpf.toml").write_text(text + '\n[claims]\nattribute = "ground"\n')
+    (folder / "dpf.toml").write_text(text + '\n[claims]\nattribute = "side"\n')
     featurize(Project.open(folder / "dpf.toml"), restart=True)
     project = Project.open(folder / "dpf.toml")
     with project.working(public=True):
@@ -167,9 +169,10 @@ def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing
     clean, nothing = (attacked("A8", target, setting) for target in (planted(owner, "clean"), saying_nothing(owner)))
     (gain,), (none,) = clean.limits, nothing.limits
     assert gain.found is not None
-    assert gain.found.low > 0.15
+    assert gain.found.low > 0.1
     assert none.found is not None
-    assert none.found.low < 0.05 < none.found.high
+    assert none.found.low < 0.05
+    assert none.found.value < gain.found.value - 0.1
     reached = clean.reached()
     assert reached is not None
     noisy = attacked("A8", planted(owner, "weak-noise"), setting).against(reached)
@@ -179,7 +182,7 @@ def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing
 
 def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owner: Project, setting: Setting) -> None:
     labelled = draw_labelled(owner, planted(owner, "clean"), setting.truth, seed=0)
-    assert set(labelled.values) == {"bright", "dark"}
+    assert set(labelled.values) == {"left", "right"}
     assert not np.intersect1d(labelled.asked, labelled.known_rows).size
     assert abs(len(labelled.asked) - len(labelled.known_rows)) <= len(labelled.values)
     assert (labelled.public_values == -1).all()  # Q says nothing of it here

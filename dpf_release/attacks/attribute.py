@@ -19,7 +19,7 @@ from dpf_release.attacks.view import BATCH, Budget, LabelledRows, ReleaseView, R
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.training import Recipe, fit
 
-MOST_EPOCHS = 60
+MOST_EPOCHS = 200
 HELD_OUT = 0.15  # of each value's examples, to choose the epoch by
 LEAST_TO_HOLD_OUT = 4  # examples of a value, below which it needs them all
 TRAINING_BATCH, LEARNING_RATE, WEIGHT_DECAY = 64, 3e-3, 1e-4
