@@ -4,8 +4,10 @@ Nothing here imports the vault, the private images or P; a test holds that.
 """
 
 from dpf_release.attacks import (
+    alignment,
     attribute,
     deep_tap,
+    jigsaw,
     known_pairs,
     leaked_vault,
     linkage,
@@ -14,6 +16,7 @@ from dpf_release.attacks import (
     outputs,
     shadow,
     straw_men,
+    two_releases,
 )
 from dpf_release.attacks.interface import (
     ATTACKS,
@@ -55,8 +58,10 @@ __all__ = [
     "ReleaseView",
     "Result",
     "TwoReleases",
+    "alignment",
     "deep_tap",
     "optimisation",
+    "jigsaw",
     "outputs",
     "known_pairs",
     "leaked_vault",
@@ -67,4 +72,5 @@ __all__ = [
     "registered",
     "shadow",
     "straw_men",
+    "two_releases",
 ]

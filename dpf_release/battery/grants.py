@@ -18,10 +18,12 @@ from dpf_release.attacks.view import (
     Budget,
     Candidates,
     HeldPictures,
+    HeldRows,
     KnownPairs,
     LabelledRows,
     LeakedVault,
     ReleaseView,
+    TwoReleases,
 )
 from dpf_release.battery.candidates import draw_labelled, draw_suspects
 from dpf_release.battery.targets import Target
@@ -133,12 +135,20 @@ def _known_pairs(target: Target, setting: Setting) -> dict[str, Any]:
     return {"pictures": HeldPictures(len(rows), lambda numbers: truth.read(own[numbers])), "pair_rows": rows}
 
 
+def _two_releases(target: Target, setting: Setting) -> dict[str, Any]:
+    """Another release of the same pictures, its rows in an order that says nothing."""
+    other = target.second(setting.project)
+    order = np.random.default_rng([setting.seed, 9]).permutation(len(other))
+    return {"other": HeldRows(other.targets[order], lambda rows: other.read(order[rows]))}
+
+
 # What a view holds beyond a release: view → (target, setting) → its fields, in the place of a release's.
 GRANTS: dict[type[ReleaseView], Callable[[Target, Setting], dict[str, Any]]] = {
     Candidates: _candidates,
     LabelledRows: _labelled_rows,
     KnownPairs: _known_pairs,
     LeakedVault: _leaked_vault,
+    TwoReleases: _two_releases,
 }
 
 

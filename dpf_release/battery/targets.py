@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from dpf_release.attacks.view import HeldRows
 from dpf_release.bank import ID_BYTES, INDEX, FeatureBank
 from dpf_release.battery.planted import Member, planted
 from dpf_release.battery.truth import Contributors, Suspects
+from dpf_release.errors import NotGrantedError
 from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource
 from dpf_release.pipeline.fitting import FittedFunction
 from dpf_release.pipeline.project import Project
 from dpf_release.storage import sha256_of
-from dpf_release.vault import RELEASED_SPLITS
+from dpf_release.vault import RELEASED_SPLITS, releases
 
 Rows = NDArray[np.int64]
 
@@ -40,6 +42,7 @@ class Target:
             pieces of pieces.
         classifier: in the place of φ2, where a network is planted.
         suspects: the candidates, where they belong to a planted network.
+        second: the same pictures under another function, as they are released too.
     """
 
     name: str
@@ -51,6 +54,11 @@ class Target:
     pieces: Callable[[Rows], Rows | None] = lambda rows: None
     classifier: nn.Module | None = None
     suspects: Suspects | None = None
+    second: Callable[[Project], HeldRows] = lambda project: _no_second()
+
+
+def _no_second() -> HeldRows:
+    raise NotGrantedError("the ledger has no other release of these images under another function")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +113,7 @@ def clean_rows(project: Project) -> Joined:
 
 def candidate_target(project: Project, name: str, function: FittedFunction) -> Target:
     """The candidate of a fitted function."""
-    vault = project.vault
-    features = vault.opened(vault.candidate(name) / "features", INDEX, *RELEASED_SPLITS)
+    features = _features(project, name)
     parts = [FeatureBank(features, split) for split in RELEASED_SPLITS]
     starts = np.cumsum([0, *map(len, parts)])
 
@@ -135,7 +142,31 @@ def candidate_target(project: Project, name: str, function: FittedFunction) -> T
     phi_2 = project.frozen(project.cut.split.classifier)
     subject = sha256_of(features / INDEX)
     rows, poison = held(Joined(tuple(parts))), poison_with(function.chain, phi_2, subject)
-    return Target(name, rows, poison, contributors, foremost, subject, pieces)
+    second = lambda project: _released_too(project, function.digest)  # noqa: E731
+    return Target(name, rows, poison, contributors, foremost, subject, pieces, second=second)
+
+
+def _features(project: Project, name: str) -> Path:
+    vault = project.vault
+    return vault.opened(vault.candidate(name) / "features", INDEX, *RELEASED_SPLITS)
+
+
+def _released_too(project: Project, digest: str) -> HeldRows:
+    """The candidate that was published last of these features under another function, where it still is as it was.
+
+    Raises:
+        NotGrantedError: there is none.
+    """
+    for entry in reversed(releases(project.vault)):
+        another = entry["function_digest"] != digest and entry["bank"] == project.bank_id
+        if not another or not entry.get("published", True):
+            continue
+        if not project.vault.holds(project.vault.candidate(entry["function"]) / "features" / INDEX):
+            continue
+        features = _features(project, entry["function"])
+        if sha256_of(features / INDEX) == entry["index_sha256"]:
+            return held(Joined(tuple(FeatureBank(features, split) for split in RELEASED_SPLITS)))
+    return _no_second()
 
 
 def _pieces(plans: Sequence[Plan]) -> Rows | None:
@@ -160,6 +191,9 @@ def planted_target(project: Project, name: str, clean: RowSource, seed: int, mem
         lambda rows: chain.foremost(rows, plans),
         subject,
         lambda rows: None if pieces is None else pieces[rows],
+        second=lambda project: held(
+            chain.on(clean, chain.plan(clean, phi_2, hashlib.sha256(f"second {seed}".encode()).digest()))
+        ),
     )
 
 
