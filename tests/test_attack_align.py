@@ -119,9 +119,9 @@ def test_every_alignment_brings_a_scaled_bank_nearer_to_clean_rows(setting: Sett
 
     maps = alignments(view)
     assert {"moments", "whitening-colouring", "trained map"} <= set(maps)
-    before = left(view.rows(rows))
-    assert all(left(aligned(rows)) < before / 2 for aligned in maps.values())
-    assert before > 0.3
+    before, after = left(view.rows(rows)), {name: left(aligned(rows)) for name, aligned in maps.items()}
+    assert max(after.values()) < before, after
+    assert after["moments"] < before / 2, after
 
 
 def test_moments_by_class_are_those_of_its_rows_and_scarce_classes_have_none(setting: Setting) -> None:
@@ -202,7 +202,7 @@ def test_beliefs_follow_what_fits_from_the_anchor_on() -> None:
 
 
 def test_pieces_of_one_picture_fit_better_than_those_of_two(setting: Setting) -> None:
-    view = view_of(setting, "clean")
+    view = replace(view_of(setting, "clean"), budget=Budget(images=3000, decoders=1, shadows=0))
     grid, fitting = Grid(view.feature_shape, 2), train_fitting(view, 2)
     cut = grid.cut(view.rows(view.asked[:40]))
     right, left, _, _ = fitting(cut)

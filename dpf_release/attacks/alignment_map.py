@@ -34,6 +34,11 @@ class AlignmentMap(nn.Module):
         non_negative: of clean features.
     """
 
+    mean: Tensor
+    deviation: Tensor
+    wanted: Tensor
+    wanted_mean: Tensor
+
     def __init__(
         self,
         mean: Tensor,

@@ -117,12 +117,14 @@ def _pieces(view: ReleaseView, grid: Grid, pool: Rows) -> Tensor:
 
 def _prior(pieces: Tensor, there: Tensor, middle: bool) -> Tensor:
     """Log-odds of each piece before it is seen what it fits, (n, d, a, M): copies count once, the anchor is certain."""
-    count, most, down, across, _ = pieces.shape
+    count, most, down, across, size = pieces.shape
     prior = torch.zeros(count, down, across, most, device=pieces.device)
     prior.masked_fill_(~there[:, None, None], -1e4)
-    for number in range(1, most):
-        copied = (pieces[:, :number] == pieces[:, number : number + 1]).all(dim=-1).any(dim=1)  # (n, d, a)
-        prior[..., number].masked_fill_(copied, -1e4)
+    factors = torch.linspace(1, 2, size, dtype=torch.float64, device=pieces.device).sqrt().float()
+    digests = (pieces * factors).sum(dim=-1).permute(0, 2, 3, 1)  # (n, d, a, M); the same of copies alone
+    earlier = torch.ones(most, most, dtype=torch.bool, device=pieces.device).tril(-1)
+    copied = ((digests[..., :, None] == digests[..., None, :]) & earlier).any(dim=-1)
+    prior.masked_fill_(copied, -1e4)
     if middle:
         prior[:, down // 2, across // 2, 1:] = -1e4
     else:

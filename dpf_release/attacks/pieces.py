@@ -101,7 +101,7 @@ def _patch(view: ReleaseView, pairs: Rows, telling: Rows) -> int:
     for start in range(0, pairs.shape[1], BATCH):
         one, other = (np.asarray(view.bank.read(rows[start : start + BATCH])) for rows in pairs)
         shared[start : start + BATCH] = (one == other).all(axis=1)
-    shared = shared[~shared.reshape(len(shared), -1)[:, telling].all(axis=1)]  # the same picture twice
+    shared = shared[~shared.reshape(len(shared), height * width)[:, telling].all(axis=1)]  # the same picture twice
     if not len(shared):
         return min(PATCH, height, width)
     tells = np.zeros((height, width), np.bool_)
