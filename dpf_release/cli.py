@@ -306,6 +306,9 @@ def attack(
         float | None,
         typer.Option("--budget", help="Minutes of training; with less than it takes no claim passes."),
     ] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", min=1, help="Pictures a training is shown, in the place of the profile's.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON (docs/attacks.md) in the place of tables.")
@@ -330,7 +333,7 @@ def attack(
 
     project = _project(config, identity, fix_permissions, compute__device=device)
     codes = [code.strip() for code in only.split(",") if code.strip()]
-    report = run(project, name, profile, only=codes, budget_minutes=budget, seed=seed, restart=restart)
+    report = run(project, name, profile, only=codes, budget_minutes=budget, images=images, seed=seed, restart=restart)
     if public:
         publish_page(project, name, report, public)
     if as_json:

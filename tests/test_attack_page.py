@@ -296,7 +296,7 @@ def test_the_page_has_no_error_no_request_and_no_sideways_scroll(
 def attacked(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AttackReport]:
     """A project whose candidate was attacked, with hardly any training; read-only."""
     folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("attacked") / "shapes"))
-    return folder, attack(Project.open(folder / "dpf.toml"), profile="quick", only=["A1"], budget_minutes=0.02)
+    return folder, attack(Project.open(folder / "dpf.toml"), profile="quick", only=["A1"], images=500)
 
 
 def pictures_in(text: str) -> list[NDArray[np.uint8]]:
@@ -328,7 +328,7 @@ def test_an_attack_leaves_a_private_page_with_pictures_of_s(attacked: tuple[Path
 
 def test_the_page_can_be_made_again_without_attacking(project_folder: Path) -> None:
     project = Project.open(project_folder / "dpf.toml")
-    found = attack(project, profile="quick", only=["A1"], budget_minutes=0.01)
+    found = attack(project, profile="quick", only=["A1"], images=500)
     path = project_folder / "vault" / "reports" / "default" / "attack.html"
     first = path.read_bytes()
     path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,8 +78,8 @@ def minutes(attacks: Sequence[Attack], budget: Budget, rate: float) -> float:
 def within(budget: Budget, needed: float, limit: float | None) -> Budget:
     """The budget, or what of it can be done in `limit` minutes of the `needed` ones.
 
-    In steps of a sixteenth: a machine is never twice as fast, and what was trained under one budget is kept for it.
+    A half, a quarter, an eighth ...: a machine is never twice as fast, and what was trained under one budget is kept.
     """
     if limit is None or needed <= limit:
         return budget
-    return replace(budget, images=max(1, budget.images * max(1, int(16 * limit / needed)) // 16))
+    return replace(budget, images=max(1, int(budget.images * 2.0 ** math.floor(math.log2(max(limit, 1e-6) / needed)))))

@@ -46,6 +46,7 @@ def attack(
     *,
     only: Sequence[str] = (),
     budget_minutes: float | None = None,
+    images: int | None = None,
     seed: int = 0,
     restart: bool = False,
 ) -> AttackReport:
@@ -60,6 +61,7 @@ def attack(
         profile: `quick`, `standard` or `full`; by default what the gate asks for.
         only: codes of attacks; all of the profile by default.
         budget_minutes: of training, in all; less than the profile needs makes every result `inconclusive` at best.
+        images: that each training is shown, in the place of the profile's; what `budget_minutes` would reckon.
         seed: of all that is drawn.
         restart: forget what the report has.
 
@@ -71,7 +73,7 @@ def attack(
         VaultError: there is no such candidate.
     """
     with project.working(public=True, together=False):
-        return _Run.begin(project, name, profile, budget_minutes, seed).go(only, restart)
+        return _Run.begin(project, name, profile, budget_minutes, images, seed).go(only, restart)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,15 @@ class _Run:
     enough: bool
 
     @classmethod
-    def begin(cls, project: Project, name: str, profile_name: str, budget_minutes: float | None, seed: int) -> _Run:
+    def begin(
+        cls,
+        project: Project,
+        name: str,
+        profile_name: str,
+        budget_minutes: float | None,
+        images: int | None,
+        seed: int,
+    ) -> _Run:
         profile = _profile(profile_name or project.config.gate.profile)
         function = load_function(project, name)
         target = candidate_target(project, name, function)
@@ -95,14 +105,17 @@ class _Run:
         setting = Setting(project, truth, profile.budget, seed, VaultKept(project.vault))
         attacks = [attack for attack in registered() if profile.runs(attack)]
         rate = decoder_rate(grant(ReleaseView, target, setting))
-        needed = minutes([*attacks, *filter(profile.runs, SHOWN)], profile.budget, rate)
-        budget = within(profile.budget, needed, budget_minutes)
+        trained, wanted = [*attacks, *filter(profile.runs, SHOWN)], profile.budget
+        budget = within(wanted, minutes(trained, wanted, rate), budget_minutes)
+        if images is not None:
+            budget = replace(wanted, images=images)
         announce(
-            f"Profile {profile.name}: {len(attacks)} attacks on {len(truth.asked)} rows, about {needed:.0f} minutes of "
-            f"training where nothing is kept of before ({rate:.0f} pictures/s)"
-            + ("" if budget == profile.budget else f"; done in {budget_minutes:g}, with smaller trainings")
+            f"Profile {profile.name}: {len(attacks)} attacks on {len(truth.asked)} rows, trainings of {budget.images} "
+            f"pictures; about {minutes(trained, budget, rate):.0f} minutes where nothing is kept of before ({rate:.0f} "
+            "pictures/s)" + (f", of {minutes(trained, wanted, rate):.0f} that a pass wants" if budget != wanted else "")
         )
-        return cls(project, name, profile, replace(setting, budget=budget), target, clean, budget == profile.budget)
+        enough = budget.images >= wanted.images
+        return cls(project, name, profile, replace(setting, budget=budget), target, clean, enough)
 
     def go(self, only: Sequence[str], restart: bool) -> AttackReport:
         attacks = [attack for attack in registered() if self.profile.runs(attack)]
