@@ -54,7 +54,7 @@ def owner(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         table.writeheader()
         table.writerows(rows)
     text = (folder / "dpf.toml").read_text().replace('path = "images/private"', 'path = "private.csv"')
-    (folder / "dpf.toml").write_text(text + '\n[claims]\nattribute = "side"\n')
+    (folder / "dpf.toml").write_text(text.replace("[claims]\n", '[claims]\nattribute = "side"\n'))
     featurize(Project.open(folder / "dpf.toml"), restart=True)
     project = Project.open(folder / "dpf.toml")
     with project.working(public=True):

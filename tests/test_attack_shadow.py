@@ -316,7 +316,9 @@ def test_a_series_has_the_best_way_of_each_number() -> None:
         name: Way(measures={}, leakage=leakage and Interval(value=leakage, low=leakage, high=leakage))
         for name, leakage in (("a", 0.02), ("b", 0.3), ("c", 0.2), ("d", None))
     }
-    answer = Reconstructions({}, {"a": ("pairs", 1), "b": ("pairs", 100), "c": ("pairs", 100), "d": ("pairs", 1000)})
+    answer = Reconstructions(
+        {}, series={"a": ("pairs", 1), "b": ("pairs", 100), "c": ("pairs", 100), "d": ("pairs", 1000)}
+    )
     series = _series(answer, ways)
     assert {number: found.value for number, found in series["pairs"].items()} == {"1": 0.02, "100": 0.3}
     result = AttackResult(
@@ -330,14 +332,14 @@ def test_a_series_has_the_best_way_of_each_number() -> None:
 
 
 def test_the_attack_is_tried_on_its_own_shadow_functions(setting: Setting) -> None:
-    run = _Run.begin(setting.project, "default", "quick", None, 0)
+    run = _Run.begin(setting.project, "default", "quick", None, None, 0)
     budget = Budget(images=64, decoders=1, shadows=1)
     assert replace(budget, share=0.5).bank_images == 32
     run = replace(run, setting=replace(run.setting, truth=setting.truth, budget=budget))
     perfect = score_pictures(setting.truth, run.clean.contributors, lambda at: pictures_of(setting, at))
     grey = score_pictures(setting.truth, run.clean.contributors, lambda at: torch.full((len(at), 3, 32, 32), 0.5))
-    result = run._attack(shadow.ShadowFunctions(), References(grey, perfect))
-    assert result is not None
+    result, _ = run._attack(shadow.ShadowFunctions(), References(grey, perfect))
+    assert isinstance(result, AttackResult)
     assert set(result.ways) == {"1 shadows", "1 shadows, moments"}
     assert result.series["shadows"]["1"] == result.ways["1 shadows"].leakage
     assert set(result.power.planted) == {"weak-noise", "channel-affine", "shadow 1"}

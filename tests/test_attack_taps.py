@@ -251,7 +251,7 @@ def test_an_answer_for_some_rows_scores_as_those_rows_do_among_all_the_pictures(
     def itself(rows: Rows) -> tuple[Rows, Rows]:
         return np.arange(len(rows)), rows
 
-    target = Target("", HeldRows(np.zeros(120), lambda rows: rows), lambda bank: bank, itself, "")
+    target = Target("", HeldRows(np.zeros(120), lambda rows: rows), lambda bank: bank, itself, lambda rows: rows, "")
     places = np.array([3, 10, 61, 119])
     part = score_answer(Reconstructions({"one": noisy}, places), target, truth)["one"]
     whole = score_pictures(truth, itself, noisy)
