@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Verdict = Literal["pass", "fail", "inconclusive", "reported"]
 ProfileName = Literal["quick", "standard", "full"]
 PROFILE_ORDER: tuple[ProfileName, ...] = ("quick", "standard", "full")
+GAIN = "gain over own images alone"  # of U3; for each m a measure, positive where the bank helps
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=500)]
 Short = Annotated[str, Field(max_length=100)]
@@ -90,7 +91,12 @@ class AttackResult(_Record):
 
 
 class Utility(_Record):
-    """What a downstream user can do with the bank: U1, U2, U3."""
+    """What a downstream user can do with the bank: U1, U2, U3.
+
+    Attributes:
+        measures: of U1 means over images with their 95 % intervals; of U2 and U3 means over seeds, with the lowest and
+            the highest seed.
+    """
 
     measures: dict[Short, Interval]
 
@@ -117,6 +123,13 @@ class AttackReport(_Record):
     references: dict[Short, Interval] = {}
     attacks: tuple[AttackResult, ...] = ()
     utility: dict[Short, Utility] = {}
+
+    @property
+    def no_better_than_own(self) -> bool | None:
+        """Whether the bank adds nothing to own images: for no m does it help with every seed. None: not measured."""
+        measures = self.utility["U3"].measures if "U3" in self.utility else {}
+        gains = [found for name, found in measures.items() if name.startswith(GAIN)]
+        return all(gain.low <= 0 for gain in gains) if gains else None
 
     def as_json(self) -> str:
         """One object, its keys sorted: the same numbers give the same text."""

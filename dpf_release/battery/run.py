@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way
+from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Utility, Way
 from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Result, registered
 from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.view import BATCH, ReleaseView
@@ -25,6 +25,7 @@ from dpf_release.battery.profiles import PLANTED_SHARE, PROFILES, Profile, decod
 from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures, way_of
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
 from dpf_release.battery.truth import LEAST_POOL, Rows, Truth, bins_of, draw_pools
+from dpf_release.battery.utility import UTILITIES, measure_utility
 from dpf_release.battery.verdicts import Limit, Scored, judge, re_identification_limit
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.pipeline.fitting import load_function
@@ -58,8 +59,8 @@ def attack(
         project: the owner's.
         name: which fitted function's candidate.
         profile: `quick`, `standard` or `full`; by default what the gate asks for.
-        only: codes of attacks; all of the profile by default.
-        budget_minutes: of training, in all; less than the profile needs makes every result `inconclusive` at best.
+        only: codes of attacks and utilities (U1, U2, U3); all of the profile by default.
+        budget_minutes: of training, for all attacks; with less than the profile needs no result is a pass.
         seed: of all that is drawn.
         restart: forget what the report has.
 
@@ -106,13 +107,16 @@ class _Run:
 
     def go(self, only: Sequence[str], restart: bool) -> AttackReport:
         attacks = [attack for attack in registered() if self.profile.runs(attack)]
-        if unknown := set(only) - {attack.code for attack in attacks}:
-            there = ", ".join(attack.code for attack in attacks)
+        codes = [*(attack.code for attack in attacks), *UTILITIES]
+        if unknown := set(only) - set(codes):
+            there = ", ".join(codes)
             raise ConfigError(f"expected attacks of profile {self.profile.name} ({there}), found {sorted(unknown)}.")
         known = None if restart else self._known()
         references = self._references(attacks)
         report = self._empty(references, self._shown())
-        done = {result.code: result for result in known.attacks} if known and _same_run(known, report) else {}
+        known = known if known and _same_run(known, report) else None
+        done = {result.code: result for result in known.attacks} if known else {}
+        report = report.model_copy(update={"utility": known.utility if known else {}})
         for attack in attacks:
             kept = done.get(attack.code)
             if kept and kept.version == attack.version and kept.images == self.setting.budget.images:
@@ -124,7 +128,15 @@ class _Run:
                 done[attack.code] = result
                 keep_pictures(self.project.vault, self.name, report, attack.code, pictures)
                 self._write(report, attacks, done)
-        return self._write(report, attacks, done)
+        utility = {**report.utility, **self._utility([code for code in UTILITIES if not only or code in only])}
+        return self._write(report.model_copy(update={"utility": utility}), attacks, done)
+
+    def _utility(self, codes: Sequence[str]) -> dict[str, Utility]:
+        """With trainings that are shorter by as much as the attacks' are."""
+        if not codes:
+            return {}
+        share = self.setting.budget.images / self.profile.budget.images
+        return measure_utility(self.project, self.name, self.profile.name, self.setting.seed, share, codes)
 
     # ------------------------------------------------------------------------------------------ one attack
 
