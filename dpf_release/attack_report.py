@@ -14,6 +14,7 @@ from dpf_release.schema import read_json
 Verdict = Literal["pass", "fail", "inconclusive", "reported"]
 ProfileName = Literal["quick", "standard", "full"]
 PROFILE_ORDER: tuple[ProfileName, ...] = ("quick", "standard", "full")
+GAIN = "gain over own images alone"  # of U3; for each m a measure, positive where the bank helps
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A report may be a stranger's: no characters that a terminal obeys, and no more of anything than attacks make.
 _SEEN = r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
@@ -99,7 +100,12 @@ class AttackResult(_Record):
 
 
 class Utility(_Record):
-    """What a downstream user can do with the bank: U1, U2, U3."""
+    """What a downstream user can do with the bank: U1, U2, U3.
+
+    Attributes:
+        measures: of U1 means over images with their 95 % intervals; of U2 and U3 means over seeds, with the lowest and
+            the highest seed.
+    """
 
     measures: Annotated[dict[Short, Interval], Few]
 
@@ -135,6 +141,13 @@ class AttackReport(_Record):
     references: Annotated[dict[Short, Interval], Few] = {}
     attacks: Annotated[tuple[AttackResult, ...], Few] = ()
     utility: Annotated[dict[Short, Utility], Few] = {}
+
+    @property
+    def no_better_than_own(self) -> bool | None:
+        """Whether the bank adds nothing to own images: for no m does it help with every seed. None: not measured."""
+        measures = self.utility["U3"].measures if "U3" in self.utility else {}
+        gains = [found for name, found in measures.items() if name.startswith(GAIN)]
+        return all(gain.low <= 0 for gain in gains) if gains else None
 
     def as_json(self) -> str:
         """One object, its keys sorted: the same numbers give the same text."""

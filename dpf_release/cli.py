@@ -344,6 +344,38 @@ def attack(
 
 
 @app.command()
+def compare(
+    names: Annotated[list[str] | None, typer.Argument(help="Fitted functions; default: all that are poisoned.")] = None,
+    config: ConfigOption = CONFIG,
+    profile: Annotated[str, typer.Option("--profile", help="quick, standard or full.")] = "quick",
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Minutes of training for the attacks on each function.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")] = False,
+    device: DeviceOption = None,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
+) -> None:
+    """Draw privacy against utility for several fitted functions, from the candidate of each.
+
+    Runs `attack` where it was not run yet with this profile; a run that was cut off goes on.
+
+    Example: dpf-release compare equivalence paper --profile quick
+    """
+    from dpf_release.battery import compare as run
+    from dpf_release.battery import print_frontier
+
+    project = _project(config, identity, fix_permissions, compute__device=device)
+    frontier = run(project, names or (), profile, budget_minutes=budget, seed=seed)
+    if as_json:
+        print(json.dumps(frontier.model_dump(mode="json"), indent=2, sort_keys=True))
+    else:
+        print_frontier(frontier)
+        print(f"Frontier: {project.vault.root / 'reports'}/frontier.json, .svg, .png (private)")
+
+
+@app.command()
 def package(
     config: ConfigOption = CONFIG,
     name: NameOption = "default",

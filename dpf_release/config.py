@@ -339,7 +339,7 @@ epochs = 10
 
 [poison]                         # the poisoning function, trained on S
 function = "dpf"                 # also: gaussian-noise, gaussian-filter, mean-filter, recombine:k=20,
-                                 # or a chain such as "gaussian-filter+dpf"
+                                 # class-gaussian, or a chain such as "gaussian-filter+dpf"
 objective = "equivalence"        # or "paper" (Eq. 7)
 lambda = 1.0                     # weight of the byproduct attacker's term
 straw_men = ["px2s2"]

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Protocol
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpf_release.loader import BankDataset
 from dpf_release.metrics import mean_absolute_error, topk_correct
 from dpf_release.training import History, Recipe, fit, pick_device
 
 Rows = NDArray[np.int64]
 
 
+class TargetedRows(Protocol):
+    """Rows with their targets: a `BankDataset`, or some rows of several."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's features."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Rows by number: (n, C, H, W) float16, and (n,) classes or (n, K) regression targets."""
+
+
 def fit_classifier(
     network: nn.Module,
-    rows: BankDataset,
+    rows: TargetedRows,
     *,
     epochs: int = 10,
     batch_size: int = 128,
     learning_rate: float = 1e-2,
     seed: int = 0,
     device: str = "auto",
+    title: str = "Training on features",
+    checkpoint: Path | None = None,
+    subject: str = "",
 ) -> History:
     """Fits a network from features to targets, in place: cross entropy, or smooth L1 for regression.
 
@@ -38,6 +56,9 @@ def fit_classifier(
         learning_rate: peak of the one-cycle schedule of SGD.
         seed: of the order of rows.
         device: where.
+        title: for the progress line.
+        checkpoint: as of `training.fit`: a run that was cut off goes on from it.
+        subject: as of `training.fit`: which rows and which start this is about.
     """
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
@@ -55,13 +76,15 @@ def fit_classifier(
         read_batch,
         loss,
         recipe,
-        title="Training on features",
+        title=title,
         device=pick_device(device),
+        checkpoint=checkpoint,
+        subject=subject,
         row_bytes=rows.row_bytes,
     )
 
 
-def score(network: nn.Module, rows: BankDataset) -> float:
+def score(network: nn.Module, rows: TargetedRows) -> float:
     """Top-1 of a network on a bank (0 to 1), or its mean absolute error in the target's unit."""
     parts = []
     network.eval()

@@ -10,7 +10,7 @@ import pytest
 from conftest import new_project, run_cli, write_shapes
 
 COMMANDS = [
-    *("init", "train", "featurize", "fit-poison", "poison", "package", "retract"),
+    *("init", "train", "featurize", "fit-poison", "poison", "package", "retract", "attack", "compare"),
     *("vault", "key", "verify", "audit", "inspect", "demo"),
 ]
 VAULT_COMMANDS = ["vault seal", "vault open", "vault forget", "vault check"]

@@ -13,19 +13,18 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from dpf_release.attack_report import AttackReport, AttackResult, Interval
+from dpf_release.battery.frontier_points import FRONTIER, Frontier, frontier_plots
 from dpf_release.battery.gallery import Pictures, read_pictures
-from dpf_release.battery.plots import leakage_plot, scatter_plot, series_plot
+from dpf_release.battery.plots import leakage_plot, series_plot
 from dpf_release.battery.sentence import strongest, verdict_in_words
 from dpf_release.errors import ConfigError
 from dpf_release.storage import PUBLIC_FILE, make_folder, write_text
 from dpf_release.vault import Vault
 
 PAGE = "attack.html"
-FRONTIER = "frontier.json"  # under the vault's reports, of several candidates
 TILE, GAP = 96, 2  # pixels: the longest side of a picture on the page, and between two
 GRANTED = {
     "ReleaseView": "the release",
@@ -48,34 +47,6 @@ WORST = {
     "worst clean": "From the unprotected row",
     "worst attack": "The attack",
     "worst fitted": "The attack, colours fitted",
-}
-
-
-class FrontierPoint(BaseModel):
-    """A fitted function between privacy and use."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-    name: str
-    privacy: Interval | None = None
-    linkage: Interval | None = None
-    u2: Interval | None = None
-    u3: Interval | None = None
-
-
-class Frontier(BaseModel):
-    """`frontier.json`."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    points: tuple[FrontierPoint, ...] = ()
-
-
-AXES = {
-    "privacy": "leakage of the worst attack: left is safer",
-    "linkage": "row found for a picture: left is safer",
-    "u2": "U2: the bank alone",
-    "u3": "U3: with own pictures",
 }
 
 
@@ -169,7 +140,7 @@ def page(report: AttackReport, pictures: Pictures, frontier: Frontier, *, privat
         worst=[(result, strips) for result in report.attacks if (strips := worst_strips(result, pictures))],
         not_pictured=[result.code for result in report.attacks if f"{result.code}/attack" not in pictures],
         frontier=frontier,
-        scatters=frontier_plots(frontier.points),
+        scatters=[(what, data_uri(plot)) for what, plot in frontier_plots(frontier)],
     )
 
 
@@ -209,21 +180,6 @@ def strip(label: str, pictures: Tensor, code: str = "") -> Strip:
     source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     alt = f"{label}{f' ({code})' if code else ''}: {len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'}"
     return Strip(label, code, source, alt, len(pictures))
-
-
-def frontier_plots(points: Sequence[FrontierPoint]) -> list[tuple[str, str]]:
-    """Each measure of privacy against each of use, as (what, data URI), where any point has both."""
-    found = []
-    for x in ("privacy", "linkage"):
-        for y in ("u2", "u3"):
-            pairs = {
-                str(number): (getattr(point, x), getattr(point, y))
-                for number, point in enumerate(points, 1)
-                if getattr(point, x) and getattr(point, y)
-            }
-            if pairs:
-                found.append((f"{AXES[x]}; {AXES[y]}", data_uri(scatter_plot(pairs, AXES[x], AXES[y]))))
-    return found
 
 
 def data_uri(svg: str) -> str:

@@ -28,6 +28,8 @@ STYLE: Any = {  # of `rc_context`, whose type lists every key there is
     "axes.spines.right": False,
     "text.parse_math": False,
 }
+# Points, what x and y are, lines across.
+Panel = tuple[Mapping[str, tuple[Interval, Interval]], str, str, Mapping[str, Interval]]
 WIDTH = 4.6  # inches: about as wide as a phone, so that the letters stay readable there
 
 
@@ -74,17 +76,56 @@ def series_plot(series: Mapping[str, Mapping[str, Interval]]) -> str:
         return _svg(figure)
 
 
-def scatter_plot(points: Mapping[str, tuple[Interval, Interval]], x: str, y: str) -> str:
-    """Points with intervals both ways, each with its label beside it."""
+def scatter_plot(
+    points: Mapping[str, tuple[Interval, Interval]], x: str, y: str, lines: Mapping[str, Interval] | None = None
+) -> str:
+    """Points with intervals both ways, each with its label beside it; lines across, each with its own."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(3.4)
-        for place, (label, (across, up)) in enumerate(points.items()):
-            _point(axes, across, up, SERIES[place % len(SERIES)])
-            axes.annotate(label, (across.value, up.value), xytext=(5, 5), textcoords="offset points", color=INK)
-        axes.margins(0.12)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        _scatter(axes, points, x, y, lines or {})
         return _svg(figure)
+
+
+def scatter_panels(panels: Sequence[Panel], legend: Sequence[str], kind: str) -> bytes:
+    """Scatter plots side by side, two in a row, with a legend below.
+
+    Args:
+        panels: (points, x, y, lines) of each, as of `scatter_plot`.
+        legend: a line each.
+        kind: `svg` or `png`.
+    """
+    with matplotlib.rc_context(STYLE):
+        heights = [3.4] * -(-len(panels) // 2) + [0.2 * len(legend) + 0.1]  # inches
+        figure = Figure(figsize=(2 * WIDTH, sum(heights)), layout="constrained")
+        grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+        for place, panel in enumerate(panels):
+            axes = figure.add_subplot(grid[place // 2, place % 2])
+            axes.grid(color=GRID, linewidth=0.6)
+            axes.set_axisbelow(True)
+            _scatter(axes, *panel)
+        words = figure.add_subplot(grid[-1, :])
+        words.axis("off")
+        words.text(0, 1, "\n".join(legend), color=INK, fontsize=9, va="top", transform=words.transAxes)
+        if kind == "svg":
+            return _svg(figure).encode()
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+        return file.getvalue()
+
+
+def _scatter(
+    axes: Axes, points: Mapping[str, tuple[Interval, Interval]], x: str, y: str, lines: Mapping[str, Interval]
+) -> None:
+    for place, (label, (across, up)) in enumerate(points.items()):
+        _point(axes, across, up, SERIES[place % len(SERIES)])
+        axes.annotate(label, (across.value, up.value), xytext=(5, 5), textcoords="offset points", color=INK)
+    axes.margins(0.12)
+    for label, at in lines.items():
+        axes.axhline(at.value, color=SOFT, linewidth=0.8, linestyle="--", zorder=0)
+        end = axes.get_yaxis_transform()
+        axes.annotate(label, (0.99, at.value), xycoords=end, ha="right", va="bottom", color=SOFT, fontsize=8)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

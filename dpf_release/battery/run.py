@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way
+from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Utility, Way
 from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Result, registered
 from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.view import BATCH, ReleaseView
@@ -25,6 +25,7 @@ from dpf_release.battery.profiles import PLANTED_SHARE, PROFILES, Profile, decod
 from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures, way_of
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
 from dpf_release.battery.truth import LEAST_POOL, Rows, Truth, bins_of, draw_pools
+from dpf_release.battery.utility import UTILITIES, measure_utility
 from dpf_release.battery.verdicts import Limit, Scored, judge, re_identification_limit
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.pipeline.fitting import load_function
@@ -59,8 +60,8 @@ def attack(
         project: the owner's.
         name: which fitted function's candidate.
         profile: `quick`, `standard` or `full`; by default what the gate asks for.
-        only: codes of attacks; all of the profile by default.
-        budget_minutes: of training, in all; less than the profile needs makes every result `inconclusive` at best.
+        only: codes of attacks and utilities (U1, U2, U3); all of the profile by default.
+        budget_minutes: of training, for all attacks; with less than the profile needs no result is a pass.
         images: that each training is shown, in the place of the profile's; what `budget_minutes` would reckon.
         seed: of all that is drawn.
         restart: forget what the report has.
@@ -119,8 +120,9 @@ class _Run:
 
     def go(self, only: Sequence[str], restart: bool) -> AttackReport:
         attacks = [attack for attack in registered() if self.profile.runs(attack)]
-        if unknown := set(only) - {attack.code for attack in attacks}:
-            there = ", ".join(attack.code for attack in attacks)
+        codes = [*(attack.code for attack in attacks), *UTILITIES]
+        if unknown := set(only) - set(codes):
+            there = ", ".join(codes)
             raise ConfigError(f"expected attacks of profile {self.profile.name} ({there}), found {sorted(unknown)}.")
         known = None if restart else self._known()
         references = self._references(attacks)
@@ -128,6 +130,7 @@ class _Run:
         known = known if known and _same_run(known, report) else report
         done = {result.code: result for result in known.attacks}
         lacks = dict(known.not_applicable)
+        report = report.model_copy(update={"utility": known.utility})
         for attack in attacks:
             kept = done.get(attack.code)
             if kept and kept.version == attack.version and kept.images == self.setting.budget.images:
@@ -141,7 +144,15 @@ class _Run:
             else:
                 lacks[attack.code] = result[:500]
             self._write(report, attacks, done, lacks)
-        return self._write(report, attacks, done, lacks)
+        utility = {**report.utility, **self._utility([code for code in UTILITIES if not only or code in only])}
+        return self._write(report.model_copy(update={"utility": utility}), attacks, done, lacks)
+
+    def _utility(self, codes: Sequence[str]) -> dict[str, Utility]:
+        """With trainings that are shorter by as much as the attacks' are."""
+        if not codes:
+            return {}
+        share = self.setting.budget.images / self.profile.budget.images
+        return measure_utility(self.project, self.name, self.profile.name, self.setting.seed, share, codes)
 
     # ------------------------------------------------------------------------------------------ one attack
 

@@ -65,9 +65,14 @@ def verdict_in_words(report: AttackReport) -> Sentence:
             f"{'attack' if len(judged) == 1 else 'attacks'} could not tell."
         )
         return Sentence(headline, _detail(report, judged), "open")
-    return Sentence(
-        f"No attack of the profile {report.profile} got anything out of it.", _detail(report, judged), "good"
-    )
+    headline = f"No attack of the profile {report.profile} got anything out of it."
+    if report.no_better_than_own:
+        headline = (
+            f"Safe and useless: no attack of the profile {report.profile} got anything out of it, "
+            "and neither does a user: own images are as good without it."
+        )
+        return Sentence(headline, _detail(report, judged), "open")
+    return Sentence(headline, _detail(report, judged), "good")
 
 
 def _detail(report: AttackReport, judged: Sequence[AttackResult]) -> str:

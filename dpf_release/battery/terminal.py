@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpf_release.attack_report import AttackReport, AttackResult
+from dpf_release.battery.frontier_points import Frontier
 from dpf_release.battery.page import interval, number, power, share
 from dpf_release.battery.sentence import strongest, verdict_in_words
 
@@ -37,6 +38,22 @@ def print_attacks(report: AttackReport, console: Console | None = None) -> None:
             for measure, found in utility.measures.items():
                 table.add_row(Text(name), Text(measure), interval(found))
         console.print(table)
+
+
+def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
+    """Prints a line a function, and what U2 and U3 are without any."""
+    console = console or Console()
+    table = _table(f"Privacy and use, profile {frontier.profile}; U2 and U3: {frontier.metric}")
+    for column in ("function", "leakage", "row found", "U2", "U3"):
+        table.add_column(column, overflow="fold", no_wrap=column != "function")
+    for point in frontier.points:
+        cells = (interval(point.privacy), share(point.linkage), interval(point.u2), interval(point.u3))
+        table.add_row(
+            Text.assemble((point.name, "bold"), f" {point.function}"), *(c.replace(" [", "\n[") for c in cells)
+        )
+    console.print(table)
+    for name, found in frontier.references.items():
+        console.print(f"{name}: {number(found.value)}", highlight=False)
 
 
 def _wide(report: AttackReport) -> Table:

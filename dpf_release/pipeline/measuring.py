@@ -51,6 +51,18 @@ def measure(project: Project, name: str = "default") -> dict[str, Any]:
         return _measure(project, name)
 
 
+def measure_task(project: Project, name: str = "default") -> dict[str, Any]:
+    """Only what φ2 makes of the candidate's `val`: the same numbers as in `measure`, of the bank as it lies on disk.
+
+    The vault is held by the caller; nothing is written.
+    """
+    load_function(project, name)  # a candidate of another featurizer, or of rows since written anew, is refused
+    vault = project.vault
+    candidate = FeatureBank(vault.opened(vault.candidate(name) / "features", INDEX, "val"), "val")
+    report: dict[str, Any] = _Judge(project, [], []).compare("val", project.private_bank("val"), candidate)["task"]
+    return report
+
+
 def _measure(project: Project, name: str) -> dict[str, Any]:
     function = load_function(project, name)
     vault = project.vault
@@ -132,7 +144,7 @@ class _Judge:
                 float(topk_correct(outputs, wanted, 5).float().mean()) for outputs in (clean, poisoned)
             )
         divergence = (clean.softmax(1) * (clean.log_softmax(1) - poisoned.log_softmax(1))).sum(1)
-        return report | {"kl": float(divergence.mean())}
+        return report | {"kl": float(divergence.mean()), "kl_95": list(bootstrap_interval(divergence))}
 
     def _likeness(self, split: SplitName, network: Reconstructor, source: RowSource) -> dict[str, NDArray[Any]]:
         parts: dict[str, list[Tensor]] = {"l1": [], "psnr": [], "ssim": [], "abs_ssim": []}
@@ -176,11 +188,9 @@ class _Judge:
 
 
 def _paired(metric: str, clean: NDArray[Any], poisoned: NDArray[Any]) -> dict[str, Any]:
-    """Means of a metric on the same rows, and what poisoning costs: clean minus poisoned, with its 95 % interval."""
-    low, high = bootstrap_interval(clean - poisoned)
-    return {
-        f"{metric}_clean": float(clean.mean()),
-        f"{metric}_poisoned": float(poisoned.mean()),
-        f"{metric}_difference": float((clean - poisoned).mean()),
-        f"{metric}_difference_95": [low, high],
-    }
+    """Means of a metric on the same rows, and what poisoning costs: clean minus poisoned; each with a 95 % interval."""
+    report: dict[str, Any] = {}
+    for kind, values in (("clean", clean), ("poisoned", poisoned), ("difference", clean - poisoned)):
+        report[f"{metric}_{kind}"] = float(values.mean())
+        report[f"{metric}_{kind}_95"] = list(bootstrap_interval(values))
+    return report

@@ -260,10 +260,10 @@ class Project:
 
     # ------------------------------------------------------------------------------------------ the network
 
-    def new_network(self) -> nn.Module:
+    def new_network(self, seed: int = 0) -> nn.Module:
         """Φ with random weights, drawn from a fixed seed."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             return build_network(
                 self.config.model.arch,
                 len(self.output_names),
@@ -271,9 +271,9 @@ class Project:
                 allow_import=self.trusts_code,
             )
 
-    def new_classifier(self) -> nn.Module:
+    def new_classifier(self, seed: int = 0) -> nn.Module:
         """φ2's architecture with new random weights: where a φ3 starts."""
-        parts = split(self.new_network(), self.config.model.hook, self.config.model.size)
+        parts = split(self.new_network(seed), self.config.model.hook, self.config.model.size)
         return parts.classifier.train()
 
     @property

@@ -6,6 +6,7 @@ rows by number. Row-wise functions have an empty plan. `FUNCTIONS` is the regist
 """
 
 from dpf_release.models.functions.chain import Chain, build_chain
+from dpf_release.models.functions.class_gaussian import ClassGaussian
 from dpf_release.models.functions.deep import DeepPoisoningFunction
 from dpf_release.models.functions.interface import (
     FUNCTIONS,
@@ -22,6 +23,7 @@ from dpf_release.models.functions.stationary import GaussianFilter, GaussianNois
 __all__ = [
     "FUNCTIONS",
     "Chain",
+    "ClassGaussian",
     "DeepPoisoningFunction",
     "FeatureSpec",
     "GaussianFilter",

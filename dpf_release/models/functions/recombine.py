@@ -51,7 +51,7 @@ class Recombine(PoisoningFunction):
             return Plan(secret, np.empty((0, self._pieces), np.int64), {"class": none, "group": none})
         generator = np.random.default_rng(list(secret))
         seen = _seen_by_classifier(source, phi_2, np.arange(len(source)))
-        classes = _target_bins(source.targets, self.bins)
+        classes = target_bins(source.targets, self.bins)
         advice = "Lower k (for regression, or bins), add images, or make that split larger."
         self._refuse_small_classes(classes, source, "in each split", advice)
         group_of = np.empty(len(source), np.int64)
@@ -137,7 +137,7 @@ def _seen_by_classifier(source: RowSource, phi_2: nn.Module, rows: Rows, batch: 
     return np.concatenate(parts)
 
 
-def _target_bins(targets: NDArray[Any], bins: int) -> NDArray[np.int64]:
+def target_bins(targets: NDArray[Any], bins: int) -> NDArray[np.int64]:
     """Class of each row: the label, or for regression the joint quantile bin of its targets."""
     if targets.ndim == 1:
         return targets.astype(np.int64)

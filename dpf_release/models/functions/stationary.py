@@ -49,7 +49,7 @@ class GaussianNoise(PoisoningFunction):
         clean = source.read(rows).astype(np.float32)
         noise = np.empty_like(clean)
         for place, row in enumerate(rows):
-            noise[place] = _normal(plan.secret, source.ids[row], self.features.shape)
+            noise[place] = keyed_normal(plan.secret, source.ids[row], self.features.shape)
         noised: NDArray[np.float32] = clean + self.scale * clean.std(axis=(1, 2, 3), keepdims=True) * noise
         return noised
 
@@ -86,7 +86,8 @@ class MeanFilter(PoisoningFunction):
         return averaged
 
 
-def _normal(secret: bytes, row_id: NDArray[np.uint8], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+def keyed_normal(secret: bytes, row_id: NDArray[np.uint8], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Standard normal numbers of that shape, which follow from the secret and the id alone."""
     key = int.from_bytes(hashlib.sha256(secret + row_id.tobytes()).digest()[:16])
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
 

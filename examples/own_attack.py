@@ -1,0 +1,63 @@
+"""An attack from outside the package: a decoder that does not mind what P did to the scale and shift of a channel.
+
+    python examples/own_attack.py --config dpf.toml --profile quick
+
+It is scored as all others are: against the same baseline and ceiling, and it must first break what it declares. What it
+holds is what `view` has, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from dpf_release.attacks import Attack, Budget, Reconstructions, ReleaseView, register
+from dpf_release.attacks.decoder import decode, train_decoder
+from dpf_release.battery import attack, print_attacks
+from dpf_release.pipeline import Project
+
+
+@register
+class ScaleBlind(Attack):
+    """A decoder on features whose channels all have mean 0 and deviation 1 over places, row by row."""
+
+    code, title, profile, claim = "X1", "scale-blind decoder", "quick", "reconstruction"
+    planted = ("weak-noise", "channel-affine")
+
+    def trainings(self, budget: Budget) -> float:
+        """One."""
+        return 1.0
+
+    def run(self, view: ReleaseView) -> Reconstructions:
+        """Trained on Q, applied to the rows."""
+
+        def inputs(numbers: np.ndarray, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
+            return standardised(view.features(pictures))
+
+        network = train_decoder(view, "X1 decoder", inputs, loss="ssim")
+        return Reconstructions({"decoder": decode(view, network, lambda rows: standardised(view.rows(rows)))})
+
+
+def standardised(features: Tensor) -> Tensor:
+    """Each channel of each row with mean 0 and deviation 1, (n, C, H, W)."""
+    centred = features - features.mean(dim=(2, 3), keepdim=True)
+    return centred / (centred.std(dim=(2, 3), keepdim=True) + 1e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("dpf.toml"))
+    parser.add_argument("--name", default="default")
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--budget", type=float, help="minutes of training")
+    options = parser.parse_args()
+    project = Project.open(options.config)
+    report = attack(project, options.name, options.profile, only=["A1", "X1"], budget_minutes=options.budget)
+    print_attacks(report)
+
+
+if __name__ == "__main__":
+    main()
