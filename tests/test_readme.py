@@ -51,7 +51,7 @@ def test_every_command_and_option_that_the_readme_shows_exists() -> None:
 
 
 def test_the_auditors_commands_of_the_readme_run(finished: Path) -> None:
-    for arguments in (["verify", "release"], ["audit", "release"], ["inspect", "release"], ["inspect", "vault"]):
+    for arguments in (["verify", "release"], ["audit", "release"], ["inspect", "release"]):
         assert f"dpf-release {' '.join(arguments)}" in README
         assert run_cli(*arguments, folder=finished).returncode == 0
 
