@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from dpf_release.attack_report import PROFILE_ORDER, AttackReport, public_report
 from dpf_release.attacks import registered
 from dpf_release.attacks.interface import Claim
-from dpf_release.battery.run import REPORT
+from dpf_release.battery.run import report_file
 from dpf_release.config import ClaimsSection, GateSection
 from dpf_release.errors import RefusedError, VaultError
 from dpf_release.manifest import Claims
@@ -60,8 +60,14 @@ def pass_gate(
         VaultError: the report in the vault is not one of ours.
     """
     wanted, gate = project.config.claims, project.config.gate
-    report, why_not = _report_of(project, name, index_sha256, retracted)
+    reports = _reports_of(project, name, index_sha256, retracted)
+    report = _speaking(reports, gate)
+    why_not = "no attack was run on this bank"
     found = {claim: [why_not] if report is None else objections(claim, report, wanted, gate) for claim in wanted.made}
+    for other in reports:
+        if other is not report:
+            for claim in wanted.made:
+                found[claim] += _fails(claim, other)
     against = tuple(f"{claim}: {objection}" for claim, of in found.items() for objection in of)
     reason = " ".join(accept_risk.split()) if against else ""
     if against and not reason:
@@ -74,6 +80,7 @@ def pass_gate(
         )
     made = tuple(claim for claim in CLAIMS if claim in found and not found[claim])
     claims = Claims(made=made, not_made=tuple(claim for claim in CLAIMS if claim not in made))
+    report = None if report is None else public_report(report)
     return Passage(claims, report, wanted.attribute or "" if "attribute" in made else "", reason, against)
 
 
@@ -116,24 +123,42 @@ def objections(claim: Claim, report: AttackReport, wanted: ClaimsSection, gate: 
     return found
 
 
-def _report_of(
+def _fails(claim: Claim, report: AttackReport) -> list[str]:
+    return [
+        f"{result.code} {result.title}, profile {report.profile}: fail, {'; '.join(result.reasons)}"
+        for result in report.attacks
+        if result.claim == claim and result.verdict == "fail"
+    ]
+
+
+def _speaking(reports: Sequence[AttackReport], gate: GateSection) -> AttackReport | None:
+    """The report that is asked: of the gate's profile, else of the next harder one, else of the hardest there is."""
+    by_profile = {report.profile: report for report in reports}
+    place = PROFILE_ORDER.index(gate.profile)
+    order = [*PROFILE_ORDER[place:], *reversed(PROFILE_ORDER[:place])]
+    return next((by_profile[profile] for profile in order if profile in by_profile), None)
+
+
+def _reports_of(
     project: Project, name: str, index_sha256: str, retracted: Sequence[Mapping[str, Any]]
-) -> tuple[AttackReport | None, str]:
-    """The public report of attacks on this bank; without one, why there is none."""
-    vault, path = project.vault, project.vault.reports(name) / REPORT
-    if not vault.holds(path):
-        return None, "no attack was run on this bank"
-    try:
-        report = AttackReport.model_validate(vault.read_record(path, "attack"))
-    except ValidationError as error:
-        raise VaultError(
-            f"{path} is not a report of attacks of this version: {error}. Run `dpf-release attack --name {name} "
-            "--restart`."
-        ) from error
+) -> list[AttackReport]:
+    """The reports of attacks on this bank, one a profile."""
+    vault, found = project.vault, []
     ancestors = same_but_for_dropped_rows(index_sha256, retracted)
-    if report.index_sha256 not in ancestors or report.featurizer_sha256 != project.cut.featurizer_sha256:
-        return None, "no attack was run on this bank; the report there is speaks of another one"
-    return public_report(report.model_copy(update={"dropped_since": ancestors[report.index_sha256]})), ""
+    for profile in PROFILE_ORDER:
+        path = vault.reports(name) / report_file(profile)
+        if not vault.holds(path):
+            continue
+        try:
+            report = AttackReport.model_validate(vault.read_record(path, "attack"))
+        except ValidationError as error:
+            raise VaultError(
+                f"{path} is not a report of attacks of this version: {error}. Run `dpf-release attack --name {name} "
+                f"--profile {profile} --restart`."
+            ) from error
+        if report.index_sha256 in ancestors and report.featurizer_sha256 == project.cut.featurizer_sha256:
+            found.append(report.model_copy(update={"dropped_since": ancestors[report.index_sha256]}))
+    return found
 
 
 def same_but_for_dropped_rows(index_sha256: str, retracted: Sequence[Mapping[str, Any]]) -> dict[str, int]:

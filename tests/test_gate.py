@@ -17,7 +17,7 @@ from dpf_release.attack_report import AttackReport, AttackResult, Interval, Powe
 from dpf_release.attacks import ATTACKS, Attack, Budget, decoder, registered, straw_men
 from dpf_release.battery import attack
 from dpf_release.battery.profiles import PROFILES
-from dpf_release.battery.run import REPORT
+from dpf_release.battery.run import report_file
 from dpf_release.config import ClaimsSection, GateSection
 from dpf_release.errors import RefusedError, VaultError
 from dpf_release.gate import objections, same_but_for_dropped_rows
@@ -78,7 +78,10 @@ def put_report(project: Project, name: str = "default", **changes: Any) -> Attac
     """A report that passes all claims for today's candidate, but for what is changed."""
     index = project.vault.candidate(name) / "features" / "index.json"
     report = good_report(sha256_of(index), project.cut.featurizer_sha256).model_copy(update=changes)
-    project.vault.write_json(project.vault.reports(name) / REPORT, report.model_dump(mode="json"))
+    for path in project.vault.reports(name).glob("attack-*.json"):
+        path.unlink()
+    path = project.vault.reports(name) / report_file(report.profile)
+    project.vault.write_json(path, report.model_dump(mode="json"))
     return report
 
 
@@ -126,7 +129,7 @@ def test_the_public_report_has_the_numbers_and_nothing_of_the_owner(project_fold
     put_report(promising(project_folder), not_applicable={"A8": "no column 'person' in images/private.csv"})
     package(promising(project_folder))
     text = (project_folder / "release" / ATTACK_REPORT).read_text(encoding="utf-8")
-    private = (project_folder / "vault" / "reports" / "default" / REPORT).read_text(encoding="utf-8")
+    private = (project_folder / "vault" / "reports" / "default" / report_file("standard")).read_text(encoding="utf-8")
     for words in ("my-secret-name", "71.3", "2" * 64, "person", "0.012345678"):
         assert words in private
         assert words not in text
@@ -145,7 +148,7 @@ def test_where_nothing_is_promised_a_report_is_shown_if_it_is_of_this_bank(proje
     put_report(project, index_sha256="9" * 64)
     assert ATTACK_REPORT not in {file.path for file in package(project).files}
     assert "Attacks measured: **none**" in card(project_folder)
-    (project.vault.reports("default") / REPORT).write_text('{"format": "other"}')
+    (project.vault.reports("default") / report_file("standard")).write_text('{"format": "other"}')
     with pytest.raises(VaultError, match="not a report of attacks of this version"):
         package(project)
 
@@ -299,7 +302,7 @@ def test_rows_that_were_only_dropped_inherit_what_was_found_and_rebuilt_ones_do_
     tree = json.loads(record.read_text())
     tree["retracted"][-1]["rebuilt"] = 1
     write_json(record, tree)
-    with pytest.raises(RefusedError, match="speaks of another one"):
+    with pytest.raises(RefusedError, match="no attack was run on this bank"):
         package(promising(project_folder))
 
 

@@ -261,7 +261,7 @@ def test_compare_puts_each_function_where_its_attacks_and_its_utility_are(
     assert found.references["u2 on clean rows"] == clean.u2
     for name in ("clean", "noise"):
         assert b'id="frontier"' in (reports / name / "attack.html").read_bytes()
-        assert set(json.loads((reports / name / "attack.json").read_text())["utility"]) == {"U1", "U2", "U3"}
+        assert set(json.loads((reports / name / "attack-quick.json").read_text())["utility"]) == {"U1", "U2", "U3"}
     assert (reports / "frontier.svg").read_bytes().startswith(b"<?xml")
     assert (reports / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert {path.stat().st_mode & 0o77 for path in reports.rglob("*") if path.is_file()} == {0}
@@ -308,7 +308,8 @@ def test_an_attack_from_outside_the_package_is_run_and_scored_as_the_others(
     arguments = ["--config", str(project_folder / "dpf.toml"), "--budget", "0.01"]
     monkeypatch.setattr(sys, "argv", ["own_attack.py", *arguments])
     runpy.run_path(str(ROOT / "examples" / "own_attack.py"), run_name="__main__")
-    report = AttackReport.model_validate_json((project_folder / "vault/reports/default/attack.json").read_text())
+    reports = project_folder / "vault" / "reports" / "default"
+    report = AttackReport.model_validate_json((reports / "attack-quick.json").read_text())
     own = report.attacks[-1]
     assert (own.code, own.claim, own.granted) == ("X1", "reconstruction", "ReleaseView")
     assert set(own.power.planted) == {"weak-noise", "channel-affine"}

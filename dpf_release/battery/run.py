@@ -34,7 +34,6 @@ from dpf_release.progress import announce
 from dpf_release.storage import make_folder
 from dpf_release.vault import RELEASED_SPLITS
 
-REPORT = "attack.json"
 POWER_ROWS = 1000  # on which it is tried whether an attack breaks a planted function
 POWER_LEAKAGE = 0.5  # that it must reach there, surely
 SHOWN = (Outputs(),)  # decoders that no attack is
@@ -67,7 +66,7 @@ def attack(
         restart: forget what the report has.
 
     Returns:
-        The report, as `vault/reports/NAME/attack.json` has it.
+        The report, as `vault/reports/NAME/attack-PROFILE.json` has it: one profile's results are not another's.
 
     Raises:
         ConfigError: no such profile or attack.
@@ -133,7 +132,7 @@ class _Run:
         report = report.model_copy(update={"utility": known.utility})
         for attack in attacks:
             kept = done.get(attack.code)
-            if kept and kept.version == attack.version and kept.images == self.setting.budget.images:
+            if kept and kept.version == attack.version and kept.images >= self.setting.budget.images:
                 continue
             if only and attack.code not in only:
                 continue
@@ -334,7 +333,8 @@ class _Run:
         )
 
     def _known(self) -> AttackReport | None:
-        vault, path = self.project.vault, self.project.vault.reports(self.name) / REPORT
+        vault = self.project.vault
+        path = vault.reports(self.name) / report_file(self.profile.name)
         return AttackReport.model_validate(vault.read_record(path, "attack")) if vault.holds(path) else None
 
     def _write(
@@ -348,9 +348,14 @@ class _Run:
         lacks = {code: reason for code, reason in lacks.items() if code not in done}
         report = report.model_copy(update={"attacks": results, "not_applicable": lacks})
         folder = make_folder(self.project.vault.reports(self.name))
-        self.project.vault.write_json(folder / REPORT, report.model_dump(mode="json"))
+        self.project.vault.write_json(folder / report_file(self.profile.name), report.model_dump(mode="json"))
         write_page(self.project.vault, self.name, report)
         return report
+
+
+def report_file(profile: str) -> str:
+    """Where under `vault/reports/NAME` the results of a profile are."""
+    return f"attack-{profile}.json"
 
 
 def _profile(name: str) -> Profile:

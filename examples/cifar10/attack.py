@@ -9,12 +9,11 @@ Every step is the command that an owner would type; a run that was cut off goes 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-from dpf_release.attack_report import AttackReport, Interval
+from dpf_release.attack_report import AttackReport, Interval, public_report
 
 FUNCTIONS = ("equivalence", "recombine-20", "paper")
 
@@ -39,16 +38,15 @@ def main() -> None:
         ]
         print(f"\n$ dpf-release {' '.join(command)}", flush=True)
         subprocess.run([sys.executable, "-m", "dpf_release", *command], check=True)
-        report = json.loads((options.project / "vault" / "reports" / name / "attack.json").read_text())
-        (options.out / f"{name}.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-        print(table(AttackReport.model_validate(report)), flush=True)
+        path = options.project / "vault" / "reports" / name / f"attack-{options.profile}.json"
+        report = AttackReport.model_validate_json(path.read_bytes())
+        (options.out / f"{name}-{options.profile}.json").write_text(public_report(report).as_json() + "\n")
+        print(f"### {name}, profile {options.profile}\n\n{table(report)}", flush=True)
 
 
 def table(report: AttackReport) -> str:
     """One function's attacks, as Markdown."""
     lines = [
-        f"### {report.function}, profile {report.profile}",
-        "",
         "| attack | baseline | best way | ceiling | leakage [95 %] | re-identification [95 %] | power | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]

@@ -60,7 +60,7 @@ def main() -> None:
         step("poison", "--name", name)
         budget = ["--budget", options.budget] if options.budget else []
         step("attack", "--name", name, "--profile", options.profile, "--only", "A5,A8", *budget)
-        reports[name] = json.loads((vault / "reports" / name / "attack.json").read_text())
+        reports[name] = json.loads((vault / "reports" / name / f"attack-{options.profile}.json").read_text())
         (options.out / "attacks.md").write_text(table(reports))
     print(table(reports))
 
