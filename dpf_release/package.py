@@ -90,9 +90,10 @@ def _package(
 ) -> Manifest:
     _recover(out)
     _settle_ledger(project)
+    # First of all: a key in the release's folder is also a file that has no place there, and has to be named as a key.
+    key = None if sign is None else read_private_key(sign, outside=(out, project.vault.candidate(name)))
     _refuse_place(out, project)
     _refuse_unknown_releases(out, project)
-    key = None if sign is None else read_private_key(sign, outside=(out, project.vault.candidate(name)))
     candidate = project.vault.opened(project.vault.candidate(name))
     index = read_index(candidate / "features")
     function = load_function(project, name)
