@@ -17,9 +17,10 @@ from conftest import run_cli
 from test_functions import PHI_2, SECRET, planned, poisoned, rows_of
 
 from dpf_release.attack_report import AttackReport, Interval, Power, Utility
-from dpf_release.attacks import Attack, Reconstructions, ReleaseView, interface
+from dpf_release.attacks import Attack, Budget, Reconstructions, ReleaseView, interface
 from dpf_release.battery import attack, compare, frontier_points, utility
 from dpf_release.battery.frontier_points import Frontier, FrontierPoint, frontier_plots, plot, point_of, references_of
+from dpf_release.battery.profiles import PROFILES
 from dpf_release.battery.sentence import verdict_in_words
 from dpf_release.battery.utility import EFFORTS, Effort, PickedRows, measure_utility
 from dpf_release.downstream import fit_classifier
@@ -253,6 +254,8 @@ def test_compare_puts_each_function_where_its_attacks_and_its_utility_are(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(EFFORTS, "quick", LITTLE)
+    short = replace(PROFILES["quick"], budget=Budget(images=600, decoders=1, shadows=0))
+    monkeypatch.setitem(PROFILES, "quick", short)
     monkeypatch.setattr(
         "dpf_release.battery.run.registered", lambda: [interface.ATTACKS[code]() for code in ("A1", "A5")]
     )
