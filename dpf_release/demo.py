@@ -19,7 +19,7 @@ from dpf_release.storage import write_text
 from dpf_release.verification import verify
 
 # What training the attackers may take: enough to show what they do, not enough for a pass.
-ATTACK_IMAGES = 5000
+ATTACK_IMAGES = 3000
 ACCEPTED_RISK = "A demonstration: the pictures are public, and only a short attack was run."
 SIDE = 32  # the digits are 8 x 8; networks and SSIM's window want more
 
