@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpf_release.attacks.decoder import freeze_on
+from dpf_release.attacks.decoder import freeze_on, schedule
 from dpf_release.attacks.straw_men import disturb
 from dpf_release.attacks.view import BATCH, ReleaseView, Rows
 from dpf_release.training import Recipe, fit
@@ -53,8 +52,7 @@ def train_matcher(view: ReleaseView) -> tuple[Callable[[Tensor], Tensor], Callab
         torch.manual_seed(view.seed)
         network = nn.ModuleDict({"picture": _Embedding(channels, height), "row": _Embedding(channels, height)})
     batch = min(TRAINING_BATCH, len(view.public))
-    epochs = max(1, math.ceil(view.budget.images / len(view.public)))
-    rows = min(len(view.public), max(batch, math.ceil(view.budget.images / epochs)))
+    epochs, rows = schedule(view, view.budget.images)
     subject = {**view.subject, "name": NAME, "epochs": epochs, "rows": rows, "seed": view.seed}
     kept = view.kept.load(NAME, subject)
     if kept is None:

@@ -15,7 +15,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from dpf_release.attacks.decoder import freeze_on
+from dpf_release.attacks.decoder import freeze_on, schedule
 from dpf_release.attacks.view import BATCH, HeldRows, ReleaseView, Rows
 from dpf_release.training import Recipe, fit
 
@@ -187,8 +187,7 @@ def train_fitting(view: ReleaseView, patch: int) -> Callable[[Tensor], tuple[Ten
         torch.manual_seed(view.seed)
         network = Fitting(grid)
     batch = min(TRAINING_BATCH, len(view.public))
-    epochs = max(1, math.ceil(view.budget.images / len(view.public)))
-    rows = min(len(view.public), max(batch, math.ceil(view.budget.images / epochs)))
+    epochs, rows = schedule(view, view.budget.images)
     name = f"A12 fitting {patch}"
     subject = {**view.subject, "patch": patch, "epochs": epochs, "rows": rows, "seed": view.seed}
     kept = view.kept.load(name, subject)

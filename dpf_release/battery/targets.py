@@ -67,7 +67,7 @@ class Joined:
 
     parts: tuple[RowSource, ...]
 
-    @property
+    @cached_property  # noise asks for them row by row
     def ids(self) -> NDArray[np.uint8]:
         """(N, 16) bytes."""
         return np.concatenate([part.ids for part in self.parts])
