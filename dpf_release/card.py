@@ -9,6 +9,7 @@ from typing import Any
 
 from dpf_release.attack_report import AttackReport, AttackResult, Interval
 from dpf_release.bank import BankIndex
+from dpf_release.battery.sentence import strongest
 from dpf_release.config import Config
 from dpf_release.gate import Passage
 from dpf_release.manifest import ATTACK_REPORT, Claims
@@ -270,12 +271,8 @@ def _attack_row(result: AttackResult) -> tuple[str, ...]:
 
 def reached(result: AttackResult) -> float | None:
     """What an attack reached, in the measure of its baseline and its ceiling."""
-    if result.leakage and result.baseline is not None and result.ceiling is not None:
-        return result.baseline + result.leakage.value * (result.ceiling - result.baseline)
-    return max(
-        (way.measures["affine_ssim"].value for way in result.ways.values() if "affine_ssim" in way.measures),
-        default=None,
-    )
+    best = strongest(result)
+    return best.found.value if best else None
 
 
 def _number(value: float | None) -> str:

@@ -298,9 +298,7 @@ def _measured_row(label: str, values: Mapping[str, Any], metric: str) -> tuple[s
 def attack(
     config: ConfigOption = CONFIG,
     name: NameOption = "default",
-    profile: Annotated[
-        str, typer.Option("--profile", help="quick, standard or full; default: what [gate] asks for.")
-    ] = "",
+    profile: Annotated[str, typer.Option("--profile", help="quick, standard or full; default: gate.profile.")] = "",
     only: Annotated[str, typer.Option("--only", help="Codes of attacks, as A1,A5; default: all of the profile.")] = "",
     budget: Annotated[
         float | None,

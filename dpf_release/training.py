@@ -25,10 +25,12 @@ from dpf_release.errors import ConfigError, TrainingError
 from dpf_release.loader import block_shuffle
 from dpf_release.progress import Progress
 from dpf_release.ranks import Ranks, together
-from dpf_release.storage import replacing
+from dpf_release.storage import keeping_large_blocks, replacing
 
 Rows = NDArray[np.int64]
 Batch = tuple[Tensor, ...]
+# Row numbers and a generator (for augmentation) -> tensors
+ReadBatch = Callable[[Rows, np.random.Generator], Batch]
 # Network and batch, on the device -> {"loss": ..., other facts to show}
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 CHECKPOINT_EVERY_SECONDS = 60.0
@@ -92,7 +94,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
 def fit(
     network: nn.Module,
     rows: int,
-    read_batch: Callable[[Rows, np.random.Generator], Batch],
+    read_batch: ReadBatch,
     loss: Loss,
     recipe: Recipe,
     *,
@@ -155,6 +157,7 @@ def fit(
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         trained = _shared(network, ranks, device)
         with (
+            keeping_large_blocks(),
             Progress(title, recipe.epochs * steps * recipe.batch_size, shown=ranks.is_first) as progress,
             contextlib.closing(ahead(_batches(rows, row_bytes, steps, recipe, done, read_batch, ranks))) as batches,
         ):
@@ -227,7 +230,7 @@ def _batches(
     steps: int,
     recipe: Recipe,
     done: int,
-    read_batch: Callable[[Rows, np.random.Generator], Batch],
+    read_batch: ReadBatch,
     ranks: Ranks,
 ) -> Iterator[Batch]:
     """This rank's part of each batch from step `done` on.

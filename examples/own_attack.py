@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dpf_release.attacks import Attack, Budget, Reconstructions, ReleaseView, register
+from dpf_release.attacks import Attack, Budget, HeldPictures, Reconstructions, ReleaseView, register
 from dpf_release.attacks.decoder import decode, train_decoder
 from dpf_release.battery import attack, print_attacks
 from dpf_release.pipeline import Project
@@ -34,8 +34,8 @@ class ScaleBlind(Attack):
     def run(self, view: ReleaseView) -> Reconstructions:
         """Trained on Q, applied to the rows."""
 
-        def inputs(numbers: np.ndarray, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
-            return standardised(view.features(pictures))
+        def inputs(held: HeldPictures, numbers: np.ndarray, generator: np.random.Generator | None) -> Tensor:
+            return standardised(view.features_of(held, numbers))
 
         network = train_decoder(view, "X1 decoder", inputs, loss="ssim")
         return Reconstructions({"decoder": decode(view, network, lambda rows: standardised(view.rows(rows)))})

@@ -153,7 +153,7 @@ def test_of_a_reconstruction_only_what_broke_its_limit_is_told() -> None:
 def test_membership_and_attributes_are_told_in_cases_of_a_hundred() -> None:
     member = LINKED.model_copy(update={"re_identification": None})
     assert "whether it is in this release: in 70 of 100 cases" in verdict_in_words(report(member)).headline
-    attribute = result("A8", "fail", "attribute", ways={"linear": Way(measures={"balanced_accuracy": about(0.4)})},
+    attribute = result("A8", "fail", "attribute", ways={"linear": Way(measures={"accuracy": about(0.4)})},
                        baseline=0.12)  # fmt: skip
     told = verdict_in_words(report(attribute, attribute="person")).headline
     assert told == (

@@ -95,9 +95,27 @@ def test_rows_shuffled_within_their_pools_score_as_before_and_rows_of_another_po
     noisy = lambda at: (perfect(at) + 0.1 * torch.sin(17 * perfect(at))).clamp(0, 1)  # noqa: E731
     plain, shuffled = scored(noisy), scored(lambda at: noisy(places[at]))
     across = scored(lambda at: noisy((at + POOL) % len(TRUTH.asked)))
-    assert np.sort(shuffled.primary) == pytest.approx(np.sort(plain.primary), abs=1e-6)
-    assert across.primary.mean() < plain.primary.mean() - 0.2
+    assert np.sort(shuffled.matched) == pytest.approx(np.sort(plain.matched), abs=1e-6)
+    assert across.matched.mean() < plain.matched.mean() - 0.2
     assert shuffled.own.mean() < 0.2 < plain.own.mean()  # whose row it was is not taken on trust, nor forgotten
+    leakages = [way_of(of, REFERENCES, TRUTH.among, seed=0).leakage for of in (plain, shuffled, across)]
+    assert leakages[0].value == pytest.approx(leakages[1].value, abs=0.1)  # type: ignore[union-attr]
+    assert leakages[2].value < 0.1  # type: ignore[union-attr]
+
+
+def test_what_says_a_little_is_not_made_less_by_what_an_empty_answer_is_matched_with() -> None:
+    others = pictures(POOL * CLASSES, seed=9).float() / 255
+    scores = scored(lambda at: 0.3 * perfect(at) + 0.7 * others[torch.from_numpy(at)])
+    baseline, ceiling = REFERENCES.baseline, REFERENCES.ceiling
+    by_match = ratio_interval(scores.matched, baseline.matched, ceiling.matched, 0)
+    leakage = way_of(scores, REFERENCES, TRUTH.among, seed=0).leakage
+    assert leakage is not None
+    assert by_match is not None
+    assert baseline.matched.mean() > baseline.primary.mean() + 0.1  # the class mean, and the picture most like it
+    assert leakage.low > by_match.high
+    nothing = way_of(scored(lambda at: others[torch.from_numpy(at)]), REFERENCES, TRUTH.among, seed=0)
+    assert nothing.leakage is not None
+    assert nothing.leakage.high < 0.1
 
 
 def test_any_of_the_pictures_that_a_row_is_made_of_counts_as_its_own() -> None:

@@ -56,7 +56,7 @@ def alignments(view: ReleaseView) -> dict[str, Map]:
     public = np.arange(min(len(view.public), STATISTICS))
     groups, groups_of = label_groups(view)
     bank_moments = _moments((view.rows(some), groups[some]) for some in _batches(bank))
-    seen = (view.features(view.public.read(some)) for some in _batches(public))
+    seen = (view.features_of(view.public, some) for some in _batches(public))
     public_moments = _moments((features, groups_of(view.answers(features))) for features in seen)
     of, to = bank_moments[ALL], public_moments[ALL]
     common = sorted(set(bank_moments) & set(public_moments) - {ALL}, key=lambda group: -bank_moments[group].rows)

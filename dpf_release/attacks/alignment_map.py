@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpf_release.attacks.decoder import freeze_on
 from dpf_release.attacks.taps import Standard, Taps, open_taps, standard
+from dpf_release.attacks.trained import recipe_for, trained
 from dpf_release.attacks.view import ReleaseView, Rows
-from dpf_release.training import Recipe, fit
 
-TRAINING_BATCH, LEARNING_RATE = 128, 2e-3
+LEARNING_RATE = 2e-3
 SAMPLED = 1024  # places of a batch that are compared
 WIDTHS = (0.1, 0.5, 2.0)  # of kernels, in mean squared distances
 ALIKE = 10.0  # weight of likeness to Q against φ2's loss
@@ -84,17 +81,8 @@ def train_map(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(view.seed)
         network = AlignmentMap(mean, deviation, wanted_mean, wanted, transport, view.non_negative)
-    images = view.budget.bank_images
-    epochs = max(1, math.ceil(images / len(view.bank)))
-    rows = min(len(view.bank), max(TRAINING_BATCH, math.ceil(images / epochs)))
+    recipe, rows = recipe_for(view, view.budget.bank_images, len(view.bank), LEARNING_RATE)
     drawn = np.random.default_rng([view.seed, 10]).permutation(len(view.bank))
-    name = f"A4 map of {view.bank_name}"
-    subject = {**view.subject, "bank": view.bank_subject, "epochs": epochs, "rows": rows, "seed": view.seed}
-    kept = view.kept.load(name, subject)
-    if kept is not None:
-        network.load_state_dict(kept)
-        freeze_on(network, view)
-        return network
     looks = _Looks(view, wanted_mean, wanted)
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
@@ -102,7 +90,7 @@ def train_map(
         return (
             view.rows(mine),
             torch.from_numpy(np.asarray(view.bank.targets[mine])),
-            view.features(view.public.read(public)),
+            view.features_of(view.public, public),
         )
 
     def objective(trained: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -111,20 +99,17 @@ def train_map(
         task, alike = looks.task(mapped, targets), looks.unlike(mapped, clean)
         return {"loss": task + ALIKE * alike, "φ2": task, "MMD": alike}
 
-    fit(
+    return trained(
+        view,
+        f"A4 map of {view.bank_name}",
         network,
-        rows,
         read_batch,
         objective,
-        Recipe(epochs, min(TRAINING_BATCH, rows), LEARNING_RATE, seed=view.seed, bf16=view.bf16),
+        recipe,
+        rows,
         title="Training the map to clean features",
-        device=view.device,
-        checkpoint=view.kept.checkpoint(name),
-        subject=json.dumps(subject, sort_keys=True),
+        depends_on={"bank": view.bank_subject},
     )
-    view.kept.save(name, subject, network.state_dict())
-    freeze_on(network, view)
-    return network
 
 
 class _Looks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 
@@ -12,12 +11,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpf_release.attacks.decoder import freeze_on
 from dpf_release.attacks.interface import Attack, Attributes, register
 from dpf_release.attacks.taps import open_taps
+from dpf_release.attacks.trained import trained
 from dpf_release.attacks.view import BATCH, Budget, LabelledRows, ReleaseView, Rows
 from dpf_release.models.probes import AttributeClassifier
-from dpf_release.training import Recipe, fit
+from dpf_release.training import Recipe
 
 MOST_EPOCHS = 200
 HELD_OUT = 0.15  # of each value's examples, to choose the epoch by
@@ -46,7 +45,7 @@ class Attribute(Attack):
         known = np.flatnonzero(view.public_values >= 0)
         if len(np.unique(view.public_values[known])) >= 2:
             for kind in PROBES:
-                of_q = lambda rows: view.features(view.public.read(known[rows]))  # noqa: E731
+                of_q = lambda rows: view.features_of(view.public, known[rows])  # noqa: E731
                 network = _train_probe(view, f"A8 {kind}, from Q", kind, of_q, view.public_values[known], {})
                 found[f"{kind}, from Q"] = _predict(view, network, kind)
         of_bank = {"bank": view.bank_subject, "rows": view.known_rows.tolist()}
@@ -117,20 +116,6 @@ def _train_probe(
     train, val = _held_out(values, view.seed)
     epochs = int(np.clip(view.budget.images // len(train), 1, MOST_EPOCHS))
     rows = min(len(train), max(TRAINING_BATCH, view.budget.images // epochs))
-    subject = {
-        **view.subject,
-        "name": name,
-        "values": values.tolist(),
-        "of": len(view.values),
-        "epochs": epochs,
-        "rows": rows,
-        "seed": view.seed,
-        "depends_on": depends_on,
-    }
-    kept = view.kept.load(name, subject)
-    if kept is not None:
-        network.load_state_dict(kept)
-        return freeze_on(network, view)
     weights = 1 / np.maximum(np.bincount(values[train], minlength=len(view.values)), 1)
     weight = torch.from_numpy((weights / weights[values[train]].mean()).astype(np.float32)).to(view.device)
 
@@ -152,20 +137,19 @@ def _train_probe(
             total += float(F.cross_entropy(scores, torch.from_numpy(values[chosen]).to(view.device), reduction="sum"))
         return total / len(val)
 
-    fit(
+    batch = min(TRAINING_BATCH, rows)
+    return trained(
+        view,
+        name,
         network,
-        rows,
         read_batch,
         loss,
-        Recipe(epochs, min(TRAINING_BATCH, rows), LEARNING_RATE, weight_decay=WEIGHT_DECAY, seed=view.seed, bf16="off"),
+        Recipe(epochs, batch, LEARNING_RATE, weight_decay=WEIGHT_DECAY, seed=view.seed, bf16="off"),
+        rows,
         title=f"Training the probe {name}",
-        device=view.device,
         validate=validate,
-        checkpoint=view.kept.checkpoint(name),
-        subject=json.dumps(subject, sort_keys=True),
+        depends_on={"values": values.tolist(), "of": len(view.values), **depends_on},
     )
-    view.kept.save(name, subject, network.state_dict())
-    return freeze_on(network, view)
 
 
 def _held_out(values: NDArray[np.int64], seed: int) -> tuple[Rows, Rows]:

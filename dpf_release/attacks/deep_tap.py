@@ -12,7 +12,7 @@ from dpf_release.attacks.decoder import decode, train_decoder
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.straw_men import disturb
 from dpf_release.attacks.taps import MOST, WIDEST, Standard, Taps, open_taps, standard, together
-from dpf_release.attacks.view import Budget, ReleaseView, Rows
+from dpf_release.attacks.view import Budget, HeldPictures, ReleaseView, Rows
 
 MISSING = 0.25  # share of rows for which a decoder on several taps has to do without one of them
 
@@ -51,8 +51,8 @@ def _decoder(
         every = scaled(taps.of(features))
         return [every[k] for k in of]
 
-    def inputs(rows: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
-        features = view.features(pictures)
+    def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
+        features = view.features_of(held, rows)
         if generator is None:
             return together(seen(features))
         return together(drop_out(seen(disturb(features, generator)), generator))

@@ -72,10 +72,10 @@ def _train(view: KnownPairs, m: int, inverse: Callable[[Tensor], Tensor]) -> tor
             pictures[of_pair] = view.pictures.read(numbers[of_pair] // 2 % kept)
         return pictures
 
-    def inputs(numbers: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
-        if generator is None:
+    def inputs(held: HeldPictures, numbers: Rows, generator: np.random.Generator | None) -> Tensor:
+        if generator is None:  # of `public_val`
             return inverse(view.rows(view.pair_rows[kept + numbers]))
-        features = disturb(view.features(pictures), generator)
+        features = disturb(view.features_of(held, numbers), generator)
         of_pair = np.flatnonzero(numbers % 2)
         if len(of_pair):
             features[of_pair] = inverse(view.rows(view.pair_rows[numbers[of_pair] // 2 % kept]))
@@ -154,7 +154,7 @@ def _fold_moments(view: KnownPairs, m: int) -> list[_Moments]:
     folds: list[_Moments | None] = [None] * FOLDS
     for first in range(0, m, BATCH):
         numbers = np.arange(first, min(first + BATCH, m))
-        rows, clean = view.rows(view.pair_rows[numbers]), view.features(view.pictures.read(numbers))
+        rows, clean = view.rows(view.pair_rows[numbers]), view.features_of(view.pictures, numbers)
         places = rows.shape[2] * rows.shape[3]
         if m >= FOLDS:
             fold_of = np.repeat(numbers % FOLDS, places)

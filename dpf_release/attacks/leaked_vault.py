@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpf_release.attacks.decoder import VALIDATION_PICTURES, DecoderLoss, decode, schedule, train_decoder
+from dpf_release.attacks.decoder import VALIDATION_PICTURES, DecoderLoss, decode, train_decoder
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.straw_men import DECODERS, straw_man
+from dpf_release.attacks.trained import schedule
 from dpf_release.attacks.view import BATCH, Budget, HeldPictures, HeldRows, LeakedVault, ReleaseView, Rows
 from dpf_release.errors import ConfigError
 
@@ -40,13 +41,13 @@ class LeakedP(Attack):
     def run(self, view: ReleaseView) -> Reconstructions:
         """P is applied to Q as a bank of its own; a row of it is paired with its own picture, also where rows mix."""
         assert isinstance(view, LeakedVault)
-        _, rows = schedule(view, view.budget.bank_images)
-        held = min(rows, max(BATCH, ON_DISK // 2 // _bytes(1, view.feature_shape)))
-        view = replace(view, public=HeldPictures(held, view.public.read))
+        _, rows = schedule(view.budget.bank_images, len(view.public))
+        count = min(rows, max(BATCH, ON_DISK // 2 // _bytes(1, view.feature_shape)))
+        view = replace(view, public=HeldPictures(count, view.public.read, view.public.remembered))
         poisoned = functools.cache(lambda: poisoned_public(view))  # not made where all is kept
 
-        def inputs(rows: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
-            mine = rows if generator is not None else rows + held  # pictures of `public_val` come after the others
+        def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
+            mine = rows + (len(view.public) if held is view.public_val else 0)  # these come after the others
             features = torch.from_numpy(np.asarray(poisoned()[mine], np.float32)).to(view.device)
             return features.contiguous(memory_format=torch.channels_last)
 
@@ -80,7 +81,7 @@ def poisoned_public(view: LeakedVault) -> NDArray[np.float16]:
     done = 0
     for pictures, count in sets:
         for first in range(0, count, BATCH):
-            features = view.features(pictures.read(np.arange(first, min(first + BATCH, count))))
+            features = view.features_of(pictures, np.arange(first, min(first + BATCH, count)))
             answers.append(view.answers(features).cpu().numpy())
             clean[done : done + len(features)] = _float16(features.cpu().numpy())
             done += len(features)

@@ -240,4 +240,4 @@ def _moments(seen: Seen) -> tuple[Tensor, Tensor]:
 
 def _features(view: ReleaseView, pictures: HeldPictures, chosen: Rows) -> Iterator[Tensor]:
     for first in range(0, len(chosen), BATCH):
-        yield view.features(pictures.read(chosen[first : first + BATCH]))
+        yield view.features_of(pictures, chosen[first : first + BATCH])

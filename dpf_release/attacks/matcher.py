@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import numpy as np
@@ -10,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpf_release.attacks.decoder import freeze_on, schedule
 from dpf_release.attacks.straw_men import disturb
+from dpf_release.attacks.trained import recipe_for, trained
 from dpf_release.attacks.view import BATCH, ReleaseView, Rows
-from dpf_release.training import Recipe, fit
 
 NAME = "A5 matcher"
-TRAINING_BATCH, LEARNING_RATE, TEMPERATURE = 128, 2e-3, 0.1
+LEARNING_RATE, TEMPERATURE = 2e-3, 0.1
 
 
 class _Embedding(nn.Sequential):
@@ -51,38 +49,18 @@ def train_matcher(view: ReleaseView) -> tuple[Callable[[Tensor], Tensor], Callab
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(view.seed)
         network = nn.ModuleDict({"picture": _Embedding(channels, height), "row": _Embedding(channels, height)})
-    batch = min(TRAINING_BATCH, len(view.public))
-    epochs, rows = schedule(view, view.budget.images)
-    subject = {**view.subject, "name": NAME, "epochs": epochs, "rows": rows, "seed": view.seed}
-    kept = view.kept.load(NAME, subject)
-    if kept is None:
+    recipe, rows = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
 
-        def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
-            features = view.features(view.public.read(chosen))
-            return features, poisoned_somehow(features, generator)
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        features = view.features_of(view.public, chosen)
+        return features, poisoned_somehow(features, generator)
 
-        def validate() -> float:
-            chosen = np.arange(min(len(view.public_val), BATCH))
-            features = view.features(view.public_val.read(chosen))
-            other = poisoned_somehow(features, np.random.default_rng(view.seed))
-            return float(_contrast(network, (features, other))["loss"])
+    def validate() -> float:
+        features = view.features_of(view.public_val, np.arange(min(len(view.public_val), BATCH)))
+        other = poisoned_somehow(features, np.random.default_rng(view.seed))
+        return float(_contrast(network, (features, other))["loss"])
 
-        fit(
-            network,
-            rows,
-            read_batch,
-            _contrast,
-            Recipe(epochs, batch, LEARNING_RATE, seed=view.seed, bf16=view.bf16),
-            title="Training the matcher",
-            device=view.device,
-            validate=validate,
-            checkpoint=view.kept.checkpoint(NAME),
-            subject=json.dumps(subject, sort_keys=True),
-        )
-        view.kept.save(NAME, subject, network.state_dict())
-    else:
-        network.load_state_dict(kept)
-    freeze_on(network, view)
+    trained(view, NAME, network, read_batch, _contrast, recipe, rows, title="Training the matcher", validate=validate)
     return network["picture"], network["row"]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpf_release.attacks.decoder import freeze_on
 from dpf_release.attacks.interface import Attack, Likeness, Links, register
+from dpf_release.attacks.trained import recipe_for, trained
 from dpf_release.attacks.view import BATCH, Budget, Candidates, ReleaseView, Rows
 from dpf_release.models.probes import AttributeClassifier
-from dpf_release.training import Recipe, fit
 
-STUDENT = "A10 student"
+STUDENT, LEARNING_RATE = "A10 student", 3e-3
 Network = Callable[[Tensor], Tensor]  # pictures uint8 → outputs
 
 
@@ -101,16 +98,14 @@ def train_student(view: ReleaseView) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(view.seed)
         network = AttributeClassifier((3, one.shape[2], one.shape[3]), outputs)
-    epochs = max(1, math.ceil(view.budget.images / len(view.public)))
-    subject = {**view.subject, "name": STUDENT, "epochs": epochs, "seed": view.seed}
-    kept = view.kept.load(STUDENT, subject)
+    recipe, rows = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
 
     def scaled(pictures: Tensor) -> Tensor:
         return view.preprocess.normalise(pictures.to(view.device))
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
         pictures = view.public.read(chosen)
-        return pictures, view.answers(view.features(pictures))
+        return pictures, view.answers(view.features_of(view.public, chosen))
 
     def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         answers = network(scaled(batch[0])).float()
@@ -118,22 +113,7 @@ def train_student(view: ReleaseView) -> Network:
             return {"loss": F.smooth_l1_loss(answers, batch[1])}
         return {"loss": F.cross_entropy(answers, batch[1].softmax(1))}
 
-    if kept is None:
-        fit(
-            network,
-            len(view.public),
-            read_batch,
-            loss,
-            Recipe(epochs, min(128, len(view.public)), 3e-3, seed=view.seed, bf16=view.bf16),
-            title="Training the student",
-            device=view.device,
-            checkpoint=view.kept.checkpoint(STUDENT),
-            subject=json.dumps(subject, sort_keys=True),
-        )
-        view.kept.save(STUDENT, subject, network.state_dict())
-    else:
-        network.load_state_dict(kept)
-    freeze_on(network, view)
+    trained(view, STUDENT, network, read_batch, loss, recipe, rows, title="Training the student")
 
     def answer(pictures: Tensor) -> Tensor:
         with torch.inference_mode():

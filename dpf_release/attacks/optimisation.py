@@ -192,7 +192,7 @@ def _spread(view: ReleaseView, taps: Taps) -> tuple[Tensor, ...]:
     parts: list[list[Tensor]] = []
     for first in range(0, min(len(view.public), STATISTICS), BATCH):
         chosen = np.arange(first, min(first + BATCH, len(view.public), STATISTICS))
-        features = view.features(view.public.read(chosen))
+        features = view.features_of(view.public, chosen)
         parts.append([torch.stack([tap.mean(0), tap.square().mean(0)]) for tap in (features, *taps.of(features))])
     means = [torch.stack(of_tap).mean(0) for of_tap in zip(*parts, strict=True)]
     return tuple((square - mean**2).mean().clamp_min(1e-12) for mean, square in means)

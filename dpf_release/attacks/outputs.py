@@ -8,7 +8,7 @@ from torch import Tensor
 from dpf_release.attacks.decoder import decode, train_decoder
 from dpf_release.attacks.interface import Attack, Reconstructions
 from dpf_release.attacks.taps import Taps, answers_alone, standard
-from dpf_release.attacks.view import Budget, ReleaseView, Rows
+from dpf_release.attacks.view import Budget, HeldPictures, ReleaseView, Rows
 
 WIDTH = 256  # of the decoder's first stack: of K outputs alone it would be K
 
@@ -30,8 +30,8 @@ class Outputs(Attack):
         def seen(features: Tensor) -> Tensor:
             return scaled(taps.of(features))[0]
 
-        def inputs(rows: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
-            return seen(view.features(pictures))
+        def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
+            return seen(view.features_of(held, rows))
 
         network = train_decoder(view, "outputs alone", inputs, width=WIDTH, loss="ssim")
         return Reconstructions({"outputs alone": decode(view, network, lambda rows: seen(view.rows(rows)))})

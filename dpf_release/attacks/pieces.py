@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +14,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from dpf_release.attacks.decoder import freeze_on, schedule
-from dpf_release.attacks.view import BATCH, HeldRows, ReleaseView, Rows
-from dpf_release.training import Recipe, fit
+from dpf_release.attacks.trained import recipe_for, trained
+from dpf_release.attacks.view import BATCH, HeldPictures, HeldRows, ReleaseView, Rows
 
 KEYS = 2**25  # places of all rows that are looked at for copies
 NATURAL, NATURAL_PICTURES = (
@@ -27,7 +25,7 @@ NATURAL, NATURAL_PICTURES = (
 MOST_COPIES = 200  # of a place; what is there more often is a background
 WHOLE = 0.95  # share of windows that must have been copied whole for pieces of their size
 PATCH = 2  # where nothing was copied
-TRAINING_BATCH, LEARNING_RATE, WIDTH = 128, 2e-3, 64
+LEARNING_RATE, WIDTH = 2e-3, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +72,7 @@ def find_swaps(view: ReleaseView) -> Swaps:
 def _twins(view: ReleaseView, places: Rows) -> NDArray[np.float64]:
     """The share of Q's pictures whose features at a place another picture has too, for each place."""
     count = min(len(view.public), NATURAL_PICTURES)
-    public = HeldRows(np.zeros(count), lambda rows: view.features(view.public.read(rows)).half().cpu().numpy())
+    public = HeldRows(np.zeros(count), lambda rows: view.features_of(view.public, rows).half().cpu().numpy())
     keys = _keys(public, np.arange(count), places)
     return np.array([1 - len(np.unique(column)) / count for column in keys.T])
 
@@ -186,17 +184,10 @@ def train_fitting(view: ReleaseView, patch: int) -> Callable[[Tensor], tuple[Ten
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(view.seed)
         network = Fitting(grid)
-    batch = min(TRAINING_BATCH, len(view.public))
-    epochs, rows = schedule(view, view.budget.images)
-    name = f"A12 fitting {patch}"
-    subject = {**view.subject, "patch": patch, "epochs": epochs, "rows": rows, "seed": view.seed}
-    kept = view.kept.load(name, subject)
-    if kept is not None:
-        network.load_state_dict(kept)
-        return freeze_on(network, view)
+    recipe, rows = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
 
-    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
-        features = view.features(view.public.read(chosen))
+    def batch_of(held: HeldPictures, chosen: Rows) -> tuple[Tensor, ...]:
+        features = view.features_of(held, chosen)
         answers = view.answers(features)
         alike = answers.argmax(1) if view.task == "classification" else torch.zeros(len(features), dtype=torch.long)
         return grid.cut(features), alike
@@ -214,19 +205,18 @@ def train_fitting(view: ReleaseView, patch: int) -> Callable[[Tensor], tuple[Ten
 
     def validate() -> float:
         chosen = np.arange(min(len(view.public_val), BATCH))
-        return float(objective(network, read_batch(chosen, np.random.default_rng(0)))["loss"])
+        return float(objective(network, batch_of(view.public_val, chosen))["loss"])
 
-    fit(
+    title = "Training which pieces fit"
+    return trained(
+        view,
+        f"A12 fitting {patch}",
         network,
-        rows,
-        read_batch,
+        lambda chosen, _: batch_of(view.public, chosen),
         objective,
-        Recipe(epochs, batch, LEARNING_RATE, seed=view.seed, bf16=view.bf16),
-        title="Training which pieces fit",
-        device=view.device,
+        recipe,
+        rows,
+        title=title,
         validate=validate,
-        checkpoint=view.kept.checkpoint(name),
-        subject=json.dumps(subject, sort_keys=True),
+        depends_on={"patch": patch},
     )
-    view.kept.save(name, subject, network.state_dict())
-    return freeze_on(network, view)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,20 +14,17 @@ from torchvision.transforms.functional import gaussian_blur
 
 from dpf_release.attacks.decoder import (
     LEARNING_RATE,
-    TRAINING_BATCH,
     VALIDATION_PICTURES,
     Inputs,
     decode,
-    freeze_on,
-    schedule,
     train_decoder,
 )
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.straw_men import DECODERS, straw_man
-from dpf_release.attacks.view import BATCH, Budget, ReleaseView, Rows
+from dpf_release.attacks.trained import recipe_for, trained
+from dpf_release.attacks.view import BATCH, Budget, HeldPictures, ReleaseView, Rows
 from dpf_release.models.functions import FeatureSpec, build_chain
 from dpf_release.objective import Objective, TaskLoss
-from dpf_release.training import Recipe, fit
 
 SHARE = 0.5  # of the pictures that a decoder is shown, those that a shadow function is
 STEP_COST = 1.5  # a step of a shadow function, in steps of a decoder
@@ -112,12 +108,6 @@ def shadow(view: ReleaseView, number: int) -> nn.Module:
         torch.manual_seed(recipe.seed)
         network = build_chain(recipe.function, FeatureSpec(view.feature_shape, view.non_negative)).learned
     assert network is not None
-    epochs, rows = schedule(view, max(1, round(view.budget.images * SHARE)))
-    name, subject = f"A3 shadow {number}", {**view.subject, **asdict(recipe), "epochs": epochs, "rows": rows}
-    kept = view.kept.load(name, subject)
-    if kept is not None:
-        network.load_state_dict(kept)
-        return freeze_on(network, view)
     objective = Objective(
         view.phi_2,
         TaskLoss(_scale(view)),
@@ -127,34 +117,32 @@ def shadow(view: ReleaseView, number: int) -> nn.Module:
         recipe.lambda_,
     )
 
-    def batch_of(pictures: Tensor) -> tuple[Tensor, ...]:
-        features = view.features(pictures)
+    def batch_of(held: HeldPictures, rows: Rows) -> tuple[Tensor, ...]:
+        features = view.features_of(held, rows)
         answers = view.answers(features)
         labels = answers if view.task == "regression" else answers.argmax(1)
-        return features, features, labels, torch.arange(len(features)), pictures
+        return features, features, labels, torch.arange(len(features)), held.read(rows)
 
     def validate() -> float:
         count, total = min(len(view.public_val), VALIDATION_PICTURES), 0.0
         for some in _batches(np.arange(count)):
-            batch = batch_of(view.public_val.read(some))
-            batch = tuple(tensor.to(view.device) for tensor in batch)
-            total += float(objective(network, batch)["loss"]) * len(batch[0])
+            batch = tuple(tensor.to(view.device) for tensor in batch_of(view.public_val, some))
+            total += float(objective(network, batch)["loss"]) * len(some)
         return total / count
 
-    fit(
+    fitting, rows = recipe_for(view, max(1, round(view.budget.images * SHARE)), len(view.public), LEARNING_RATE)
+    return trained(
+        view,
+        f"A3 shadow {number}",
         network,
-        rows,
-        lambda chosen, _: batch_of(view.public.read(chosen)),
+        lambda chosen, _: batch_of(view.public, chosen),
         objective,
-        Recipe(epochs, min(TRAINING_BATCH, rows), LEARNING_RATE, seed=recipe.seed, bf16=view.bf16),
+        replace(fitting, seed=recipe.seed),
+        rows,
         title=f"Training the shadow function {number + 1}",
-        device=view.device,
         validate=validate,
-        checkpoint=view.kept.checkpoint(name),
-        subject=json.dumps(subject, sort_keys=True),
+        depends_on=asdict(recipe),
     )
-    view.kept.save(name, subject, network.state_dict())
-    return freeze_on(network, view)
 
 
 def _scale(view: ReleaseView) -> Tensor | None:
@@ -163,7 +151,7 @@ def _scale(view: ReleaseView) -> Tensor | None:
         return None
     count = min(len(view.public), MOMENT_PICTURES)
     batches = _batches(np.arange(count))
-    answers = torch.cat([view.answers(view.features(view.public.read(some))).cpu() for some in batches])
+    answers = torch.cat([view.answers(view.features_of(view.public, some)).cpu() for some in batches])
     return answers.std(dim=0, correction=0) + 1e-6
 
 
@@ -177,9 +165,9 @@ def union(view: ReleaseView, shadows: Sequence[nn.Module]) -> Inputs:
     functions have them, all alike often.
     """
 
-    def inputs(rows: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
+    def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
         generator = generator or np.random.default_rng([view.seed, 4, int(rows[0])])
-        features = view.features(pictures)
+        features = view.features_of(held, rows)
         drawn = generator.integers(len(shadows) + 3, size=len(features))
         draws = torch.Generator(view.device).manual_seed(int(generator.integers(2**62)))
         out = features.clone()
@@ -219,7 +207,7 @@ def match_moments(view: ReleaseView) -> Callable[[Rows], Tensor]:
     numbers = np.random.default_rng([view.seed, 5]).permutation(len(view.bank))[:MOMENT_PICTURES]
     mean, deviation = _moments(view.rows(some) for some in _batches(np.sort(numbers)))
     public = np.arange(min(len(view.public), MOMENT_PICTURES))
-    wanted_mean, wanted = _moments(view.features(view.public.read(some)) for some in _batches(public))
+    wanted_mean, wanted = _moments(view.features_of(view.public, some) for some in _batches(public))
 
     def rows(numbers: Rows) -> Tensor:
         return (view.rows(numbers) - mean) / deviation.clamp_min(1e-6) * wanted + wanted_mean

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dpf_release.attacks.decoder import DecoderLoss, decode, train_decoder
 from dpf_release.attacks.interface import Attack, Reconstructions, register
-from dpf_release.attacks.view import Budget, ReleaseView, Rows
+from dpf_release.attacks.view import Budget, HeldPictures, ReleaseView, Rows
 
 # Name, architecture, loss, whether features are disturbed; the first are the strongest for their time.
 DECODERS: tuple[tuple[str, str, DecoderLoss, bool], ...] = (
@@ -42,8 +42,8 @@ def straw_man(view: ReleaseView, number: int = 0) -> nn.Module:
     """One of `DECODERS`, trained where it is not kept. Other attacks begin with it."""
     name, architecture, loss, disturbed = DECODERS[number]
 
-    def inputs(rows: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
-        features = view.features(pictures)
+    def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
+        features = view.features_of(held, rows)
         return disturb(features, generator) if disturbed and generator is not None else features
 
     return train_decoder(view, f"A1 {name}", inputs, architecture=architecture, loss=loss)

@@ -92,7 +92,7 @@ def standard(view: ReleaseView, taps: Taps) -> Standard:
     counts: list[int] = []
     for first in range(0, min(len(view.public), STATISTICS), BATCH):
         chosen = np.arange(first, min(first + BATCH, len(view.public), STATISTICS))
-        flat = [tap.movedim(1, -1).flatten(0, -2).double() for tap in taps.of(view.features(view.public.read(chosen)))]
+        flat = [tap.movedim(1, -1).flatten(0, -2).double() for tap in taps.of(view.features_of(view.public, chosen))]
         if not sums:
             sums, squares, counts = [0 * f[0] for f in flat], [0 * (f[:1].T @ f[:1]) for f in flat], [0] * len(flat)
         for number, values in enumerate(flat):  # (n h w, C)

@@ -14,7 +14,7 @@ from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.shadow import SHARE, STEP_COST, shadow, union
 from dpf_release.attacks.straw_men import DECODERS, straw_man
 from dpf_release.attacks.taps import open_taps, standard
-from dpf_release.attacks.view import BATCH, Budget, HeldRows, ReleaseView, Rows, TwoReleases
+from dpf_release.attacks.view import BATCH, Budget, HeldPictures, HeldRows, ReleaseView, Rows, TwoReleases
 
 SHADOWS = 4  # at most; the first of A3's
 ASSIGNED = 2**24  # numbers of likenesses, up to which rows are joined one to one
@@ -59,9 +59,9 @@ def _train(view: ReleaseView) -> torch.nn.Module:
     count = min(SHADOWS, view.budget.shadows)
     disturbed = union(view, [shadow(view, number) for number in range(count)])
 
-    def inputs(rows: Rows, pictures: Tensor, generator: np.random.Generator | None) -> Tensor:
+    def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
         generator = generator or np.random.default_rng([view.seed, 12, int(rows[0])])
-        both = [disturbed(rows, pictures, generator) for _ in range(2)]  # each row through two functions
+        both = [disturbed(held, rows, generator) for _ in range(2)]  # each row through two functions
         return torch.cat(both, dim=1).contiguous(memory_format=torch.channels_last)
 
     _, architecture, loss, _ = DECODERS[0]

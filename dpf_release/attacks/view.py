@@ -19,6 +19,7 @@ from dpf_release.images import Preprocess
 
 Rows = NDArray[np.int64]
 BATCH = 256
+REMEMBERED_BYTES = 2**30  # of φ1(Q)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,29 @@ class HeldRows:
         return len(self.targets)
 
 
+class Remembered:
+    """Features of pictures by number, computed once: of as many of the first ones as there is room for."""
+
+    def __init__(self, most_bytes: int = REMEMBERED_BYTES) -> None:
+        self.most_bytes = most_bytes
+        self._features, self._there = torch.empty(0), torch.empty(0, dtype=torch.bool)
+
+    def get(self, rows: Rows, count: int, compute: Callable[[Rows], Tensor]) -> Tensor:
+        """Features (n, C, h, w) of some of `count` pictures."""
+        if not len(self._there):
+            channels, height, width = (one := compute(rows[:1])).shape[1:]
+            room = min(count, self.most_bytes // one[0].nbytes)
+            self._features, self._there = torch.empty(room, height, width, channels), torch.zeros(room).bool()
+        if not len(rows) or rows.max() >= len(self._there):
+            return compute(rows)
+        numbers = torch.from_numpy(rows)
+        missing = numbers[~self._there[numbers]]
+        if len(missing):
+            self._features[missing] = compute(missing.numpy()).permute(0, 2, 3, 1)
+            self._there[missing] = True
+        return self._features[numbers].permute(0, 3, 1, 2)  # (n, h, w, C) -> (n, C, h, w), channels last
+
+
 @dataclass(frozen=True, eq=False)
 class HeldPictures:
     """Pictures that someone holds.
@@ -68,10 +92,12 @@ class HeldPictures:
     Attributes:
         count: how many.
         read: numbers → (n, 3, H, W) uint8.
+        remembered: what φ1 makes of them; see `ReleaseView.features_of`.
     """
 
     count: int
     read: Callable[[Rows], Tensor]
+    remembered: Remembered | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -147,6 +173,12 @@ class ReleaseView:
             inputs = self.preprocess.normalise(pictures.to(self.device))
             out: Tensor = self.phi_1(inputs.contiguous(memory_format=torch.channels_last)).float()
         return out
+
+    def features_of(self, held: HeldPictures, rows: Rows) -> Tensor:
+        """φ1 of held pictures by number. On a CPU, where that costs half a decoder's step, those of Q are kept."""
+        if held.remembered is None or self.device.type != "cpu":
+            return self.features(held.read(rows))
+        return held.remembered.get(rows, len(held), lambda missing: self.features(held.read(missing)))
 
     def rows(self, rows: Rows) -> Tensor:
         """Rows of the bank by number: (n, C, H', W') float32 on the device."""

@@ -47,9 +47,9 @@ def pictures_of(
         reconstruct: that way: positions in `truth.asked` → pictures.
         clean: the best that is made of unpoisoned rows: rows of the clean bank → pictures.
     """
-    count = len(scores.primary)
+    count = len(scores.matched)
     typical = spread(count)
-    worst = np.argsort(-scores.primary, kind="stable")[: min(SHOWN, max(1, round(WORST * count)))]
+    worst = np.argsort(-scores.matched, kind="stable")[: min(SHOWN, max(1, round(WORST * count)))]
     matched = scores.matches[worst]  # what a row turned out to show, whatever its id says
     originals, shown = truth.read(matched), reconstruct(worst).float().clamp(0, 1)
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dpf_release.attacks.view import (
     LabelledRows,
     LeakedVault,
     ReleaseView,
+    Remembered,
     TwoReleases,
 )
 from dpf_release.battery.candidates import draw_labelled, draw_suspects
@@ -46,6 +47,7 @@ class Setting:
         budget: of each attack.
         seed: of all that is drawn.
         kept: where attackers keep what they train.
+        remembered: φ1(Q), for training and for validation.
     """
 
     project: Project
@@ -53,6 +55,7 @@ class Setting:
     budget: Budget
     seed: int
     kept: VaultKept
+    remembered: tuple[Remembered, Remembered] = field(default_factory=lambda: (Remembered(), Remembered()))
 
 
 def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseView:
@@ -71,8 +74,8 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
         "task": project.config.task.kind,
         "bank": target.rows,
         "asked": setting.truth.asked,
-        "public": _held_pictures(images.pictures.read, images.rows("train")),
-        "public_val": _held_pictures(images.pictures.read, images.rows("val")),
+        "public": _held_pictures(images.pictures.read, images.rows("train"), setting.remembered[0]),
+        "public_val": _held_pictures(images.pictures.read, images.rows("val"), setting.remembered[1]),
         "budget": setting.budget,
         "seed": setting.seed,
         "device": project.device,
@@ -91,8 +94,8 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
     return view(**{**fields, **more})
 
 
-def _held_pictures(read: Callable[[Rows], Tensor], rows: Rows) -> HeldPictures:
-    return HeldPictures(len(rows), lambda numbers: read(rows[numbers]))
+def _held_pictures(read: Callable[[Rows], Tensor], rows: Rows, remembered: Remembered) -> HeldPictures:
+    return HeldPictures(len(rows), lambda numbers: read(rows[numbers]), remembered)
 
 
 def _leaked_vault(target: Target, setting: Setting) -> dict[str, Any]:

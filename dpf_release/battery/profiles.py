@@ -12,6 +12,7 @@ import torch
 
 from dpf_release.attack_report import PROFILE_ORDER, ProfileName
 from dpf_release.attacks.interface import Attack
+from dpf_release.attacks.trained import TRAINING_BATCH
 from dpf_release.attacks.view import Budget, ReleaseView
 from dpf_release.models.reconstructors import build_reconstructor
 
@@ -46,15 +47,22 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-def decoder_rate(view: ReleaseView, seconds: float = 2.0) -> float:
-    """Pictures a second that a decoder is shown in training here: φ1, decoder, both ways. A short trial."""
-    batch = view.public.read(np.arange(min(128, len(view.public))))
-    size = (batch.shape[-2], batch.shape[-1])
-    network = build_reconstructor("rx2s2-c", view.feature_shape, size).to(view.device)
+def decoder_rate(view: ReleaseView, seconds: float = 1.0) -> float:
+    """Pictures a second that a decoder is shown in training here, in the faster precision. A short trial."""
+    precisions = {"on": [True], "off": [False], "auto": [False, True]}[view.bf16]
+    return max(_rate(view, bf16, seconds) for bf16 in precisions)
+
+
+def _rate(view: ReleaseView, bf16: bool, seconds: float) -> float:
+    chosen = np.arange(min(TRAINING_BATCH, len(view.public)))
+    batch = view.public.read(chosen)
+    network = build_reconstructor("rx2s2-c", view.feature_shape, (batch.shape[-2], batch.shape[-1])).to(view.device)
     network.to(memory_format=torch.channels_last)
     started, done = 0.0, 0
     for step in range(1_000_000):
-        network(view.features(batch)).mean().backward()
+        features = view.features_of(view.public, chosen)
+        with torch.autocast(view.device.type, torch.bfloat16, enabled=bf16):
+            network(features).mean().backward()
         if view.device.type == "cuda":
             torch.cuda.synchronize(view.device)
         if step == 0:  # the first is slower than all others

@@ -31,7 +31,7 @@ from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.progress import announce
-from dpf_release.storage import make_folder
+from dpf_release.storage import keeping_large_blocks, make_folder
 from dpf_release.vault import RELEASED_SPLITS
 
 POWER_ROWS = 1000  # on which it is tried whether an attack breaks a planted function
@@ -72,7 +72,7 @@ def attack(
         ConfigError: no such profile or attack.
         VaultError: there is no such candidate.
     """
-    with project.working(public=True, together=False):
+    with project.working(public=True, together=False), keeping_large_blocks():
         return _Run.begin(project, name, profile, budget_minutes, images, seed).go(only, restart)
 
 
@@ -439,7 +439,7 @@ def _score_reconstructions(
     places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
     clean, truth, references = references.clean, truth.at(places), references.at(places)
     ways = {name: way_of(of, references, truth.among, setting.seed) for name, of in scores.items()}
-    best, best_scores = best_of(scores)
+    best = max(scores, key=lambda name: (_leakage(ways[name]), float(scores[name].primary.mean())))
     found = [way.measures.get("re_identification") for way in ways.values()]
     highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
     most = max((way.leakage for way in ways.values() if way.leakage), key=lambda value: value.high, default=None)
@@ -458,9 +458,13 @@ def _score_reconstructions(
         series=_series(answer, ways),
         pictures={}
         if clean is None
-        else pictures_of(truth, best_scores, lambda at: answer.decoders[best](places[at]), clean),
+        else pictures_of(truth, scores[best], lambda at: answer.decoders[best](places[at]), clean),
         rows=len(truth.asked),
     )
+
+
+def _leakage(way: Way) -> float:
+    return way.leakage.value if way.leakage else 0.0
 
 
 def score_answer(answer: Reconstructions, target: Target, truth: Truth) -> dict[str, RowScores]:

@@ -1,4 +1,4 @@
-"""How much of a picture a reconstruction shows, whichever row it came from; and what that is worth.
+"""How much of its own picture a reconstruction shows, or of any of its pool; and what that is worth.
 
 Pictures are floats in [0, 1], (n, 3, H, W).
 """
@@ -6,7 +6,7 @@ Pictures are floats in [0, 1], (n, 3, H, W).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ class RowScores:
     """One number an asked row.
 
     Attributes:
-        measures: `affine_ssim` and the others, against the row's match.
+        measures: `affine_ssim` and the others, against the row's own picture (of several, the one that it is most
+            like); `affine_ssim_matched` against its match.
         own: whether the match is a picture that the row is made of.
         matches: the match, as a row of the clean bank.
     """
@@ -44,8 +45,13 @@ class RowScores:
 
     @property
     def primary(self) -> Numbers:
-        """SSIM after the best affine colour fit."""
+        """SSIM after the best affine colour fit, with the row's own picture."""
         return self.measures["affine_ssim"]
+
+    @property
+    def matched(self) -> Numbers:
+        """The same with the row's match: whose row it was is not taken on trust."""
+        return self.measures["affine_ssim_matched"]
 
     def at(self, places: Rows) -> RowScores:
         """Those of some of the rows."""
@@ -54,9 +60,10 @@ class RowScores:
 
 
 def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callable[[Rows], Tensor]) -> RowScores:
-    """Scores reconstructions of `truth.asked`, by their match: the picture of the pool that they correlate with most.
+    """Scores reconstructions of `truth.asked`: against their own picture, and against their match.
 
-    Ids are not trusted: a bank whose rows were shuffled within their pools scores as it did before.
+    The match is the picture of the pool that a reconstruction correlates with most. So a bank whose rows were shuffled
+    within their pools, which no id gives away, scores by its matches as it did before.
 
     Args:
         truth: the pools.
@@ -78,12 +85,14 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
             places = np.arange(first, min(first + BATCH, len(pool.rows)))
             pictures = reconstruct(done + places).float().clamp(0, 1)
             correlation = (_directions(pictures) @ directions.T).abs()  # (n, M)
-            best, match = correlation.max(dim=1)
+            match = correlation.argmax(dim=1)
             own.append(made_of[places, match.numpy()])
             matches.append(pool.pictures[match.numpy()])
-            for name, values in _measure(pictures, originals[match]).items():
+            with_own, mine = correlation.where(torch.from_numpy(made_of[places]), -1).max(dim=1)
+            found = _measure(pictures, originals[mine])
+            found["affine_ssim_matched"] = ssim(affine_fit(pictures, originals[match]), originals[match])
+            for name, values in {**found, "correlation": with_own}.items():
                 measures.setdefault(name, []).append(values)
-            measures.setdefault("correlation", []).append(best)
         done += len(pool.rows)
     joined = {name: torch.cat(parts).double().numpy() for name, parts in measures.items()}
     return RowScores(joined, np.concatenate(own), np.concatenate(matches))
@@ -145,13 +154,22 @@ class References:
 
 
 def way_of(scores: RowScores, references: References, among: int, seed: int) -> Way:
-    """Means of what was measured for one decoder, with their intervals, and its leakage."""
+    """Means of what was measured for one decoder, with their intervals; and its leakage, by own picture or by match.
+
+    The higher of the two. By match alone, what says nothing does well (the mean of a class is matched with the one
+    picture of the pool that is most like it), and what says a little seems worse than nothing. By own picture alone, a
+    shuffle of the rows would pass for a defence.
+    """
     measures = {name: mean_interval(values, seed) for name, values in scores.measures.items()}
-    worst = np.sort(scores.primary)[-max(1, round(WORST * len(scores.primary))) :]
+    worst = np.sort(scores.matched)[-max(1, round(WORST * len(scores.matched))) :]
     measures["affine_ssim_worst"] = mean_interval(worst, seed)
     if among >= LEAST_POOL:
         measures["re_identification"] = share_interval(scores.own)
-    leakage = ratio_interval(scores.primary, references.baseline.primary, references.ceiling.primary, seed)
+    leakages = [
+        ratio_interval(of(scores), of(references.baseline), of(references.ceiling), seed)
+        for of in (lambda one: one.primary, lambda one: one.matched)
+    ]
+    leakage = max((found for found in leakages if found), key=lambda found: found.value, default=None)
     return Way(measures=measures, leakage=leakage)
 
 
@@ -192,6 +210,7 @@ def _resampled(columns: list[NDArray[Any]], seed: int) -> NDArray[np.float64]:
 
 
 def best_of(scores: Mapping[str, RowScores]) -> tuple[str, RowScores]:
-    """The name and scores with the highest mean."""
+    """The name and scores with the highest mean; scores by match are those of whoever is the best by match."""
     name = max(scores, key=lambda name: float(scores[name].primary.mean()))
-    return name, scores[name]
+    matched = max((one.matched for one in scores.values()), key=lambda values: float(values.mean()))
+    return name, replace(scores[name], measures={**scores[name].measures, "affine_ssim_matched": matched})

@@ -9,7 +9,7 @@ from typing import Literal
 from dpf_release.attack_report import AttackReport, AttackResult, Interval
 
 # What an attack is best known by: the first of these that any of its ways has.
-PRIMARY = ("affine_ssim", "top1", "balanced_accuracy", "rank1", "auc")
+PRIMARY = ("affine_ssim", "top1", "accuracy", "auc")
 LONGEST_REASON = 300
 EMPIRICAL = "This is measured, not proven: an attacker who does better than these may exist."
 
@@ -43,7 +43,8 @@ def strongest(result: AttackResult) -> Strongest | None:
     for measure in PRIMARY:
         ways = {name: way.measures[measure] for name, way in result.ways.items() if measure in way.measures}
         if ways:
-            name = max(ways, key=lambda name: ways[name].value)
+            leakages = {name: way.leakage.value for name, way in result.ways.items() if way.leakage}
+            name = max(ways, key=lambda name: (leakages.get(name, 0.0), ways[name].value))
             return Strongest(name, measure, ways[name])
     return None
 
