@@ -68,7 +68,7 @@ def train_decoder(
         return inputs(view.public, chosen, generator), view.public.read(chosen)
 
     def objective(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        return {"loss": _loss(network(batch[0]).float(), batch[1].float() / 255, loss)}
+        return {"loss": decoder_loss(network(batch[0]).float(), batch[1].float() / 255, loss)}
 
     def validate() -> float:
         total, count = 0.0, min(len(view.public_val), VALIDATION_PICTURES)
@@ -76,7 +76,7 @@ def train_decoder(
             chosen = np.arange(first, min(first + BATCH, count))
             pictures = view.public_val.read(chosen).to(view.device).float() / 255
             seen = inputs(view.public_val, chosen, None)
-            total += float(_loss(network(seen).float(), pictures, loss)) * len(chosen)
+            total += float(decoder_loss(network(seen).float(), pictures, loss)) * len(chosen)
         return total / count
 
     subject = {"architecture": architecture, "width": width, "inputs": list(shape), "loss": loss, **(depends_on or {})}
@@ -106,7 +106,8 @@ def decode(
     return pictures
 
 
-def _loss(pictures: Tensor, originals: Tensor, loss: DecoderLoss) -> Tensor:
+def decoder_loss(pictures: Tensor, originals: Tensor, loss: DecoderLoss) -> Tensor:
+    """What a decoder is trained for: mean absolute difference; or 1 - SSIM with a tenth of it."""
     if loss == "l1":
-        return F.l1_loss(pictures, originals)
+        return F.l1decoder_loss(pictures, originals)
     return 1 - ssim(pictures, originals).mean() + 0.1 * l1(pictures, originals).mean()

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from dpf_release.attack_report import PROFILE_ORDER, ProfileName
+from dpf_release.attacks.decoder import decoder_loss
 from dpf_release.attacks.interface import Attack
+from dpf_release.attacks.straw_men import disturb
 from dpf_release.attacks.trained import TRAINING_BATCH
 from dpf_release.attacks.view import Budget, ReleaseView
 from dpf_release.models.reconstructors import build_reconstructor
@@ -42,7 +44,7 @@ class Profile:
 
 PROFILES: dict[str, Profile] = {
     "quick": Profile("quick", 1000, 200, Budget(images=40_000, decoders=1, shadows=0)),
-    "standard": Profile("standard", 5000, 1000, Budget(images=150_000, decoders=3, shadows=4)),
+    "standard": Profile("standard", 5000, 1000, Budget(images=100_000, decoders=3, shadows=4)),
     "full": Profile("full", 5000, 1000, Budget(images=1_000_000, decoders=6, shadows=16, deep=True)),
 }
 
@@ -58,11 +60,11 @@ def _rate(view: ReleaseView, bf16: bool, seconds: float) -> float:
     batch = view.public.read(chosen)
     network = build_reconstructor("rx2s2-c", view.feature_shape, (batch.shape[-2], batch.shape[-1])).to(view.device)
     network.to(memory_format=torch.channels_last)
-    started, done = 0.0, 0
+    started, done, generator = 0.0, 0, np.random.default_rng(0)
     for step in range(1_000_000):
-        features = view.features_of(view.public, chosen)
+        features = disturb(view.features_of(view.public, chosen), generator)
         with torch.autocast(view.device.type, torch.bfloat16, enabled=bf16):
-            network(features).mean().backward()
+            decoder_loss(network(features).float(), batch.to(view.device).float() / 255, "ssim").backward()
         if view.device.type == "cuda":
             torch.cuda.synchronize(view.device)
         if step == 0:  # the first is slower than all others
