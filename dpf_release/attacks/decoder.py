@@ -109,5 +109,5 @@ def decode(
 def decoder_loss(pictures: Tensor, originals: Tensor, loss: DecoderLoss) -> Tensor:
     """What a decoder is trained for: mean absolute difference; or 1 - SSIM with a tenth of it."""
     if loss == "l1":
-        return F.l1decoder_loss(pictures, originals)
+        return F.l1_loss(pictures, originals)
     return 1 - ssim(pictures, originals).mean() + 0.1 * l1(pictures, originals).mean()
