@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from warm_cli import WarmCli
 
 from dpf_release.package import package
 from dpf_release.pipeline import Project, featurize, fit_poison, init, measure, train, write_candidate
@@ -133,11 +135,19 @@ def project_folder(finished: Path, tmp_path: Path) -> Path:
 
 def run_cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """The real command line, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "dpf_release", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "160"},
-        check=False,
-    )
+    if not WARM:
+        WARM.append(WarmCli())
+    with tempfile.TemporaryDirectory() as scratch:
+        env = dict(os.environ) | {"COLUMNS": "160"}
+        status, out, err = WARM[0].run(arguments, folder, env, Path(scratch))
+    return subprocess.CompletedProcess(arguments, status, out, err)
+
+
+WARM: list[WarmCli] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_cli_ends() -> Iterator[None]:
+    yield
+    while WARM:
+        WARM.pop().close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attackers import Memory
 from torch import Tensor
 
-from dpf_release.attacks import Budget, HeldRows, ReleaseView, TwoReleases, alignment_map, pieces
+from dpf_release.attacks import Budget, HeldRows, ReleaseView, TwoReleases, trained
 from dpf_release.attacks.alignment import ALL, Alignment, _moments, alignments, match_covariances, match_moments
 from dpf_release.attacks.alignment_map import AlignmentMap, discrepancy
 from dpf_release.attacks.jigsaw import Jigsaw, beliefs, pools_of
-from dpf_release.attacks.pieces import Grid, find_swaps, train_fitting
+from dpf_release.attacks.pieces import Grid, find_swaps, fits, train_fitting
 from dpf_release.attacks.two_releases import join
 from dpf_release.battery.grants import Setting, grant
-from dpf_release.battery.run import draw_truth
-from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
+from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
 from dpf_release.errors import NotGrantedError
 from dpf_release.models.functions import Recombine
 from dpf_release.models.functions.interface import FeatureSpec
@@ -30,31 +30,13 @@ from dpf_release.pipeline.fitting import load_function
 from dpf_release.vault import releases, remember_release
 
 
-class Memory:
-    """What an attacker keeps, for as long as the tests run."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, tuple[str, dict[str, Tensor]]] = {}
-
-    def load(self, name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        said, tensors = self.held.get(name, ("", {}))
-        return tensors if said == repr(subject) else None
-
-    def save(self, name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.held[name] = repr(subject), {key: tensor.clone() for key, tensor in tensors.items()}
-
-    def checkpoint(self, name: str) -> Path | None:
-        return None
-
-
 @pytest.fixture(scope="module")
 def setting(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     folder = shutil.copytree(finished, tmp_path_factory.mktemp("aligned") / "shapes")
     project = Project.open(folder / "dpf.toml")
     truth = draw_truth(project, target_of(project, "clean"), 200, seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (alignment_map, pieces):
-            patch.setattr(module, "TRAINING_BATCH", 32)
+        patch.setattr(trained, "TRAINING_BATCH", 32)
         yield Setting(project, truth, Budget(images=1000, decoders=1, shadows=0), 0, Memory())  # type: ignore[arg-type]
 
 
@@ -139,7 +121,7 @@ def test_moments_by_class_are_those_of_its_rows_and_scarce_classes_have_none(set
 def test_the_map_is_trained_anew_for_another_bank_alone(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     view = view_of(setting, "channel-affine")
     Alignment().run(view)
-    monkeypatch.setattr(alignment_map, "fit", None)
+    monkeypatch.setattr(trained, "fit", None)
     assert set(Alignment().run(view).decoders) >= {"moments; rx2s2-c, SSIM, disturbed"}
     with pytest.raises(TypeError):
         Alignment().run(view_of(setting, "random-convolution"))
@@ -208,7 +190,7 @@ def test_pieces_of_one_picture_fit_better_than_those_of_two(setting: Setting) ->
     grid, fitting = Grid(view.feature_shape, 2), train_fitting(view, 2)
     cut = grid.cut(view.rows(view.asked[:40]))
     right, left, _, _ = fitting(cut)
-    scores = pieces.fits(right[:, :, :-1], left[:, :, 1:]).flatten(0, 1)  # (places, 40, 40)
+    scores = fits(right[:, :, :-1], left[:, :, 1:]).flatten(0, 1)  # (places, 40, 40)
     found = (scores.argmax(dim=2) == torch.arange(40)).float().mean()
     assert float(found) > 4 / 40
 

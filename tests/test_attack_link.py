@@ -22,9 +22,9 @@ from dpf_release.battery.candidates import Labelled, draw_labelled, draw_suspect
 from dpf_release.battery.grants import Setting, VaultKept, grant
 from dpf_release.battery.linking import measure, membership_measures, ranks
 from dpf_release.battery.planted_network import memorising_target
-from dpf_release.battery.run import draw_truth, score
+from dpf_release.battery.run import score
 from dpf_release.battery.scoring import References
-from dpf_release.battery.targets import Target, clean_rows, planted_target
+from dpf_release.battery.targets import Target, clean_rows, draw_truth, planted_target
 from dpf_release.battery.truth import Suspects, bin_of
 from dpf_release.battery.verdicts import Scored
 from dpf_release.errors import NotGrantedError

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from attackers import Memory
 from torch import Tensor, nn
 
 import dpf_release.battery.truth as truth_module
@@ -20,18 +20,19 @@ from dpf_release.attacks import (
     LeakedVault,
     Reconstructions,
     ReleaseView,
-    decoder,
     known_pairs,
     leaked_vault,
     shadow,
     straw_men,
+    trained,
 )
 from dpf_release.attacks.straw_men import straw_man
 from dpf_release.attacks.view import Budget, HeldPictures, HeldRows
 from dpf_release.battery.grants import Setting, grant
-from dpf_release.battery.run import _Run, _series, draw_truth
+from dpf_release.battery.reconstructions import _series
+from dpf_release.battery.run import _Run
 from dpf_release.battery.scoring import References, score_pictures
-from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
+from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.metrics import ssim
 from dpf_release.models.functions import Plan
@@ -39,23 +40,6 @@ from dpf_release.pipeline import Project
 from dpf_release.pipeline.fitting import load_function
 
 BUDGET = Budget(images=2500, decoders=1, shadows=2)
-
-
-class Memory:
-    """What an attacker keeps, for as long as the tests run."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, tuple[str, dict[str, Tensor]]] = {}
-
-    def load(self, name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        said, tensors = self.held.get(name, ("", {}))
-        return tensors if said == repr(subject) else None
-
-    def save(self, name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.held[name] = repr(subject), {key: tensor.clone() for key, tensor in tensors.items()}
-
-    def checkpoint(self, name: str) -> Path | None:
-        return None
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +53,7 @@ def setting(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         truth = draw_truth(project, target, 40, seed=0)
         for module in (straw_men, known_pairs, leaked_vault, shadow):  # what learns fast on few pictures
             patch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
-        for module in (decoder, shadow):
-            patch.setattr(module, "TRAINING_BATCH", 16)
+        patch.setattr(trained, "TRAINING_BATCH", 16)
         patch.setattr(leaked_vault, "LOSSES", (("l1", 1.0),))
         patch.setattr(truth_module, "POOL", 200)
         yield Setting(project, truth, BUDGET, 0, Memory())  # type: ignore[arg-type]
@@ -259,7 +242,7 @@ def test_a_shadow_function_does_on_public_pictures_what_p_does_on_private_ones(
     assert likeness[0] < likeness[1] / 2
     assert float(agreement) > 0.8
     assert not any(parameter.requires_grad for parameter in network.parameters())
-    monkeypatch.setattr(shadow, "fit", None)
+    monkeypatch.setattr(trained, "fit", None)
     again = shadow.shadow(view, 0)  # kept: nothing is trained
     assert torch.equal(again(features), network(features))
     with pytest.raises(TypeError):
@@ -277,14 +260,13 @@ def test_no_two_shadow_functions_are_alike_and_both_objectives_come_up() -> None
 
 def test_a_decoder_sees_every_function_of_the_union_and_their_pictures_in_order(setting: Setting) -> None:
     view = grant(ReleaseView, target_of(setting, "clean"), setting)
-    pictures = view.public.read(np.arange(120))
 
     class Sign(nn.Module):
         def forward(self, features: Tensor) -> Tensor:
             return -features - 1
 
-    clean = view.features(pictures)
-    seen = shadow.union(view, [Sign()])(np.arange(120), pictures, np.random.default_rng(0))
+    clean = view.features_of(view.public, np.arange(120))
+    seen = shadow.union(view, [Sign()])(view.public, np.arange(120), np.random.default_rng(0))
     own = (seen == clean).flatten(1).all(1)
     turned = (seen == -clean - 1).flatten(1).all(1)
     assert 10 < int(own.sum()) < 60
@@ -296,7 +278,7 @@ def test_a_decoder_sees_every_function_of_the_union_and_their_pictures_in_order(
     ]
     assert min(likeness) > 0.3  # each is made of its own picture
     inputs = shadow.union(view, [])
-    assert torch.equal(inputs(np.arange(9), pictures[:9], None), inputs(np.arange(9), pictures[:9], None))
+    assert torch.equal(inputs(view.public_val, np.arange(9), None), inputs(view.public_val, np.arange(9), None))
 
 
 def test_matched_moments_take_any_channel_affine_map_away(setting: Setting) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from attackers import Memory
 from torch import Tensor, nn
 
 from dpf_release.attacks import Budget, HeldPictures, HeldRows, Reconstructions, ReleaseView, optimisation
@@ -18,9 +17,10 @@ from dpf_release.attacks.optimisation import DeepImagePrior, PerSample, Pixels
 from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.straw_men import StrawMen
 from dpf_release.attacks.taps import WIDEST, open_taps, standard, together
+from dpf_release.attacks.view import Remembered
 from dpf_release.battery import attack
 from dpf_release.battery.profiles import PROFILES
-from dpf_release.battery.run import score_answer
+from dpf_release.battery.reconstructions import score_answer
 from dpf_release.battery.scoring import affine_fit, score_pictures
 from dpf_release.battery.targets import Target
 from dpf_release.battery.truth import Pool, Rows, Truth
@@ -31,23 +31,6 @@ from dpf_release.models.zoo import build_network
 from dpf_release.pipeline import Project
 
 SIZE = 16
-
-
-@dataclass
-class Memory:
-    """What an attacker keeps, for as long as a test takes."""
-
-    held: dict[str, tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
-
-    def load(self, name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        found = self.held.get(name)
-        return found[1] if found is not None and found[0] == repr(subject) else None
-
-    def save(self, name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.held[name] = (repr(subject), {key: tensor.clone() for key, tensor in tensors.items()})
-
-    def checkpoint(self, name: str) -> Path | None:
-        return None
 
 
 def pictures(count: int, seed: int) -> Tensor:
@@ -95,6 +78,32 @@ def half_seen() -> tuple[nn.Module, nn.Module]:
 
 def likeness(found: Tensor, originals: Tensor) -> float:
     return float(ssim(affine_fit(found, originals), originals).mean())
+
+
+# --------------------------------------------------------------------------------------------- φ1 of Q
+
+
+def test_features_of_q_are_computed_once_and_are_what_phi_1_makes_of_each_picture() -> None:
+    view, pixels, asked = view_of(*half_seen(), torch.rand(4, 24, 8, 8), Budget(1, 1, 0)), pictures(20, seed=5), []
+
+    def read(rows: Rows) -> Tensor:
+        asked.extend(rows.tolist())
+        return pixels[torch.from_numpy(rows)]
+
+    row_bytes = 24 * 8 * 8 * 4
+    for room, computed in ((20, [0, 3, 9, 11, 19]), (10, [0, 3, 9, 11, 11, 19])):
+        asked.clear()
+        held_pictures = HeldPictures(20, read, Remembered(room * row_bytes))
+        for rows in (np.array([3, 9, 11]), np.array([9, 0, 3, 19]), np.array([11])):
+            found = view.features_of(held_pictures, rows)
+            assert torch.allclose(found, view.features(pixels[torch.from_numpy(rows)]), atol=1e-6)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+        assert sorted(asked[1:]) == computed  # but for the first, by which the room is measured
+    bare = HeldPictures(20, read)
+    asked.clear()
+    for _ in range(2):
+        view.features_of(bare, np.array([1]))
+    assert asked == [1, 1]
 
 
 # --------------------------------------------------------------------------------------------- taps

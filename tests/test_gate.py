@@ -14,7 +14,7 @@ from bare_banks import digests
 from conftest import run_cli
 
 from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way, public_report
-from dpf_release.attacks import ATTACKS, Attack, Budget, decoder, registered, straw_men
+from dpf_release.attacks import ATTACKS, Attack, Budget, registered, straw_men, trained
 from dpf_release.battery import attack
 from dpf_release.battery.profiles import PROFILES
 from dpf_release.battery.run import report_file
@@ -365,7 +365,7 @@ def test_a_weak_function_is_attacked_and_refused_with_the_reasons(
     short = replace(PROFILES["quick"], budget=Budget(images=3000, decoders=1, shadows=0))
     monkeypatch.setitem(PROFILES, "quick", short)
     monkeypatch.setattr(straw_men, "DECODERS", straw_men.DECODERS[1:2])  # it learns with the least
-    monkeypatch.setattr(decoder, "TRAINING_BATCH", 16)
+    monkeypatch.setattr(trained, "TRAINING_BATCH", 16)
     project = promising(project_folder, poison__function="gaussian-noise:scale=0.1")
     fit_poison(project, "weak")
     write_candidate(project, "weak")

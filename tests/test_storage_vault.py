@@ -1,7 +1,10 @@
 """Files appear whole or not at all; the vault is its owner's alone."""
 
 import os
+import platform
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +32,37 @@ def _umask(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 # Storage.
+
+FAULTS = """
+import ctypes, resource
+from dpf_release.storage import keeping_large_blocks, return_large_blocks
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        block = bytearray(8 * 2**20)
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with keeping_large_blocks():
+    pass
+return_large_blocks()
+returned = faults()
+with keeping_large_blocks():
+    faults()
+    kept = faults()
+    with keeping_large_blocks():
+        pass
+    still = faults()
+print(returned, kept, still, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_large_blocks_stay_during_a_training_and_go_back_to_the_system_otherwise() -> None:
+    out = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True).stdout
+    returned, kept, still, after = map(int, out.split())
+    assert max(kept, still) < min(returned, after) / 10
 
 
 @pytest.mark.usefixtures("_umask")

@@ -31,7 +31,7 @@ class Attribute(Attack):
     """Probes for the attribute: on φ1(Q), where Q has it, and on rows of the bank whose value the attacker knows."""
 
     code, title, claim = "A8", "attribute, identity", "attribute"
-    view = LabelledRows
+    view, answers = LabelledRows, Attributes
     of_bank = True
 
     def trainings(self, budget: Budget) -> float:

@@ -71,6 +71,7 @@ class Attack:
         claim: what it speaks against; None: reported, never gated.
         profile: the smallest that runs it.
         view: what it needs to hold.
+        answers: of what type its answer is.
         planted: weak functions that it must break, or it proves nothing (`battery.planted`).
         of_bank: whether it trains anew for each bank, a planted one too.
         sets_ceiling: whether what it reaches on clean rows counts for the ceiling.
@@ -83,6 +84,7 @@ class Attack:
     claim: ClassVar[Claim | None] = "reconstruction"
     profile: ClassVar[Profile] = "standard"
     view: ClassVar[type[ReleaseView]] = ReleaseView
+    answers: ClassVar[type[Result]] = Reconstructions
     planted: ClassVar[tuple[str, ...]] = ("weak-noise",)
     of_bank: ClassVar[bool] = False
     sets_ceiling: ClassVar[bool] = False

@@ -68,7 +68,7 @@ class Linkage(Attack):
     """The candidate's features against the rows of its class: as they are, inside φ2, its answers, piece by piece."""
 
     code, title, profile, claim = "A5", "linkage, membership", "quick", "linkage"
-    view = Candidates
+    view, answers = Candidates, Links
 
     def trainings(self, budget: Budget) -> float:
         """A matcher, from `standard` on."""

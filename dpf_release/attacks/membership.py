@@ -27,7 +27,7 @@ class Membership(Attack):
     """
 
     code, title, claim = "A10", "membership by the weights", "linkage"
-    view = Candidates
+    view, answers = Candidates, Links
     planted = ("memorising-network",)
 
     def trainings(self, budget: Budget) -> float:

@@ -73,16 +73,18 @@ class Remembered:
         """Features (n, C, h, w) of some of `count` pictures."""
         if not len(self._there):
             channels, height, width = (one := compute(rows[:1])).shape[1:]
-            room = min(count, self.most_bytes // one[0].nbytes)
+            room = max(1, min(count, self.most_bytes // one[0].nbytes))
             self._features, self._there = torch.empty(room, height, width, channels), torch.zeros(room).bool()
-        if not len(rows) or rows.max() >= len(self._there):
-            return compute(rows)
         numbers = torch.from_numpy(rows)
-        missing = numbers[~self._there[numbers]]
-        if len(missing):
-            self._features[missing] = compute(missing.numpy()).permute(0, 2, 3, 1)
-            self._there[missing] = True
-        return self._features[numbers].permute(0, 3, 1, 2)  # (n, h, w, C) -> (n, C, h, w), channels last
+        fits = numbers < len(self._there)
+        known = fits & self._there[numbers.clamp_max(len(self._there) - 1)]
+        out = torch.empty(len(rows), *self._features.shape[1:])
+        out[known] = self._features[numbers[known]]
+        if not known.all():
+            out[~known] = compute(rows[~known.numpy()]).permute(0, 2, 3, 1)
+            self._features[numbers[fits]] = out[fits]
+            self._there[numbers[fits]] = True
+        return out.permute(0, 3, 1, 2)  # (n, h, w, C) -> (n, C, h, w), channels last
 
 
 @dataclass(frozen=True, eq=False)

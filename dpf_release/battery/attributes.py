@@ -17,7 +17,7 @@ from dpf_release.pipeline.project import Project
 
 
 def score_attributes(
-    answer: Attributes, target: Target, setting: Setting, references: References, project: Project
+    answer: Attributes, target: Target, setting: Setting, references: References | None, project: Project
 ) -> Scored:
     """Balanced accuracy of each probe, and its gain over the best guess from the label alone."""
     labelled = draw_labelled(project, target, setting.truth, setting.seed)

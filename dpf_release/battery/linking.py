@@ -20,7 +20,9 @@ DRAWS = 500  # of members and non-members, for each way
 LEAST_NON_MEMBERS = 1000  # for a false positive rate of 0.1 %
 
 
-def score_links(answer: Links, target: Target, setting: Setting, references: References, project: Project) -> Scored:
+def score_links(
+    answer: Links, target: Target, setting: Setting, references: References | None, project: Project
+) -> Scored:
     """Every way counts: of each measure the worst is judged. What is compared with clean rows is top-1, else AUC."""
     suspects = draw_suspects(project, target, setting.truth, setting.seed)
     ways = {name: Way(measures=measure(way, suspects, setting.seed)) for name, way in answer.ways.items()}

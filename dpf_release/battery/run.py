@@ -11,28 +11,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Utility, Way
+from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Utility
 from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Result, registered
 from dpf_release.attacks.outputs import Outputs
-from dpf_release.attacks.view import BATCH, ReleaseView
+from dpf_release.attacks.view import ReleaseView
 from dpf_release.battery.attributes import score_attributes
-from dpf_release.battery.gallery import keep_pictures, pictures_of
+from dpf_release.battery.gallery import keep_pictures
 from dpf_release.battery.grants import Setting, VaultKept, grant
 from dpf_release.battery.linking import score_links
 from dpf_release.battery.page import write_page
 from dpf_release.battery.planted_network import MEMORISER, memorising_target
 from dpf_release.battery.profiles import PLANTED_SHARE, PROFILES, Profile, decoder_rate, minutes, within
-from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures, way_of
-from dpf_release.battery.targets import Target, candidate_target, clean_rows, planted_target
-from dpf_release.battery.truth import LEAST_POOL, Rows, Truth, bins_of, draw_pools
+from dpf_release.battery.reconstructions import baselines, score_answer, score_reconstructions
+from dpf_release.battery.scoring import References, best_of, mean_interval, score_pictures
+from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
+from dpf_release.battery.truth import LEAST_POOL, Rows
 from dpf_release.battery.utility import UTILITIES, measure_utility
-from dpf_release.battery.verdicts import Limit, Scored, judge, re_identification_limit
+from dpf_release.battery.verdicts import Scored, judge
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.progress import announce
 from dpf_release.storage import keeping_large_blocks, make_folder
-from dpf_release.vault import RELEASED_SPLITS
 
 POWER_ROWS = 1000  # on which it is tried whether an attack breaks a planted function
 POWER_LEAKAGE = 0.5  # that it must reach there, surely
@@ -123,19 +123,17 @@ class _Run:
         if unknown := set(only) - set(codes):
             there = ", ".join(codes)
             raise ConfigError(f"expected attacks of profile {self.profile.name} ({there}), found {sorted(unknown)}.")
-        known = None if restart else self._known()
-        references = self._references(attacks)
-        report = self._empty(references, self._shown())
-        known = known if known and _same_run(known, report) else report
-        done = {result.code: result for result in known.attacks}
-        lacks = dict(known.not_applicable)
-        report = report.model_copy(update={"utility": known.utility})
-        for attack in attacks:
-            kept = done.get(attack.code)
-            if kept and kept.version == attack.version and kept.images >= self.setting.budget.images:
-                continue
-            if only and attack.code not in only:
-                continue
+        report, known = self._empty(), None if restart else self._known()
+        if known and _same_run(known, report):
+            report = known
+        done, lacks = {result.code: result for result in report.attacks}, dict(report.not_applicable)
+        wanted = [attack for attack in attacks if not only or attack.code in only]
+        missing = [attack for attack in wanted if self._is_missing(done.get(attack.code), attack)]
+        references = None
+        if any(attack.answers is Reconstructions for attack in missing):
+            references = self._references(attacks)
+            report = report.model_copy(update=self._shown(references))
+        for attack in missing:
             result, pictures = self._attack(attack, references)
             if isinstance(result, AttackResult):
                 done[attack.code] = result
@@ -146,6 +144,9 @@ class _Run:
         utility = {**report.utility, **self._utility([code for code in UTILITIES if not only or code in only])}
         return self._write(report.model_copy(update={"utility": utility}), attacks, done, lacks)
 
+    def _is_missing(self, kept: AttackResult | None, attack: Attack) -> bool:
+        return kept is None or kept.version != attack.version or kept.images < self.setting.budget.images
+
     def _utility(self, codes: Sequence[str]) -> dict[str, Utility]:
         """With trainings that are shorter by as much as the attacks' are."""
         if not codes:
@@ -155,7 +156,7 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------ one attack
 
-    def _attack(self, attack: Attack, references: References) -> tuple[AttackResult | str, Mapping[str, Tensor]]:
+    def _attack(self, attack: Attack, references: References | None) -> tuple[AttackResult | str, Mapping[str, Tensor]]:
         """The result, or what the project lacks for it; and pictures for the report."""
         started = time.monotonic()
         try:
@@ -191,7 +192,7 @@ class _Run:
         announce(f"{attack.code} {attack.title}: leakage {leakage}, {verdict} ({result.seconds:.0f} s)")
         return result, scored.pictures
 
-    def _scored(self, attack: Attack, target: Target, setting: Setting, references: References) -> Scored:
+    def _scored(self, attack: Attack, target: Target, setting: Setting, references: References | None) -> Scored:
         answer = attack.run(grant(attack.view, target, setting))
         scored = score(answer, target, setting, references, self.project)
         if scored.primary is None:
@@ -200,7 +201,7 @@ class _Run:
         ceiling = self._reached_on_clean(attack, setting, references) if top is None else _exactly(top)
         return scored if ceiling is None else scored.against(ceiling)
 
-    def _reached_on_clean(self, attack: Attack, setting: Setting, references: References) -> Interval | None:
+    def _reached_on_clean(self, attack: Attack, setting: Setting, references: References | None) -> Interval | None:
         """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
         name = f"{attack.code} on clean rows, {len(setting.truth.asked)}"
         subject = {**self._subject(attack, setting), "bank": self.clean.subject}
@@ -240,7 +241,7 @@ class _Run:
             found.append(f"matched among {scored.among}, at least {LEAST_POOL} are wanted")
         return found
 
-    def _power(self, attack: Attack, references: References) -> Power:
+    def _power(self, attack: Attack, references: References | None) -> Power:
         """Whether the attack breaks the functions that it declares; kept for this φ1, Q and budget."""
         truth, places = self.setting.truth.first(POWER_ROWS)
         budget = replace(self.setting.budget, share=PLANTED_SHARE if attack.of_bank else 1.0)
@@ -253,7 +254,8 @@ class _Run:
             kept = setting.kept.load(f"{attack.code} power on {name}", subject)
             if kept is None:
                 target = self._planted(name, member)
-                scored = self._scored(attack, target, setting, references.at(places))
+                part = references.at(places) if references else None
+                scored = self._scored(attack, target, setting, part)
                 kept = {"leakage": _as_tensor(scored.leakage)}
                 setting.kept.save(f"{attack.code} power on {name}", subject, kept)
             if leakage := _as_interval(kept["leakage"]):
@@ -304,32 +306,30 @@ class _Run:
 
         return pictures
 
-    def _shown(self) -> dict[str, Interval]:
-        """What is shown beside the attacks, and neither subtracted nor gated: affine-fit SSIM of each."""
-        shown = {}
+    def _shown(self, references: References) -> dict[str, dict[str, Interval]]:
+        """Affine-fit SSIM that leakage is measured between, and of what is shown beside the attacks and not gated."""
+        seed = self.setting.seed
+        shown = {"clean affine_ssim": mean_interval(references.ceiling.primary, seed)}
         for reference in SHOWN:
             if self.profile.runs(reference):
                 answer = reference.run(grant(reference.view, self.target, self.setting))
                 _, best = best_of(score_answer(answer, self.target, self.setting.truth))
-                shown[reference.code] = mean_interval(best.primary, self.setting.seed)
+                shown[reference.code] = mean_interval(best.primary, seed)
                 announce(f"Affine-fit SSIM of {reference.title}: {shown[reference.code].value:.3f}")
-        return shown
+        return {"baselines": {"affine_ssim": mean_interval(references.baseline.primary, seed)}, "references": shown}
 
     # ------------------------------------------------------------------------------------------ the report
 
-    def _empty(self, references: References, shown: Mapping[str, Interval]) -> AttackReport:
-        seed = self.setting.seed
+    def _empty(self) -> AttackReport:
         return AttackReport(
             index_sha256=self.target.subject,
             featurizer_sha256=self.project.cut.featurizer_sha256,
             public_images_sha256=self.project.public_images.digest,
             profile=self.profile.name,
-            seed=seed,
+            seed=self.setting.seed,
             function=self.name,
             attribute=self.project.config.claims.attribute,
             limits=self.project.config.gate.model_dump(exclude={"profile"}),
-            baselines={"affine_ssim": mean_interval(references.baseline.primary, seed)},
-            references={"clean affine_ssim": mean_interval(references.ceiling.primary, seed), **shown},
         )
 
     def _known(self) -> AttackReport | None:
@@ -387,109 +387,14 @@ def _same_run(one: AttackReport, other: AttackReport) -> bool:
     return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
-def draw_truth(project: Project, target: Target, rows: int, seed: int) -> Truth:
-    """The pools that a target is scored in."""
-    table_rows = np.concatenate([project.bank_order[0][split] for split in RELEASED_SPLITS])
-    bins = bins_of(target.rows.targets)
-    pools = draw_pools(bins, target.contributors, rows, seed)
-    return Truth(pools, lambda rows: project.private_images.pictures.read(table_rows[rows]), bins)
-
-
-def baselines(view: ReleaseView, truth: Truth) -> dict[str, Callable[[Rows], Tensor]]:
-    """What someone without the bank would answer.
-
-    The mean picture of Q; for each label (of regression, each bin) the mean of Q's pictures that φ2 gives it; grey.
-    """
-    labels = np.concatenate([np.full(len(pool.rows), pool.label) for pool in truth.pools])
-    bins = int(truth.bins.max()) + 1
-    sums, counts = torch.zeros(bins, *view.public.read(np.arange(1)).shape[1:]), torch.zeros(bins)
-    edges: list[float] = []
-    if view.task == "regression":
-        edges = [float(view.bank.targets[truth.bins == label][:, 0].max()) for label in range(bins - 1)]
-    for first in range(0, min(len(view.public), 5000), BATCH):
-        pictures = view.public.read(np.arange(first, min(first + BATCH, len(view.public))))
-        answers = view.answers(view.features(pictures)).cpu()
-        given = torch.bucketize(answers[:, 0], torch.tensor(edges)) if edges else answers.argmax(1)
-        given = given.clamp_max(bins - 1)
-        sums.index_add_(0, given, pictures.float() / 255)
-        counts.index_add_(0, given, torch.ones(len(given)))
-    mean = (sums.sum(0) / counts.sum())[None]
-    by_label = torch.where(counts[:, None, None, None] > 0, sums / counts.clamp_min(1)[:, None, None, None], 0.5)
-    return {
-        "mean of Q": lambda positions: mean.expand(len(positions), *mean.shape[1:]),
-        "mean of Q by label": lambda positions: by_label[torch.from_numpy(labels[positions])],
-        "grey": lambda positions: torch.full((len(positions), *mean.shape[1:]), 0.5),
-    }
-
-
-# --------------------------------------------------------------------------------------------- scoring
-
-
-def score(answer: Result, target: Target, setting: Setting, references: References, project: Project) -> Scored:
+def score(answer: Result, target: Target, setting: Setting, references: References | None, project: Project) -> Scored:
     """What an answer is worth; one scorer for each kind of answer."""
     scorer = SCORERS[type(answer)]
     return scorer(answer, target, setting, references, project)
 
 
-def _score_reconstructions(
-    answer: Reconstructions, target: Target, setting: Setting, references: References, project: Project
-) -> Scored:
-    truth, limits = setting.truth, project.config.gate
-    scores = score_answer(answer, target, truth)
-    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
-    clean, truth, references = references.clean, truth.at(places), references.at(places)
-    ways = {name: way_of(of, references, truth.among, setting.seed) for name, of in scores.items()}
-    best = max(scores, key=lambda name: (_leakage(ways[name]), float(scores[name].primary.mean())))
-    found = [way.measures.get("re_identification") for way in ways.values()]
-    highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
-    most = max((way.leakage for way in ways.values() if way.leakage), key=lambda value: value.high, default=None)
-    return Scored(
-        ways=ways,
-        best=best,
-        baseline=float(references.baseline.primary.mean()),
-        ceiling=float(references.ceiling.primary.mean()),
-        leakage=ways[best].leakage,
-        found=highest,
-        among=truth.among,
-        limits=(
-            Limit("leakage", most, limits.leakage),
-            Limit("re-identification", highest, re_identification_limit(truth.among, limits.re_identification)),
-        ),
-        series=_series(answer, ways),
-        pictures={}
-        if clean is None
-        else pictures_of(truth, scores[best], lambda at: answer.decoders[best](places[at]), clean),
-        rows=len(truth.asked),
-    )
-
-
-def _leakage(way: Way) -> float:
-    return way.leakage.value if way.leakage else 0.0
-
-
-def score_answer(answer: Reconstructions, target: Target, truth: Truth) -> dict[str, RowScores]:
-    """Scores of each decoder, of the rows that it answers for."""
-    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
-    part = truth.at(places)
-
-    def score_of(pictures: Callable[[Rows], Tensor]) -> RowScores:
-        return score_pictures(part, target.contributors, lambda positions: pictures(places[positions]))
-
-    return {name: score_of(pictures) for name, pictures in answer.decoders.items()}
-
-
-def _series(answer: Reconstructions, ways: Mapping[str, Way]) -> dict[str, dict[str, Interval]]:
-    """The leakage of the best way for each number of each series."""
-    series: dict[str, dict[str, Interval]] = {}
-    for way, (name, number) in answer.series.items():
-        leakage, known = ways[way].leakage, series.setdefault(name, {})
-        if leakage is not None and (str(number) not in known or known[str(number)].value < leakage.value):
-            known[str(number)] = leakage
-    return series
-
-
-SCORERS: dict[type, Callable[[Any, Target, Setting, References, Project], Scored]] = {
+SCORERS: dict[type, Callable[[Any, Target, Setting, References | None, Project], Scored]] = {
     Attributes: score_attributes,
     Links: score_links,
-    Reconstructions: _score_reconstructions,
+    Reconstructions: score_reconstructions,
 }

@@ -16,15 +16,13 @@ from torch import nn
 from dpf_release.attacks.view import HeldRows
 from dpf_release.bank import ID_BYTES, INDEX, FeatureBank
 from dpf_release.battery.planted import Member, planted
-from dpf_release.battery.truth import Contributors, Suspects
+from dpf_release.battery.truth import Contributors, Rows, Suspects, Truth, bins_of, draw_pools
 from dpf_release.errors import NotGrantedError
 from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource
 from dpf_release.pipeline.fitting import FittedFunction
 from dpf_release.pipeline.project import Project
 from dpf_release.storage import sha256_of
 from dpf_release.vault import RELEASED_SPLITS, releases
-
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,3 +229,11 @@ def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Callable[[HeldRows
         return held(chain.on(source, chain.plan(source, phi_2, hashlib.sha256(seed.encode()).digest())))
 
     return poison
+
+
+def draw_truth(project: Project, target: Target, rows: int, seed: int) -> Truth:
+    """The pools that a target is scored in."""
+    table_rows = np.concatenate([project.bank_order[0][split] for split in RELEASED_SPLITS])
+    bins = bins_of(target.rows.targets)
+    pools = draw_pools(bins, target.contributors, rows, seed)
+    return Truth(pools, lambda rows: project.private_images.pictures.read(table_rows[rows]), bins)

@@ -1,0 +1,106 @@
+"""Answers in pictures: what they are worth, and what someone without the bank would answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpf_release.attack_report import Interval, Way
+from dpf_release.attacks import Reconstructions
+from dpf_release.attacks.view import BATCH, ReleaseView
+from dpf_release.battery.gallery import pictures_of
+from dpf_release.battery.grants import Setting
+from dpf_release.battery.scoring import References, RowScores, score_pictures, way_of
+from dpf_release.battery.targets import Target
+from dpf_release.battery.truth import Rows, Truth
+from dpf_release.battery.verdicts import Limit, Scored, re_identification_limit
+from dpf_release.pipeline.project import Project
+
+
+def baselines(view: ReleaseView, truth: Truth) -> dict[str, Callable[[Rows], Tensor]]:
+    """What someone without the bank would answer.
+
+    The mean picture of Q; for each label (of regression, each bin) the mean of Q's pictures that φ2 gives it; grey.
+    """
+    labels = np.concatenate([np.full(len(pool.rows), pool.label) for pool in truth.pools])
+    bins = int(truth.bins.max()) + 1
+    sums, counts = torch.zeros(bins, *view.public.read(np.arange(1)).shape[1:]), torch.zeros(bins)
+    edges: list[float] = []
+    if view.task == "regression":
+        edges = [float(view.bank.targets[truth.bins == label][:, 0].max()) for label in range(bins - 1)]
+    for first in range(0, min(len(view.public), 5000), BATCH):
+        pictures = view.public.read(np.arange(first, min(first + BATCH, len(view.public))))
+        answers = view.answers(view.features(pictures)).cpu()
+        given = torch.bucketize(answers[:, 0], torch.tensor(edges)) if edges else answers.argmax(1)
+        given = given.clamp_max(bins - 1)
+        sums.index_add_(0, given, pictures.float() / 255)
+        counts.index_add_(0, given, torch.ones(len(given)))
+    mean = (sums.sum(0) / counts.sum())[None]
+    by_label = torch.where(counts[:, None, None, None] > 0, sums / counts.clamp_min(1)[:, None, None, None], 0.5)
+    return {
+        "mean of Q": lambda positions: mean.expand(len(positions), *mean.shape[1:]),
+        "mean of Q by label": lambda positions: by_label[torch.from_numpy(labels[positions])],
+        "grey": lambda positions: torch.full((len(positions), *mean.shape[1:]), 0.5),
+    }
+
+
+def score_reconstructions(
+    answer: Reconstructions, target: Target, setting: Setting, references: References | None, project: Project
+) -> Scored:
+    """Every decoder against its rows' pictures; the one with the most leakage stands for the attack."""
+    assert references is not None  # made where any attack of the run answers in pictures
+    truth, limits = setting.truth, project.config.gate
+    scores = score_answer(answer, target, truth)
+    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
+    clean, truth, references = references.clean, truth.at(places), references.at(places)
+    ways = {name: way_of(of, references, truth.among, setting.seed) for name, of in scores.items()}
+    best = max(scores, key=lambda name: (_leakage(ways[name]), float(scores[name].primary.mean())))
+    found = [way.measures.get("re_identification") for way in ways.values()]
+    highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
+    most = max((way.leakage for way in ways.values() if way.leakage), key=lambda value: value.high, default=None)
+    return Scored(
+        ways=ways,
+        best=best,
+        baseline=float(references.baseline.primary.mean()),
+        ceiling=float(references.ceiling.primary.mean()),
+        leakage=ways[best].leakage,
+        found=highest,
+        among=truth.among,
+        limits=(
+            Limit("leakage", most, limits.leakage),
+            Limit("re-identification", highest, re_identification_limit(truth.among, limits.re_identification)),
+        ),
+        series=_series(answer, ways),
+        pictures={}
+        if clean is None
+        else pictures_of(truth, scores[best], lambda at: answer.decoders[best](places[at]), clean),
+        rows=len(truth.asked),
+    )
+
+
+def _leakage(way: Way) -> float:
+    return way.leakage.value if way.leakage else 0.0
+
+
+def score_answer(answer: Reconstructions, target: Target, truth: Truth) -> dict[str, RowScores]:
+    """Scores of each decoder, of the rows that it answers for."""
+    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
+    part = truth.at(places)
+
+    def score_of(pictures: Callable[[Rows], Tensor]) -> RowScores:
+        return score_pictures(part, target.contributors, lambda positions: pictures(places[positions]))
+
+    return {name: score_of(pictures) for name, pictures in answer.decoders.items()}
+
+
+def _series(answer: Reconstructions, ways: Mapping[str, Way]) -> dict[str, dict[str, Interval]]:
+    """The leakage of the best way for each number of each series."""
+    series: dict[str, dict[str, Interval]] = {}
+    for way, (name, number) in answer.series.items():
+        leakage, known = ways[way].leakage, series.setdefault(name, {})
+        if leakage is not None and (str(number) not in known or known[str(number)].value < leakage.value):
+            known[str(number)] = leakage
+    return series

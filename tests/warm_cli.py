@@ -1,0 +1,74 @@
+"""`python -m dpf_release` without the seconds that torch takes to import: each command is a fork of one warm process.
+
+Run as a file, it is that process: a request a line on standard input, an answer a line on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+WARM = ("torch", "torchvision", "h5py", "rich.console", "dpf_release.cli", "dpf_release.battery", "dpf_release.package",
+        "dpf_release.audit", "dpf_release.demo", "dpf_release.pipeline")  # fmt: skip
+
+
+class WarmCli:
+    """One warm process; the commands that it runs are processes of their own."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, arguments: tuple[str, ...], folder: Path, env: dict[str, str], scratch: Path) -> tuple[int, str, str]:
+        """Exit status (negative: killed by that signal), standard output and standard error of a command."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        out, err = scratch / "out", scratch / "err"
+        request = {"arguments": arguments, "folder": str(folder), "env": env, "out": str(out), "err": str(err)}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        status = int(self.process.stdout.readline())
+        return status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+
+    def close(self) -> None:
+        """Ends the warm process."""
+        self.process.communicate()
+
+
+def serve() -> None:
+    """Answers requests; returns in each child, which is to run the command."""
+    for name in WARM:
+        __import__(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            begin(request)
+            return
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+    sys.exit()
+
+
+def begin(request: dict[str, object]) -> None:
+    """Makes this process what the command would have found itself in."""
+    os.chdir(str(request["folder"]))
+    os.environ.clear()
+    os.environ.update(request["env"])  # type: ignore[arg-type]
+    opened = ((0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY), (2, request["err"], os.O_WRONLY))
+    for descriptor, path, flags in opened:
+        handle = os.open(str(path), flags | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(handle, descriptor)
+        os.close(handle)
+    sys.argv = ["dpf_release", *request["arguments"]]  # type: ignore[misc]
+    sys.path[0] = str(Path.cwd())
+
+
+if __name__ == "__main__":
+    serve()
+    runpy.run_module("dpf_release", run_name="__main__", alter_sys=True)
