@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browsing import browser  # noqa: F401  # a fixture for all
 from PIL import Image, ImageDraw
 from warm_cli import WarmCli
 

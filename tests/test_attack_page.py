@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from browsing import Browser
 from conftest import run_cli
 from numpy.typing import NDArray
 from PIL import Image
@@ -232,61 +231,18 @@ def test_typical_pictures_of_all_attacks_stand_below_the_same_originals() -> Non
 
 # --------------------------------------------------------------------------------------------- in a browser
 
-WIDTHS = {"desk": (1280, 800), "phone": (390, 844)}
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    pytest.importorskip("selenium", reason="selenium is not installed: pip install 'dpf-release[test]'")
-    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.skip("no browser: Debian's packages chromium and chromium-driver are not installed")
-    options = ChromeOptions()
-    options.binary_location = program
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"),
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = Chrome(options=options, service=ChromeService(executable_path=driver))
-    yield chrome
-    chrome.quit()
-
 
 @pytest.mark.parametrize(("width", "private"), [("desk", True), ("phone", True), ("phone", False)])
 def test_the_page_has_no_error_no_request_and_no_sideways_scroll(
-    browser: Any, tmp_path: Path, width: str, private: bool
+    browser: Browser, tmp_path: Path, width: str, private: bool
 ) -> None:
     path = tmp_path / "attack.html"
     pictures = {key: found for key, found in some_pictures(("A1", "A3", "A4")).items() if private or "worst" not in key}
     path.write_text(page(FULL, pictures, FRONTIER if private else Frontier(), private=private), encoding="utf-8")
-    metrics = {
-        "width": WIDTHS[width][0],
-        "height": WIDTHS[width][1],
-        "deviceScaleFactor": 1,
-        "mobile": width == "phone",
-    }
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.get_log("browser")
-    browser.get_log("performance")
-    browser.get(path.as_uri())
-    browser.execute_script("document.querySelectorAll('details').forEach((each, i) => each.open = i % 2 == 0)")
-    assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
-    shown = "return [...document.images].map(each => each.complete && each.naturalWidth > 0)"
-    assert all(browser.execute_script(shown))
-    inner, scroll = browser.execute_script("return [window.innerWidth, document.documentElement.scrollWidth]")
-    assert inner == WIDTHS[width][0]
-    assert scroll <= inner
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
-    folder = Path(os.environ.get("DPF_SCREENSHOTS", tmp_path))
-    name = f"attack-{'private' if private else 'public'}-{width}.png"
-    (folder / name).write_bytes(base64.b64decode(shot["data"]))
+    browser.show(path, width)
+    browser.assert_sound(path, width)
+    assert all(browser.ask("return [...document.images].map(each => each.complete && each.naturalWidth > 0)"))
+    browser.photograph(tmp_path, f"attack-{'private' if private else 'public'}-{width}.png")
 
 
 # --------------------------------------------------------------------------------------------- a project

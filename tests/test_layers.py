@@ -15,7 +15,7 @@ ORDER = [
     "errors",
     "storage tree schema digests ahead age guard config vault staging sealing manifest croissant signing verification "
     "limits shard_layout tensor_file attack_report bank bank_writer bank_drop record retracted progress "
-    "structure",
+    "structure pages",
     "ranks metrics image_table images pictures figures loader models objective release",
     "training",
     "attacks",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 
 from dpf_release.audit.report import Audit
 from dpf_release.errors import ConfigError
 from dpf_release.manifest import Claims
+from dpf_release.pages import page_template
 from dpf_release.storage import PRIVATE_FILE, PUBLIC_FILE, readable_size, write_text
 
 SHORT_DIGEST = 12
@@ -82,8 +82,4 @@ def _with_code(text: str) -> Markup:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"size": readable_size, "code": _with_code}
-    return environment.from_string(files("dpf_release.audit").joinpath("page.html").read_text(encoding="utf-8"))
+    return page_template("dpf_release.audit", {"size": readable_size, "code": _with_code}, _shown)

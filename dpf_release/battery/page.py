@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Template
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from dpf_release.battery.gallery import Pictures, read_pictures
 from dpf_release.battery.plots import leakage_plot, series_plot
 from dpf_release.battery.sentence import strongest, verdict_in_words
 from dpf_release.errors import ConfigError
+from dpf_release.pages import page_template
 from dpf_release.storage import PUBLIC_FILE, make_folder, write_text
 from dpf_release.vault import Vault
 
@@ -222,12 +223,11 @@ def of_planted(planted: Mapping[str, Interval]) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "number": number,
         "interval": interval,
         "share": share,
         "power": power,
         "planted": of_planted,
     }
-    return environment.from_string(files("dpf_release.battery").joinpath("page.html").read_text(encoding="utf-8"))
+    return page_template("dpf_release.battery", filters)

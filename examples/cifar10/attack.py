@@ -1,4 +1,4 @@
-"""The attack battery on the functions of `run.py`, and the table of docs/attacks-cifar10.md.
+"""The attack battery on the functions of `run.py`, and the tables of docs/attacks-cifar10.md.
 
     python examples/cifar10/attack.py --project /tmp/cifar10 --profile standard --out docs/attacks-cifar10
 
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from dpf_release.attack_report import AttackReport, Interval, public_report
+from dpf_release.battery.sentence import strongest
 
 FUNCTIONS = ("equivalence", "recombine-20", "paper")
 
@@ -41,30 +42,52 @@ def main() -> None:
         path = options.project / "vault" / "reports" / name / f"attack-{options.profile}.json"
         report = AttackReport.model_validate_json(path.read_bytes())
         (options.out / f"{name}-{options.profile}.json").write_text(public_report(report).as_json() + "\n")
-        print(f"### {name}, profile {options.profile}\n\n{table(report)}", flush=True)
+        text = f"### {name}, profile {options.profile}\n\n{tables(report)}\n\n{power_table(report)}\n"
+        (options.out / f"{name}-{options.profile}.md").write_text(text)
+        print(text, flush=True)
 
 
-def table(report: AttackReport) -> str:
-    """One function's attacks, as Markdown."""
-    lines = [
-        "| attack | baseline | best way | ceiling | leakage [95 %] | re-identification [95 %] | power | verdict |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def tables(report: AttackReport) -> str:
+    """One function's attacks, what each attack did to planted functions, and utilities, as Markdown."""
+    columns = (
+        "attack, baseline, strongest way, ceiling, leakage [95 %], re-identification [95 %], plain SSIM, power, verdict"
+    )
+    lines = ["| " + columns.replace(", ", " | ") + " |", "|---" * 9 + "|"]
     for result in report.attacks:
-        best = max(result.ways.items(), key=lambda item: item[1].leakage.value if item[1].leakage else 0.0)
-        measure = best[1].measures.get("affine_ssim") or best[1].measures.get("top1")
-        power = {True: "yes", False: "no", None: "none"}[result.power.passed]
+        best = strongest(result)
+        plain = best and result.ways[best.way].measures.get("ssim")
         cells = [
             f"{result.code} {result.title}",
             "" if result.baseline is None else f"{result.baseline:.3f}",
-            f"{shown(measure)}, {best[0]}",
+            f"{shown(best.found)}, {best.way}" if best else "",
             "" if result.ceiling is None else f"{result.ceiling:.3f}",
             shown(result.leakage),
             shown(result.re_identification, share=True),
-            power,
+            f"{plain.value:.3f}" if plain else "",
+            {True: "yes", False: "no", None: "none"}[result.power.passed],
             result.verdict,
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"| {code} | not applicable |" + " |" * 7 for code in sorted(report.not_applicable)]
+    lines += ["", "| reference | affine-fit SSIM |", "|---|---|"]
+    lines += [f"| {name} | {shown(found)} |" for name, found in {**report.baselines, **report.references}.items()]
+    for result in report.attacks:
+        for name, values in result.series.items():
+            ordered = sorted(values.items(), key=lambda item: int(item[0]))
+            told = ", ".join(f"{number}: {shown(found)}" for number, found in ordered)
+            lines += ["", f"{result.code}, leakage against the number of {name}: {told}."]
+    lines += ["", "| utility | value [lowest, highest seed; of U1 95 %] |", "|---|---|"]
+    for code, utility in report.utility.items():
+        lines += [f"| {code} {name} | {shown(found)} |" for name, found in utility.measures.items()]
+    lines += ["", *(f"- {result.code}: {'; '.join(result.reasons)}" for result in report.attacks if result.reasons)]
+    return "\n".join(lines)
+
+
+def power_table(report: AttackReport) -> str:
+    """What each attack got out of the weak functions that it must break, as Markdown."""
+    lines = ["| attack | planted | leakage [95 %] |", "|---|---|---|"]
+    for result in report.attacks:
+        lines += [f"| {result.code} | {name} | {shown(found)} |" for name, found in result.power.planted.items()]
     return "\n".join(lines)
 
 
