@@ -22,6 +22,7 @@ Text = Annotated[str, Field(max_length=500, pattern=_SEEN)]
 Short = Annotated[str, Field(max_length=100, pattern=_SEEN)]
 Few = Field(max_length=200)
 DECIMALS = 4  # of public numbers
+SCORER = 1  # raised whenever the same answers of attacks would be scored otherwise
 
 
 class _Record(BaseModel):
@@ -117,6 +118,7 @@ class AttackReport(_Record):
         index_sha256: of the bank that was attacked: its `features/index.json`, which lists the digests of its shards.
         public_images_sha256: Q, by names and file times; not in a release.
         profile: how hard.
+        scorer: version of what scored the answers (`SCORER`).
         function: its name; empty in a release.
         attribute: of which the claim `attribute` is.
         limits: of `[gate]`, under which the verdicts were given.
@@ -131,6 +133,7 @@ class AttackReport(_Record):
     featurizer_sha256: Sha256
     public_images_sha256: Sha256 | None = None
     profile: ProfileName
+    scorer: int = SCORER
     seed: int
     function: Short
     attribute: Short | None = None

@@ -87,9 +87,10 @@ Attacks measured: those of profile **{profile}**, {bank}. All numbers are in `{f
 
 Each attack is compared with what someone without the bank reaches and with the best that is reached on unpoisoned
 rows: leakage 0 is the one, 1 the other, not defined where they are too near (SSIM after a colour fit; of linkage, the
-share that is found). Re-identified: the share of rows, or of pictures, whose own is picked among up to 200 of the
-class. In brackets, 95 % intervals. An attack without power does not even break the weak functions that it must break:
-its failure here proves nothing.
+share that is found). Limits that a claim had to stay below: {limits}.
+Re-identified: the share of rows, or of pictures, whose own is picked among up to 200 of the class. In brackets, 95 %
+intervals. An attack without power does not even break the weak functions that it must break: its failure here proves
+nothing.
 """
 THIS_BANK = "on exactly this bank"
 BANK_BEFORE = "on this bank as it was before {count} rows were dropped; all other rows are as they were then"
@@ -250,6 +251,7 @@ def describe_attacks(report: AttackReport) -> str:
         bank=BANK_BEFORE.format(count=dropped) if dropped else THIS_BANK,
         file=ATTACK_REPORT,
         rows="\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in rows),
+        limits=", ".join(f"{name} {limit:g}" for name, limit in sorted(report.limits.items())) or "none",
     )
 
 

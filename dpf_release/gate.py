@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpf_release.attack_report import PROFILE_ORDER, AttackReport, public_report
+from dpf_release.attack_report import PROFILE_ORDER, SCORER, AttackReport, public_report
 from dpf_release.attacks import registered
 from dpf_release.attacks.interface import Claim
+from dpf_release.attacks.view import ReleaseView
 from dpf_release.battery.run import report_file
 from dpf_release.config import ClaimsSection, GateSection
 from dpf_release.errors import RefusedError, VaultError
@@ -45,6 +46,7 @@ def pass_gate(
     index_sha256: str,
     retracted: Sequence[Mapping[str, Any]] = (),
     accept_risk: str = "",
+    required: Sequence[type[ReleaseView]] = (),
 ) -> Passage:
     """What of `[claims]` the release of a candidate may promise.
 
@@ -54,6 +56,7 @@ def pass_gate(
         index_sha256: of the candidate's `features/index.json`.
         retracted: by which retractions rows were taken out of it (`candidate.json`).
         accept_risk: why to publish without the claims that do not pass; public, on the card.
+        required: attacks with these views speak of `reconstruction` here, and apply.
 
     Raises:
         RefusedError: a claim does not pass, and no reason was given; all that speaks against it.
@@ -63,7 +66,10 @@ def pass_gate(
     reports = _reports_of(project, name, index_sha256, retracted)
     report = _speaking(reports, gate)
     why_not = "no attack was run on this bank"
-    found = {claim: [why_not] if report is None else objections(claim, report, wanted, gate) for claim in wanted.made}
+    found = {
+        claim: [why_not] if report is None else objections(claim, report, wanted, gate, required)
+        for claim in wanted.made
+    }
     for other in reports:
         if other is not report:
             for claim in wanted.made:
@@ -84,7 +90,13 @@ def pass_gate(
     return Passage(claims, report, wanted.attribute or "" if "attribute" in made else "", reason, against)
 
 
-def objections(claim: Claim, report: AttackReport, wanted: ClaimsSection, gate: GateSection) -> list[str]:
+def objections(
+    claim: Claim,
+    report: AttackReport,
+    wanted: ClaimsSection,
+    gate: GateSection,
+    required: Sequence[type[ReleaseView]] = (),
+) -> list[str]:
     """What in a report of attacks on a bank speaks against a claim; nothing: it passes.
 
     A `pass` counts where it was given at the gate's profile or a harder one, under limits no wider than today's, to the
@@ -94,6 +106,8 @@ def objections(claim: Claim, report: AttackReport, wanted: ClaimsSection, gate: 
     found = []
     if PROFILE_ORDER.index(report.profile) < PROFILE_ORDER.index(gate.profile):
         found.append(f"attacks of profile {report.profile} were run, those of {gate.profile} are wanted")
+    if report.scorer != SCORER:
+        found.append(f"attacks were scored by version {report.scorer} of the scorer, today's is {SCORER}")
     for key, limit in gate.model_dump(exclude={"profile"}).items():
         if key not in report.limits or report.limits[key] > limit:
             found.append(f"verdicts were given under a limit for {key} of {report.limits.get(key)}, today's is {limit}")
@@ -102,12 +116,13 @@ def objections(claim: Claim, report: AttackReport, wanted: ClaimsSection, gate: 
     results = {result.code: result for result in report.attacks}
     passed, needed = 0, []
     for attack in registered():
-        if attack.claim != claim or PROFILE_ORDER.index(attack.profile) > PROFILE_ORDER.index(gate.profile):
+        of = "reconstruction" if attack.view in required else attack.claim
+        if of != claim or PROFILE_ORDER.index(attack.profile) > PROFILE_ORDER.index(gate.profile):
             continue
         needed.append(attack.code)
         result = results.get(attack.code)
         if result is None:
-            if attack.code not in report.not_applicable:
+            if attack.code not in report.not_applicable or attack.view in required:
                 found.append(f"{attack.code} {attack.title}: was not run")
         elif result.version != attack.version:
             found.append(f"{attack.code} {attack.title}: version {result.version} was run, today's is {attack.version}")

@@ -10,6 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from dpf_release.attacks.view import LeakedVault, ReleaseView, TwoReleases
 from dpf_release.bank import BankIndex, FeatureBank, read_index
 from dpf_release.card import NO_DESCRIPTION, describe_retractions, write_card
 from dpf_release.config import Config
@@ -103,7 +104,7 @@ def _package(
     _refuse_retracted(project, candidate, index)
     reason = _reason_for_function(project.vault, function, second_function)
     digest, steps = sha256_of(candidate / "features" / "index.json"), _retraction_steps(project, name)
-    passage = pass_gate(project, name, digest, steps, accept_risk)
+    passage = pass_gate(project, name, digest, steps, accept_risk, _views_that_apply(project, function))
     config = _next_version(project)
 
     staging = build_beside(project.vault, out)
@@ -278,6 +279,13 @@ def _settle_ledger(project: Project) -> None:
 
 def _manifest_digest(folder: Path) -> str | None:
     return sha256_of(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+
+
+def _views_that_apply(project: Project, function: FittedFunction) -> list[type[ReleaseView]]:
+    """What an attacker of this release holds, although the attack that wants it is not always one on a release."""
+    others = {entry["function_digest"] for entry in releases(project.vault) if entry["bank"] == project.bank_id}
+    held: list[type[ReleaseView]] = [LeakedVault] if function.chain.known_by_name else []
+    return [*held, TwoReleases] if others - {function.digest} else held
 
 
 def _reason_for_function(vault: Vault, function: FittedFunction, given: str) -> str:

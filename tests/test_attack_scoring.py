@@ -63,8 +63,8 @@ REFERENCES = References(scored(mean_of_class), scored(perfect))
 
 
 def test_a_perfect_reconstruction_leaks_all_and_the_class_mean_nothing() -> None:
-    found = way_of(scored(perfect), REFERENCES, TRUTH.among, seed=0)
-    nothing = way_of(scored(mean_of_class), REFERENCES, TRUTH.among, seed=0)
+    found = way_of(scored(perfect), REFERENCES, TRUTH.sizes, seed=0)
+    nothing = way_of(scored(mean_of_class), REFERENCES, TRUTH.sizes, seed=0)
     assert found.leakage is not None
     assert found.leakage.value == pytest.approx(1.0)
     assert found.measures["re_identification"].value == 1.0
@@ -78,11 +78,11 @@ def test_a_negative_and_false_colours_are_not_called_safe() -> None:
         return perfect(positions)[:, [2, 0, 1]] * 0.5 + 0.2
 
     for disguised in (lambda positions: 1 - perfect(positions), false_colours):
-        way = way_of(scored(disguised), REFERENCES, TRUTH.among, seed=0)
+        way = way_of(scored(disguised), REFERENCES, TRUTH.sizes, seed=0)
         assert way.leakage is not None
         assert way.leakage.value > 0.95
         assert way.measures["ssim"].value < 0.8  # the plain measure would have been fooled
-    negative = way_of(scored(lambda positions: 1 - perfect(positions)), REFERENCES, TRUTH.among, seed=0)
+    negative = way_of(scored(lambda positions: 1 - perfect(positions)), REFERENCES, TRUTH.sizes, seed=0)
     assert negative.measures["re_identification"].value == 1.0
     assert negative.measures["abs_ssim"].value == pytest.approx(1.0)
 
@@ -98,7 +98,7 @@ def test_rows_shuffled_within_their_pools_score_as_before_and_rows_of_another_po
     assert np.sort(shuffled.matched) == pytest.approx(np.sort(plain.matched), abs=1e-6)
     assert across.matched.mean() < plain.matched.mean() - 0.2
     assert shuffled.own.mean() < 0.2 < plain.own.mean()  # whose row it was is not taken on trust, nor forgotten
-    leakages = [way_of(of, REFERENCES, TRUTH.among, seed=0).leakage for of in (plain, shuffled, across)]
+    leakages = [way_of(of, REFERENCES, TRUTH.sizes, seed=0).leakage for of in (plain, shuffled, across)]
     assert leakages[0].value == pytest.approx(leakages[1].value, abs=0.1)  # type: ignore[union-attr]
     assert leakages[2].value < 0.1  # type: ignore[union-attr]
 
@@ -108,12 +108,12 @@ def test_what_says_a_little_is_not_made_less_by_what_an_empty_answer_is_matched_
     scores = scored(lambda at: 0.3 * perfect(at) + 0.7 * others[torch.from_numpy(at)])
     baseline, ceiling = REFERENCES.baseline, REFERENCES.ceiling
     by_match = ratio_interval(scores.matched, baseline.matched, ceiling.matched, 0)
-    leakage = way_of(scores, REFERENCES, TRUTH.among, seed=0).leakage
+    leakage = way_of(scores, REFERENCES, TRUTH.sizes, seed=0).leakage
     assert leakage is not None
     assert by_match is not None
     assert baseline.matched.mean() > baseline.primary.mean() + 0.1  # the class mean, and the picture most like it
     assert leakage.low > by_match.high
-    nothing = way_of(scored(lambda at: others[torch.from_numpy(at)]), REFERENCES, TRUTH.among, seed=0)
+    nothing = way_of(scored(lambda at: others[torch.from_numpy(at)]), REFERENCES, TRUTH.sizes, seed=0)
     assert nothing.leakage is not None
     assert nothing.leakage.high < 0.1
 
@@ -183,15 +183,6 @@ def test_regression_targets_are_binned_so_that_each_bin_has_a_pool() -> None:
     assert np.array_equal(bins_of(np.array([3, 1])), [3, 1])
 
 
-def test_the_first_pools_are_of_all_classes() -> None:
-    labels = np.repeat([0, 1], 400)
-    truth = Truth(draw_pools(labels, itself, 800, seed=0), TRUTH.read, labels)
-    part, places = truth.first(400)
-    assert [pool.label for pool in truth.pools] == [0, 0, 1, 1]
-    assert [pool.label for pool in part.pools] == [0, 1]
-    assert np.array_equal(truth.asked[places], part.asked)
-
-
 # --------------------------------------------------------------------------------------------- intervals, verdicts
 
 
@@ -223,8 +214,19 @@ def test_a_pass_wants_evidence_and_a_fail_does_not() -> None:
     for power, shortage in ((weak, []), (Power(passed=None), []), (strong, ["too few rows"])):
         assert judge([low], power, shortage)[0] == "inconclusive"
     assert judge([low, Limit("top-1", None, 0.05)], strong, [])[0] == "inconclusive"
-    assert re_identification_limit(200, 0.05) == 0.05
-    assert re_identification_limit(100, 0.05) == 0.1
+    near_and_wide = [Limit("AUC", _interval(0.59), 0.6), Limit("AUC", _interval(0.585, 0.02), 0.6)]
+    assert judge(near_and_wide[:1], strong, [])[0] == "inconclusive"
+    verdict, reasons = judge([Limit("AUC", _interval(0.58), 0.6), near_and_wide[1]], strong, [])
+    assert (verdict, len(reasons)) == ("inconclusive", 1)  # every way counts, the widest too
+    assert "0.605" in reasons[0]
+
+
+def test_a_match_among_few_is_judged_by_as_many_times_chance_and_each_row_by_its_own_pool() -> None:
+    assert re_identification_limit(np.array([200]), 0.05) == 0.05
+    assert re_identification_limit(np.array([100]), 0.05) == 0.1
+    assert re_identification_limit(np.array([100]), 0.01) == 0.02
+    assert re_identification_limit(np.array([200] * 3 + [100]), 0.05) == pytest.approx(0.0625)
+    assert re_identification_limit(np.array([200, 200, 30]), 0.05) == 0.05
 
 
 # --------------------------------------------------------------------------------------------- what an attack may know

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -46,12 +46,14 @@ class Attribute(Attack):
         if len(np.unique(view.public_values[known])) >= 2:
             for kind in PROBES:
                 of_q = lambda rows: view.features_of(view.public, known[rows])  # noqa: E731
-                network = _train_probe(view, f"A8 {kind}, from Q", kind, of_q, view.public_values[known], {})
+                values, images = view.public_values[known], view.budget.images
+                network = _train_probe(view, f"A8 {kind}, from Q", kind, of_q, values, images)
                 found[f"{kind}, from Q"] = _predict(view, network, kind)
         of_bank = {"bank": view.bank_subject, "rows": view.known_rows.tolist()}
         for kind in PROBES:
             of_rows = lambda rows: view.rows(view.known_rows[rows])  # noqa: E731
-            network = _train_probe(view, f"A8 {kind}, from known rows", kind, of_rows, view.known_values, of_bank)
+            values, images = view.known_values, view.budget.bank_images
+            network = _train_probe(view, f"A8 {kind}, from known rows", kind, of_rows, values, images, of_bank)
             found[f"{kind}, from known rows"] = _predict(view, network, kind)
         return Attributes(found)
 
@@ -95,7 +97,8 @@ def _train_probe(
     kind: str,
     read: Examples,
     values: NDArray[np.int64],
-    depends_on: dict[str, object],
+    images: int,
+    depends_on: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """A probe, each value of equal weight; at the epoch that is best on examples held out.
 
@@ -105,6 +108,7 @@ def _train_probe(
         kind: of `PROBES`.
         read: numbers of examples → their features.
         values: (n,) of the examples.
+        images: that it is shown.
         depends_on: beside Q, φ1, φ2, values, budget and seed.
     """
     inputs_of, build = PROBES[kind]
@@ -114,8 +118,8 @@ def _train_probe(
         torch.manual_seed(view.seed)
         network = build(shape, len(view.values))
     train, val = _held_out(values, view.seed)
-    epochs = int(np.clip(view.budget.images // len(train), 1, MOST_EPOCHS))
-    rows = min(len(train), max(TRAINING_BATCH, view.budget.images // epochs))
+    epochs = int(np.clip(images // len(train), 1, MOST_EPOCHS))
+    rows = min(len(train), max(TRAINING_BATCH, images // epochs))
     weights = 1 / np.maximum(np.bincount(values[train], minlength=len(view.values)), 1)
     weight = torch.from_numpy((weights / weights[values[train]].mean()).astype(np.float32)).to(view.device)
 
@@ -148,7 +152,7 @@ def _train_probe(
         rows,
         title=f"Training the probe {name}",
         validate=validate,
-        depends_on={"values": values.tolist(), "of": len(view.values), **depends_on},
+        depends_on={"values": values.tolist(), "of": len(view.values), **(depends_on or {})},
     )
 
 

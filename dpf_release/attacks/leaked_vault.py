@@ -41,6 +41,7 @@ class LeakedP(Attack):
     def run(self, view: ReleaseView) -> Reconstructions:
         """P is applied to Q as a bank of its own; a row of it is paired with its own picture, also where rows mix."""
         assert isinstance(view, LeakedVault)
+        start = straw_man(view).state_dict()  # on all of Q: it is A1's
         _, rows = schedule(view.budget.bank_images, len(view.public))
         count = min(rows, max(BATCH, ON_DISK // 2 // _bytes(1, view.feature_shape)))
         view = replace(view, public=HeldPictures(count, view.public.read, view.public.remembered))
@@ -60,7 +61,7 @@ class LeakedP(Attack):
                 architecture=DECODERS[0][1],
                 loss=loss,
                 depends_on={"bank": view.bank_subject},
-                start=straw_man(view).state_dict(),
+                start=start,
                 images=max(1, round(view.budget.bank_images * share)),
                 shape=view.feature_shape,
             )

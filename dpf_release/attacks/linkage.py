@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ SAMPLE_ROWS = 512  # of a class, from which its mean and the typical distance of
 PUBLIC_PICTURES = 500  # of Q, that nobody's likeness is compared with
 NUMBERS_AT_ONCE = 2**25  # of the candidates' features, at most; more candidates take another pass over the bank
 COPY = 1e-3  # of the typical squared distance: as near as this is a copy
+Measure = Literal["cosine", "either sign", "evidence"]
 Vectors = Callable[[Tensor], list[Tensor]]  # features (n, C, h, w) → (n, d) for each piece
 
 
@@ -29,12 +31,13 @@ class Look:
     Attributes:
         of_picture: of candidates' own.
         of_row: of the bank's.
-        cosine: likeness is the cosine around the mean; else the evidence of copies, summed over pieces.
+        measure: likeness is the cosine around the mean; or its absolute value, on average over pieces: a P that turns
+            signs, or scales and shifts pieces, changes nothing in it; or the evidence of copies, summed over pieces.
     """
 
     of_picture: Vectors
     of_row: Vectors
-    cosine: bool = False
+    measure: Measure = "evidence"
 
 
 @dataclass(eq=False)
@@ -68,6 +71,7 @@ class Linkage(Attack):
     """The candidate's features against the rows of its class: as they are, inside φ2, its answers, piece by piece."""
 
     code, title, profile, claim = "A5", "linkage, membership", "quick", "linkage"
+    version = 2
     view, answers = Candidates, Links
 
     def trainings(self, budget: Budget) -> float:
@@ -108,25 +112,33 @@ class Linkage(Attack):
 def all_looks(view: ReleaseView, *, with_matcher: bool) -> dict[str, Look]:
     """The ways of looking, by name."""
 
-    def both(vectors: Vectors, cosine: bool = False) -> Look:
-        return Look(vectors, vectors, cosine)
+    def both(vectors: Vectors, measure: Measure = "evidence") -> Look:
+        return Look(vectors, vectors, measure)
 
     def answers(features: Tensor) -> list[Tensor]:
         out = view.answers(features)
         return [F.log_softmax(out, dim=1) if view.task == "classification" else out]
 
+    def whole(features: Tensor) -> list[Tensor]:
+        return [features.flatten(1)]
+
+    def channels(features: Tensor) -> list[Tensor]:
+        return list(features.flatten(2).unbind(1))
+
     taps = open_taps(view)
     blocks, depth = _once_each(lambda features: [tap.flatten(1) for tap in taps.of(features)]), len(taps)
     looks = {
-        "features": both(lambda features: [features.flatten(1)], cosine=True),
-        **{f"block {number + 1} of {depth}": both(_only(number, blocks), cosine=True) for number in range(depth)},
+        "features": both(whole, "cosine"),
+        "features, either sign": both(whole, "either sign"),
+        **{f"block {number + 1} of {depth}": both(_only(number, blocks), "cosine") for number in range(depth)},
         "answers": both(answers),
-        "channels": both(lambda features: list(features.flatten(2).unbind(1))),
+        "channels": both(channels),
+        "channels, either sign": both(channels, "either sign"),
         "patches": both(patches),
     }
     if with_matcher:
         of_picture, of_row = train_matcher(view)
-        looks["learned matcher"] = Look(lambda features: [of_picture(features)], lambda rows: [of_row(rows)], True)
+        looks["learned matcher"] = Look(lambda features: [of_picture(features)], lambda rows: [of_row(rows)], "cosine")
     return looks
 
 
@@ -212,11 +224,16 @@ def _begin(view: Candidates, look: Look, candidates: Rows, sample: Rows) -> Seen
 
 def _likeness(look: Look, seen: Seen, rows: list[Tensor], *, public: bool = False) -> tuple[Tensor, Tensor]:
     """(n, m) of each candidate and each of some rows, or of some pictures of Q; (pieces, n) of each piece."""
-    if look.cosine:
-        (mean, mean_of_rows), own = seen.means[0], seen.vectors[0]
-        other = rows[0] - (mean if public else mean_of_rows)
-        cosines = F.normalize(own - mean, dim=1) @ F.normalize(other, dim=1).T
-        return cosines, cosines.amax(1)[None]
+    if look.measure != "evidence":
+        total = torch.zeros(len(seen.vectors[0]), len(rows[0]), device=rows[0].device)
+        highest = []
+        for own, row, (mean, mean_of_rows) in zip(seen.vectors, rows, seen.means, strict=True):
+            other = row - (mean if public else mean_of_rows)
+            cosines = F.normalize(own - mean, dim=1) @ F.normalize(other, dim=1).T
+            cosines = cosines.abs() if look.measure == "either sign" else cosines
+            highest.append(cosines.amax(1))
+            total += cosines / len(rows)
+        return total, torch.stack(highest)
     highest = []
     total = torch.zeros(len(seen.vectors[0]), len(rows[0]), device=rows[0].device)
     for own, row, scale in zip(seen.vectors, rows, seen.scales, strict=True):

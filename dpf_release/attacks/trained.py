@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from dpf_release.attacks.interface import ATTACKS
 from dpf_release.attacks.view import ReleaseView
 from dpf_release.training import Loss, ReadBatch, Recipe, fit
 
@@ -42,14 +43,16 @@ def trained(
         rows: that an epoch has.
         title: for the progress line.
         validate: as of `training.fit`.
-        depends_on: what else it depends on, beside Q, φ1, φ2, name, rows, epochs and seed: the bank, say.
+        depends_on: what else it depends on, beside Q, φ1, φ2, name, the attack's version, rows, epochs, seed.
 
     Returns:
         The network on the view's device, in evaluation mode, without gradients for its weights.
     """
+    attack = ATTACKS.get(name.split(" ", 1)[0])
     subject = {
         **view.subject,
         "name": name,
+        "version": attack.version if attack else 1,
         "rows": rows,
         "epochs": recipe.epochs,
         "seed": recipe.seed,

@@ -71,6 +71,10 @@ class Remembered:
 
     def get(self, rows: Rows, count: int, compute: Callable[[Rows], Tensor]) -> Tensor:
         """Features (n, C, h, w) of some of `count` pictures."""
+        with torch.inference_mode(False), torch.no_grad():  # asked in validation first, they must serve training too
+            return self._get(rows, count, compute)
+
+    def _get(self, rows: Rows, count: int, compute: Callable[[Rows], Tensor]) -> Tensor:
         if not len(self._there):
             channels, height, width = (one := compute(rows[:1])).shape[1:]
             room = max(1, min(count, self.most_bytes // one[0].nbytes))

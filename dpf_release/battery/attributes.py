@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
@@ -17,7 +19,7 @@ from dpf_release.pipeline.project import Project
 
 
 def score_attributes(
-    answer: Attributes, target: Target, setting: Setting, references: References | None, project: Project
+    answer: Attributes, target: Target, setting: Setting, references: Callable[[], References], project: Project
 ) -> Scored:
     """Balanced accuracy of each probe, and its gain over the best guess from the label alone."""
     labelled = draw_labelled(project, target, setting.truth, setting.seed)

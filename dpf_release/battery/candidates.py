@@ -25,10 +25,11 @@ def draw_suspects(project: Project, target: Target, truth: Truth, seed: int) -> 
     if target.suspects is not None:
         return target.suspects
     generator = np.random.default_rng([seed, 5])
-    labels = np.unique(truth.bins)
+    labels = np.unique([pool.label for pool in truth.pools])
     each = max(1, len(truth.asked) // len(labels))
     table_rows, test = released_table_rows(project), project.private_images.rows("test")
-    edges = [float(target.rows.targets[truth.bins == label, 0].max()) for label in labels] if _is_binned(target) else []
+    bins: list[int] = np.unique(truth.bins).tolist() if _is_binned(target) else []
+    edges = [float(target.rows.targets[truth.bins == label, 0].max()) for label in bins]
     test_labels = bin_of(project.private_images.table.targets[test], edges)
     found: list[tuple[Rows, Rows, list[Rows], list[Rows]]] = []  # of each class: table rows, own, with picture, class
     for label in labels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
@@ -21,33 +23,37 @@ LEAST_NON_MEMBERS = 1000  # for a false positive rate of 0.1 %
 
 
 def score_links(
-    answer: Links, target: Target, setting: Setting, references: References | None, project: Project
+    answer: Links, target: Target, setting: Setting, references: Callable[[], References], project: Project
 ) -> Scored:
-    """Every way counts: of each measure the worst is judged. What is compared with clean rows is top-1, else AUC."""
+    """Every way counts, in each measure. Leakage is reckoned by top-1, else by AUC: between a guess and certainty."""
     suspects = draw_suspects(project, target, setting.truth, setting.seed)
     ways = {name: Way(measures=measure(way, suspects, setting.seed)) for name, way in answer.ways.items()}
-    worst = {
-        name: max((way.measures[name] for way in ways.values() if name in way.measures), key=_value, default=None)
-        for name in ("top1", "auc", "tpr_at_1_percent")
-    }
     gate, links = project.config.gate, any(way.pools is not None for way in answer.ways.values())
     among = suspects.pools.shape[1] if links else 0
-    limits = [Limit("AUC", worst["auc"], gate.auc), Limit("TPR at 1 % FPR", worst["tpr_at_1_percent"], gate.tpr)]
+    limit_of = {"auc": ("AUC", gate.auc), "tpr_at_1_percent": ("TPR at 1 % FPR", gate.tpr)}
     if links:
-        limits.insert(0, Limit("top-1", worst["top1"], re_identification_limit(among, gate.top1)))
+        limit_of["top1"] = ("top-1", re_identification_limit(np.array([among]), gate.top1))
+    limits = []
+    for name, (what, limit) in limit_of.items():
+        found = [way.measures[name] for way in ways.values() if name in way.measures]
+        told = found and (name != "top1" or among >= LEAST_POOL)
+        limits += [Limit(what, one, limit) for one in found] if told else [Limit(what, None, limit)]
     primary = "top1" if links else "auc"
     having = [name for name in ways if primary in ways[name].measures]
+    best = max(having, key=lambda name: ways[name].measures[primary].value, default=next(iter(ways)))
+    aucs = [way.measures["auc"] for way in ways.values() if "auc" in way.measures]
     return Scored(
         ways=ways,
-        best=max(having, key=lambda name: ways[name].measures[primary].value, default=next(iter(ways))),
+        best=best,
         baseline=1 / among if links else 0.5,
-        ceiling=None if links else 1.0,
+        ceiling=1.0,
         leakage=None,
-        found=worst["top1"] if among >= LEAST_POOL else None,
+        found=ways[best].measures.get("top1") if among >= LEAST_POOL else None,
         among=among,
         limits=tuple(limits),
         series={},
         primary=primary,
+        membership=_above_guessing(max(aucs, key=_value)) if aucs else None,
         rows=int(suspects.members.sum()),
     )
 
@@ -129,6 +135,11 @@ def _tpr(
     # Few are found, or none: the bootstrap alone would be too sure.
     wilson = binomtest(round(value * len(members)), len(members)).proportion_ci(0.95, "wilson")
     return Interval(value=value, low=float(min(low, wilson.low)), high=float(max(high, wilson.high)))
+
+
+def _above_guessing(auc: Interval) -> Interval:
+    """From 0, a coin, to 1."""
+    return Interval(value=2 * auc.value - 1, low=2 * auc.low - 1, high=2 * auc.high - 1)
 
 
 def _value(interval: Interval) -> float:

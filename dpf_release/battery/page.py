@@ -15,7 +15,7 @@ from jinja2 import Template
 from PIL import Image
 from torch import Tensor
 
-from dpf_release.attack_report import AttackReport, AttackResult, Interval
+from dpf_release.attack_report import AttackReport, AttackResult, Interval, public_report
 from dpf_release.battery.frontier_points import FRONTIER, Frontier, frontier_plots
 from dpf_release.battery.gallery import Pictures, read_pictures
 from dpf_release.battery.plots import leakage_plot, series_plot
@@ -38,8 +38,7 @@ GRANTED = {
 MEASURES = {
     "affine_ssim": "SSIM after the best colour fit",
     "top1": "right row first",
-    "balanced_accuracy": "balanced accuracy",
-    "rank1": "right value first",
+    "accuracy": "balanced accuracy",
     "auc": "AUC of membership",
 }
 TYPICAL = {"original": "Original", "clean": "From the unprotected row"}
@@ -101,7 +100,7 @@ def write_public_page(report: AttackReport, pictures: Pictures, path: Path) -> N
         StorageError: it cannot be written.
     """
     refuse_inside_release(path)
-    write_text(path, page(report, pictures, Frontier(), private=False), PUBLIC_FILE)
+    write_text(path, page(public_report(report), pictures, Frontier(), private=False), PUBLIC_FILE)
 
 
 def refuse_inside_release(path: Path) -> None:

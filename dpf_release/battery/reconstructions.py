@@ -48,30 +48,29 @@ def baselines(view: ReleaseView, truth: Truth) -> dict[str, Callable[[Rows], Ten
 
 
 def score_reconstructions(
-    answer: Reconstructions, target: Target, setting: Setting, references: References | None, project: Project
+    answer: Reconstructions, target: Target, setting: Setting, references: Callable[[], References], project: Project
 ) -> Scored:
     """Every decoder against its rows' pictures; the one with the most leakage stands for the attack."""
-    assert references is not None  # made where any attack of the run answers in pictures
     truth, limits = setting.truth, project.config.gate
     scores = score_answer(answer, target, truth)
     places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
-    clean, truth, references = references.clean, truth.at(places), references.at(places)
-    ways = {name: way_of(of, references, truth.among, setting.seed) for name, of in scores.items()}
+    clean, truth, between = references().clean, truth.at(places), references().at(places)
+    ways = {name: way_of(of, between, truth.sizes, setting.seed) for name, of in scores.items()}
     best = max(scores, key=lambda name: (_leakage(ways[name]), float(scores[name].primary.mean())))
     found = [way.measures.get("re_identification") for way in ways.values()]
     highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
-    most = max((way.leakage for way in ways.values() if way.leakage), key=lambda value: value.high, default=None)
+    own = re_identification_limit(truth.sizes, limits.re_identification)
     return Scored(
         ways=ways,
         best=best,
-        baseline=float(references.baseline.primary.mean()),
-        ceiling=float(references.ceiling.primary.mean()),
+        baseline=float(between.baseline.primary.mean()),
+        ceiling=float(between.ceiling.primary.mean()),
         leakage=ways[best].leakage,
         found=highest,
         among=truth.among,
         limits=(
-            Limit("leakage", most, limits.leakage),
-            Limit("re-identification", highest, re_identification_limit(truth.among, limits.re_identification)),
+            *(Limit("leakage", way.leakage, limits.leakage) for way in ways.values()),
+            *(Limit("re-identification", way.measures.get("re_identification"), own) for way in ways.values()),
         ),
         series=_series(answer, ways),
         pictures={}

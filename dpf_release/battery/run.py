@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Utility
+from dpf_release.attack_report import SCORER, AttackReport, AttackResult, Interval, Power, Utility
 from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Result, registered
 from dpf_release.attacks.outputs import Outputs
-from dpf_release.attacks.view import ReleaseView
+from dpf_release.attacks.view import LeakedVault, ReleaseView, TwoReleases
 from dpf_release.battery.attributes import score_attributes
 from dpf_release.battery.gallery import keep_pictures
 from dpf_release.battery.grants import Setting, VaultKept, grant
@@ -25,10 +26,11 @@ from dpf_release.battery.profiles import PLANTED_SHARE, PROFILES, Profile, decod
 from dpf_release.battery.reconstructions import baselines, score_answer, score_reconstructions
 from dpf_release.battery.scoring import References, best_of, mean_interval, score_pictures
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
-from dpf_release.battery.truth import LEAST_POOL, Rows
+from dpf_release.battery.truth import Rows
 from dpf_release.battery.utility import UTILITIES, measure_utility
 from dpf_release.battery.verdicts import Scored, judge
 from dpf_release.errors import ConfigError, NotGrantedError
+from dpf_release.metrics import WINDOW
 from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.progress import announce
@@ -85,6 +87,7 @@ class _Run:
     target: Target
     clean: Target
     enough: bool
+    made: dict[bytes, References] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -97,6 +100,11 @@ class _Run:
         seed: int,
     ) -> _Run:
         profile = _profile(profile_name or project.config.gate.profile)
+        if min(project.config.model.size) < WINDOW:
+            raise ConfigError(
+                f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
+                f"found model.size {project.config.model.size}. Smaller ones cannot be attacked, so no claim passes."
+            )
         function = load_function(project, name)
         target = candidate_target(project, name, function)
         rows = clean_rows(project)
@@ -129,12 +137,10 @@ class _Run:
         done, lacks = {result.code: result for result in report.attacks}, dict(report.not_applicable)
         wanted = [attack for attack in attacks if not only or attack.code in only]
         missing = [attack for attack in wanted if self._is_missing(done.get(attack.code), attack)]
-        references = None
         if any(attack.answers is Reconstructions for attack in missing):
-            references = self._references(attacks)
-            report = report.model_copy(update=self._shown(references))
+            report = report.model_copy(update=self._shown())
         for attack in missing:
-            result, pictures = self._attack(attack, references)
+            result, pictures = self._attack(attack)
             if isinstance(result, AttackResult):
                 done[attack.code] = result
                 keep_pictures(self.project.vault, self.name, report, attack.code, pictures)
@@ -145,7 +151,9 @@ class _Run:
         return self._write(report.model_copy(update={"utility": utility}), attacks, done, lacks)
 
     def _is_missing(self, kept: AttackResult | None, attack: Attack) -> bool:
-        return kept is None or kept.version != attack.version or kept.images < self.setting.budget.images
+        if kept is None or attack.view is TwoReleases:  # which other releases there are, changes
+            return True
+        return kept.version != attack.version or kept.images < self.setting.budget.images
 
     def _utility(self, codes: Sequence[str]) -> dict[str, Utility]:
         """With trainings that are shorter by as much as the attacks' are."""
@@ -156,23 +164,26 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------ one attack
 
-    def _attack(self, attack: Attack, references: References | None) -> tuple[AttackResult | str, Mapping[str, Tensor]]:
+    def _attack(self, attack: Attack) -> tuple[AttackResult | str, Mapping[str, Tensor]]:
         """The result, or what the project lacks for it; and pictures for the report."""
         started = time.monotonic()
         try:
-            scored = self._scored(attack, self.target, self.setting, references)
+            scored = self._scored(attack, self.target, self.setting)
         except NotGrantedError as error:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
             return str(error), {}
-        power = self._power(attack, references)
+        power = self._power(attack)
         verdict, reasons = judge(scored.limits, power, self._shortage(attack, scored))
-        if attack.claim is None:
+        claim = attack.claim
+        if attack.view is LeakedVault and self.target.known_by_name:
+            claim = "reconstruction"  # nothing has to leak for that
+        if claim is None:
             verdict, reasons = "reported", ()
         result = AttackResult(
             code=attack.code,
             title=attack.title,
             version=attack.version,
-            claim=attack.claim,
+            claim=claim,
             granted=attack.view.__name__,
             rows=self._rows(scored),
             images=self.setting.budget.images,
@@ -192,23 +203,23 @@ class _Run:
         announce(f"{attack.code} {attack.title}: leakage {leakage}, {verdict} ({result.seconds:.0f} s)")
         return result, scored.pictures
 
-    def _scored(self, attack: Attack, target: Target, setting: Setting, references: References | None) -> Scored:
+    def _scored(self, attack: Attack, target: Target, setting: Setting) -> Scored:
         answer = attack.run(grant(attack.view, target, setting))
-        scored = score(answer, target, setting, references, self.project)
+        scored = score(answer, target, setting, lambda: self._references(setting), self.project)
         if scored.primary is None:
             return scored
         top = scored.ceiling
-        ceiling = self._reached_on_clean(attack, setting, references) if top is None else _exactly(top)
+        ceiling = self._reached_on_clean(attack, setting) if top is None else _exactly(top)
         return scored if ceiling is None else scored.against(ceiling)
 
-    def _reached_on_clean(self, attack: Attack, setting: Setting, references: References | None) -> Interval | None:
+    def _reached_on_clean(self, attack: Attack, setting: Setting) -> Interval | None:
         """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
         name = f"{attack.code} on clean rows, {len(setting.truth.asked)}"
-        subject = {**self._subject(attack, setting), "bank": self.clean.subject}
+        subject = self._subject(attack, setting)
         kept = setting.kept.load(name, subject)
         if kept is None:
             answer = attack.run(grant(attack.view, self.clean, setting))
-            found = score(answer, self.clean, setting, references, self.project).reached()
+            found = score(answer, self.clean, setting, lambda: self._references(setting), self.project).reached()
             kept = {"reached": _as_tensor(found)}
             setting.kept.save(name, subject, kept)
         return _as_interval(kept["reached"])
@@ -219,6 +230,8 @@ class _Run:
         return {
             **grant(ReleaseView, self.clean, setting).subject,
             "attack": [attack.code, attack.version],
+            "scorer": SCORER,
+            "bank": self.clean.subject,
             "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows, setting.budget.share],
             "seed": setting.seed,
             "rows": setting.truth.asked.tolist(),
@@ -237,26 +250,22 @@ class _Run:
             found.append(
                 f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
             )
-        if 0 < scored.among < LEAST_POOL:
-            found.append(f"matched among {scored.among}, at least {LEAST_POOL} are wanted")
         return found
 
-    def _power(self, attack: Attack, references: References | None) -> Power:
-        """Whether the attack breaks the functions that it declares; kept for this φ1, Q and budget."""
-        truth, places = self.setting.truth.first(POWER_ROWS)
+    def _power(self, attack: Attack) -> Power:
+        """Whether the attack breaks the functions that it declares; kept for this S, φ1, Q and budget."""
         budget = replace(self.setting.budget, share=PLANTED_SHARE if attack.of_bank else 1.0)
-        setting = replace(self.setting, truth=truth, budget=budget)
+        setting = replace(self.setting, budget=budget)
         members = attack.members(grant(ReleaseView, self.clean, setting))
         functions: dict[str, nn.Module | None] = {**dict.fromkeys(attack.planted), **members}
         found = {}
         for name, member in functions.items():
+            target = self._planted(name, member)  # rows that are mixed want pools that hold all their pictures
+            setting = replace(setting, truth=draw_truth(self.project, target, POWER_ROWS, setting.seed))
             subject = {**self._subject(attack, setting), "planted": name}
             kept = setting.kept.load(f"{attack.code} power on {name}", subject)
             if kept is None:
-                target = self._planted(name, member)
-                part = references.at(places) if references else None
-                scored = self._scored(attack, target, setting, part)
-                kept = {"leakage": _as_tensor(scored.leakage)}
+                kept = {"leakage": _as_tensor(self._scored(attack, target, setting).power())}
                 setting.kept.save(f"{attack.code} power on {name}", subject, kept)
             if leakage := _as_interval(kept["leakage"]):
                 found[name] = leakage
@@ -273,27 +282,32 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------ references
 
-    def _references(self, attacks: Sequence[Attack]) -> References:
-        truth = self.setting.truth
+    def _references(self, setting: Setting) -> References:
+        """What leakage is measured between, on the rows of a truth; made once for each."""
+        truth = setting.truth
+        known = truth.asked.tobytes()
+        if known in self.made:
+            return self.made[known]
         scores = {
             name: score_pictures(truth, self.clean.contributors, pictures)
-            for name, pictures in baselines(grant(ReleaseView, self.target, self.setting), truth).items()
+            for name, pictures in baselines(grant(ReleaseView, self.clean, setting), truth).items()
         }
         _, baseline = best_of(scores)
         reached, makers = {}, {}
-        for attack in attacks:
-            if attack.sets_ceiling:
-                answer = attack.run(grant(attack.view, self.clean, self.setting))
+        for attack in registered():
+            if attack.sets_ceiling and self.profile.runs(attack):
+                answer = attack.run(grant(attack.view, self.clean, setting))
                 assert isinstance(answer, Reconstructions)
                 for name, pictures in answer.decoders.items():
                     reached[f"{attack.code} {name}"] = score_pictures(truth, self.clean.contributors, pictures)
                     makers[f"{attack.code} {name}"] = self._clean_pictures(attack, name)
         name, ceiling = best_of(reached)
         announce(
-            f"Affine-fit SSIM of nothing but labels: {baseline.primary.mean():.3f}; of the clean rows, at best: "
-            f"{ceiling.primary.mean():.3f} ({name})"
+            f"Affine-fit SSIM on {len(truth.asked)} rows: of nothing but labels {baseline.primary.mean():.3f}, of "
+            f"clean rows at best {ceiling.primary.mean():.3f} ({name})"
         )
-        return References(baseline, ceiling, makers[name])
+        self.made[known] = References(baseline, ceiling, makers[name])
+        return self.made[known]
 
     def _clean_pictures(self, attack: Attack, way: str) -> Callable[[Rows], Tensor]:
         """What a way of an attack makes of any rows of the clean bank."""
@@ -306,9 +320,9 @@ class _Run:
 
         return pictures
 
-    def _shown(self, references: References) -> dict[str, dict[str, Interval]]:
+    def _shown(self) -> dict[str, dict[str, Interval]]:
         """Affine-fit SSIM that leakage is measured between, and of what is shown beside the attacks and not gated."""
-        seed = self.setting.seed
+        seed, references = self.setting.seed, self._references(self.setting)
         shown = {"clean affine_ssim": mean_interval(references.ceiling.primary, seed)}
         for reference in SHOWN:
             if self.profile.runs(reference):
@@ -326,6 +340,7 @@ class _Run:
             featurizer_sha256=self.project.cut.featurizer_sha256,
             public_images_sha256=self.project.public_images.digest,
             profile=self.profile.name,
+            scorer=SCORER,
             seed=self.setting.seed,
             function=self.name,
             attribute=self.project.config.claims.attribute,
@@ -335,7 +350,10 @@ class _Run:
     def _known(self) -> AttackReport | None:
         vault = self.project.vault
         path = vault.reports(self.name) / report_file(self.profile.name)
-        return AttackReport.model_validate(vault.read_record(path, "attack")) if vault.holds(path) else None
+        try:
+            return AttackReport.model_validate(vault.read_record(path, "attack")) if vault.holds(path) else None
+        except ValidationError:  # of another version of this tool: all of it is run anew
+            return None
 
     def _write(
         self,
@@ -383,17 +401,19 @@ def _exactly(value: float) -> Interval:
 
 
 def _same_run(one: AttackReport, other: AttackReport) -> bool:
-    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "seed", "attribute", "limits")
-    return all(getattr(one, key) == getattr(other, key) for key in keys)
+    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "scorer", "seed", "attribute")
+    return all(getattr(one, key) == getattr(other, key) for key in (*keys, "limits"))
 
 
-def score(answer: Result, target: Target, setting: Setting, references: References | None, project: Project) -> Scored:
+def score(
+    answer: Result, target: Target, setting: Setting, references: Callable[[], References], project: Project
+) -> Scored:
     """What an answer is worth; one scorer for each kind of answer."""
     scorer = SCORERS[type(answer)]
     return scorer(answer, target, setting, references, project)
 
 
-SCORERS: dict[type, Callable[[Any, Target, Setting, References | None, Project], Scored]] = {
+SCORERS: dict[type, Callable[[Any, Target, Setting, Callable[[], References], Project], Scored]] = {
     Attributes: score_attributes,
     Links: score_links,
     Reconstructions: score_reconstructions,

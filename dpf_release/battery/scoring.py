@@ -5,7 +5,7 @@ Pictures are floats in [0, 1], (n, 3, H, W).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -153,24 +153,30 @@ class References:
         return References(self.baseline.at(places), self.ceiling.at(places))
 
 
-def way_of(scores: RowScores, references: References, among: int, seed: int) -> Way:
+def way_of(scores: RowScores, references: References, sizes: Rows, seed: int) -> Way:
     """Means of what was measured for one decoder, with their intervals; and its leakage, by own picture or by match.
 
-    The higher of the two. By match alone, what says nothing does well (the mean of a class is matched with the one
-    picture of the pool that is most like it), and what says a little seems worse than nothing. By own picture alone, a
-    shuffle of the rows would pass for a defence.
+    The higher of the two, bound by bound. By match alone, what says nothing does well (the mean of a class is matched
+    with the one picture of the pool that is most like it), and what says a little seems worse than nothing. By own
+    picture alone, a shuffle of the rows would pass for a defence.
     """
     measures = {name: mean_interval(values, seed) for name, values in scores.measures.items()}
     worst = np.sort(scores.matched)[-max(1, round(WORST * len(scores.matched))) :]
     measures["affine_ssim_worst"] = mean_interval(worst, seed)
-    if among >= LEAST_POOL:
-        measures["re_identification"] = share_interval(scores.own)
+    if (sizes >= LEAST_POOL).any():
+        measures["re_identification"] = share_interval(scores.own[sizes >= LEAST_POOL])
     leakages = [
         ratio_interval(of(scores), of(references.baseline), of(references.ceiling), seed)
         for of in (lambda one: one.primary, lambda one: one.matched)
     ]
-    leakage = max((found for found in leakages if found), key=lambda found: found.value, default=None)
-    return Way(measures=measures, leakage=leakage)
+    return Way(measures=measures, leakage=_higher([found for found in leakages if found]))
+
+
+def _higher(intervals: Sequence[Interval]) -> Interval | None:
+    if not intervals:
+        return None
+    value, low, high = (max(getattr(one, name) for one in intervals) for name in ("value", "low", "high"))
+    return Interval(value=value, low=low, high=high)
 
 
 def mean_interval(values: NDArray[Any], seed: int) -> Interval:

@@ -40,6 +40,7 @@ class Target:
             pieces of pieces.
         classifier: in the place of φ2, where a network is planted.
         suspects: the candidates, where they belong to a planted network.
+        known_by_name: whether who knows P's name can do the same to pictures of their own.
         second: the same pictures under another function, as they are released too.
     """
 
@@ -52,6 +53,7 @@ class Target:
     pieces: Callable[[Rows], Rows | None] = lambda rows: None
     classifier: nn.Module | None = None
     suspects: Suspects | None = None
+    known_by_name: bool = False
     second: Callable[[Project], HeldRows] = lambda project: _no_second()
 
 
@@ -141,7 +143,17 @@ def candidate_target(project: Project, name: str, function: FittedFunction) -> T
     subject = sha256_of(features / INDEX)
     rows, poison = held(Joined(tuple(parts))), poison_with(function.chain, phi_2, subject)
     second = lambda project: _released_too(project, function.digest)  # noqa: E731
-    return Target(name, rows, poison, contributors, foremost, subject, pieces, second=second)
+    return Target(
+        name,
+        rows,
+        poison,
+        contributors,
+        foremost,
+        subject,
+        pieces,
+        known_by_name=function.chain.known_by_name,
+        second=second,
+    )
 
 
 def _features(project: Project, name: str) -> Path:

@@ -56,8 +56,14 @@ class Truth:
 
     @property
     def among(self) -> int:
-        """Pictures in the smallest pool."""
-        return min(len(pool.pictures) for pool in self.pools)
+        """Pictures in the smallest pool that is large enough for a match to say something, where one is."""
+        enough = self.sizes[self.sizes >= LEAST_POOL]
+        return int((enough if len(enough) else self.sizes).min())
+
+    @cached_property
+    def sizes(self) -> Rows:
+        """Of each asked row, among how many pictures its own is looked for."""
+        return np.repeat([len(pool.pictures) for pool in self.pools], [len(pool.rows) for pool in self.pools])
 
     def at(self, places: Rows) -> Truth:
         """With some of the rows only, matched among as many pictures as before.
@@ -72,22 +78,6 @@ class Truth:
                 pools.append(replace(pool, rows=pool.rows[mine]))
             start += len(pool.rows)
         return Truth(tuple(pools), self.read, self.bins)
-
-    def first(self, rows: int) -> tuple[Truth, Rows]:
-        """With so many pools that they have about that many rows, of all classes alike; and where those rows were."""
-        rank = dict.fromkeys((pool.label for pool in self.pools), 0)
-        order = []
-        for number, pool in enumerate(self.pools):
-            order.append((rank[pool.label], number))
-            rank[pool.label] += 1
-        chosen: list[int] = []
-        for _, number in sorted(order):
-            if sum(len(self.pools[other].rows) for other in chosen) < rows:
-                chosen.append(number)
-        starts = np.cumsum([0, *(len(pool.rows) for pool in self.pools)])
-        chosen.sort()
-        places = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in chosen])
-        return Truth(tuple(self.pools[number] for number in chosen), self.read, self.bins), places
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +110,8 @@ def bins_of(targets: NDArray[Any], most: int = 10, least_rows: int = POOL) -> ND
         return targets.astype(np.int64)
     count = int(np.clip(len(targets) // least_rows, 1, most))
     edges = np.quantile(targets[:, 0], np.linspace(0, 1, count + 1)[1:-1])
-    return np.searchsorted(edges, targets[:, 0], side="right").astype(np.int64)
+    bins = np.searchsorted(edges, targets[:, 0], side="right")
+    return np.unique(bins, return_inverse=True)[1].astype(np.int64)  # of targets that repeat, some bins are empty
 
 
 def bin_of(targets: NDArray[Any], edges: list[float]) -> NDArray[np.int64]:
@@ -133,33 +124,52 @@ def bin_of(targets: NDArray[Any], edges: list[float]) -> NDArray[np.int64]:
 def draw_pools(bins: NDArray[np.int64], contributors: Contributors, rows: int, seed: int) -> tuple[Pool, ...]:
     """Pools of at most 200 rows, of all classes alike, about `rows` rows in all.
 
-    A row's own pictures must be in its pool, or it could not be found. So rows that share pictures go together: of a
-    function that mixes rows within groups, whole groups. Where everything hangs together, each row brings one of its
-    pictures.
+    A pool for each class, or, where that were more than twice as many rows, for some classes. A row's own pictures must
+    be in its pool, or it could not be found. So rows that share pictures go together: of a function that mixes rows
+    within groups, whole groups, and the pool is filled up with pictures of other rows. Where groups are too large for a
+    pool, each row brings one of its pictures.
     """
     generator = np.random.default_rng([seed, 1])
-    labels = np.unique(bins)
+    labels, counts = np.unique(bins, return_counts=True)
+    if np.minimum(counts, POOL).sum() > 2 * rows:
+        drawn = generator.permutation(len(labels))
+        enough = int(np.searchsorted(np.cumsum(np.minimum(counts, POOL)[drawn]), rows)) + 1
+        labels = np.sort(labels[drawn[:enough]])
     each = max(1, round(rows / (POOL * len(labels))))
     pools = []
     for label in labels:
         members = generator.permutation(np.flatnonzero(bins == label))
         positions, pictures = contributors(members)
         group = _groups(positions, pictures, len(members), len(bins))
-        order = np.argsort(generator.permutation(group.max() + 1)[group], kind="stable")
+        group = generator.permutation(group.max() + 1)[group]
         size = min(POOL, len(members))
-        for first in range(0, min(each, len(members) // size) * size, size):
-            places = order[first : first + size]
+        for places in _whole(group, size, min(each, len(members) // size)):
             chosen = np.sort(members[places])
-            if np.bincount(group).max() <= size:
-                pools.append(Pool(chosen, chosen, int(label)))
-                continue
-            shuffled = generator.permutation(len(positions))
-            mine = shuffled[np.isin(positions[shuffled], places)]
-            _, one_each = np.unique(positions[mine], return_index=True)
-            own = np.unique(pictures[mine[one_each]])
+            mine = np.isin(positions, places)
+            own = np.unique(pictures[mine])
+            if len(own) > size:
+                shuffled = generator.permutation(np.flatnonzero(mine))
+                _, one_each = np.unique(positions[shuffled], return_index=True)
+                own = np.unique(pictures[shuffled[one_each]])
             others = generator.permutation(np.setdiff1d(members, own))[: size - len(own)]
             pools.append(Pool(chosen, np.sort(np.concatenate([own, others])), int(label)))
     return tuple(pools)
+
+
+def _whole(group: NDArray[np.int64], size: int, most: int) -> list[Rows]:
+    """At most `most` sets of at most `size` places, of whole groups, in the order of the groups' numbers.
+
+    A group that is larger than a set is cut.
+    """
+    order = np.argsort(group, kind="stable")
+    runs = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+    sets: list[list[Rows]] = [[]]
+    for run in runs:
+        for part in np.split(run, range(size, len(run), size)):
+            if sum(map(len, sets[-1])) + len(part) > size:
+                sets.append([])
+            sets[-1].append(part)
+    return [np.concatenate(parts) for parts in sets if parts][:most]
 
 
 def _groups(positions: Rows, pictures: Rows, count: int, total: int) -> NDArray[np.int64]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from torch import Tensor
 
 from dpf_release.attack_report import Interval, Power, Verdict, Way
 from dpf_release.battery.scoring import LEAST_GAP
-from dpf_release.battery.truth import LEAST_POOL, POOL
+from dpf_release.battery.truth import LEAST_POOL, POOL, Rows
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One measure of one way, and what it must stay under.
+    """One measure of one way, and what it must stay under. Every way counts.
 
     Attributes:
         what: for the reason.
@@ -48,6 +49,7 @@ class Scored:
         limits: that a claim sets.
         series: what depends on a number (leakage against m): name → number → value.
         primary: the measure that leakage is reckoned by, where it is not paired with reconstructions of clean rows.
+        membership: 2 AUC - 1 of the best way, where membership is told too: an attack must have power in both.
         rows: how many were asked for, where it is not all of the truth's.
         pictures: for the report (`gallery.pictures_of`).
     """
@@ -62,12 +64,18 @@ class Scored:
     limits: tuple[Limit, ...]
     series: Mapping[str, Mapping[str, Interval]]
     primary: str | None = None
+    membership: Interval | None = None
     rows: int | None = None
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
     def reached(self) -> Interval | None:
         """What the best way has of the measure that counts; None where it was not measured."""
         return self.ways[self.best].measures.get(self.primary or "")
+
+    def power(self) -> Interval | None:
+        """What is held against `POWER_LEAKAGE` where the bank is a planted one: the weaker of what it must tell."""
+        told = [self.leakage] + ([self.membership] if self.membership else [])
+        return min(told, key=lambda found: found.low if found else -1.0)
 
     def against(self, ceiling: Interval) -> Scored:
         """With leakage, of every way, between the baseline and what is reached on clean rows."""
@@ -91,17 +99,34 @@ def judge(limits: Sequence[Limit], power: Power, shortage: Sequence[str]) -> tup
     `fail` where a lower bound is above its limit, whatever else; `pass` where every upper bound is below, the attack
     has power, and nothing was short; else `inconclusive`.
     """
-    broken = [str(limit) for limit in limits if limit.found is not None and limit.found.low >= limit.limit]
+    broken = [limit for limit in limits if limit.found is not None and limit.found.low >= limit.limit]
     if broken:
-        return "fail", tuple(broken)
-    open_questions = [str(limit) for limit in limits if limit.found is None or limit.found.high >= limit.limit]
+        return "fail", _worst_of_each(broken)
+    open_questions = [
+        *_worst_of_each([limit for limit in limits if limit.found is not None and limit.found.high >= limit.limit]),
+        *dict.fromkeys(str(limit) for limit in limits if limit.found is None),
+    ]
     if power.passed is not True:
         broke = ", ".join(f"{name} {found.value:.2f} [{found.low:.2f}, ...]" for name, found in power.planted.items())
-        open_questions.append(f"no power: it does not break what it must ({broke or 'nothing to try it on'})")
+        open_questions.append(f"no power: it does not break what it must ({broke[:300] or 'nothing to try it on'})")
     open_questions += shortage
     return ("inconclusive", tuple(open_questions)) if open_questions else ("pass", ())
 
 
-def re_identification_limit(among: int, limit: float) -> float:
-    """5 %, or ten times chance where the match is sought among fewer than 200."""
-    return limit if among >= POOL else 10 / max(among, LEAST_POOL)
+def _worst_of_each(limits: Sequence[Limit]) -> tuple[str, ...]:
+    """Of each measure the way that went furthest beyond."""
+    worst: dict[str, Limit] = {}
+    for limit in sorted(limits, key=lambda limit: limit.found.high if limit.found else 0.0):
+        worst[limit.what] = limit
+    return tuple(str(worst[what]) for what in dict.fromkeys(limit.what for limit in limits))
+
+
+def re_identification_limit(sizes: Rows, limit: float) -> float:
+    """The limit among 200 (5 % is ten times chance); among fewer as many times chance. Each row counts by its own pool.
+
+    Args:
+        sizes: (n,) of each row, among how many its own is sought; those among fewer than 50 are not judged.
+        limit: among 200.
+    """
+    judged = sizes[sizes >= LEAST_POOL]
+    return float(np.mean(limit * POOL / np.minimum(judged, POOL))) if len(judged) else limit

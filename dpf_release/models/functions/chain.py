@@ -41,6 +41,11 @@ class Chain:
         """Whether any stage changes anything."""
         return any(stage.poisons for stage in self.stages)
 
+    @property
+    def known_by_name(self) -> bool:
+        """Whether who knows its name can do the same to pictures of their own."""
+        return all(stage.known_by_name for stage in self.stages)
+
     def plan(self, source: RowSource, phi_2: nn.Module, secret: bytes) -> list[Plan]:
         """One plan a stage, each made on the rows as the stage before leaves them."""
         plans: list[Plan] = []

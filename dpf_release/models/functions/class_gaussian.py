@@ -33,7 +33,7 @@ class ClassGaussian(PoisoningFunction):
     (near rows, an objective behind it, a scorer) is given the row that bears the same id.
     """
 
-    mixes_rows = True
+    mixes_rows, known_by_name = True, True
 
     def __init__(self, features: FeatureSpec, k: int = 5, bins: int = 10) -> None:
         super().__init__(features)

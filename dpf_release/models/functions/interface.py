@@ -86,10 +86,13 @@ class PoisoningFunction:
         network: what training fits, for a learned function; otherwise `None`.
         mixes_rows: whether a row comes out as another picture, put together from several rows.
         poisons: whether it changes anything; `package` refuses a bank that no stage poisoned.
+        known_by_name: whether who knows its name can do the same to pictures of their own: nothing but the draws for
+            this bank is secret. An attack with P at hand is then anybody's.
     """
 
     mixes_rows: ClassVar[bool] = False
     poisons: ClassVar[bool] = True
+    known_by_name: ClassVar[bool] = False
     network: nn.Module | None = None
 
     def __init__(self, features: FeatureSpec) -> None:

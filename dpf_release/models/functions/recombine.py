@@ -32,7 +32,7 @@ class Recombine(PoisoningFunction):
     O(n²/k) a class.
     """
 
-    mixes_rows = True
+    mixes_rows, known_by_name = True, True
 
     def __init__(self, features: FeatureSpec, k: int = 5, patch: int = 2, bins: int = 10) -> None:
         super().__init__(features)

@@ -26,7 +26,7 @@ from dpf_release.models.functions.interface import (
 class Identity(PoisoningFunction):
     """Leaves every row as it is: the control. `package` refuses it."""
 
-    poisons = False
+    poisons, known_by_name = False, True
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """The rows themselves."""
@@ -39,6 +39,8 @@ class GaussianNoise(PoisoningFunction):
 
     The noise of a row is keyed by (secret, id): it stays the same when other rows come or go.
     """
+
+    known_by_name = True
 
     def __init__(self, features: FeatureSpec, scale: float = 1.0) -> None:
         super().__init__(features)
@@ -58,6 +60,8 @@ class GaussianNoise(PoisoningFunction):
 class GaussianFilter(PoisoningFunction):
     """Blurs each channel with a Gaussian of `sigma` feature pixels, `size` taps wide (the paper's GF)."""
 
+    known_by_name = True
+
     def __init__(self, features: FeatureSpec, sigma: float = 1.0, size: int = 5) -> None:
         super().__init__(features)
         self.sigma = bounded("gaussian-filter:sigma", sigma, 1e-3, 1e3)
@@ -74,6 +78,8 @@ class GaussianFilter(PoisoningFunction):
 @register("mean-filter")
 class MeanFilter(PoisoningFunction):
     """Replaces each feature by the mean of the `size`×`size` window around it (the paper's MF)."""
+
+    known_by_name = True
 
     def __init__(self, features: FeatureSpec, size: int = 3) -> None:
         super().__init__(features)
