@@ -23,9 +23,9 @@ from rich.console import Console
 from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Utility, Way
 from dpf_release.battery import attack, publish_page
 from dpf_release.battery.gallery import FILE, read_pictures
-from dpf_release.battery.page import Frontier, page, write_page, write_public_page
+from dpf_release.battery.page import MEASURES, Frontier, page, write_page, write_public_page
 from dpf_release.battery.plots import leakage_plot, scatter_plot, series_plot
-from dpf_release.battery.sentence import strongest, verdict_in_words
+from dpf_release.battery.sentence import PRIMARY, strongest, verdict_in_words
 from dpf_release.battery.terminal import print_attacks
 from dpf_release.errors import ConfigError
 from dpf_release.pictures import Pictures
@@ -102,6 +102,16 @@ FULL = report(
     function="default",
     utility={"U1": Utility(measures={"top1": about(0.87), "top1 on clean rows": about(0.88)})},
 )  # fmt: skip
+PROBED = result(
+    "A8",
+    "fail",
+    "attribute",
+    title="attribute, identity",
+    granted="LabelledRows",
+    ways={"linear": Way(measures={"accuracy": about(0.4), "rank1": about(0.5), "gain": about(0.28)})},
+    baseline=0.12,
+    re_identification=None,
+)
 FRONTIER = Frontier.model_validate(
     {
         "profile": "quick",
@@ -147,6 +157,20 @@ def test_of_a_reconstruction_only_what_broke_its_limit_is_told() -> None:
     showing = report(result(verdict="fail", **limits, reasons=("leakage 0.500 [0.48, 0.52], limit 0.1",)))
     assert "in 43 of 100 cases, among 160" in verdict_in_words(matched).headline
     assert "shows 50 %" in verdict_in_words(showing).headline
+
+
+def test_every_measure_that_an_attack_is_known_by_has_a_name_on_the_page() -> None:
+    text = page(report(PROBED, LINKED, result()), {}, Frontier(), private=True)
+    for words in ("balanced accuracy", "right row first", "SSIM after the best colour fit"):
+        assert words in text
+    assert set(PRIMARY) <= set(MEASURES)
+
+
+def test_a_public_page_does_not_name_the_function(tmp_path: Path) -> None:
+    named = report(result(), function="recombine-of-my-hospital")
+    write_public_page(named, {}, tmp_path / "attack.html")
+    assert "my-hospital" not in (tmp_path / "attack.html").read_text()
+    assert "my-hospital" in page(named, {}, Frontier(), private=True)
 
 
 def test_membership_and_attributes_are_told_in_cases_of_a_hundred() -> None:

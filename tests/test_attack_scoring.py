@@ -174,12 +174,40 @@ def test_pools_hold_the_pictures_of_their_rows_also_of_rows_that_are_made_of_man
     assert np.array_equal(other[0].rows, draw_pools(labels, itself, 400, seed=6)[0].rows)
 
 
+def test_a_group_is_in_one_pool_as_a_whole_and_the_pool_is_filled_up() -> None:
+    sizes = np.random.default_rng(2).integers(5, 70, size=40)
+    group_of = np.repeat(np.arange(40), sizes)
+    members = {group: np.flatnonzero(group_of == group) for group in range(40)}
+
+    def mixed(rows: Rows) -> tuple[Rows, Rows]:
+        found = [members[group] for group in group_of[rows]]
+        return np.repeat(np.arange(len(rows)), [len(of) for of in found]), np.concatenate(found)
+
+    pools = draw_pools(np.zeros(len(group_of), np.int64), mixed, 800, seed=3)
+    assert len(pools) == 4
+    for pool in pools:
+        assert len(pool.pictures) == 200
+        assert 130 < len(pool.rows) <= 200
+        assert set(mixed(pool.rows)[1].tolist()) <= set(pool.pictures.tolist())
+    assert len(np.unique(np.concatenate([pool.rows for pool in pools]))) == sum(len(pool.rows) for pool in pools)
+
+
+def test_of_many_classes_some_are_drawn_and_of_few_all() -> None:
+    labels = np.repeat(np.arange(30), 250)
+    some = {pool.label for pool in draw_pools(labels, itself, 1000, seed=0)}
+    assert len(some) == 5
+    assert some != {pool.label for pool in draw_pools(labels, itself, 1000, seed=1)}
+    assert len({pool.label for pool in draw_pools(labels[:2000], itself, 1000, seed=0)}) == 8
+
+
 def test_regression_targets_are_binned_so_that_each_bin_has_a_pool() -> None:
     targets = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
     bins = bins_of(targets)
     assert np.bincount(bins).tolist() == [200] * 5
     assert targets[bins == 0, 0].max() <= targets[bins == 1, 0].min()
     assert bins_of(targets[:50]).max() == 0
+    repeated = bins_of(np.repeat(np.arange(1.0, 4.0), 700)[:, None])
+    assert np.unique(repeated).tolist() == list(range(repeated.max() + 1))  # none is empty
     assert np.array_equal(bins_of(np.array([3, 1])), [3, 1])
 
 

@@ -15,6 +15,7 @@ from conftest import run_cli
 
 from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way, public_report
 from dpf_release.attacks import ATTACKS, Attack, Budget, registered, straw_men, trained
+from dpf_release.attacks.view import LeakedVault, TwoReleases
 from dpf_release.battery import attack
 from dpf_release.battery.profiles import PROFILES
 from dpf_release.battery.run import report_file
@@ -116,7 +117,7 @@ def test_what_is_promised_wants_a_pass_and_with_it_is_promised_in_public(project
     assert "Claims made: **reconstruction**" in text
     assert "- claimed (`reconstruction`): that no picture" in text
     assert "profile **standard**, on exactly this bank" in text
-    row = "| A1 straw man and unseen reconstructors | reconstruction | 0.200 | 0.206 | 0.700 | 0.012 [0.000, 0.030] |"
+    row = "| A1 straw man and unseen reconstructors | reconstruction | 0.200 | 0.012 | 0.700 | 0.012 [0.000, 0.030] |"
     assert f"{row} 1.2% [0.0%, 3.0%], of 200 | yes | pass |" in text
     assert "| A8 |  |  |  |  |  |  |  | not applicable |" in text
     assert "The protection is empirical" in text
@@ -229,6 +230,28 @@ def test_an_attack_that_does_not_apply_is_not_missed_where_another_passes(monkey
     monkeypatch.setattr(Second, "profile", "full")
     assert objections("reconstruction", report, ClaimsSection(), GateSection()) == []
     assert objections("reconstruction", report, ClaimsSection(), GateSection(profile="full")) != []
+
+
+def test_a_function_without_a_secret_wants_the_attack_of_who_has_it_and_two_releases_that_of_who_has_both() -> None:
+    report = good_report(profile="full")
+    assert next(result for result in report.attacks if result.code == "A0").claim is None
+    known = (LeakedVault,)
+    assert objections("reconstruction", report, ClaimsSection(), GateSection(), known) == []
+    of = ATTACKS["A0"]()
+    broken = passed(of, claim="reconstruction", verdict="fail", reasons=("leakage 0.9",))
+    others = tuple(result for result in report.attacks if result.code != "A0")
+    failed = report.model_copy(update={"attacks": (broken, *others)})
+    assert "A0" in objections("reconstruction", failed, ClaimsSection(), GateSection(), known)[0]
+    missing = report.model_copy(update={"attacks": others, "not_applicable": {"A0": "no"}})
+    assert objections("reconstruction", missing, ClaimsSection(), GateSection()) == []
+    assert "A0" in objections("reconstruction", missing, ClaimsSection(), GateSection(), known)[0]
+    alone = tuple(result for result in report.attacks if result.code != "A9")
+    stale = report.model_copy(update={"attacks": alone, "not_applicable": {"A9": "no other release"}})
+    full = GateSection(profile="full")
+    assert objections("reconstruction", stale, ClaimsSection(), full) == []
+    assert "A9" in objections("reconstruction", stale, ClaimsSection(), full, (TwoReleases,))[0]
+    older = report.model_copy(update={"scorer": 0})
+    assert "scorer" in objections("reconstruction", older, ClaimsSection(), full)[0]
 
 
 def test_an_attribute_is_promised_only_as_the_one_that_was_attacked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,8 @@ class Effort:
 
 
 EFFORTS: dict[ProfileName, Effort] = {
-    "quick": Effort(1, (100,), rows=90_000, epochs=8, least_rows=6_000),
-    "standard": Effort(3, (10, 50, 100), rows=180_000, epochs=16, least_rows=12_000),
+    "quick": Effort(1, (100,), rows=60_000, epochs=8, least_rows=6_000),
+    "standard": Effort(3, (10, 50, 100), rows=90_000, epochs=16, least_rows=12_000),
     "full": Effort(3, (10, 50, 100), rows=360_000, epochs=16, least_rows=12_000),
 }
 
