@@ -191,7 +191,7 @@ def test_what_was_trained_is_not_trained_again_and_clean_rows_serve_every_functi
 
 
 def test_few_rows_are_shown_often_enough_and_many_no_more_than_the_profile_says() -> None:
-    effort = EFFORTS["quick"]
+    effort = EFFORTS["standard"]
     epochs, batch, rate = effort.schedule(500)
     assert epochs * 500 >= effort.least_rows
     assert batch == 16
