@@ -14,7 +14,7 @@ LOG_EVERY_SECONDS = 15.0
 
 def announce(text: str) -> None:
     """A line on standard error."""
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Progress:
@@ -72,6 +72,7 @@ class Progress:
         self._console.print(
             f"{self._title}: {self._done}/{self._total} {self._unit}, {self._facts + ', ' if self._facts else ''}"
             f"{self._rate:.0f} {self._unit}/s, {left:.0f} s left",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )

@@ -26,6 +26,7 @@ from dpf_release.pipeline import Project, featurize, featurize_new, fit_poison, 
 from dpf_release.pipeline.attackers import straw_man
 from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import CutNetwork
+from dpf_release.progress import announce
 from dpf_release.storage import sha256_of
 from dpf_release.vault import Vault
 
@@ -414,3 +415,8 @@ def test_a_regression_project_hides_who_it_is_and_keeps_its_answer(tmp_path: Pat
     with h5py.File(project.vault.candidate("default") / "features" / "val" / "shard-00000.h5") as shard:
         assert shard["target"].dtype == np.float32
         assert shard["target"].shape[1] == 1
+
+
+def test_what_stands_in_brackets_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    announce("[claims] attribute is None; see [gate]")
+    assert capsys.readouterr().err == "[claims] attribute is None; see [gate]\n"
