@@ -47,17 +47,17 @@ def pictures_of(
         reconstruct: that way: positions in `truth.asked` → pictures.
         clean: the best that is made of unpoisoned rows: rows of the clean bank → pictures.
     """
-    count = len(scores.matched)
+    count = len(scores.primary)
     typical = spread(count)
-    worst = np.argsort(-scores.matched, kind="stable")[: min(SHOWN, max(1, round(WORST * count)))]
-    matched = scores.matches[worst]  # what a row turned out to show, whatever its id says
-    originals, shown = truth.read(matched), reconstruct(worst).float().clamp(0, 1)
+    worst = np.argsort(-scores.primary, kind="stable")[: min(SHOWN, max(1, round(WORST * count)))]
+    own = scores.pictures[worst]  # of a row that is made of several, the one that it shows
+    originals, shown = truth.read(own), reconstruct(worst).float().clamp(0, 1)
     return {
         "original": truth.read(truth.asked[typical]),
         "clean": as_bytes(clean(truth.asked[typical])),
         "attack": as_bytes(reconstruct(typical)),
         "worst original": originals,
-        "worst clean": as_bytes(clean(matched)),
+        "worst clean": as_bytes(clean(own)),
         "worst attack": as_bytes(shown),
         "worst fitted": as_bytes(affine_fit(shown, originals.float() / 255)),
     }

@@ -36,12 +36,12 @@ class RowScores:
         measures: `affine_ssim` and the others, against the row's own picture (of several, the one that it is most
             like); `affine_ssim_matched` against its match.
         own: whether the match is a picture that the row is made of.
-        matches: the match, as a row of the clean bank.
+        pictures: the own picture, as a row of the clean bank.
     """
 
     measures: dict[str, Numbers]
     own: NDArray[np.bool_]
-    matches: Rows = field(default_factory=lambda: np.empty(0, np.int64))
+    pictures: Rows = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def primary(self) -> Numbers:
@@ -55,8 +55,8 @@ class RowScores:
 
     def at(self, places: Rows) -> RowScores:
         """Those of some of the rows."""
-        matches = self.matches[places] if len(self.matches) else self.matches
-        return RowScores({name: values[places] for name, values in self.measures.items()}, self.own[places], matches)
+        pictures = self.pictures[places] if len(self.pictures) else self.pictures
+        return RowScores({name: values[places] for name, values in self.measures.items()}, self.own[places], pictures)
 
 
 def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callable[[Rows], Tensor]) -> RowScores:
@@ -72,7 +72,7 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
     """
     measures: dict[str, list[Tensor]] = {}
     own: list[NDArray[np.bool_]] = []
-    matches: list[Rows] = []
+    shown: list[Rows] = []
     done = 0
     for pool in truth.pools:
         originals = truth.read(pool.pictures).float() / 255
@@ -87,15 +87,15 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
             correlation = (_directions(pictures) @ directions.T).abs()  # (n, M)
             match = correlation.argmax(dim=1)
             own.append(made_of[places, match.numpy()])
-            matches.append(pool.pictures[match.numpy()])
             with_own, mine = correlation.where(torch.from_numpy(made_of[places]), -1).max(dim=1)
+            shown.append(pool.pictures[mine.numpy()])
             found = _measure(pictures, originals[mine])
             found["affine_ssim_matched"] = ssim(affine_fit(pictures, originals[match]), originals[match])
             for name, values in {**found, "correlation": with_own}.items():
                 measures.setdefault(name, []).append(values)
         done += len(pool.rows)
     joined = {name: torch.cat(parts).double().numpy() for name, parts in measures.items()}
-    return RowScores(joined, np.concatenate(own), np.concatenate(matches))
+    return RowScores(joined, np.concatenate(own), np.concatenate(shown))
 
 
 def _measure(pictures: Tensor, originals: Tensor) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ def way_of(scores: RowScores, references: References, sizes: Rows, seed: int) ->
     picture alone, a shuffle of the rows would pass for a defence.
     """
     measures = {name: mean_interval(values, seed) for name, values in scores.measures.items()}
-    worst = np.sort(scores.matched)[-max(1, round(WORST * len(scores.matched))) :]
+    worst = np.sort(scores.primary)[-max(1, round(WORST * len(scores.primary))) :]
     measures["affine_ssim_worst"] = mean_interval(worst, seed)
     if (sizes >= LEAST_POOL).any():
         measures["re_identification"] = share_interval(scores.own[sizes >= LEAST_POOL])
