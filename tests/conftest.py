@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -136,12 +137,39 @@ def project_folder(finished: Path, tmp_path: Path) -> Path:
 
 def run_cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """The real command line, in a process of its own."""
+    status, _, out, err = _run_warm(arguments, folder)
+    return subprocess.CompletedProcess(arguments, status, out, err)
+
+
+def killed(folder: Path, event: str, ending: str, number: int, *command: str) -> int:
+    """Runs a command that kills itself before step `number` of a kind: an audit event on a path that ends so.
+
+    Returns:
+        Its session.
+    """
+    status, session, _, err = _run_warm(command, folder, KILLED.format(event=event, ending=ending, number=number))
+    assert status == -signal.SIGKILL, err
+    return session
+
+
+KILLED = """\
+import os, signal, sys
+left = {number}
+def hook(name, arguments):
+    global left
+    if name == "{event}" and str(arguments[0]).endswith("{ending}"):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+"""
+
+
+def _run_warm(arguments: tuple[str, ...], folder: Path, before: str = "") -> tuple[int, int, str, str]:
     if not WARM:
         WARM.append(WarmCli())
     with tempfile.TemporaryDirectory() as scratch:
-        env = dict(os.environ) | {"COLUMNS": "160"}
-        status, out, err = WARM[0].run(arguments, folder, env, Path(scratch))
-    return subprocess.CompletedProcess(arguments, status, out, err)
+        return WARM[0].run(arguments, folder, dict(os.environ) | {"COLUMNS": "160"}, Path(scratch), before)
 
 
 WARM: list[WarmCli] = []

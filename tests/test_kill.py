@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import killed
 
 from dpf_release.errors import BankError, RefusedError
 from dpf_release.manifest import Manifest
@@ -27,35 +26,11 @@ kill = importlib.util.module_from_spec(_spec)
 sys.modules["kill"] = kill  # where its dataclasses look for their annotations
 _spec.loader.exec_module(kill)
 
-# The real command, which kills itself before its n-th step of a kind (an audit event) on a path that ends so.
-KILLED = """\
-import os, signal, sys
-event, ending, left = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
-def hook(name, arguments):
-    global left
-    if name == event and str(arguments[0]).endswith(ending):
-        left -= 1
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(hook)
-from dpf_release.cli import main
-main()
-"""
 RUNS: dict[str, Callable[[Project], Any]] = {
     "featurize": featurize,
     "poison": lambda project: (write_candidate(project), measure(project)),
     "package": package,
 }
-
-
-def killed(project: Path, command: str, event: str, ending: str, number: int) -> int:
-    """Runs a command until its step number `number` of that kind; its session."""
-    call = [sys.executable, "-c", KILLED, event, ending, str(number), command]
-    with subprocess.Popen(
-        call, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
-        assert process.wait() == -signal.SIGKILL
-    return process.pid
 
 
 def run(project: Path, command: str) -> dict[str, str]:
@@ -74,7 +49,7 @@ def test_features_killed_after_some_shards_are_gone_on_with_to_the_same_bytes(pr
     expected = kill.digests(project_folder)
     before = kill.digests(kill.without_shards(project_folder))
     for number in (3, 4):  # before the third shard takes its name; and before the fourth that the second run writes
-        killed(project_folder, "featurize", "os.rename", ".h5.partial", number)
+        killed(project_folder, "os.rename", ".h5.partial", number, "featurize")
         found = kill.digests(project_folder)
         assert "vault/features/index.json" not in found
         assert kill.leftovers(project_folder)
@@ -95,7 +70,7 @@ def test_features_killed_before_their_plan_take_a_new_one_and_depend_on_nothing_
     other_plan = kill.digests(project_folder)
     shutil.rmtree(project_folder / "vault/features")
     (project_folder / "vault/ids.csv").unlink()
-    killed(project_folder, "featurize", "os.rename", "plan.json.partial", 1)
+    killed(project_folder, "os.rename", "plan.json.partial", 1, "featurize")
     assert (project_folder / "vault/ids.csv").is_file()  # those of a plan that was never made
     found = run(project_folder, "featurize")
     assert not kill.leftovers(project_folder)
@@ -107,7 +82,7 @@ def test_orphaned_decoding_processes_let_the_next_run_begin_and_end_by_themselve
     expected = kill.digests(project_folder)
     kill.without_shards(project_folder)
     (project_folder / "dpf.toml").write_text((project_folder / "dpf.toml").read_text() + "workers = 2\n")
-    session = killed(project_folder, "featurize", "os.rename", ".h5.partial", 2)
+    session = killed(project_folder, "os.rename", ".h5.partial", 2, "featurize")
     assert kill.living(session)  # the fork server and what it started
     assert run(project_folder, "featurize") == expected
     assert not kill.orphans(session, time.monotonic() + kill.ORPHANS_END_WITHIN)
@@ -122,7 +97,7 @@ def test_a_candidate_killed_midway_is_gone_on_with_to_the_same_bytes(
         shutil.rmtree(project_folder / path)
     (project_folder / "vault/functions/default/candidate.json").unlink()
     before = kill.digests(project_folder)
-    killed(project_folder, "poison", "os.rename", ending, number)
+    killed(project_folder, "os.rename", ending, number, "poison")
     found = kill.digests(project_folder)
     assert kill.differences(found, expected)
     assert not kill.half_files(found, before, expected)
@@ -152,7 +127,7 @@ def test_a_release_killed_midway_is_the_old_one_or_the_new_one_whole(
     expected = run(Path(shutil.copytree(project_folder, tmp_path / "alone")), "package")
     assert kill.differences(before, expected)
 
-    killed(project_folder, "package", event, ending, number)
+    killed(project_folder, event, ending, number, "package")
     assert kill.leftovers(project_folder)
     assert not kill.wrong_release(release, before, expected)
     found = read_manifest(release)

@@ -156,7 +156,7 @@ def test_a_fit_that_was_cut_off_goes_on_and_a_finished_one_is_not_overwritten(pr
     before = json.loads(record.read_text())["secret"]
     fit_poison(project)
     assert json.loads(record.read_text())["secret"] == before
-    fit_poison(project, restart=True)
+    fit_poison(open_project(project_folder, poison__epochs=1), restart=True)
     assert json.loads(record.read_text())["secret"] != before
 
 

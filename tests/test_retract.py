@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from bare_banks import digests, leftovers, without_shards
-from conftest import run_cli
+from conftest import killed, run_cli
 from numpy.typing import NDArray
 from small_banks import SHAPE, write_bank
 from test_functions import PHI_2, SECRET, Recorder, planned, rows_of
-from test_kill import KILLED
 
 from dpf_release import Release
 from dpf_release.bank import FeatureBank, SplitName, read_index
@@ -611,9 +607,7 @@ def test_a_retraction_killed_in_a_shard_is_finished_by_the_same_command(project_
     gone = lines_of(project_folder)[0]
     whole = Path(shutil.copytree(project_folder, tmp_path / "whole"))
     retract(open_project(whole), [gone["id"]])
-    call = [sys.executable, "-c", KILLED, "os.rename", ".h5.partial", "2", "retract", "--id", gone["id"]]
-    done = subprocess.run(call, cwd=project_folder, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL
+    killed(project_folder, "os.rename", ".h5.partial", 2, "retract", "--id", gone["id"])
     assert leftovers(project_folder)
     assert retract(open_project(project_folder), [gone["id"]]).rows["train"] == 1
     assert digests(project_folder / "vault") == digests(whole / "vault")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -15,9 +14,8 @@ from typing import Any
 
 import h5py
 import pytest
-from conftest import run_cli
+from conftest import killed, run_cli
 from safetensors.numpy import load_file, save_file
-from test_kill import KILLED
 from test_retract import files_with
 from typer.main import get_command
 
@@ -416,12 +414,6 @@ def test_a_network_is_trained_and_features_are_made_anew_in_a_sealed_vault(seale
 
 
 # What goes wrong.
-
-
-def killed(project: Path, event: str, ending: str, number: int, *command: str) -> None:
-    call = [sys.executable, "-c", KILLED, event, ending, str(number), *command]
-    done = subprocess.run(call, cwd=project, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,30 @@ class WarmCli:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, arguments: tuple[str, ...], folder: Path, env: dict[str, str], scratch: Path) -> tuple[int, str, str]:
-        """Exit status (negative: killed by that signal), standard output and standard error of a command."""
+    def run(
+        self, arguments: tuple[str, ...], folder: Path, env: dict[str, str], scratch: Path, before: str = ""
+    ) -> tuple[int, int, str, str]:
+        """Runs a command in a session of its own.
+
+        Args:
+            arguments: of the command.
+            folder: where.
+            env: its environment.
+            scratch: a folder for what it prints.
+            before: Python that is run in its process first.
+
+        Returns:
+            Exit status (negative: killed by that signal), the session, standard output and standard error.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         out, err = scratch / "out", scratch / "err"
         request = {"arguments": arguments, "folder": str(folder), "env": env, "out": str(out), "err": str(err)}
+        request["before"] = before
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        status = int(self.process.stdout.readline())
-        return status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+        status, session = map(int, self.process.stdout.readline().split())
+        return status, session, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
 
     def close(self) -> None:
         """Ends the warm process."""
@@ -51,12 +65,13 @@ def serve() -> None:
             begin(request)
             return
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(os.waitstatus_to_exitcode(status), child, flush=True)
     sys.exit()
 
 
 def begin(request: dict[str, object]) -> None:
     """Makes this process what the command would have found itself in."""
+    os.setsid()
     os.chdir(str(request["folder"]))
     os.environ.clear()
     os.environ.update(request["env"])  # type: ignore[arg-type]
@@ -67,6 +82,7 @@ def begin(request: dict[str, object]) -> None:
         os.close(handle)
     sys.argv = ["dpf_release", *request["arguments"]]  # type: ignore[misc]
     sys.path[0] = str(Path.cwd())
+    exec(compile(str(request["before"]), "before", "exec"), {})
 
 
 if __name__ == "__main__":
