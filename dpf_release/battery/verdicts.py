@@ -31,7 +31,7 @@ class Limit:
         if self.found is None:
             return f"{self.what} was not measured"
         found = self.found
-        return f"{self.what} {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], limit {self.limit:g}"
+        return f"{self.what} {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], limit {self.limit:.3g}"
 
 
 @dataclass(frozen=True)
