@@ -18,10 +18,8 @@ from dpf_release.attacks.trained import recipe_for, trained
 from dpf_release.attacks.view import BATCH, HeldPictures, HeldRows, ReleaseView, Rows
 
 KEYS = 2**25  # places of all rows that are looked at for copies
-NATURAL, NATURAL_PICTURES = (
-    0.01,
-    4096,
-)  # share of Q's pictures that have a twin at a place, above which a copy says nothing
+NATURAL = 0.01  # share of Q's pictures that have a twin at a place, above which a copy says nothing
+NATURAL_PICTURES = 4096  # of Q, that this is looked up in
 MOST_COPIES = 200  # of a place; what is there more often is a background
 WHOLE = 0.95  # share of windows that must have been copied whole for pieces of their size
 PATCH = 2  # where nothing was copied

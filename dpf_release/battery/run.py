@@ -204,13 +204,16 @@ class _Run:
         return result, scored.pictures
 
     def _scored(self, attack: Attack, target: Target, setting: Setting) -> Scored:
-        answer = attack.run(grant(attack.view, target, setting))
-        scored = score(answer, target, setting, lambda: self._references(setting), self.project)
+        scored = self._answered(attack, target, setting)
         if scored.primary is None:
             return scored
         top = scored.ceiling
         ceiling = self._reached_on_clean(attack, setting) if top is None else _exactly(top)
         return scored if ceiling is None else scored.against(ceiling)
+
+    def _answered(self, attack: Attack, target: Target, setting: Setting) -> Scored:
+        answer = attack.run(grant(attack.view, target, setting))
+        return score(answer, target, setting, lambda: self._references(setting), self.project)
 
     def _reached_on_clean(self, attack: Attack, setting: Setting) -> Interval | None:
         """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
@@ -218,9 +221,7 @@ class _Run:
         subject = self._subject(attack, setting)
         kept = setting.kept.load(name, subject)
         if kept is None:
-            answer = attack.run(grant(attack.view, self.clean, setting))
-            found = score(answer, self.clean, setting, lambda: self._references(setting), self.project).reached()
-            kept = {"reached": _as_tensor(found)}
+            kept = {"reached": _as_tensor(self._answered(attack, self.clean, setting).reached())}
             setting.kept.save(name, subject, kept)
         return _as_interval(kept["reached"])
 
