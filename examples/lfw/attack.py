@@ -71,7 +71,7 @@ def configuration(function: str, confuse: list[str]) -> str:
     text = text.replace('confuse = ["identity"]', f'confuse = {json.dumps(confuse)}\nfunction = "{function}"')
     if function == "dpf" and not confuse:
         text = text.replace("straw_men = []", f'straw_men = ["{STRAW_MAN}"]')
-    return text + '\n[claims]\nreconstruction = false\nattribute = "identity"\n'
+    return text + 'attribute = "identity"\n'  # its last section is [claims]
 
 
 def table(reports: dict[str, Any]) -> str:
