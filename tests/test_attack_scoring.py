@@ -133,6 +133,8 @@ def test_any_of_the_pictures_that_a_row_is_made_of_counts_as_its_own() -> None:
 
     assert score_pictures(TRUTH, pairs, partners).own.mean() == 1.0
     assert score_pictures(TRUTH, itself, partners).own.mean() == 0.0
+    for contributors, pictures in ((pairs, 2), (itself, 1)):
+        assert np.allclose(score_pictures(TRUTH, contributors, partners).guess * TRUTH.sizes, pictures)
 
 
 def test_the_affine_fit_is_the_best_one_and_makes_a_constant_the_mean_colour() -> None:
@@ -255,6 +257,16 @@ def test_a_match_among_few_is_judged_by_as_many_times_chance_and_each_row_by_its
     assert re_identification_limit(np.array([100]), 0.01) == 0.02
     assert re_identification_limit(np.array([200] * 3 + [100]), 0.05) == pytest.approx(0.0625)
     assert re_identification_limit(np.array([200, 200, 30]), 0.05) == 0.05
+
+
+def test_what_a_guess_finds_of_a_mixed_rows_other_pictures_is_added_to_the_limit() -> None:
+    among, one, eleven = np.array([200]), np.array([1 / 200]), np.array([11 / 200])
+    assert re_identification_limit(among, 0.05, one) == 0.05
+    assert re_identification_limit(among, 0.05, eleven) == pytest.approx(0.05 + 10 / 200)
+    assert re_identification_limit(np.array([50]), 0.05, np.array([0.5])) == pytest.approx(0.2 + 24 / 50)
+    assert re_identification_limit(np.array([50]), 0.05, np.array([1.0])) == 1
+    # Those that are not judged do not widen it.
+    assert re_identification_limit(np.array([200, 30]), 0.05, np.array([1 / 200, 1.0])) == 0.05
 
 
 # --------------------------------------------------------------------------------------------- what an attack may know

@@ -59,7 +59,7 @@ def score_reconstructions(
     best = max(scores, key=lambda name: (_leakage(ways[name]), float(scores[name].primary.mean())))
     found = [way.measures.get("re_identification") for way in ways.values()]
     highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
-    own = re_identification_limit(truth.sizes, limits.re_identification)
+    own = re_identification_limit(truth.sizes, limits.re_identification, scores[best].guess)
     return Scored(
         ways=ways,
         best=best,

@@ -36,11 +36,13 @@ class RowScores:
         measures: `affine_ssim` and the others, against the row's own picture (of several, the one that it is most
             like); `affine_ssim_matched` against its match.
         own: whether the match is a picture that the row is made of.
+        guess: share of its pool that the row is made of, which is how often a guess is right.
         pictures: the own picture, as a row of the clean bank.
     """
 
     measures: dict[str, Numbers]
     own: NDArray[np.bool_]
+    guess: Numbers
     pictures: Rows = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
@@ -56,7 +58,8 @@ class RowScores:
     def at(self, places: Rows) -> RowScores:
         """Those of some of the rows."""
         pictures = self.pictures[places] if len(self.pictures) else self.pictures
-        return RowScores({name: values[places] for name, values in self.measures.items()}, self.own[places], pictures)
+        measures = {name: values[places] for name, values in self.measures.items()}
+        return RowScores(measures, self.own[places], self.guess[places], pictures)
 
 
 def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callable[[Rows], Tensor]) -> RowScores:
@@ -72,6 +75,7 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
     """
     measures: dict[str, list[Tensor]] = {}
     own: list[NDArray[np.bool_]] = []
+    guess: list[Numbers] = []
     shown: list[Rows] = []
     done = 0
     for pool in truth.pools:
@@ -81,6 +85,7 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
         made_of = np.zeros((len(pool.rows), len(pool.pictures)), np.bool_)
         there = np.isin(members, pool.pictures)
         made_of[at[there], np.searchsorted(pool.pictures, members[there])] = True
+        guess.append(made_of.mean(axis=1))
         for first in range(0, len(pool.rows), BATCH):
             places = np.arange(first, min(first + BATCH, len(pool.rows)))
             pictures = reconstruct(done + places).float().clamp(0, 1)
@@ -95,7 +100,7 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
                 measures.setdefault(name, []).append(values)
         done += len(pool.rows)
     joined = {name: torch.cat(parts).double().numpy() for name, parts in measures.items()}
-    return RowScores(joined, np.concatenate(own), np.concatenate(shown))
+    return RowScores(joined, np.concatenate(own), np.concatenate(guess), np.concatenate(shown))
 
 
 def _measure(pictures: Tensor, originals: Tensor) -> dict[str, Tensor]:

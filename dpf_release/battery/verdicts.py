@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpf_release.attack_report import Interval, Power, Verdict, Way
@@ -121,12 +122,20 @@ def _worst_of_each(limits: Sequence[Limit]) -> tuple[str, ...]:
     return tuple(str(worst[what]) for what in dict.fromkeys(limit.what for limit in limits))
 
 
-def re_identification_limit(sizes: Rows, limit: float) -> float:
+def re_identification_limit(sizes: Rows, limit: float, guess: NDArray[np.float64] | None = None) -> float:
     """The limit among 200 (5 % is ten times chance); among fewer as many times chance. Each row counts by its own pool.
+
+    A row of several pictures is found by any of them. What a guess finds of those beyond the first is added; times
+    chance as the first is, rows of 40 pictures could all be recognised.
 
     Args:
         sizes: (n,) of each row, among how many its own is sought; those among fewer than 50 are not judged.
         limit: among 200.
+        guess: (n,) of each row, the share of its pool that it is made of; None: one picture each.
     """
-    judged = sizes[sizes >= LEAST_POOL]
-    return float(np.mean(limit * POOL / np.minimum(judged, POOL))) if len(judged) else limit
+    judged = sizes >= LEAST_POOL
+    if not judged.any():
+        return limit
+    among = sizes[judged]
+    others = 0.0 if guess is None else np.maximum(guess[judged] - 1 / among, 0)
+    return min(1.0, float(np.mean(limit * POOL / np.minimum(among, POOL) + others)))
