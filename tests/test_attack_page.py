@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Utility, Way
-from dpf_release.battery import attack, publish_page
+from dpf_release.battery import attack, publish_page, run
 from dpf_release.battery.gallery import FILE, read_pictures
 from dpf_release.battery.page import MEASURES, Frontier, page, write_page, write_public_page
 from dpf_release.battery.plots import leakage_plot, scatter_plot, series_plot
@@ -360,6 +360,23 @@ def test_a_public_page_is_not_put_into_a_release(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--public"):
         write_public_page(FULL, {}, tmp_path / "release" / "reports" / "attack.html")
     write_public_page(FULL, {}, tmp_path / "attack.html")
+
+
+def test_the_cost_that_is_told_is_of_what_is_asked_for(
+    project_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project, told = Project.open(project_folder / "dpf.toml"), {}
+    monkeypatch.setattr(run._Run, "go", lambda self, restart: None)  # it is told before anything is done
+    monkeypatch.setattr(run, "decoder_rate", lambda view: 100.0)
+    for only in ((), ("A2",), ("A5",)):
+        attack(project, profile="quick", only=only, images=10_000_000)
+        found = re.search(r"(\d+) attacks on .* about (\d+) minutes", capsys.readouterr().err)
+        assert found is not None
+        told[only] = [int(number) for number in found.groups()]
+    assert [count for count, _ in told.values()] == [3, 1, 1]
+    assert told["A5",][1] == 0  # it trains nothing in `quick`
+    # A2 is compared with what A1 reaches on clean rows too.
+    assert told["A2",][1] == told[()][1] > 0
 
 
 def test_the_command_prints_json_or_the_table(attacked: tuple[Path, AttackReport], tmp_path: Path) -> None:

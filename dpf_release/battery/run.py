@@ -75,7 +75,7 @@ def attack(
         VaultError: there is no such candidate.
     """
     with project.working(public=True, together=False), keeping_large_blocks():
-        return _Run.begin(project, name, profile, budget_minutes, images, seed).go(only, restart)
+        return _Run.begin(project, name, profile, only, budget_minutes, images, seed).go(restart)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +83,7 @@ class _Run:
     project: Project
     name: str
     profile: Profile
+    wanted: tuple[str, ...]
     setting: Setting
     target: Target
     clean: Target
@@ -95,11 +96,16 @@ class _Run:
         project: Project,
         name: str,
         profile_name: str,
+        only: Sequence[str],
         budget_minutes: float | None,
         images: int | None,
         seed: int,
     ) -> _Run:
         profile = _profile(profile_name or project.config.gate.profile)
+        codes = [*(attack.code for attack in registered() if profile.runs(attack)), *UTILITIES]
+        if unknown := set(only) - set(codes):
+            there = ", ".join(codes)
+            raise ConfigError(f"expected attacks of profile {profile.name} ({there}), found {sorted(unknown)}.")
         if min(project.config.model.size) < WINDOW:
             raise ConfigError(
                 f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
@@ -111,32 +117,32 @@ class _Run:
         clean = planted_target(project, "clean", rows, seed)
         truth = draw_truth(project, target, profile.rows, seed)
         setting = Setting(project, truth, profile.budget, seed, VaultKept(project.vault))
-        attacks = [attack for attack in registered() if profile.runs(attack)]
-        rate = decoder_rate(grant(ReleaseView, target, setting))
-        trained, wanted = [*attacks, *filter(profile.runs, SHOWN)], profile.budget
-        budget = within(wanted, minutes(trained, wanted, rate), budget_minutes)
+        wanted = tuple(code for code in codes if not only or code in only)
+        attacks = [attack for attack in registered() if attack.code in wanted]
+        trained = [*attacks, *_trained_beside(attacks, profile)]
+        rate, full = decoder_rate(grant(ReleaseView, target, setting)), profile.budget
+        budget = within(full, minutes(trained, full, rate), budget_minutes)
         if images is not None:
-            budget = replace(wanted, images=images)
+            budget = replace(full, images=images)
         announce(
             f"Profile {profile.name}: {len(attacks)} attacks on {len(truth.asked)} rows, trainings of {budget.images} "
             f"pictures; about {minutes(trained, budget, rate):.0f} minutes where nothing is kept of before ({rate:.0f} "
-            "pictures/s)" + (f", of {minutes(trained, wanted, rate):.0f} that a pass wants" if budget != wanted else "")
+            "pictures/s)" + (f", of {minutes(trained, full, rate):.0f} that a pass wants" if budget != full else "")
         )
-        enough = budget.images >= wanted.images
-        return cls(project, name, profile, replace(setting, budget=budget), target, clean, enough)
+        enough = budget.images >= full.images
+        return cls(project, name, profile, wanted, replace(setting, budget=budget), target, clean, enough)
 
-    def go(self, only: Sequence[str], restart: bool) -> AttackReport:
+    def go(self, restart: bool) -> AttackReport:
         attacks = [attack for attack in registered() if self.profile.runs(attack)]
-        codes = [*(attack.code for attack in attacks), *UTILITIES]
-        if unknown := set(only) - set(codes):
-            there = ", ".join(codes)
-            raise ConfigError(f"expected attacks of profile {self.profile.name} ({there}), found {sorted(unknown)}.")
         report, known = self._empty(), None if restart else self._known()
         if known and _same_run(known, report):
             report = known
         done, lacks = {result.code: result for result in report.attacks}, dict(report.not_applicable)
-        wanted = [attack for attack in attacks if not only or attack.code in only]
-        missing = [attack for attack in wanted if self._is_missing(done.get(attack.code), attack)]
+        missing = [
+            attack
+            for attack in attacks
+            if attack.code in self.wanted and self._is_missing(done.get(attack.code), attack)
+        ]
         if any(attack.answers is Reconstructions for attack in missing):
             report = report.model_copy(update=self._shown())
         for attack in missing:
@@ -147,7 +153,7 @@ class _Run:
             else:
                 lacks[attack.code] = result[:500]
             self._write(report, attacks, done, lacks)
-        utility = {**report.utility, **self._utility([code for code in UTILITIES if not only or code in only])}
+        utility = {**report.utility, **self._utility([code for code in UTILITIES if code in self.wanted])}
         return self._write(report.model_copy(update={"utility": utility}), attacks, done, lacks)
 
     def _is_missing(self, kept: AttackResult | None, attack: Attack) -> bool:
@@ -370,6 +376,15 @@ class _Run:
         self.project.vault.write_json(folder / report_file(self.profile.name), report.model_dump(mode="json"))
         write_page(self.project.vault, self.name, report)
         return report
+
+
+def _trained_beside(attacks: Sequence[Attack], profile: Profile) -> list[Attack]:
+    """What answers in pictures are compared with: those that set the ceiling, and decoders that no attack is."""
+    if not any(attack.answers is Reconstructions for attack in attacks):
+        return []
+    there = {attack.code for attack in attacks}
+    beside = [attack for attack in registered() if attack.sets_ceiling and attack.code not in there]
+    return [attack for attack in [*beside, *SHOWN] if profile.runs(attack)]
 
 
 def report_file(profile: str) -> str:
