@@ -4,16 +4,24 @@
 
 Every step is the command that an owner would type; a run that was cut off goes on. The numbers of each function go into
 `--out` as soon as they are there: numbers only, no picture.
+
+`--same-categories` gives the attacker pictures of S's own classes instead, those of its test split, which is in no
+bank. A5 and A10 are left out then: that split is what they tell from S. The vault's report of this profile is replaced.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from dpf_release.attack_report import AttackReport, Interval, public_report
+from dpf_release.attacks import registered
+from dpf_release.battery.profiles import PROFILES
 from dpf_release.battery.sentence import strongest
 
 FUNCTIONS = ("equivalence", "recombine-20", "paper")
@@ -25,26 +33,41 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--profile", default="standard")
     parser.add_argument("--functions", nargs="+", default=FUNCTIONS)
+    parser.add_argument("--same-categories", action="store_true", help="Q has the classes of S")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    config, part, suffix = options.project / "dpf.toml", [], options.profile
+    if options.same_categories:
+        config, suffix = with_public_images_of_the_same_categories(config), f"{options.profile}-same-categories"
+        codes = [attack.code for attack in registered() if PROFILES[options.profile].runs(attack)]
+        part = ["--only", ",".join(code for code in codes if code not in ("A5", "A10"))]
     for name in options.functions:
-        command = [
-            "attack",
-            "--name",
-            name,
-            "--profile",
-            options.profile,
-            "--config",
-            str(options.project / "dpf.toml"),
-        ]
+        command = ["attack", "--name", name, "--profile", options.profile, *part, "--config", str(config)]
         print(f"\n$ dpf-release {' '.join(command)}", flush=True)
         subprocess.run([sys.executable, "-m", "dpf_release", *command], check=True)
         path = options.project / "vault" / "reports" / name / f"attack-{options.profile}.json"
         report = AttackReport.model_validate_json(path.read_bytes())
-        (options.out / f"{name}-{options.profile}.json").write_text(public_report(report).as_json() + "\n")
-        text = f"### {name}, profile {options.profile}\n\n{tables(report)}\n\n{power_table(report)}\n"
-        (options.out / f"{name}-{options.profile}.md").write_text(text)
+        (options.out / f"{name}-{suffix}.json").write_text(public_report(report).as_json() + "\n")
+        text = f"### {name}, profile {suffix}\n\n{tables(report)}\n\n{power_table(report)}\n"
+        (options.out / f"{name}-{suffix}.md").write_text(text)
         print(text, flush=True)
+
+
+def with_public_images_of_the_same_categories(config: Path) -> Path:
+    """The same project with another Q: the pictures of `test` that have S's classes."""
+    text = config.read_text()
+    private = tomllib.loads(text)["images"]["private"]
+    path, classes = json.dumps(f"{private['path']}/test"), json.dumps(private["classes"])
+    text, found = re.subn(
+        r"(\[images\.public\]\n).*?\n\n",
+        lambda section: f"{section[1]}path = {path}\nclasses = {classes}\n\n",
+        text,
+        flags=re.DOTALL,
+    )
+    assert found == 1
+    changed = config.with_name("dpf-same-categories.toml")
+    changed.write_text(text)
+    return changed
 
 
 def tables(report: AttackReport) -> str:
