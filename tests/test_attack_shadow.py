@@ -314,7 +314,7 @@ def test_a_series_has_the_best_way_of_each_number() -> None:
 
 
 def test_the_attack_is_tried_on_its_own_shadow_functions(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = _Run.begin(setting.project, "default", "quick", None, None, 0)
+    run = _Run.begin(setting.project, "default", "quick", (), None, None, 0)
     budget = Budget(images=64, decoders=1, shadows=1)
     assert replace(budget, share=0.5).bank_images == 32
     run = replace(run, setting=replace(run.setting, truth=setting.truth, budget=budget))

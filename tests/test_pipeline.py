@@ -330,6 +330,11 @@ def test_an_unknown_function_or_objective_is_refused_before_anything_is_trained(
         open_project(project_folder, poison__objective="nonsense")
     with pytest.raises(ConfigError, match="byproduct attacker"):
         fit_poison(open_project(project_folder, poison__straw_men=[]), "y")
+    # What learns nothing has nobody to be trained against.
+    unopposed = open_project(project_folder, poison__straw_men=[], poison__function="recombine:k=3")
+    fit_poison(unopposed, "y")
+    write_candidate(unopposed, "y")
+    measure(unopposed, "y")
 
 
 # ----------------------------------------------------------------------------------------- downstream

@@ -145,13 +145,16 @@ def _read_plans(vault: Vault, chain: Chain, secret: bytes, folder: Path) -> dict
 def _refuse_mistakes(project: Project, spec: FeatureSpec) -> None:
     section = project.config.poison
     project.ranks.refuse_uneven(poison=section.batch_size, reconstructor=project.config.reconstructor.batch_size)
-    build_chain(section.function, spec)
+    chain = build_chain(section.function, spec)
     for name in section.straw_men:
         new_straw_man(project, name)
     for column in section.confuse:
         attribute_of_rows(project, column, "train")
-    if not section.straw_men and not section.confuse:
-        raise ConfigError("expected a byproduct attacker under [poison] straw_men or confuse, found none.")
+    if chain.learned is not None and not section.straw_men and not section.confuse:
+        raise ConfigError(
+            f"expected a byproduct attacker under [poison] straw_men or confuse, that {section.function} is trained "
+            "against, found none."
+        )
 
 
 def load_function(project: Project, name: str) -> FittedFunction:
