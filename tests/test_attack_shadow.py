@@ -325,7 +325,7 @@ def test_the_attack_is_tried_on_its_own_shadow_functions(setting: Setting, monke
     assert result.series["shadows"]["1"] == result.ways["1 shadows"].leakage
     assert set(result.power.planted) == {"weak-noise", "channel-affine", "shadow 1"}
     assert result.power.passed is False  # 64 pictures teach nobody
-    assert result.verdict == "inconclusive"
+    assert result.verdict in ("inconclusive", "fail")  # as weak as it is, it may break a weak P
     assert result.granted == "ReleaseView"
 
 
