@@ -37,7 +37,9 @@ def score_attributes(
         leakage=None,
         found=None,
         among=0,
-        limits=(Limit("gain over the label", ways[best].measures["gain"], project.config.gate.attribute),),
+        limits=tuple(
+            Limit("gain over the label", way.measures["gain"], project.config.gate.attribute) for way in ways.values()
+        ),
         series={},
         primary="accuracy",
         rows=len(labelled.asked),
