@@ -145,7 +145,7 @@ def test_the_headline_is_the_worst_finding() -> None:
     verdict = verdict_in_words(report(result(), SHOWN, LINKED))
     assert verdict.tone == "bad"
     assert "find its row: in 91 of 100 cases, among 200" in verdict.headline
-    assert "A4, A5 got through; A1 got nothing" in verdict.detail
+    assert "A4, A5 got through; A1 stayed within limits" in verdict.detail
     shown = verdict_in_words(report(result(), SHOWN))
     assert shown.headline == "A stranger's best reconstruction shows 34 % of what the unprotected rows show."
 
@@ -186,7 +186,7 @@ def test_membership_and_attributes_are_told_in_cases_of_a_hundred() -> None:
 
 def test_only_a_run_in_which_every_attack_could_and_none_did_is_good() -> None:
     good = verdict_in_words(report(result(), result("A6", "reported", None, leakage=about(0.9))))
-    assert (good.tone, good.headline) == ("good", "No attack of the profile standard got anything out of it.")
+    assert (good.tone, good.headline) == ("good", "No attack of the profile standard got past its limits.")
     assert "at most 5 %" in good.detail  # of the attacks that are judged: what P's leak would show is not among them
     open_ = verdict_in_words(report(result(), result("A3", "inconclusive")))
     assert open_.tone == "open"

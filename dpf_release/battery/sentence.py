@@ -66,11 +66,11 @@ def verdict_in_words(report: AttackReport) -> Sentence:
             f"{'attack' if len(judged) == 1 else 'attacks'} could not tell."
         )
         return Sentence(headline, _detail(report, judged), "open")
-    headline = f"No attack of the profile {report.profile} got anything out of it."
+    headline = f"No attack of the profile {report.profile} got past its limits."
     if report.no_better_than_own:
         headline = (
-            f"Safe and useless: no attack of the profile {report.profile} got anything out of it, "
-            "and neither does a user: own images are as good without it."
+            f"Safe and useless: no attack of the profile {report.profile} got past its limits, "
+            "and a user gets nothing either: own images are as good without it."
         )
         return Sentence(headline, _detail(report, judged), "open")
     return Sentence(headline, _detail(report, judged), "good")
@@ -78,7 +78,8 @@ def verdict_in_words(report: AttackReport) -> Sentence:
 
 def _detail(report: AttackReport, judged: Sequence[AttackResult]) -> str:
     parts = []
-    for verdict, words in (("fail", "got through"), ("inconclusive", "could not tell"), ("pass", "got nothing")):
+    said_of = {"fail": "got through", "inconclusive": "could not tell", "pass": "stayed within limits"}
+    for verdict, words in said_of.items():
         codes = [result.code for result in judged if result.verdict == verdict]
         if codes:
             parts.append(f"{', '.join(codes)} {words}")
