@@ -71,6 +71,7 @@ class AttackResult(_Record):
         re_identification: share of rows (of pictures, for linkage) matched with their own, by the strongest way;
             None: not measured, or among too few.
         among: of how many the match was sought.
+        re_identification_limit: that it was held against; more where rows are made of several pictures.
         seconds: it took; not in a release, where it would tell of the owner's machine.
         reasons: for a verdict that is not `pass`.
     """
@@ -89,6 +90,7 @@ class AttackResult(_Record):
     leakage: Interval | None
     re_identification: Interval | None
     among: int
+    re_identification_limit: float | None = None
     power: Power
     verdict: Verdict
     reasons: Annotated[tuple[Text, ...], Few] = ()

@@ -263,12 +263,18 @@ def _attack_row(result: AttackResult) -> tuple[str, ...]:
         _number(reached(result)),
         _number(result.ceiling),
         _interval(result.leakage, "{:.3f}") or NOT_DEFINED,
-        f"{_interval(result.re_identification, '{:.1%}')}, of {result.among}"
-        if result.re_identification
-        else NOT_MEASURED,
+        _re_identified(result),
         POWER[result.power.passed],
         result.verdict,
     )
+
+
+def _re_identified(result: AttackResult) -> str:
+    if result.re_identification is None:
+        return NOT_MEASURED
+    text = f"{_interval(result.re_identification, '{:.1%}')}, of {result.among}"
+    limit = result.re_identification_limit if result.claim else None
+    return text if limit is None else f"{text}, limit {limit:.1%}"
 
 
 def reached(result: AttackResult) -> float | None:

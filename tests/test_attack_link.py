@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,20 +16,21 @@ from PIL import Image
 
 from dpf_release.attacks import Attack, Attributes, Budget, HeldRows, Likeness, Links, registered
 from dpf_release.attacks.linkage import patches
-from dpf_release.attacks.view import Candidates, LabelledRows
+from dpf_release.attacks.view import Candidates, LabelledRows, LeakedVault, ReleaseView
 from dpf_release.battery.attributes import from_the_label
 from dpf_release.battery.attributes import measure as measure_attribute
 from dpf_release.battery.candidates import Labelled, draw_labelled, draw_suspects
-from dpf_release.battery.grants import Setting, VaultKept, grant
+from dpf_release.battery.grants import Setting, grant, kept_in
 from dpf_release.battery.linking import measure, membership_measures, ranks
 from dpf_release.battery.planted_network import memorising_target
 from dpf_release.battery.run import score
 from dpf_release.battery.scoring import References
 from dpf_release.battery.targets import Target, clean_rows, draw_truth, planted_target
-from dpf_release.battery.truth import Suspects, bin_of
+from dpf_release.battery.truth import Suspects, Truth, bin_of
 from dpf_release.battery.verdicts import Scored
 from dpf_release.errors import NotGrantedError
 from dpf_release.pipeline import Project, featurize
+from dpf_release.vault import Vault
 
 BUDGET = Budget(images=3000, decoders=1, shadows=0)
 SPLIT_OF = ("test", "val", "train", "train")
@@ -64,7 +66,7 @@ def owner(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def setting(owner: Project) -> Setting:
     target = planted_target(owner, "clean", clean_rows(owner), 0)
-    return Setting(owner, draw_truth(owner, target, 1000, seed=0), BUDGET, 0, VaultKept(owner.vault))
+    return Setting(owner, draw_truth(owner, target, 1000, seed=0), BUDGET, 0, kept_in(owner.vault))
 
 
 def planted(owner: Project, name: str) -> Target:
@@ -180,16 +182,51 @@ def test_the_weights_give_away_what_was_learnt_by_heart_and_not_what_was_never_s
     assert "loss against a student's" in attacked("A10", target, student).ways
 
 
+def test_of_the_network_only_what_it_was_trained_on_is_a_member_and_of_the_bank_all_that_is_in_it(
+    owner: Project, setting: Setting
+) -> None:
+    target = planted(owner, "clean")
+    suspects = draw_suspects(owner, target, setting.truth, 0)
+    assert suspects.trained_on is not None
+    trained_on = int((suspects.members & suspects.trained_on).sum())
+    assert trained_on < suspects.members.sum()  # `val` is in the bank too
+    assert not (suspects.trained_on & ~suspects.members).any()
+    assert attacked("A10", target, setting).rows == trained_on
+    assert attacked("A5", target, setting).rows == suspects.members.sum()
+
+
+def reachable(thing: Any, depth: int = 5) -> Iterator[Any]:
+    """What can be had of a thing by attributes and items alone."""
+    yield thing
+    if depth == 0 or isinstance(thing, (str, bytes, np.ndarray, torch.Tensor, torch.nn.Module, type)):
+        return
+    parts = list(thing.values()) if isinstance(thing, dict) else list(getattr(thing, "__dict__", {}).values())
+    parts += list(thing) if isinstance(thing, (list, tuple)) else []
+    for part in parts:
+        yield from reachable(part, depth - 1)
+
+
+@pytest.mark.parametrize("view", [ReleaseView, Candidates, LeakedVault, LabelledRows])
+def test_a_view_is_of_the_type_that_is_declared_and_nothing_of_the_owners_hangs_on_it(
+    owner: Project, setting: Setting, view: type[ReleaseView]
+) -> None:
+    granted = grant(view, planted(owner, "weak-noise"), setting)
+    assert type(granted) is view
+    private = (Project, Vault, Target, Setting, Truth, Suspects, Path)
+    assert [part for part in reachable(granted) if isinstance(part, private)] == []
+    assert [part for part in reachable([setting]) if isinstance(part, private)]  # where it hangs, it is found
+
+
 def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing(
     owner: Project, setting: Setting
 ) -> None:
     clean, nothing = (attacked("A8", target, setting) for target in (planted(owner, "clean"), saying_nothing(owner)))
-    (gain,), (none,) = clean.limits, nothing.limits
-    assert gain.found is not None
-    assert gain.found.low > 0.1
-    assert none.found is not None
-    assert none.found.low < 0.05
-    assert none.found.value < gain.found.value - 0.1
+    for scored in (clean, nothing):
+        assert [limit.found for limit in scored.limits] == [way.measures["gain"] for way in scored.ways.values()]
+    gain, none = (scored.ways[scored.best].measures["gain"] for scored in (clean, nothing))
+    assert gain.low > 0.1
+    assert none.low < 0.05
+    assert none.value < gain.value - 0.1
     reached = clean.reached()
     assert reached is not None
     noisy = attacked("A8", planted(owner, "weak-noise"), setting).against(reached)
@@ -245,13 +282,13 @@ def test_linkage_is_scored_by_rank_and_persons_by_their_best_picture() -> None:
     likeness[0, 0], likeness[1, 5], likeness[1, 1] = 1, 2, 1
     suspects = Suspects(lambda numbers: torch.zeros(0), np.zeros(4, np.int64), pools, own, np.array([7, 7, 8, 9]))
     assert ranks(likeness[:3], pools[:3], own[:3]).tolist() == [0, 1, 4.5]  # all alike: in the middle
-    found = measure(Likeness(likeness, np.array([3, 2, 1, 0], np.float32)), suspects, seed=0)
+    found = measure(Likeness(likeness, np.array([3, 2, 1, 0], np.float32)), suspects, suspects.members, seed=0)
     assert found["top1"].value == pytest.approx(1 / 3)
     assert found["top5"].value == 1.0
     assert found["persons"].value == 0.5
     assert found["auc"].value == 1.0
     likeness[:] = np.nan
-    assert measure(Likeness(likeness, np.zeros(4, np.float32)), suspects, seed=0)["top5"].value == 0.0
+    assert measure(Likeness(likeness, np.zeros(4, np.float32)), suspects, suspects.members, seed=0)["top5"].value == 0.0
 
 
 def test_membership_measures_have_their_known_values() -> None:

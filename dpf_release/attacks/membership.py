@@ -26,7 +26,7 @@ class Membership(Attack):
     Q allows is a student of φ2∘φ1's answers: it knows of S what they say, and saw no picture of it (`full`).
     """
 
-    code, title, claim = "A10", "membership by the weights", "linkage"
+    code, title, claim, version = "A10", "membership by the weights", "linkage", 2
     view, answers = Candidates, Links
     planted = ("memorising-network",)
 

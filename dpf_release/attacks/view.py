@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -109,17 +109,19 @@ class HeldPictures:
         return self.count
 
 
-class Kept(Protocol):
-    """What an attacker has trained and keeps: a run that was cut off goes on, the next need not begin anew."""
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What an attacker has trained and keeps: a run that was cut off goes on, the next need not begin anew.
 
-    def load(self, name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """What was kept under a name for exactly this subject; None where nothing was."""
+    Attributes:
+        load: name, subject → what was kept under the name for exactly this subject; None where nothing was.
+        save: name, subject, tensors: keeps them; what was kept under the name before is lost.
+        checkpoint: name → where a training may keep what it goes on from.
+    """
 
-    def save(self, name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Keeps it; what was kept under the name before is lost."""
-
-    def checkpoint(self, name: str) -> Path | None:
-        """Where a training may keep what it goes on from."""
+    load: Callable[[str, Mapping[str, Any]], dict[str, Tensor] | None]
+    save: Callable[[str, Mapping[str, Any], Mapping[str, Tensor]], None]
+    checkpoint: Callable[[str], Path | None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -65,6 +65,7 @@ def draw_suspects(project: Project, target: Target, truth: Truth, seed: int) -> 
         pools=np.concatenate(pools)[order],
         own=own[order],
         persons=None if cells is None else np.unique(cells, return_inverse=True)[1].astype(np.int64),
+        trained_on=np.isin(pictures[order], project.private_images.rows("train")),
     )
 
 

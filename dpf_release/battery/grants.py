@@ -19,6 +19,7 @@ from dpf_release.attacks.view import (
     Candidates,
     HeldPictures,
     HeldRows,
+    Kept,
     KnownPairs,
     LabelledRows,
     LeakedVault,
@@ -54,7 +55,7 @@ class Setting:
     truth: Truth
     budget: Budget
     seed: int
-    kept: VaultKept
+    kept: Kept
     remembered: tuple[Remembered, Remembered] = field(default_factory=lambda: (Remembered(), Remembered()))
 
 
@@ -155,36 +156,31 @@ GRANTS: dict[type[ReleaseView], Callable[[Target, Setting], dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class VaultKept:
-    """What attackers have trained, in the vault; one file a name, sealed where the vault is."""
+def kept_in(vault: Vault) -> Kept:
+    """What attackers have trained, in the vault; one file a name, sealed where the vault is.
 
-    vault: Vault
+    Three functions and no vault: an attack holds them, and is to hold nothing of the owner's.
+    """
 
-    def load(self, name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """What was kept under a name for exactly this subject; None where nothing was."""
-        path = self._path(name)
-        if not self.vault.holds(path):
+    def path_of(name: str) -> Path:
+        code = name.split(" ", 1)[0]
+        path = vault.root / "attackers" / f"{code}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        return path
+
+    def load_kept(name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        path = path_of(name)
+        if not vault.holds(path):
             return None
-        data = self.vault.read_bytes(path, "attack")
+        data = vault.read_bytes(path, "attack")
         length = int.from_bytes(data[:8], "little")
         said = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("subject")
         return load(data) if said == json.dumps(subject, sort_keys=True) else None
 
-    def save(self, name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Keeps it; what was kept under the name before is lost."""
+    def save_kept(name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        path = self._path(name)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        self.vault.write_bytes(path, save(ready, {"subject": json.dumps(subject, sort_keys=True)}))
-        self.vault.remove(path.with_suffix(".checkpoint"))
+        path = path_of(name)
+        vault.write_bytes(path, save(ready, {"subject": json.dumps(subject, sort_keys=True)}))
+        vault.remove(path.with_suffix(".checkpoint"))
 
-    def checkpoint(self, name: str) -> Path | None:
-        """Where a training may keep what it goes on from."""
-        path = self._path(name)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        return self.vault.checkpoint(path.with_suffix(".checkpoint"))
-
-    def _path(self, name: str) -> Path:
-        code = name.split(" ", 1)[0]
-        return self.vault.root / "attackers" / f"{code}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+    return Kept(load_kept, save_kept, lambda name: vault.checkpoint(path_of(name).with_suffix(".checkpoint")))

@@ -27,8 +27,10 @@ def score_links(
 ) -> Scored:
     """Every way counts, in each measure. Leakage is reckoned by top-1, else by AUC: between a guess and certainty."""
     suspects = draw_suspects(project, target, setting.truth, setting.seed)
-    ways = {name: Way(measures=measure(way, suspects, setting.seed)) for name, way in answer.ways.items()}
     gate, links = project.config.gate, any(way.pools is not None for way in answer.ways.values())
+    # What links no rows looks at the network alone, which has not learnt from all that is in the bank: `val` is, too.
+    inside = suspects.members if links or suspects.trained_on is None else suspects.members & suspects.trained_on
+    ways = {name: Way(measures=measure(way, suspects, inside, setting.seed)) for name, way in answer.ways.items()}
     among = suspects.pools.shape[1] if links else 0
     limit_of = {"auc": ("AUC", gate.auc), "tpr_at_1_percent": ("TPR at 1 % FPR", gate.tpr)}
     if links:
@@ -54,12 +56,18 @@ def score_links(
         series={},
         primary=primary,
         membership=_above_guessing(max(aucs, key=_value)) if aucs else None,
-        rows=int(suspects.members.sum()),
+        rows=int(inside.sum()),
     )
 
 
-def measure(way: Likeness, suspects: Suspects, seed: int) -> dict[str, Interval]:
+def measure(way: Likeness, suspects: Suspects, inside: NDArray[np.bool_], seed: int) -> dict[str, Interval]:
     """What one way of looking found.
+
+    Args:
+        way: what it says of the suspects.
+        suspects: those that are in the bank, and others.
+        inside: (n,) those of them that are to be told from those that are not in the bank.
+        seed: of the bootstrap.
 
     Returns:
         `top1`, `top5`: share of members whose own row is the most alike of its pool, or among the five most. `persons`:
@@ -76,8 +84,8 @@ def measure(way: Likeness, suspects: Suspects, seed: int) -> dict[str, Interval]
             found = np.zeros(len(persons), np.bool_)
             np.logical_or.at(found, number, rank < 1)
             measures["persons"] = share_interval(found)
-    if members.any() and not members.all():
-        measures |= membership_measures(way.membership[members], way.membership[~members], seed)
+    if inside.any() and not members.all():
+        measures |= membership_measures(way.membership[inside], way.membership[~members], seed)
     return measures
 
 

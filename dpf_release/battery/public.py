@@ -17,7 +17,7 @@ from dpf_release.attack_report import AttackReport
 from dpf_release.attacks import ATTACKS, Reconstructions
 from dpf_release.attacks.view import BATCH, HeldPictures, HeldRows, ReleaseView
 from dpf_release.battery.gallery import as_bytes, spread
-from dpf_release.battery.grants import Setting, VaultKept, grant
+from dpf_release.battery.grants import Setting, grant, kept_in
 from dpf_release.battery.page import refuse_inside_release, write_public_page
 from dpf_release.battery.profiles import PROFILES
 from dpf_release.battery.sentence import strongest
@@ -26,6 +26,7 @@ from dpf_release.battery.truth import Pool, Rows, Truth
 from dpf_release.models.functions import Chain, FeatureSpec, build_chain
 from dpf_release.objective import Objective
 from dpf_release.pipeline.attackers import straw_man
+from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.network import TargetTask
 from dpf_release.pipeline.project import Project
 from dpf_release.training import Recipe, fit
@@ -58,7 +59,8 @@ def publish_page(project: Project, name: str, report: AttackReport, path: Path) 
 def public_pictures(project: Project, name: str, report: AttackReport) -> dict[str, Tensor]:
     """What each attack makes of pictures of Q under a shadow function, as `gallery` names pictures.
 
-    Only of attacks that need nothing but a release, and train nothing on its bank: of others there are none.
+    Only of attacks that need nothing but a release, and train nothing on its bank: of others there are none. Of a
+    function that was trained against attribute classifiers alone there are none at all.
 
     Args:
         project: the owner's; of the vault, Φ's two parts, ψ, the attackers and P's recipe are read.
@@ -68,9 +70,11 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
     images, profile = project.public_images, PROFILES[report.profile]
     rows = np.concatenate([images.rows("val"), images.rows("train")])[:PICTURES]
     pictures = HeldPictures(len(rows), lambda numbers: images.pictures.read(rows[numbers]))
-    setting = Setting(project, _nothing_asked(len(rows)), profile.budget, report.seed, VaultKept(project.vault))
-    clean = _clean_view(setting, pictures)
+    setting = Setting(project, _nothing_asked(len(rows)), profile.budget, report.seed, kept_in(project.vault))
     recipe = project.vault.read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
+    if not recipe["straw_men"] and load_function(project, name).chain.learned is not None:
+        return {}  # what it was trained against is of S: a shadow of it would poison nothing, and show that as P's kind
+    clean = _clean_view(setting, pictures)
     poison = shadow_function(project, clean, pictures, recipe)
     shadow = replace(clean, bank=poison(clean.bank), bank_subject=f"{SEED}, poisoned")
     asked = spread(min(len(rows), len(images.rows("val")) or len(rows)))
@@ -118,7 +122,7 @@ def shadow_function(
         torch.manual_seed(int.from_bytes(hashlib.sha256(SEED.encode()).digest()[:4]))
         chain = build_chain(recipe["function"], spec)
     poison = poison_with(chain, view.phi_2, SEED)
-    if chain.learned is None or not recipe["straw_men"]:
+    if chain.learned is None:
         return poison
     keys = ("function", "objective", "lambda", "straw_men")
     subject = {**view.subject, "recipe": [recipe[key] for key in keys], "epochs": EPOCHS, "pictures": len(pictures)}

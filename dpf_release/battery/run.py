@@ -18,7 +18,7 @@ from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.view import LeakedVault, ReleaseView, TwoReleases
 from dpf_release.battery.attributes import score_attributes
 from dpf_release.battery.gallery import keep_pictures
-from dpf_release.battery.grants import Setting, VaultKept, grant
+from dpf_release.battery.grants import Setting, grant, kept_in
 from dpf_release.battery.linking import score_links
 from dpf_release.battery.page import write_page
 from dpf_release.battery.planted_network import MEMORISER, memorising_target
@@ -62,7 +62,7 @@ def attack(
         name: which fitted function's candidate.
         profile: `quick`, `standard` or `full`; by default what the gate asks for.
         only: codes of attacks and utilities (U1, U2, U3); all of the profile by default.
-        budget_minutes: of training, for all attacks; with less than the profile needs no result is a pass.
+        budget_minutes: of training, for all attacks of the profile; with less than it needs no result is a pass.
         images: that each training is shown, in the place of the profile's; what `budget_minutes` would reckon.
         seed: of all that is drawn.
         restart: forget what the report has.
@@ -116,18 +116,22 @@ class _Run:
         rows = clean_rows(project)
         clean = planted_target(project, "clean", rows, seed)
         truth = draw_truth(project, target, profile.rows, seed)
-        setting = Setting(project, truth, profile.budget, seed, VaultKept(project.vault))
+        setting = Setting(project, truth, profile.budget, seed, kept_in(project.vault))
         wanted = tuple(code for code in codes if not only or code in only)
         attacks = [attack for attack in registered() if attack.code in wanted]
-        trained = [*attacks, *_trained_beside(attacks, profile)]
+        trained = _with_beside(attacks, profile)
         rate, full = decoder_rate(grant(ReleaseView, target, setting)), profile.budget
-        budget = within(full, minutes(trained, full, rate), budget_minutes)
+        # Reckoned over the whole profile: what is shortened does not depend on what is asked for.
+        whole = _with_beside([attack for attack in registered() if profile.runs(attack)], profile)
+        budget = within(full, minutes(whole, full, rate), budget_minutes)
         if images is not None:
             budget = replace(full, images=images)
         announce(
             f"Profile {profile.name}: {len(attacks)} attacks on {len(truth.asked)} rows, trainings of {budget.images} "
             f"pictures; about {minutes(trained, budget, rate):.0f} minutes where nothing is kept of before ({rate:.0f} "
-            "pictures/s)" + (f", of {minutes(trained, full, rate):.0f} that a pass wants" if budget != full else "")
+            "pictures/s)"
+            + (f", of {minutes(trained, full, rate):.0f} that a pass wants" if budget != full else "")
+            + ("; the utilities come on top" if set(wanted) & set(UTILITIES) else "")
         )
         enough = budget.images >= full.images
         return cls(project, name, profile, wanted, replace(setting, budget=budget), target, clean, enough)
@@ -200,6 +204,7 @@ class _Run:
             leakage=scored.leakage,
             re_identification=scored.found,
             among=scored.among,
+            re_identification_limit=scored.re_identification_limit,
             power=power,
             verdict=verdict,
             reasons=reasons,
@@ -378,13 +383,13 @@ class _Run:
         return report
 
 
-def _trained_beside(attacks: Sequence[Attack], profile: Profile) -> list[Attack]:
-    """What answers in pictures are compared with: those that set the ceiling, and decoders that no attack is."""
+def _with_beside(attacks: Sequence[Attack], profile: Profile) -> list[Attack]:
+    """With what answers in pictures are compared with: those that set the ceiling, and decoders that no attack is."""
     if not any(attack.answers is Reconstructions for attack in attacks):
-        return []
+        return list(attacks)
     there = {attack.code for attack in attacks}
     beside = [attack for attack in registered() if attack.sets_ceiling and attack.code not in there]
-    return [attack for attack in [*beside, *SHOWN] if profile.runs(attack)]
+    return [*attacks, *(attack for attack in [*beside, *SHOWN] if profile.runs(attack))]
 
 
 def report_file(profile: str) -> str:

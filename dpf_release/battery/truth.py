@@ -90,6 +90,7 @@ class Suspects:
         pools: (n, M) rows of the bank among which each one's is looked for, ascending.
         own: (n,) the row of the pool that it is in; -1: it is in none.
         persons: (n,) whom it shows, as numbers; None: not known.
+        trained_on: (n,) whether Φ was trained on it; None: on all that are in the bank.
     """
 
     read: Callable[[Rows], Tensor]
@@ -97,6 +98,7 @@ class Suspects:
     pools: Rows
     own: Rows
     persons: NDArray[np.int64] | None = None
+    trained_on: NDArray[np.bool_] | None = None
 
     @property
     def members(self) -> NDArray[np.bool_]:

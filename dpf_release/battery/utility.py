@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpf_release.attack_report import GAIN, Interval, ProfileName, Utility
+from dpf_release.attacks.view import Kept
 from dpf_release.bank import INDEX, FeatureBank
-from dpf_release.battery.grants import VaultKept
+from dpf_release.battery.grants import kept_in
 from dpf_release.battery.truth import bins_of
 from dpf_release.downstream import fit_classifier, score
 from dpf_release.errors import BankError
@@ -292,7 +293,7 @@ class _Bench:
 
     def scores(self, trainings: Sequence[Training]) -> dict[Training, float]:
         """The score of each; what was trained before is not trained again."""
-        kept = VaultKept(self.project.vault)
+        kept = kept_in(self.project.vault)
         subjects = {training: self._subject(training) for training in trainings}
         known = {training: kept.load(_kept_name(subject), subject) for training, subject in subjects.items()}
         scores = {training: float(found["score"]) for training, found in known.items() if found is not None}
@@ -304,7 +305,7 @@ class _Bench:
             scores[training] = self._train(training, subjects[training], kept)
         return scores
 
-    def _train(self, training: Training, subject: Mapping[str, Any], kept: VaultKept) -> float:
+    def _train(self, training: Training, subject: Mapping[str, Any], kept: Kept) -> float:
         epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
         network, name = self.project.new_classifier(training.seed), _kept_name(subject)
         fit_classifier(

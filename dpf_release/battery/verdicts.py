@@ -69,6 +69,11 @@ class Scored:
     rows: int | None = None
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def re_identification_limit(self) -> float | None:
+        """The limit that a match with one's own was held against."""
+        return next((limit.limit for limit in self.limits if limit.what in ("re-identification", "top-1")), None)
+
     def reached(self) -> Interval | None:
         """What the best way has of the measure that counts; None where it was not measured."""
         return self.ways[self.best].measures.get(self.primary or "")
@@ -126,7 +131,7 @@ def re_identification_limit(sizes: Rows, limit: float, guess: NDArray[np.float64
     """The limit among 200 (5 % is ten times chance); among fewer as many times chance. Each row counts by its own pool.
 
     A row of several pictures is found by any of them. What a guess finds of those beyond the first is added; times
-    chance as the first is, rows of 40 pictures could all be recognised.
+    chance as the first is, rows of 20 pictures could all be recognised.
 
     Args:
         sizes: (n,) of each row, among how many its own is sought; those among fewer than 50 are not judged.
