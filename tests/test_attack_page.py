@@ -379,6 +379,17 @@ def test_the_cost_that_is_told_is_of_what_is_asked_for(
     assert told["A2",][1] == told[()][1] > 0
 
 
+def test_the_schema_in_the_docs_is_that_of_the_report() -> None:
+    written = json.loads((Path(__file__).parents[1] / "docs" / "attack.schema.json").read_text(encoding="utf-8"))
+    today = AttackReport.model_json_schema()
+    for said, held in ((written, today), *((written["$defs"][name], part) for name, part in today["$defs"].items())):
+        assert said["properties"].keys() == held["properties"].keys()
+        assert said.get("required") == held.get("required")
+    assert {"baseline", "ceiling", "leakage", "re_identification", "power", "verdict"} <= set(
+        written["$defs"]["AttackResult"]["properties"]
+    )
+
+
 def test_the_command_prints_json_or_the_table(attacked: tuple[Path, AttackReport], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(attacked[0], tmp_path / "shapes"))
     done = run_cli("attack", "--profile", "quick", "--only", "A1", "--budget", "0.02", "--json", folder=folder)

@@ -4,7 +4,8 @@
 
 In the folder of `run.py` it takes over the network and the function that are there. Functions: `equivalence`, which
 knows nothing of identity; identity confusion (paper, section 4.4); recombined rows. Attacks: A5 for someone who holds a
-photograph, A8 for someone who knows half of the rows of each person. Ends with attacks.md: numbers, no face.
+photograph, A8 for someone who knows half of the rows of each person. Ends with attacks.md, and the numbers
+as `package` would publish them: no face.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from run import HERE, NAME, write_tables
 
+from dpf_release.attack_report import AttackReport, public_report
 from dpf_release.pipeline import init
 
 # Name → the function, and what it confuses.
@@ -62,6 +64,8 @@ def main() -> None:
         step("attack", "--name", name, "--profile", options.profile, "--only", "A5,A8", *budget)
         reports[name] = json.loads((vault / "reports" / name / f"attack-{options.profile}.json").read_text())
         (options.out / "attacks.md").write_text(table(reports))
+        public = public_report(AttackReport.model_validate(reports[name]))
+        (options.out / f"{name}-{options.profile}.json").write_text(public.as_json() + "\n")
     print(table(reports))
 
 
