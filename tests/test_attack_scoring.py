@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from torch import Tensor
 
 import dpf_release.attacks
 from dpf_release.attack_report import Interval, Power
+from dpf_release.attacks import HeldRows, Reconstructions
+from dpf_release.battery.reconstructions import score_reconstructions
 from dpf_release.battery.scoring import (
     References,
     RowScores,
@@ -21,8 +25,10 @@ from dpf_release.battery.scoring import (
     share_interval,
     way_of,
 )
+from dpf_release.battery.targets import Target
 from dpf_release.battery.truth import Rows, Truth, bins_of, draw_pools
 from dpf_release.battery.verdicts import Limit, judge, re_identification_limit
+from dpf_release.config import GateSection
 from dpf_release.metrics import ssim
 
 POOL, CLASSES = 60, 2
@@ -118,23 +124,38 @@ def test_what_says_a_little_is_not_made_less_by_what_an_empty_answer_is_matched_
     assert nothing.leakage.high < 0.1
 
 
+HALVES = np.random.default_rng(0).permutation(POOL).reshape(-1, 2)
+PARTNER = np.empty(POOL, np.int64)
+PARTNER[HALVES[:, 0]], PARTNER[HALVES[:, 1]] = HALVES[:, 1], HALVES[:, 0]
+PARTNER = np.concatenate([PARTNER, PARTNER + POOL])
+
+
+def pairs(rows: Rows) -> tuple[Rows, Rows]:
+    """Each row is made of its own picture and of another one."""
+    members = np.sort(np.stack([rows, PARTNER[rows]], axis=1), axis=1)
+    return np.repeat(np.arange(len(rows)), 2), members.ravel()
+
+
 def test_any_of_the_pictures_that_a_row_is_made_of_counts_as_its_own() -> None:
-    halves = np.random.default_rng(0).permutation(POOL).reshape(-1, 2)
-    partner = np.empty(POOL, np.int64)
-    partner[halves[:, 0]], partner[halves[:, 1]] = halves[:, 1], halves[:, 0]
-    partner = np.concatenate([partner, partner + POOL])
-
-    def pairs(rows: Rows) -> tuple[Rows, Rows]:
-        members = np.sort(np.stack([rows, partner[rows]], axis=1), axis=1)
-        return np.repeat(np.arange(len(rows)), 2), members.ravel()
-
     def partners(positions: Rows) -> Tensor:
-        return ORIGINALS[torch.from_numpy(partner[TRUTH.asked[positions]])].float() / 255
+        return ORIGINALS[torch.from_numpy(PARTNER[TRUTH.asked[positions]])].float() / 255
 
     assert score_pictures(TRUTH, pairs, partners).own.mean() == 1.0
     assert score_pictures(TRUTH, itself, partners).own.mean() == 0.0
     for contributors, pictures in ((pairs, 2), (itself, 1)):
         assert np.allclose(score_pictures(TRUTH, contributors, partners).guess * TRUTH.sizes, pictures)
+
+
+@pytest.mark.parametrize("answered", [None, np.arange(0, 2 * POOL, 3)])
+def test_the_limit_of_a_match_goes_with_what_the_answered_rows_are_made_of(answered: Rows | None) -> None:
+    setting: Any = SimpleNamespace(truth=TRUTH, seed=0)
+    project: Any = SimpleNamespace(config=SimpleNamespace(gate=GateSection()))
+    rows = HeldRows(np.zeros(len(TRUTH.asked), np.int64), lambda rows: np.empty(0))
+    for contributors, limit in ((itself, 10 / POOL), (pairs, 10 / POOL + 1 / POOL)):
+        target = Target("", rows, lambda rows: rows, contributors, lambda rows: rows, "")
+        answer = Reconstructions({"perfect": perfect}, answered)
+        found = score_reconstructions(answer, target, setting, lambda: REFERENCES, project)
+        assert found.re_identification_limit == pytest.approx(limit)
 
 
 def test_the_affine_fit_is_the_best_one_and_makes_a_constant_the_mean_colour() -> None:
