@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dpf_release.attacks import Attack, Attributes, Budget, HeldRows, Likeness, Links, registered
+from dpf_release.attacks.attribute import Attribute
 from dpf_release.attacks.linkage import patches
 from dpf_release.attacks.view import Candidates, LabelledRows, LeakedVault, ReleaseView
 from dpf_release.battery.attributes import from_the_label
@@ -180,6 +181,26 @@ def test_the_weights_give_away_what_was_learnt_by_heart_and_not_what_was_never_s
     assert list(dict.fromkeys(limit.what for limit in broken.limits)) == ["AUC", "TPR at 1 % FPR"]
     student = replace(setting, budget=Budget(images=500, decoders=1, shadows=0, deep=True))
     assert "loss against a student's" in attacked("A10", target, student).ways
+
+
+def test_where_q_has_the_attribute_it_is_learnt_there_too_and_under_shadow_functions(
+    owner: Project, setting: Setting
+) -> None:
+    target, rich = planted(owner, "clean"), replace(setting, budget=Budget(images=1000, decoders=1, shadows=1))
+    view = grant(LabelledRows, target, rich)
+    assert isinstance(view, LabelledRows)
+    assert {name for name in Attribute().run(view).probes if "Q" in name} == set()  # Q's table has no such column
+    pictures = view.public.read(np.arange(len(view.public))).numpy().min(axis=1)  # (n, H, W)
+    right = np.array([np.nonzero(picture > 130)[1].mean() >= 15 for picture in pictures]).astype(np.int64)
+    asked = draw_labelled(owner, target, setting.truth, setting.seed).asked_values
+    shares = {}
+    for learnt, values in (("sides", right), ("chance", np.random.default_rng(0).permutation(right))):
+        probes = Attribute().run(replace(view, public_values=values)).probes
+        shares[learnt] = {name: float((found == asked).mean()) for name, found in probes.items() if "Q" in name}
+    assert shares["sides"].keys() == shares["chance"].keys()
+    assert len(shares["sides"]) == 6  # three probes, on φ1(Q) and on P'(φ1(Q))
+    for probe in ("linear, from Q", "linear, from Q under shadow functions"):
+        assert shares["sides"][probe] > 0.7 > shares["chance"][probe]
 
 
 def test_of_the_network_only_what_it_was_trained_on_is_a_member_and_of_the_bank_all_that_is_in_it(

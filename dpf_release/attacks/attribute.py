@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpf_release.attacks.interface import Attack, Attributes, register
+from dpf_release.attacks.shadow import shadow, union
 from dpf_release.attacks.taps import open_taps
 from dpf_release.attacks.trained import trained
 from dpf_release.attacks.view import BATCH, Budget, LabelledRows, ReleaseView, Rows
@@ -28,14 +29,14 @@ Examples = Callable[[Rows], Tensor]  # numbers → features
 
 @register
 class Attribute(Attack):
-    """Probes for the attribute: on φ1(Q), where Q has it, and on rows of the bank whose value the attacker knows."""
+    """Probes for the attribute: on φ1(Q) and P'(φ1(Q)), where Q has it; on rows of the bank whose value is known."""
 
-    code, title, claim = "A8", "attribute, identity", "attribute"
+    code, title, claim, version = "A8", "attribute, identity", "attribute", 2
     view, answers = LabelledRows, Attributes
     of_bank = True
 
     def trainings(self, budget: Budget) -> float:
-        """Two small probes and two linear ones, about a decoder's work in all."""
+        """A small probe and two linear ones on known rows, about a decoder's work in all; those on Q are left out."""
         return 1.0
 
     def run(self, view: ReleaseView) -> Attributes:
@@ -44,11 +45,15 @@ class Attribute(Attack):
         found = {}
         known = np.flatnonzero(view.public_values >= 0)
         if len(np.unique(view.public_values[known])) >= 2:
-            for kind in PROBES:
-                of_q = lambda rows: view.features_of(view.public, known[rows])  # noqa: E731
-                values, images = view.public_values[known], view.budget.images
-                network = _train_probe(view, f"A8 {kind}, from Q", kind, of_q, values, images)
-                found[f"{kind}, from Q"] = _predict(view, network, kind)
+            values, images = view.public_values[known], view.budget.images
+            of_q: dict[str, Examples] = {"from Q": lambda rows: view.features_of(view.public, known[rows])}
+            if shadows := [shadow(view, number) for number in range(view.budget.shadows)]:
+                poisoned = union(view, shadows)
+                of_q["from Q under shadow functions"] = lambda rows: poisoned(view.public, known[rows], None)
+            for source, read in of_q.items():
+                for kind in PROBES:
+                    network = _train_probe(view, f"A8 {kind}, {source}", kind, read, values, images)
+                    found[f"{kind}, {source}"] = _predict(view, network, kind)
         of_bank = {"bank": view.bank_subject, "rows": view.known_rows.tolist()}
         for kind in PROBES:
             of_rows = lambda rows: view.rows(view.known_rows[rows])  # noqa: E731
