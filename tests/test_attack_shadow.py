@@ -325,7 +325,8 @@ def test_the_attack_is_tried_on_its_own_shadow_functions(setting: Setting, monke
     assert result.series["shadows"]["1"] == result.ways["1 shadows"].leakage
     assert set(result.power.planted) == {"weak-noise", "channel-affine", "shadow 1"}
     assert result.power.passed is False  # 64 pictures teach nobody
-    assert result.verdict in ("inconclusive", "fail")  # as weak as it is, it may break a weak P
+    broken = any(way.leakage is not None and way.leakage.low >= 0.1 for way in result.ways.values())
+    assert result.verdict == ("fail" if broken else "inconclusive")  # how P was drawn decides which
     assert result.granted == "ReleaseView"
 
 

@@ -164,7 +164,10 @@ def kept_in(vault: Vault) -> Kept:
 
     def path_of(name: str) -> Path:
         code = name.split(" ", 1)[0]
-        path = vault.root / "attackers" / f"{code}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+        return vault.root / "attackers" / f"{code}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+
+    def path_to_write(name: str) -> Path:
+        path = path_of(name)
         path.parent.mkdir(mode=0o700, exist_ok=True)
         return path
 
@@ -179,8 +182,8 @@ def kept_in(vault: Vault) -> Kept:
 
     def save_kept(name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        path = path_of(name)
+        path = path_to_write(name)
         vault.write_bytes(path, save(ready, {"subject": json.dumps(subject, sort_keys=True)}))
         vault.remove(path.with_suffix(".checkpoint"))
 
-    return Kept(load_kept, save_kept, lambda name: vault.checkpoint(path_of(name).with_suffix(".checkpoint")))
+    return Kept(load_kept, save_kept, lambda name: vault.checkpoint(path_to_write(name).with_suffix(".checkpoint")))

@@ -26,7 +26,6 @@ from dpf_release.battery.truth import Pool, Rows, Truth
 from dpf_release.models.functions import Chain, FeatureSpec, build_chain
 from dpf_release.objective import Objective
 from dpf_release.pipeline.attackers import straw_man
-from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.network import TargetTask
 from dpf_release.pipeline.project import Project
 from dpf_release.training import Recipe, fit
@@ -71,11 +70,11 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
     rows = np.concatenate([images.rows("val"), images.rows("train")])[:PICTURES]
     pictures = HeldPictures(len(rows), lambda numbers: images.pictures.read(rows[numbers]))
     setting = Setting(project, _nothing_asked(len(rows)), profile.budget, report.seed, kept_in(project.vault))
-    recipe = project.vault.read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
-    if not recipe["straw_men"] and load_function(project, name).chain.learned is not None:
-        return {}  # what it was trained against is of S: a shadow of it would poison nothing, and show that as P's kind
     clean = _clean_view(setting, pictures)
+    recipe = project.vault.read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
     poison = shadow_function(project, clean, pictures, recipe)
+    if poison is None:
+        return {}
     shadow = replace(clean, bank=poison(clean.bank), bank_subject=f"{SEED}, poisoned")
     asked = spread(min(len(rows), len(images.rows("val")) or len(rows)))
     found: dict[str, Tensor] = {}
@@ -105,7 +104,7 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
 
 def shadow_function(
     project: Project, view: ReleaseView, pictures: HeldPictures, recipe: Mapping[str, Any]
-) -> Callable[[HeldRows], HeldRows]:
+) -> Callable[[HeldRows], HeldRows] | None:
     """A function of P's kind that has nothing of P: planned, and where it is learned fitted, on Q.
 
     Args:
@@ -115,7 +114,8 @@ def shadow_function(
         recipe: what P was fitted by: `function`, `objective`, `lambda`, `straw_men`.
 
     Returns:
-        A bank → the same, poisoned.
+        A bank → the same, poisoned. None where P was trained against attribute classifiers alone, which are of S: its
+        shadow would poison nothing.
     """
     spec = FeatureSpec(view.feature_shape, view.non_negative)
     with torch.random.fork_rng(devices=[]):
@@ -124,6 +124,8 @@ def shadow_function(
     poison = poison_with(chain, view.phi_2, SEED)
     if chain.learned is None:
         return poison
+    if not recipe["straw_men"]:
+        return None
     keys = ("function", "objective", "lambda", "straw_men")
     subject = {**view.subject, "recipe": [recipe[key] for key in keys], "epochs": EPOCHS, "pictures": len(pictures)}
     kept = view.kept.load(KEPT, subject)

@@ -102,7 +102,8 @@ class _Run:
         seed: int,
     ) -> _Run:
         profile = _profile(profile_name or project.config.gate.profile)
-        codes = [*(attack.code for attack in registered() if profile.runs(attack)), *UTILITIES]
+        of_profile = [attack for attack in registered() if profile.runs(attack)]
+        codes = [*(attack.code for attack in of_profile), *UTILITIES]
         if unknown := set(only) - set(codes):
             there = ", ".join(codes)
             raise ConfigError(f"expected attacks of profile {profile.name} ({there}), found {sorted(unknown)}.")
@@ -118,12 +119,11 @@ class _Run:
         truth = draw_truth(project, target, profile.rows, seed)
         setting = Setting(project, truth, profile.budget, seed, kept_in(project.vault))
         wanted = tuple(code for code in codes if not only or code in only)
-        attacks = [attack for attack in registered() if attack.code in wanted]
+        attacks = [attack for attack in of_profile if attack.code in wanted]
         trained = _with_beside(attacks, profile)
         rate, full = decoder_rate(grant(ReleaseView, target, setting)), profile.budget
         # Reckoned over the whole profile: what is shortened does not depend on what is asked for.
-        whole = _with_beside([attack for attack in registered() if profile.runs(attack)], profile)
-        budget = within(full, minutes(whole, full, rate), budget_minutes)
+        budget = within(full, minutes(_with_beside(of_profile, profile), full, rate), budget_minutes)
         if images is not None:
             budget = replace(full, images=images)
         announce(
