@@ -12,19 +12,31 @@ import numpy as np
 import pytest
 import torch
 from attackers import Memory
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dpf_release.attacks import Budget, HeldRows, ReleaseView, TwoReleases, trained
+from dpf_release.attacks import (
+    Budget,
+    HeldRows,
+    Reconstructions,
+    ReleaseView,
+    TwoReleases,
+    straw_men,
+    trained,
+    two_releases,
+)
 from dpf_release.attacks.alignment import ALL, Alignment, _moments, alignments, match_covariances, match_moments
 from dpf_release.attacks.alignment_map import AlignmentMap, discrepancy
 from dpf_release.attacks.jigsaw import Jigsaw, beliefs, pools_of
 from dpf_release.attacks.pieces import Grid, find_swaps, fits, train_fitting
-from dpf_release.attacks.two_releases import join
+from dpf_release.attacks.straw_men import StrawMen
+from dpf_release.attacks.two_releases import TwoFunctions, join
 from dpf_release.battery.grants import Setting, grant
+from dpf_release.battery.scoring import score_pictures
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
 from dpf_release.errors import NotGrantedError
 from dpf_release.models.functions import Recombine
-from dpf_release.models.functions.interface import FeatureSpec
+from dpf_release.models.functions.interface import FeatureSpec, Rows
 from dpf_release.pipeline import Project, fit_poison, write_candidate
 from dpf_release.pipeline.fitting import load_function
 from dpf_release.vault import releases, remember_release
@@ -218,6 +230,44 @@ def test_rows_of_two_releases_are_joined_by_what_phi_2_sees(setting: Setting) ->
     assert (np.roll(join(view)(view.asked), 1) == own).mean() < 0.1
     first, second = view.rows(view.asked[:5]), view.other.read(own[:5])
     assert float((first - torch.from_numpy(np.asarray(second))).abs().max()) > 0  # another secret
+
+
+def test_two_releases_give_away_more_than_one_does_and_wrongly_joined_less(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (straw_men, two_releases):  # what learns fast on few pictures
+        monkeypatch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
+    monkeypatch.setattr(trained, "TRAINING_BATCH", 16)
+    setting = replace(setting, budget=Budget(images=6000, decoders=1, shadows=0), kept=Memory())  # type: ignore[arg-type]
+    clean = target_of(setting.project, "clean")
+    some = np.asarray(clean.rows.read(np.arange(64)), np.float32)
+
+    def noisy(seed: int) -> HeldRows:
+        def read(rows: Rows) -> NDArray[np.float32]:
+            draws = [np.random.default_rng([seed, int(row)]).standard_normal(some.shape[1:]) for row in rows]
+            return np.asarray(clean.rows.read(rows) + some.std() * np.stack(draws), np.float32)
+
+        return HeldRows(clean.rows.targets, read)
+
+    target = replace(clean, rows=noisy(1), second=lambda project: noisy(2))
+    view = grant(TwoReleases, target, setting)
+    assert isinstance(view, TwoReleases)
+    same = np.argsort(np.random.default_rng([setting.seed, 9]).permutation(len(view.other)))
+    of_class = {label: np.flatnonzero(clean.rows.targets == label) for label in np.unique(clean.rows.targets)}
+    another = same.copy()
+    for rows in of_class.values():
+        another[rows] = same[np.roll(rows, 1)]
+
+    def reached(answer: Reconstructions) -> dict[str, float]:
+        scores = {name: score_pictures(setting.truth, clean.contributors, of) for name, of in answer.decoders.items()}
+        return {name: float(of.primary.mean()) for name, of in scores.items()}
+
+    alone = reached(StrawMen().run(view))
+    monkeypatch.setattr(two_releases, "join", lambda view: lambda rows: same[rows])
+    both = reached(TwoFunctions().run(view))
+    monkeypatch.setattr(two_releases, "join", lambda view: lambda rows: another[rows])
+    strangers = reached(TwoFunctions().run(view))
+    assert min(both.values()) > max(alone.values()) > max(strangers.values())
 
 
 def test_a_second_release_is_one_that_the_ledger_says_was_published_under_another_function(
