@@ -14,14 +14,13 @@ from torch import Tensor
 class Memory:
     """What an attacker keeps, for as long as a test takes."""
 
-    held: dict[str, tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
+    held: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict)
 
     def load(self, name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        found = self.held.get(name)
-        return found[1] if found is not None and found[0] == repr(subject) else None
+        return self.held.get((name, repr(subject)))
 
     def save(self, name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.held[name] = (repr(subject), {key: tensor.clone() for key, tensor in tensors.items()})
+        self.held[name, repr(subject)] = {key: tensor.clone() for key, tensor in tensors.items()}
 
-    def checkpoint(self, name: str) -> Path | None:
+    def checkpoint(self, name: str, subject: Mapping[str, Any]) -> Path | None:
         return None

@@ -222,14 +222,15 @@ def test_each_picture_is_sought_by_itself(drawn: type[Pixels] | type[DeepImagePr
 
 
 def test_pictures_are_found_for_some_rows_and_not_sought_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimisation, "ROWS", 6)
+    monkeypatch.setattr(optimisation, "FEWEST_ROWS", 6)
+    monkeypatch.setattr(optimisation, "STEPS", 80)
     monkeypatch.setattr(optimisation, "AT_ONCE", 4)
     monkeypatch.setattr(optimisation, "RESTARTS", 2)
     phi_1, phi_2 = half_seen()
     private = pictures(30, seed=9)
     with torch.no_grad():
         rows = phi_1((private.float() / 255 - 0.5) / 0.25)
-    view = view_of(phi_1, phi_2, rows, Budget(6 * 2 * 80, 1, 0))
+    view = view_of(phi_1, phi_2, rows, Budget(100, 1, 0))
     answer = PerSample().run(view)
     assert answer.answered is not None
     assert answer.answered.tolist() == [0, 6, 12, 17, 23, 29]
@@ -275,6 +276,7 @@ def test_the_battery_says_what_the_answers_give_away_and_for_how_many_rows_each_
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimisation, "ROWS", 5)
+    monkeypatch.setattr(optimisation, "STEPS", 1)
     monkeypatch.setattr(PerSample, "rows", 5)
     monkeypatch.setattr("dpf_release.battery.run.registered", lambda: [DeepTap(), PerSample()])
     full = attack(Project.open(project_folder / "dpf.toml"), profile="full", images=128)

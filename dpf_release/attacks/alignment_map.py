@@ -101,7 +101,7 @@ def train_map(
 
     return trained(
         view,
-        f"A4 map of {view.bank_name}",
+        "A4 map",
         network,
         read_batch,
         objective,

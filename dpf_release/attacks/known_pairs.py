@@ -89,7 +89,7 @@ def _train(view: KnownPairs, m: int, inverse: Callable[[Tensor], Tensor]) -> tor
     _, architecture, loss, _ = DECODERS[0]
     return train_decoder(
         pairs,
-        f"A6 {m} pairs of {view.bank_name}",
+        f"A6 {m} pairs",
         inputs,
         architecture=architecture,
         loss=loss,

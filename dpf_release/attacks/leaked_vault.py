@@ -56,7 +56,7 @@ class LeakedP(Attack):
         for loss, share in LOSSES:
             network = train_decoder(
                 view,
-                f"A0 {loss} on {view.bank_name}",
+                f"A0 {loss}",
                 inputs,
                 architecture=DECODERS[0][1],
                 loss=loss,

@@ -71,7 +71,7 @@ def trained(
             title=title,
             device=view.device,
             validate=validate,
-            checkpoint=view.kept.checkpoint(name),
+            checkpoint=view.kept.checkpoint(name, subject),
             subject=json.dumps(subject, sort_keys=True),
         )
         view.kept.save(name, subject, network.state_dict())

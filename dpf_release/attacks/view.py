@@ -115,13 +115,13 @@ class Kept:
 
     Attributes:
         load: name, subject → what was kept under the name for exactly this subject; None where nothing was.
-        save: name, subject, tensors: keeps them; what was kept under the name before is lost.
-        checkpoint: name → where a training may keep what it goes on from.
+        save: name, subject, tensors: keeps them, beside what the name has for other subjects.
+        checkpoint: name, subject → where a training may keep what it goes on from.
     """
 
     load: Callable[[str, Mapping[str, Any]], dict[str, Tensor] | None]
     save: Callable[[str, Mapping[str, Any], Mapping[str, Tensor]], None]
-    checkpoint: Callable[[str], Path | None]
+    checkpoint: Callable[[str, Mapping[str, Any]], Path | None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -169,11 +169,6 @@ class ReleaseView:
         """(C, H', W') of a row."""
         channels, height, width = self.bank.read(self.asked[:1]).shape[1:]
         return channels, height, width
-
-    @property
-    def bank_name(self) -> str:
-        """`bank_subject`, short: so what was trained on one bank is not lost when it is trained on another."""
-        return self.bank_subject.split(",")[0][:32]
 
     def features(self, pictures: Tensor) -> Tensor:
         """φ1 of pictures (n, 3, H, W) uint8: (n, C, H', W') float32 on the device, as the bank is made."""

@@ -157,33 +157,30 @@ GRANTS: dict[type[ReleaseView], Callable[[Target, Setting], dict[str, Any]]] = {
 
 
 def kept_in(vault: Vault) -> Kept:
-    """What attackers have trained, in the vault; one file a name, sealed where the vault is.
+    """What attackers have trained, in the vault; one file for each name and subject, sealed where the vault is.
 
     Three functions and no vault: an attack holds them, and is to hold nothing of the owner's.
     """
 
-    def path_of(name: str) -> Path:
-        code = name.split(" ", 1)[0]
-        return vault.root / "attackers" / f"{code}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+    def path_of(name: str, subject: Mapping[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps([name, subject], sort_keys=True).encode()).hexdigest()
+        return vault.root / "attackers" / f"{name.split(' ', 1)[0]}-{digest[:32]}.safetensors"
 
-    def path_to_write(name: str) -> Path:
-        path = path_of(name)
+    def path_to_write(name: str, subject: Mapping[str, Any]) -> Path:
+        path = path_of(name, subject)
         path.parent.mkdir(mode=0o700, exist_ok=True)
         return path
 
     def load_kept(name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        path = path_of(name)
-        if not vault.holds(path):
-            return None
-        data = vault.read_bytes(path, "attack")
-        length = int.from_bytes(data[:8], "little")
-        said = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("subject")
-        return load(data) if said == json.dumps(subject, sort_keys=True) else None
+        path = path_of(name, subject)
+        return load(vault.read_bytes(path, "attack")) if vault.holds(path) else None
 
     def save_kept(name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        path = path_to_write(name)
-        vault.write_bytes(path, save(ready, {"subject": json.dumps(subject, sort_keys=True)}))
+        path = path_to_write(name, subject)
+        vault.write_bytes(path, save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}))
         vault.remove(path.with_suffix(".checkpoint"))
 
-    return Kept(load_kept, save_kept, lambda name: vault.checkpoint(path_to_write(name).with_suffix(".checkpoint")))
+    def checkpoint(name: str, subject: Mapping[str, Any]) -> Path | None:
+        return vault.checkpoint(path_to_write(name, subject).with_suffix(".checkpoint"))
+
+    return Kept(load_kept, save_kept, checkpoint)

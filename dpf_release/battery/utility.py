@@ -295,7 +295,7 @@ class _Bench:
         """The score of each; what was trained before is not trained again."""
         kept = kept_in(self.project.vault)
         subjects = {training: self._subject(training) for training in trainings}
-        known = {training: kept.load(_kept_name(subject), subject) for training, subject in subjects.items()}
+        known = {training: kept.load(subject["utility"], subject) for training, subject in subjects.items()}
         scores = {training: float(found["score"]) for training, found in known.items() if found is not None}
         missing = [training for training in trainings if training not in scores]
         if missing:
@@ -307,7 +307,7 @@ class _Bench:
 
     def _train(self, training: Training, subject: Mapping[str, Any], kept: Kept) -> float:
         epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
-        network, name = self.project.new_classifier(training.seed), _kept_name(subject)
+        network, name = self.project.new_classifier(training.seed), subject["utility"]
         fit_classifier(
             network,
             training.rows,
@@ -317,7 +317,7 @@ class _Bench:
             seed=training.seed,
             device=str(self.project.device),
             title=f"Training a new classifier: {training.title}",
-            checkpoint=kept.checkpoint(name),
+            checkpoint=kept.checkpoint(name, subject),
             subject=json.dumps(subject, sort_keys=True),
         )
         found = score(network, training.judge)
@@ -355,11 +355,6 @@ class _Bench:
 
 def _all_rows(bank: FeatureBank) -> PickedRows:
     return PickedRows(((BankDataset([bank], (), [bank.targets]), np.arange(len(bank))),))
-
-
-def _kept_name(subject: Mapping[str, Any]) -> str:
-    """Its own for each: one candidate's scores do not take the place of another's."""
-    return f"{subject['utility']} {hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()}"
 
 
 def _over_seeds(values: NDArray[np.float64]) -> Interval:

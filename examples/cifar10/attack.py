@@ -6,8 +6,8 @@ Every step is the command that an owner would type; a run that was cut off goes 
 `--out` as soon as they are there: numbers only, no picture.
 
 `--same-categories` gives the attacker pictures of S's own classes instead, those of its test split, which is in no
-bank. A5 and A10 are left out then: that split is what they tell from S. The vault's report of this profile, and what
-attackers keep, are replaced: run it last.
+bank. A5 and A10 are left out then: that split is what they tell from S. The vault's report of this profile is replaced:
+run it last.
 """
 
 from __future__ import annotations
