@@ -13,13 +13,23 @@ from torch import Tensor, nn
 
 from dpf_release.attacks import Budget, HeldPictures, HeldRows, Reconstructions, ReleaseView, optimisation
 from dpf_release.attacks.deep_tap import DeepTap, drop_out
-from dpf_release.attacks.optimisation import DeepImagePrior, PerSample, Pixels
+from dpf_release.attacks.optimisation import (
+    COST,
+    FEWEST_ROWS,
+    RESTARTS,
+    ROWS,
+    STEPS,
+    DeepImagePrior,
+    PerSample,
+    Pixels,
+    rows_within,
+)
 from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.straw_men import StrawMen
 from dpf_release.attacks.taps import WIDEST, open_taps, standard, together
 from dpf_release.attacks.view import Remembered
 from dpf_release.battery import attack
-from dpf_release.battery.profiles import PROFILES
+from dpf_release.battery.profiles import PROFILES, minutes, within
 from dpf_release.battery.reconstructions import score_answer
 from dpf_release.battery.scoring import affine_fit, score_pictures
 from dpf_release.battery.targets import Target
@@ -245,6 +255,24 @@ def test_pictures_are_found_for_some_rows_and_not_sought_twice(monkeypatch: pyte
         PerSample().run(view_of(phi_1, phi_2, rows + 1, view.budget))
 
 
+def test_a_smaller_budget_seeks_fewer_pictures_and_costs_what_they_cost() -> None:
+    attack, decoder_steps = PerSample(), 2 * COST * RESTARTS * STEPS
+    for images, share, rows in (
+        (1_000_000, 1.0, ROWS),
+        (500_000, 1.0, 125),
+        (500_000, 0.5, 62),
+        (100, 1.0, FEWEST_ROWS),
+    ):
+        budget = Budget(images, 6, 16, share=share)
+        assert rows_within(budget) == rows
+        assert attack.trainings(budget) * budget.bank_images == pytest.approx(rows * decoder_steps)
+    full = Budget(1_000_000, 6, 16)
+    assert minutes([attack], full, rate=decoder_steps / 60) == pytest.approx(ROWS + 125)  # and those of weak noise
+    halved = within([attack], full, decoder_steps / 60, 200)
+    assert halved.images == 500_000
+    assert within([attack], full, decoder_steps / 60, 400) == full
+
+
 # --------------------------------------------------------------------------------------------- the harness
 
 
@@ -275,6 +303,7 @@ def test_an_answer_for_some_rows_scores_as_those_rows_do_among_all_the_pictures(
 def test_the_battery_says_what_the_answers_give_away_and_for_how_many_rows_each_attack_answered(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(optimisation, "FEWEST_ROWS", 5)
     monkeypatch.setattr(optimisation, "ROWS", 5)
     monkeypatch.setattr(optimisation, "STEPS", 1)
     monkeypatch.setattr(PerSample, "rows", 5)

@@ -16,14 +16,12 @@ from dpf_release.pipeline import Project
 COMMAND = ("attack", "--profile", "quick", "--only", "A1,A2", "--images", "300")
 
 
-def report_of(folder: Path, *, seed: int = 0) -> dict[str, Any]:
-    """What a run that ends says, but for how long it took."""
+def found_by(folder: Path, *, seed: int = 0) -> dict[str, Any]:
+    """What a run that ends found."""
     done = run_cli(*COMMAND, "--seed", str(seed), folder=folder)
     assert done.returncode == 0, done.stderr
     report = json.loads((folder / "vault" / "reports" / "default" / "attack-quick.json").read_text())
-    for result in report["attacks"]:
-        del result["seconds"]
-    return dict(report)
+    return {result["code"]: {**result, "seconds": None} for result in report["attacks"]}
 
 
 def trained(folder: Path) -> set[str]:
@@ -36,10 +34,10 @@ def test_a_battery_that_was_killed_twice_ends_as_one_that_was_not(project_folder
     assert len(trained(project_folder)) == 1
     assert not list(project_folder.glob("vault/reports/default/attack-quick.json"))
     killed(project_folder, "os.rename", "attack-quick.json.partial", 2, *COMMAND)  # A1 is told of, A2 is not
-    assert report_of(project_folder) == report_of(whole)
+    assert found_by(project_folder) == found_by(whole)
     assert trained(project_folder) == trained(whole)
     assert not list(project_folder.glob("vault/attackers/*.checkpoint"))
-    assert report_of(whole, seed=1) != report_of(project_folder)  # the control: another seed
+    assert found_by(whole, seed=1) != found_by(project_folder)  # the control: another seed
 
 
 def test_what_is_kept_for_one_budget_does_not_take_the_place_of_anothers(project_folder: Path) -> None:

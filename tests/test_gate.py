@@ -309,12 +309,15 @@ def test_rows_that_were_only_dropped_inherit_what_was_found_and_rebuilt_ones_do_
     trained = project_folder / "vault" / "attackers" / "A7-0.safetensors"
     trained.parent.mkdir(mode=0o700)
     trained.write_bytes(b"may show a person")
+    cut_off = trained.with_name(trained.name + ".partial")
+    cut_off.write_bytes(b"may show half of one")
     ids = [
         line["id"] for line in Project.open(project_folder / "dpf.toml").vault.read_ids() if line["split"] == "train"
     ]
     for gone in (ids[:2], ids[2:3]):
         retract(promising(project_folder), gone)
     assert not trained.exists()
+    assert not cut_off.exists()
     manifest = package(promising(project_folder))
     assert (manifest.version, manifest.claims.made) == ("1.0.1", ("reconstruction",))
     assert "on this bank as it was before 3 rows were dropped" in card(project_folder)

@@ -47,12 +47,13 @@ class Attribute(Attack):
         if len(np.unique(view.public_values[known])) >= 2:
             values, images = view.public_values[known], view.budget.images
             of_q: dict[str, Examples] = {"from Q": lambda rows: view.features_of(view.public, known[rows])}
+            shadows_of = {"images": images, "shadows": view.budget.shadows, "decoders": view.budget.decoders}
             if shadows := [shadow(view, number) for number in range(view.budget.shadows)]:
                 poisoned = union(view, shadows)
                 of_q["from Q under shadow functions"] = lambda rows: poisoned(view.public, known[rows], None)
             for source, read in of_q.items():
                 for kind in PROBES:
-                    network = _train_probe(view, f"A8 {kind}, {source}", kind, read, values, images)
+                    network = _train_probe(view, f"A8 {kind}, {source}", kind, read, values, images, shadows_of)
                     found[f"{kind}, {source}"] = _predict(view, network, kind)
         of_bank = {"bank": view.bank_subject, "rows": view.known_rows.tolist()}
         for kind in PROBES:

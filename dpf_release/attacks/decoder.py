@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpf_release.attacks.trained import recipe_for, trained
+from dpf_release.attacks.trained import recipe_for, trained, weights_sha256
 from dpf_release.attacks.view import BATCH, HeldPictures, ReleaseView, Rows
 from dpf_release.metrics import l1, ssim
 from dpf_release.models.reconstructors import build_reconstructor
@@ -80,6 +80,8 @@ def train_decoder(
         return total / count
 
     subject = {"architecture": architecture, "width": width, "inputs": list(shape), "loss": loss, **(depends_on or {})}
+    if start is not None:
+        subject["start"] = weights_sha256(start)
     title = f"Training the decoder {name}"
     return trained(
         view, name, network, read_batch, objective, recipe, rows, title=title, validate=validate, depends_on=subject

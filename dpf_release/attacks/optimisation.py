@@ -38,11 +38,11 @@ class PerSample(Attack):
 
     def trainings(self, budget: Budget) -> float:
         """Pixels, and a generator: each a step for every picture of a decoder's training."""
-        return 2 * COST * _rows(budget) * RESTARTS * STEPS / budget.bank_images
+        return 2 * COST * rows_within(budget) * RESTARTS * STEPS / budget.bank_images
 
     def run(self, view: ReleaseView) -> Reconstructions:
         """Rows of all classes alike: of a smaller budget fewer, each sought as long."""
-        count = min(_rows(view.budget), len(view.asked))
+        count = min(rows_within(view.budget), len(view.asked))
         answered = np.unique(np.linspace(0, len(view.asked) - 1, count).round().astype(np.int64))
         taps = open_taps(view)
         spread = _spread(view, taps)
@@ -53,7 +53,8 @@ class PerSample(Attack):
         return Reconstructions(sought, answered)
 
 
-def _rows(budget: Budget) -> int:
+def rows_within(budget: Budget) -> int:
+    """How many pictures are sought."""
     return int(np.clip(budget.bank_images // (RESTARTS * STEPS), FEWEST_ROWS, ROWS))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from dpf_release.attacks.interface import ATTACKS
 from dpf_release.attacks.view import ReleaseView
@@ -76,6 +78,13 @@ def trained(
         )
         view.kept.save(name, subject, network.state_dict())
     return freeze_on(network, view)
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of weights that a training begins with, or that it is against: it depends on them."""
+    return hashlib.sha256(
+        save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    ).hexdigest()
 
 
 def recipe_for(view: ReleaseView, images: int, there: int, learning_rate: float) -> tuple[Recipe, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -78,18 +77,20 @@ def _rate(view: ReleaseView, bf16: bool, seconds: float) -> float:
 
 def minutes(attacks: Sequence[Attack], budget: Budget, rate: float) -> float:
     """What the trainings of these attacks take, with those on planted functions."""
-    trainings = sum(
-        attack.trainings(budget) * (1 + (PLANTED_SHARE * len(attack.planted) if attack.of_bank else 0))
+    planted = replace(budget, share=PLANTED_SHARE)
+    shown = sum(
+        attack.trainings(budget) * budget.images
+        + (attack.trainings(planted) * planted.bank_images * len(attack.planted) if attack.of_bank else 0)
         for attack in attacks
     )
-    return trainings * budget.images / rate / 60
+    return shown / rate / 60
 
 
-def within(budget: Budget, needed: float, limit: float | None) -> Budget:
-    """The budget, or what of it can be done in `limit` minutes of the `needed` ones.
+def within(attacks: Sequence[Attack], budget: Budget, rate: float, limit: float | None) -> Budget:
+    """The budget, or what of it these attacks can do in `limit` minutes, where they can.
 
     A half, a quarter, an eighth ...: a machine is never twice as fast, and what was trained under one budget is kept.
     """
-    if limit is None or needed <= limit:
-        return budget
-    return replace(budget, images=max(1, int(budget.images * 2.0 ** math.floor(math.log2(max(limit, 1e-6) / needed)))))
+    while limit is not None and budget.images > 1 and minutes(attacks, budget, rate) > limit:
+        budget = replace(budget, images=budget.images // 2)
+    return budget

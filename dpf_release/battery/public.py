@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpf_release.attack_report import AttackReport
 from dpf_release.attacks import ATTACKS, Reconstructions
+from dpf_release.attacks.trained import weights_sha256
 from dpf_release.attacks.view import BATCH, HeldPictures, HeldRows, ReleaseView
 from dpf_release.battery.gallery import as_bytes, spread
 from dpf_release.battery.grants import Setting, grant, kept_in
@@ -58,8 +59,8 @@ def publish_page(project: Project, name: str, report: AttackReport, path: Path) 
 def public_pictures(project: Project, name: str, report: AttackReport) -> dict[str, Tensor]:
     """What each attack makes of pictures of Q under a shadow function, as `gallery` names pictures.
 
-    Only of attacks that need nothing but a release, and train nothing on its bank: of others there are none. Of a
-    function that was trained against attribute classifiers alone there are none at all.
+    Only of attacks that need nothing but a release, and train and seek nothing on its bank: of others there are none.
+    Of a function that was trained against attribute classifiers alone there are none at all.
 
     Args:
         project: the owner's; of the vault, Φ's two parts, ψ, the attackers and P's recipe are read.
@@ -126,11 +127,19 @@ def shadow_function(
         return poison
     if not recipe["straw_men"]:
         return None
-    keys = ("function", "objective", "lambda", "straw_men")
-    subject = {**view.subject, "recipe": [recipe[key] for key in keys], "epochs": EPOCHS, "pictures": len(pictures)}
+    straw_men = {name: straw_man(project, name) for name in recipe["straw_men"]}
+    # A file's name is made of this, and can be seen: ψ's weights keep a guess of P's recipe from being checked.
+    subject = {
+        **view.subject,
+        "recipe": [recipe[key] for key in ("function", "objective", "lambda")],
+        "straw_men": [[name, weights_sha256(network.state_dict())] for name, network in straw_men.items()],
+        "epochs": EPOCHS,
+        "pictures": len(pictures),
+        "seed": view.seed,
+    }
     kept = view.kept.load(KEPT, subject)
     if kept is None:
-        _fit(project, chain, view, pictures, recipe)
+        _fit(chain, view, pictures, recipe, straw_men)
         view.kept.save(KEPT, subject, chain.learned.state_dict())
     else:
         chain.learned.load_state_dict(kept)
@@ -138,7 +147,13 @@ def shadow_function(
     return poison
 
 
-def _fit(project: Project, chain: Chain, view: ReleaseView, pictures: HeldPictures, recipe: Mapping[str, Any]) -> None:
+def _fit(
+    chain: Chain,
+    view: ReleaseView,
+    pictures: HeldPictures,
+    recipe: Mapping[str, Any],
+    straw_men: Mapping[str, nn.Module],
+) -> None:
     """Fits the learned stage as `fit-poison` would, were Q the private images; attribute classifiers are left out."""
     assert chain.learned is not None
     source = held_source(view.bank)
@@ -148,7 +163,7 @@ def _fit(project: Project, chain: Chain, view: ReleaseView, pictures: HeldPictur
     objective = Objective(
         view.phi_2,
         _TaskOnQ(view.bank.targets),
-        {name: straw_man(project, name) for name in recipe["straw_men"]},
+        straw_men,
         {},
         recipe["objective"] == "equivalence",
         recipe["lambda"],

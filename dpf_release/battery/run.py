@@ -123,7 +123,7 @@ class _Run:
         trained = _with_beside(attacks, profile)
         rate, full = decoder_rate(grant(ReleaseView, target, setting)), profile.budget
         # Reckoned over the whole profile: what is shortened does not depend on what is asked for.
-        budget = within(full, minutes(_with_beside(of_profile, profile), full, rate), budget_minutes)
+        budget = within(_with_beside(of_profile, profile), full, rate, budget_minutes)
         if images is not None:
             budget = replace(full, images=images)
         announce(

@@ -29,7 +29,7 @@ from dpf_release.retracted import (
     next_version,
     write_retracted,
 )
-from dpf_release.storage import sha256_of, write_json
+from dpf_release.storage import PARTIAL, sha256_of, write_json
 from dpf_release.vault import RELEASED_SPLITS, SPLITS, Vault, releases
 
 Rows = NDArray[np.int64]
@@ -330,7 +330,7 @@ def _finish(project: Project) -> RetractionReport:
     if not (vault.features / BEFORE).exists():
         _drop_ids(vault, retracted.ids)
         # What attackers have trained on a bank, and the pictures that they made, may show who is to go.
-        vault.remove(*vault.members(vault.root / "attackers"))
+        vault.remove(*vault.members(vault.root / "attackers"), *(vault.root / "attackers").glob(f"*{PARTIAL}"))
         kept, fitted = _kept(vault, retracted), set(_fitted(project))
         for name in _names(vault):
             forget_measurements(vault, name)

@@ -34,14 +34,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--profile", default="standard")
     parser.add_argument("--functions", nargs="+", default=FUNCTIONS)
+    parser.add_argument("--only", help="codes of attacks, as A7,A9; default: all of the profile")
+    parser.add_argument("--images", type=int, help="that a training is shown, in the place of the profile's")
     parser.add_argument("--same-categories", action="store_true", help="Q has the classes of S")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    config, part, suffix = options.project / "dpf.toml", [], options.profile
+    config, only, suffix = options.project / "dpf.toml", options.only, options.profile
     if options.same_categories:
         config, suffix = with_public_images_of_the_same_categories(config), f"{options.profile}-same-categories"
         codes = [attack.code for attack in registered() if PROFILES[options.profile].runs(attack)]
-        part = ["--only", ",".join(code for code in codes if code not in ("A5", "A10"))]
+        only = ",".join(code for code in (only.split(",") if only else codes) if code not in ("A5", "A10"))
+    part = (["--only", only] if only else []) + (["--images", str(options.images)] if options.images else [])
     for name in options.functions:
         command = ["attack", "--name", name, "--profile", options.profile, *part, "--config", str(config)]
         print(f"\n$ dpf-release {' '.join(command)}", flush=True)
