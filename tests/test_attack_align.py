@@ -238,7 +238,7 @@ def test_two_releases_give_away_more_than_one_does_and_wrongly_joined_less(
     for module in (straw_men, two_releases):  # what learns fast on few pictures
         monkeypatch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
     monkeypatch.setattr(trained, "TRAINING_BATCH", 16)
-    setting = replace(setting, budget=Budget(images=6000, decoders=1, shadows=0), kept=Memory())  # type: ignore[arg-type]
+    setting = replace(setting, budget=Budget(images=4000, decoders=1, shadows=0), kept=Memory())  # type: ignore[arg-type]
     clean = target_of(setting.project, "clean")
     some = np.asarray(clean.rows.read(np.arange(64)), np.float32)
 

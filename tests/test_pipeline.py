@@ -408,6 +408,7 @@ def test_a_regression_project_hides_who_it_is_and_keeps_its_answer(tmp_path: Pat
             "train.flip": False,
             "train.epochs": 10,
             "poison.epochs": 60,
+            "reconstructor.epochs": 2,  # what stands of a picture is not asked here
         },
     )
     train(project)
