@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Utility, Way
-from dpf_release.battery import attack, publish_page, run
+from dpf_release.battery import attack, plots, publish_page, run
 from dpf_release.battery.gallery import FILE, read_pictures
 from dpf_release.battery.page import MEASURES, Frontier, page, write_page, write_public_page
 from dpf_release.battery.plots import leakage_plot, scatter_plot, series_plot
@@ -232,6 +232,28 @@ def test_the_same_numbers_give_the_same_page_and_others_another() -> None:
         assert "<svg" in plot
         assert "20" not in re.findall(r"<dc:date>(.*?)</dc:date>", plot)
         assert "Matplotlib" not in plot.split("</metadata>")[0].split("<metadata>")[-1]
+
+
+def test_labels_of_points_that_lie_close_lie_apart_and_within_the_plot() -> None:
+    points = {f"{place}": (about(0.9), about(0.8 + 0.001 * place)) for place in range(12)} | {
+        "far": (about(0), about(0))
+    }
+
+    def overlaps(placed: bool) -> int:
+        figure, axes = plots._figure(3.4)
+        plots._scatter(axes, points, "x", "y", {"a line": about(0.8)})
+        if placed:
+            plots._label(figure, axes, points)
+        else:
+            for label, (across, up) in points.items():
+                axes.annotate(label, (across.value, up.value))
+        boxes = [text.get_window_extent() for text in axes.texts if text.get_text() in points]
+        assert len(boxes) == len(points)
+        if placed:
+            assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+        return sum(box.count_overlaps(boxes) - 1 for box in boxes)
+
+    assert overlaps(placed=True) == 0 < overlaps(placed=False)
 
 
 def test_names_are_escaped_and_every_picture_says_what_it_is() -> None:

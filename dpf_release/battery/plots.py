@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from dpf_release.attack_report import AttackResult, Interval
 
@@ -30,6 +33,8 @@ STYLE: Any = {  # of `rc_context`, whose type lists every key there is
 }
 # Points, what x and y are, lines across.
 Panel = tuple[Mapping[str, tuple[Interval, Interval]], str, str, Mapping[str, Interval]]
+DOT = 4  # points from the middle of a point that no label covers
+DISTANCES, DIRECTIONS = (5, 12, 20, 30, 42, 56, 72), 16  # points; tried in this order for a label
 WIDTH = 4.6  # inches: about as wide as a phone, so that the letters stay readable there
 
 
@@ -83,6 +88,7 @@ def scatter_plot(
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(3.4)
         _scatter(axes, points, x, y, lines or {})
+        _label(figure, axes, points)
         return _svg(figure)
 
 
@@ -103,9 +109,12 @@ def scatter_panels(panels: Sequence[Panel], legend: Sequence[str], kind: str) ->
             axes.grid(color=GRID, linewidth=0.6)
             axes.set_axisbelow(True)
             _scatter(axes, *panel)
+        drawn = list(figure.axes)
         words = figure.add_subplot(grid[-1, :])
         words.axis("off")
         words.text(0, 1, "\n".join(legend), color=INK, fontsize=9, va="top", transform=words.transAxes)
+        for axes, (points, *_) in zip(drawn, panels, strict=True):
+            _label(figure, axes, points)
         if kind == "svg":
             return _svg(figure).encode()
         file = io.BytesIO()
@@ -116,9 +125,8 @@ def scatter_panels(panels: Sequence[Panel], legend: Sequence[str], kind: str) ->
 def _scatter(
     axes: Axes, points: Mapping[str, tuple[Interval, Interval]], x: str, y: str, lines: Mapping[str, Interval]
 ) -> None:
-    for place, (label, (across, up)) in enumerate(points.items()):
+    for place, (across, up) in enumerate(points.values()):
         _point(axes, across, up, SERIES[place % len(SERIES)])
-        axes.annotate(label, (across.value, up.value), xytext=(5, 5), textcoords="offset points", color=INK)
     axes.margins(0.12)
     for label, at in lines.items():
         axes.axhline(at.value, color=SOFT, linewidth=0.8, linestyle="--", zorder=0)
@@ -126,6 +134,32 @@ def _scatter(
         axes.annotate(label, (0.99, at.value), xycoords=end, ha="right", va="bottom", color=SOFT, fontsize=8)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+
+
+def _label(figure: Figure, axes: Axes, points: Mapping[str, tuple[Interval, Interval]]) -> None:
+    """Each label as near to its point as it covers no point and no other text; a line leads to those farther off."""
+    figure.draw_without_rendering()  # so that it is known where everything lies
+    at = {label: (across.value, up.value) for label, (across, up) in points.items()}
+    point = figure.dpi / 72  # pixels
+    middles = [axes.transData.transform(place) for place in at.values()]
+    dot = DOT * point
+    taken = [text.get_window_extent() for text in axes.texts]
+    taken += [Bbox.from_extents(x - dot, y - dot, x + dot, y + dot) for x, y in middles]
+    for label, place in at.items():
+        words = axes.annotate(label, place, (0, 0), textcoords="offset points", ha="center", va="center", color=INK)
+        box = words.get_window_extent()
+        for distance, turn in itertools.product(DISTANCES, range(DIRECTIONS)):
+            angle = (2 * turn / DIRECTIONS + 0.25) * math.pi
+            across = math.cos(angle) * (distance + box.width / 2 / point)
+            up = math.sin(angle) * (distance + box.height / 2 / point)
+            moved = box.translated(across * point, up * point)
+            if Bbox.union([axes.bbox, moved]).bounds == axes.bbox.bounds and not moved.count_overlaps(taken):
+                break
+        taken.append(moved)
+        words.set_position((across, up))
+        if distance > DISTANCES[0]:
+            line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.6, "shrinkA": 4, "shrinkB": 3}
+            axes.annotate("", place, (across, up), textcoords="offset points", arrowprops=line)
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
