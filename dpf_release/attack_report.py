@@ -126,6 +126,7 @@ class AttackReport(_Record):
         limits: of `[gate]`, under which the verdicts were given.
         not_applicable: attacks of the profile that need what this project does not have, and what that is (not said in
             a release).
+        claims_not_made: by the release that it is in; None in the vault, where nothing is promised yet.
         dropped_since: rows of the bank that was attacked which the release no longer has; all others are as they were.
     """
 
@@ -141,6 +142,7 @@ class AttackReport(_Record):
     attribute: Short | None = None
     limits: Annotated[dict[Short, float], Few] = {}
     not_applicable: Annotated[dict[Short, Text], Few] = {}
+    claims_not_made: Annotated[tuple[Literal["reconstruction", "linkage", "attribute"], ...], Few] | None = None
     dropped_since: Annotated[int, Field(ge=0)] = 0
     baselines: Annotated[dict[Short, Interval], Few] = {}
     references: Annotated[dict[Short, Interval], Few] = {}

@@ -86,7 +86,8 @@ def pass_gate(
         )
     made = tuple(claim for claim in CLAIMS if claim in found and not found[claim])
     claims = Claims(made=made, not_made=tuple(claim for claim in CLAIMS if claim not in made))
-    report = None if report is None else public_report(report)
+    if report is not None:
+        report = public_report(report).model_copy(update={"claims_not_made": claims.not_made})
     return Passage(claims, report, wanted.attribute or "" if "attribute" in made else "", reason, against)
 
 

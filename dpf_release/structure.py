@@ -222,6 +222,8 @@ def unfounded_claims(manifest: Manifest, report: AttackReport | None) -> list[st
             problems.append(f"{ATTACK_REPORT} is of another featurizer")
         if (report.index_sha256 == digests.get("features/index.json")) == bool(report.dropped_since):
             problems.append(f"{ATTACK_REPORT} is of another bank")
+        if report.claims_not_made != manifest.claims.not_made:
+            problems.append(f"{ATTACK_REPORT} and the manifest differ in the claims that are not made")
     for claim in manifest.claims.made:
         verdicts = {attack.verdict for attack in report.attacks if attack.claim == claim} if report else set()
         if "pass" not in verdicts or "fail" in verdicts:

@@ -137,6 +137,7 @@ def test_the_public_report_has_the_numbers_and_nothing_of_the_owner(project_fold
     report = AttackReport.model_validate_json(text)
     assert report.attacks[0].leakage == Interval(value=0.0123, low=0.0, high=0.03)
     assert report.not_applicable == {"A8": ""}
+    assert report.claims_not_made == ("linkage", "attribute")
     assert public_report(report) == report
     assert "-0.0" not in text.split()
 
@@ -375,6 +376,8 @@ def test_a_reader_sees_claims_without_attacks_and_a_report_of_something_else(pro
     assert "claims 'reconstruction', which no attack" in said(verdict("fail"))
     assert "claims 'linkage', which no attack" in said(verdict("inconclusive"), made=("linkage",))
     assert "is of another bank" in said(lambda tree: tree.update(index_sha256="3" * 64))
+    assert "differ in the claims that are not made" in said(lambda tree: tree.update(claims_not_made=["linkage"]))
+    assert "differ in the claims that are not made" in said(lambda tree: tree.update(claims_not_made=None))
     assert "is of another featurizer" in said(lambda tree: tree.update(featurizer_sha256="3" * 64))
     assert "expected numbers of four decimals" in said(lambda tree: tree.update(function="mine"))
     assert "schema" in said(lambda tree: tree.update(more="hidden"))
