@@ -22,7 +22,7 @@ Text = Annotated[str, Field(max_length=500, pattern=_SEEN)]
 Short = Annotated[str, Field(max_length=100, pattern=_SEEN)]
 Few = Field(max_length=200)
 DECIMALS = 4  # of public numbers
-SCORER = 2  # raised whenever the same answers of attacks would be scored otherwise
+SCORER = 3  # raised whenever the same answers of attacks would be scored otherwise
 
 
 class _Record(BaseModel):

@@ -179,6 +179,11 @@ class GateSection(_Section):
     tpr: Fraction = 0.03
     attribute: Fraction = 0.05
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """All but the profile."""
+        return self.model_dump(exclude={"profile"})
+
 
 class ComputeSection(_Section):
     """The machine: `auto` takes a GPU where there is one; `workers` processes decode (0: threads of this one)."""

@@ -12,6 +12,7 @@ from dpf_release.attack_report import PROFILE_ORDER, SCORER, AttackReport, publi
 from dpf_release.attacks import registered
 from dpf_release.attacks.interface import Claim
 from dpf_release.attacks.view import ReleaseView
+from dpf_release.battery.failures import failed_in, failures
 from dpf_release.battery.run import report_file
 from dpf_release.config import ClaimsSection, GateSection
 from dpf_release.errors import RefusedError, VaultError
@@ -63,17 +64,18 @@ def pass_gate(
         VaultError: the report in the vault is not one of ours.
     """
     wanted, gate = project.config.claims, project.config.gate
-    reports = _reports_of(project, name, index_sha256, retracted)
-    report = _speaking(reports, gate)
+    ancestors = same_but_for_dropped_rows(index_sha256, retracted)
+    report = _speaking(_reports_of(project, name, ancestors), gate)
     why_not = "no attack was run on this bank"
     found = {
         claim: [why_not] if report is None else objections(claim, report, wanted, gate, required)
         for claim in wanted.made
     }
-    for other in reports:
-        if other is not report:
-            for claim in wanted.made:
-                found[claim] += _fails(claim, other)
+    told = [] if report is None else failed_in(report)
+    for failure in failures(project.vault, name):
+        counts = failure.index_sha256 in ancestors and failure.holds(gate.limits)
+        if counts and failure.claim in found and failure not in told:
+            found[failure.claim].append(str(failure))
     against = tuple(f"{claim}: {objection}" for claim, of in found.items() for objection in of)
     reason = " ".join(accept_risk.split()) if against else ""
     if against and not reason:
@@ -109,7 +111,7 @@ def objections(
         found.append(f"attacks of profile {report.profile} were run, those of {gate.profile} are wanted")
     if report.scorer != SCORER:
         found.append(f"attacks were scored by version {report.scorer} of the scorer, today's is {SCORER}")
-    for key, limit in gate.model_dump(exclude={"profile"}).items():
+    for key, limit in gate.limits.items():
         if key not in report.limits or report.limits[key] > limit:
             found.append(f"verdicts were given under a limit for {key} of {report.limits.get(key)}, today's is {limit}")
     if claim == "attribute" and report.attribute != wanted.attribute:
@@ -139,14 +141,6 @@ def objections(
     return found
 
 
-def _fails(claim: Claim, report: AttackReport) -> list[str]:
-    return [
-        f"{result.code} {result.title}, profile {report.profile}: fail, {'; '.join(result.reasons)}"
-        for result in report.attacks
-        if result.claim == claim and result.verdict == "fail"
-    ]
-
-
 def _speaking(reports: Sequence[AttackReport], gate: GateSection) -> AttackReport | None:
     """The report that is asked: of the gate's profile, else of the next harder one, else of the hardest there is."""
     by_profile = {report.profile: report for report in reports}
@@ -155,12 +149,9 @@ def _speaking(reports: Sequence[AttackReport], gate: GateSection) -> AttackRepor
     return next((by_profile[profile] for profile in order if profile in by_profile), None)
 
 
-def _reports_of(
-    project: Project, name: str, index_sha256: str, retracted: Sequence[Mapping[str, Any]]
-) -> list[AttackReport]:
+def _reports_of(project: Project, name: str, ancestors: Mapping[str, int]) -> list[AttackReport]:
     """The reports of attacks on this bank, one a profile."""
     vault, found = project.vault, []
-    ancestors = same_but_for_dropped_rows(index_sha256, retracted)
     for profile in PROFILE_ORDER:
         path = vault.reports(name) / report_file(profile)
         if not vault.holds(path):

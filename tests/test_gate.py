@@ -17,11 +17,12 @@ from dpf_release.attack_report import AttackReport, AttackResult, Interval, Powe
 from dpf_release.attacks import ATTACKS, Attack, Budget, registered, straw_men, trained
 from dpf_release.attacks.view import LeakedVault, TwoReleases
 from dpf_release.battery import attack
+from dpf_release.battery.failures import FAILURES, failures, note_failures
 from dpf_release.battery.profiles import PROFILES
 from dpf_release.battery.run import report_file
 from dpf_release.config import ClaimsSection, GateSection
 from dpf_release.errors import RefusedError, VaultError
-from dpf_release.gate import objections, same_but_for_dropped_rows
+from dpf_release.gate import objections, pass_gate, same_but_for_dropped_rows
 from dpf_release.manifest import ATTACK_REPORT, Manifest, describe_files, write_manifest
 from dpf_release.package import package
 from dpf_release.pipeline import Project, fit_poison, retract, write_candidate
@@ -69,7 +70,7 @@ def good_report(index_sha256: str = "0" * 64, featurizer_sha256: str = "1" * 64,
         "profile": "standard",
         "seed": 0,
         "function": "my-secret-name",
-        "limits": GateSection().model_dump(exclude={"profile"}),
+        "limits": GateSection().limits,
         "attacks": tuple(passed(of) for of in registered()),
     }
     return AttackReport(**fields | changes)
@@ -181,7 +182,7 @@ def _harder_one(verdict: str) -> Callable[[AttackReport], dict[str, Any]]:
     return change
 
 
-LIMITS = GateSection().model_dump(exclude={"profile"})
+LIMITS = GateSection().limits
 
 
 @pytest.mark.parametrize(
@@ -408,3 +409,29 @@ def test_a_weak_function_is_attacked_and_refused_with_the_reasons(
         package(project, "weak", second_function="for a test")
     assert "attacks of profile quick were run, those of standard are wanted" in str(caught.value)
     assert f"A1 {result.title}: fail" in str(caught.value)
+
+    # What failed once is not forgotten where another seed is drawn, until a report passes.
+    index = put_report(project, "weak", seed=1).index_sha256
+    with pytest.raises(RefusedError, match="reconstruction: A1 .*, profile quick, seed 0: fail, leakage"):
+        pass_gate(project, "weak", index)
+    assert "seed 0: fail" not in card(project_folder)
+    (noted,) = failures(project.vault, "weak")
+    (project.vault.reports("weak") / FAILURES).unlink()
+    assert pass_gate(project, "weak", index).claims.made == ("reconstruction",)
+    for other in (
+        noted.model_copy(update={"index_sha256": "9" * 64}),  # another bank
+        noted.model_copy(update={"version": 0}),
+        noted.model_copy(update={"scorer": 0}),
+        noted.model_copy(update={"limits": LIMITS | {"leakage": 0.01}}),  # stricter than today's
+        noted.model_copy(update={"claim": "linkage"}),
+    ):
+        note_failures(project.vault, "weak", [other])
+    assert len(failures(project.vault, "weak")) == 5
+    assert pass_gate(project, "weak", index).claims.made == ("reconstruction",)
+    for same in (noted, noted.model_copy(update={"limits": LIMITS | {"leakage": 0.5, "auc": 0.5}})):
+        note_failures(project.vault, "weak", [same])
+        with pytest.raises(RefusedError, match="seed 0: fail"):
+            pass_gate(project, "weak", index)
+    (project.vault.reports("weak") / FAILURES).write_text('[{"code": "A1"}]')
+    with pytest.raises(VaultError, match="does not list failed attacks"):
+        pass_gate(project, "weak", index)

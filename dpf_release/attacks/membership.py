@@ -26,7 +26,7 @@ class Membership(Attack):
     Q allows is a student of φ2∘φ1's answers: it knows of S what they say, and saw no picture of it (`full`).
     """
 
-    code, title, claim, version = "A10", "membership by the weights", "linkage", 2
+    code, title, claim, version = "A10", "membership by the weights", "linkage", 3
     view, answers = Candidates, Links
     planted = ("memorising-network",)
 
@@ -51,7 +51,11 @@ class Membership(Attack):
 
 
 def _errors(view: Candidates, network: Network) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and confidence of each candidate: (6, n) as it is, mirrored, and shifted four ways."""
+    """Loss and confidence of each candidate: (6, n) as it is, mirrored, and shifted four ways.
+
+    Of classes as log-odds (Carlini et al., "Membership inference attacks from first principles", 2022): the
+    cross-entropy of a network that is sure of almost all pictures is 0 in float32 for members and others alike.
+    """
     wrong, sure = [], []
     wanted = _wanted(view)
     for first in range(0, len(view.candidates), BATCH):
@@ -60,13 +64,19 @@ def _errors(view: Candidates, network: Network) -> tuple[np.ndarray, np.ndarray]
         answers = torch.stack([network(changed) for changed in _variants(pictures)])  # (6, n, K)
         target = wanted[chosen].to(answers.device)
         if view.task == "classification":
-            logs = F.log_softmax(answers, dim=2)
-            wrong.append(-logs.gather(2, target.expand(len(logs), -1)[..., None])[..., 0])
-            sure.append(logs.amax(2))
+            wrong.append(-log_odds(answers, target.expand(len(answers), -1)))
+            sure.append(log_odds(answers, answers.argmax(2)))
         else:
             wrong.append((answers - target).abs().mean(2))
             sure.append(-(answers - answers.mean(0)).abs().mean(2))  # the less it wavers, the surer it is
     return torch.cat(wrong, dim=1).cpu().numpy(), torch.cat(sure, dim=1).cpu().numpy()
+
+
+def log_odds(answers: Tensor, classes: Tensor) -> Tensor:
+    """log(p / (1 - p)) of a class each, (...), from logits (..., K)."""
+    place = classes[..., None]
+    others = answers.scatter(-1, place, -torch.inf)
+    return answers.gather(-1, place)[..., 0] - others.logsumexp(-1)
 
 
 def _wanted(view: Candidates) -> Tensor:

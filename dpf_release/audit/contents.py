@@ -140,6 +140,7 @@ _HOLDINGS: tuple[tuple[str, str, str], ...] = (
     ),
     (r"reports/[^/]*/.*\.png", "report", "pictures of S and their reconstructions"),
     (r"reports/[^/]*/attack-.*\.json", "report", "what attackers got out of a candidate, in numbers"),
+    (r"reports/[^/]*/failed\.json", "report", "which attacks failed a claim of a candidate, in numbers"),
     (r"reports/[^/]*/attack\.html", "report", "what attackers got out of a candidate, with pictures of S"),
     (r"reports/[^/]*/pictures\.safetensors", "report", "pictures of S and what attackers made of their rows"),
     (r"reports/frontier\.(json|svg|png)", "report", "what several candidates protect, and what they leave to use"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,6 @@ def score_links(
     primary = "top1" if links else "auc"
     having = [name for name in ways if primary in ways[name].measures]
     best = max(having, key=lambda name: ways[name].measures[primary].value, default=next(iter(ways)))
-    aucs = [way.measures["auc"] for way in ways.values() if "auc" in way.measures]
     return Scored(
         ways=ways,
         best=best,
@@ -55,7 +54,7 @@ def score_links(
         limits=tuple(limits),
         series={},
         primary=primary,
-        membership=_above_guessing(max(aucs, key=_value)) if aucs else None,
+        told=_membership_told(ways),
         rows=int(inside.sum()),
     )
 
@@ -145,10 +144,13 @@ def _tpr(
     return Interval(value=value, low=float(min(low, wilson.low)), high=float(max(high, wilson.high)))
 
 
-def _above_guessing(auc: Interval) -> Interval:
-    """From 0, a coin, to 1."""
-    return Interval(value=2 * auc.value - 1, low=2 * auc.low - 1, high=2 * auc.high - 1)
-
-
-def _value(interval: Interval) -> float:
-    return interval.value
+def _membership_told(ways: Mapping[str, Way]) -> tuple[Interval, ...]:
+    """2 AUC - 1, from 0, a coin, to 1; and the members that are found among few false ones. Each by its best way."""
+    told = []
+    for name in ("auc", "tpr_at_1_percent"):
+        found = [way.measures[name] for way in ways.values() if name in way.measures]
+        told += [max(found, key=lambda one: one.value)] if found else []
+    if told:
+        auc = told[0]
+        told[0] = Interval(value=2 * auc.value - 1, low=2 * auc.low - 1, high=2 * auc.high - 1)
+    return tuple(told)

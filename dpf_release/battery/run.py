@@ -17,6 +17,7 @@ from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Resu
 from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.view import LeakedVault, ReleaseView, TwoReleases
 from dpf_release.battery.attributes import score_attributes
+from dpf_release.battery.failures import failed_in, note_failures
 from dpf_release.battery.gallery import keep_pictures
 from dpf_release.battery.grants import Setting, grant, kept_in
 from dpf_release.battery.linking import score_links
@@ -24,7 +25,7 @@ from dpf_release.battery.page import write_page
 from dpf_release.battery.planted_network import MEMORISER, memorising_target
 from dpf_release.battery.profiles import PLANTED_SHARE, PROFILES, Profile, decoder_rate, minutes, within
 from dpf_release.battery.reconstructions import baselines, score_answer, score_reconstructions
-from dpf_release.battery.scoring import References, best_of, mean_interval, score_pictures
+from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
 from dpf_release.battery.truth import Rows
 from dpf_release.battery.utility import UTILITIES, measure_utility
@@ -89,6 +90,7 @@ class _Run:
     clean: Target
     enough: bool
     made: dict[bytes, References] = field(default_factory=dict)
+    ceilings: dict[bytes, tuple[RowScores, Callable[[Rows], Tensor]]] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -224,7 +226,7 @@ class _Run:
 
     def _answered(self, attack: Attack, target: Target, setting: Setting) -> Scored:
         answer = attack.run(grant(attack.view, target, setting))
-        return score(answer, target, setting, lambda: self._references(setting), self.project)
+        return score(answer, target, setting, lambda: self._references(target, setting), self.project)
 
     def _reached_on_clean(self, attack: Attack, setting: Setting) -> Interval | None:
         """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
@@ -294,32 +296,44 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------ references
 
-    def _references(self, setting: Setting) -> References:
-        """What leakage is measured between, on the rows of a truth; made once for each."""
+    def _references(self, target: Target, setting: Setting) -> References:
+        """What leakage is measured between, on the rows of a truth; made once for each.
+
+        The baseline is compared with the pictures that the target's rows are made of, as an attack on it is: of many, a
+        mean picture is always like one. What clean rows give away, each row has alone.
+        """
+        truth = setting.truth
+        known = truth.asked.tobytes() + target.subject.encode()
+        if known not in self.made:
+            ceiling, clean = self._ceiling(setting)
+            scores = {
+                name: score_pictures(truth, target.contributors, pictures)
+                for name, pictures in baselines(grant(ReleaseView, self.clean, setting), truth).items()
+            }
+            _, baseline = best_of(scores)
+            self.made[known] = References(baseline, ceiling, clean)
+            announce(
+                f"Affine-fit SSIM on {len(truth.asked)} rows: of nothing but labels {baseline.primary.mean():.3f}, of "
+                f"clean rows at best {ceiling.primary.mean():.3f}"
+            )
+        return self.made[known]
+
+    def _ceiling(self, setting: Setting) -> tuple[RowScores, Callable[[Rows], Tensor]]:
+        """The best of what decoders for clean rows reach on these, and what it makes of any clean rows."""
         truth = setting.truth
         known = truth.asked.tobytes()
-        if known in self.made:
-            return self.made[known]
-        scores = {
-            name: score_pictures(truth, self.clean.contributors, pictures)
-            for name, pictures in baselines(grant(ReleaseView, self.clean, setting), truth).items()
-        }
-        _, baseline = best_of(scores)
-        reached, makers = {}, {}
-        for attack in registered():
-            if attack.sets_ceiling and self.profile.runs(attack):
-                answer = attack.run(grant(attack.view, self.clean, setting))
-                assert isinstance(answer, Reconstructions)
-                for name, pictures in answer.decoders.items():
-                    reached[f"{attack.code} {name}"] = score_pictures(truth, self.clean.contributors, pictures)
-                    makers[f"{attack.code} {name}"] = self._clean_pictures(attack, name)
-        name, ceiling = best_of(reached)
-        announce(
-            f"Affine-fit SSIM on {len(truth.asked)} rows: of nothing but labels {baseline.primary.mean():.3f}, of "
-            f"clean rows at best {ceiling.primary.mean():.3f} ({name})"
-        )
-        self.made[known] = References(baseline, ceiling, makers[name])
-        return self.made[known]
+        if known not in self.ceilings:
+            reached, makers = {}, {}
+            for attack in registered():
+                if attack.sets_ceiling and self.profile.runs(attack):
+                    answer = attack.run(grant(attack.view, self.clean, setting))
+                    assert isinstance(answer, Reconstructions)
+                    for name, pictures in answer.decoders.items():
+                        reached[f"{attack.code} {name}"] = score_pictures(truth, self.clean.contributors, pictures)
+                        makers[f"{attack.code} {name}"] = self._clean_pictures(attack, name)
+            name, ceiling = best_of(reached)
+            self.ceilings[known] = ceiling, makers[name]
+        return self.ceilings[known]
 
     def _clean_pictures(self, attack: Attack, way: str) -> Callable[[Rows], Tensor]:
         """What a way of an attack makes of any rows of the clean bank."""
@@ -334,7 +348,7 @@ class _Run:
 
     def _shown(self) -> dict[str, dict[str, Interval]]:
         """Affine-fit SSIM that leakage is measured between, and of what is shown beside the attacks and not gated."""
-        seed, references = self.setting.seed, self._references(self.setting)
+        seed, references = self.setting.seed, self._references(self.target, self.setting)
         shown = {"clean affine_ssim": mean_interval(references.ceiling.primary, seed)}
         for reference in SHOWN:
             if self.profile.runs(reference):
@@ -356,7 +370,7 @@ class _Run:
             seed=self.setting.seed,
             function=self.name,
             attribute=self.project.config.claims.attribute,
-            limits=self.project.config.gate.model_dump(exclude={"profile"}),
+            limits=self.project.config.gate.limits,
         )
 
     def _known(self) -> AttackReport | None:
@@ -378,6 +392,7 @@ class _Run:
         lacks = {code: reason for code, reason in lacks.items() if code not in done}
         report = report.model_copy(update={"attacks": results, "not_applicable": lacks})
         folder = make_folder(self.project.vault.reports(self.name))
+        note_failures(self.project.vault, self.name, failed_in(report))  # first: a report may be replaced
         self.project.vault.write_json(folder / report_file(self.profile.name), report.model_dump(mode="json"))
         write_page(self.project.vault, self.name, report)
         return report

@@ -50,7 +50,7 @@ class Scored:
         limits: that a claim sets.
         series: what depends on a number (leakage against m): name → number → value.
         primary: the measure that leakage is reckoned by, where it is not paired with reconstructions of clean rows.
-        membership: 2 AUC - 1 of the best way, where membership is told too: an attack must have power in both.
+        told: what else the best way tells, each from 0, a guess, to 1: an attack must have power in all of it.
         rows: how many were asked for, where it is not all of the truth's.
         pictures: for the report (`gallery.pictures_of`).
     """
@@ -65,7 +65,7 @@ class Scored:
     limits: tuple[Limit, ...]
     series: Mapping[str, Mapping[str, Interval]]
     primary: str | None = None
-    membership: Interval | None = None
+    told: tuple[Interval, ...] = ()
     rows: int | None = None
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -80,8 +80,7 @@ class Scored:
 
     def power(self) -> Interval | None:
         """What is held against `POWER_LEAKAGE` where the bank is a planted one: the weaker of what it must tell."""
-        told = [self.leakage] + ([self.membership] if self.membership else [])
-        return min(told, key=lambda found: found.low if found else -1.0)
+        return min((self.leakage, *self.told), key=lambda found: found.low if found else -1.0)
 
     def against(self, ceiling: Interval) -> Scored:
         """With leakage, of every way, between the baseline and what is reached on clean rows."""
