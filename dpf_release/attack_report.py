@@ -55,10 +55,12 @@ class Power(_Record):
     Attributes:
         passed: None: it has nothing that it could be tried on.
         planted: weak function → what the attack's best way got out of it.
+        surpassed: weak function → what another attack got out of it, which this one must do better than.
     """
 
     passed: bool | None
     planted: Annotated[dict[Short, Interval], Few] = {}
+    surpassed: Annotated[dict[Short, Interval], Few] = {}
 
 
 class AttackResult(_Record):
@@ -68,10 +70,11 @@ class AttackResult(_Record):
         baseline: the same measure by someone without the bank (affine-fit SSIM; chance; from the label alone).
         ceiling: the best that any attack reaches on the unpoisoned rows.
         leakage: (attack - baseline) / (ceiling - baseline) of its strongest way; None: they are too near.
-        re_identification: share of rows (of pictures, for linkage) matched with their own, by the strongest way;
+        re_identification: share of rows (of pictures, for linkage) matched with their own, the highest of any way;
             None: not measured, or among too few.
         among: of how many the match was sought.
         re_identification_limit: that it was held against; more where rows are made of several pictures.
+        beside: digest of the index of the other release that it was run with (A9).
         seconds: it took; not in a release, where it would tell of the owner's machine.
         reasons: for a verdict that is not `pass`.
     """
@@ -91,6 +94,7 @@ class AttackResult(_Record):
     re_identification: Interval | None
     among: int
     re_identification_limit: float | None = None
+    beside: Sha256 | None = None
     power: Power
     verdict: Verdict
     reasons: Annotated[tuple[Text, ...], Few] = ()
@@ -126,6 +130,7 @@ class AttackReport(_Record):
         limits: of `[gate]`, under which the verdicts were given.
         not_applicable: attacks of the profile that need what this project does not have, and what that is (not said in
             a release).
+        not_run: attacks of the profile that were not run, or not yet.
         claims_not_made: by the release that it is in; None in the vault, where nothing is promised yet.
         dropped_since: rows of the bank that was attacked which the release no longer has; all others are as they were.
     """
@@ -142,6 +147,7 @@ class AttackReport(_Record):
     attribute: Short | None = None
     limits: Annotated[dict[Short, float], Few] = {}
     not_applicable: Annotated[dict[Short, Text], Few] = {}
+    not_run: Annotated[tuple[Short, ...], Few] = ()
     claims_not_made: Annotated[tuple[Literal["reconstruction", "linkage", "attribute"], ...], Few] | None = None
     dropped_since: Annotated[int, Field(ge=0)] = 0
     baselines: Annotated[dict[Short, Interval], Few] = {}

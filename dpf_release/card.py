@@ -95,7 +95,7 @@ nothing.
 THIS_BANK = "on exactly this bank"
 BANK_BEFORE = "on this bank as it was before {count} rows were dropped; all other rows are as they were then"
 POWER = {True: "yes", False: "no", None: "not tried"}
-NOT_APPLICABLE = "not applicable"
+NOT_APPLICABLE, NOT_RUN = "not applicable", "not run"
 NOT_DEFINED, NOT_MEASURED = "not defined", "not measured"
 NOT_GATED = "none: reported only"
 
@@ -129,6 +129,7 @@ def fixed_card_text() -> str:
         THIS_BANK,
         BANK_BEFORE,
         NOT_APPLICABLE,
+        NOT_RUN,
         NOT_DEFINED,
         NOT_MEASURED,
         NOT_GATED,
@@ -245,6 +246,7 @@ def describe_attacks(report: AttackReport) -> str:
     """The table of what attacks reached: one row an attack, and one for each that does not apply."""
     rows = [_attack_row(result) for result in report.attacks]
     rows += [(code, *[""] * 7, NOT_APPLICABLE) for code in sorted(report.not_applicable)]
+    rows += [(code, *[""] * 7, NOT_RUN) for code in report.not_run]
     dropped = report.dropped_since
     return ATTACKS.format(
         profile=report.profile,

@@ -48,6 +48,7 @@ def pass_gate(
     retracted: Sequence[Mapping[str, Any]] = (),
     accept_risk: str = "",
     required: Sequence[type[ReleaseView]] = (),
+    beside: Sequence[str] = (),
 ) -> Passage:
     """What of `[claims]` the release of a candidate may promise.
 
@@ -58,6 +59,7 @@ def pass_gate(
         retracted: by which retractions rows were taken out of it (`candidate.json`).
         accept_risk: why to publish without the claims that do not pass; public, on the card.
         required: attacks with these views speak of `reconstruction` here, and apply.
+        beside: digests of the indexes of these images' other releases, the last of each other function.
 
     Raises:
         RefusedError: a claim does not pass, and no reason was given; all that speaks against it.
@@ -68,7 +70,7 @@ def pass_gate(
     report = _speaking(_reports_of(project, name, ancestors), gate)
     why_not = "no attack was run on this bank"
     found = {
-        claim: [why_not] if report is None else objections(claim, report, wanted, gate, required)
+        claim: [why_not] if report is None else objections(claim, report, wanted, gate, required, beside)
         for claim in wanted.made
     }
     told = [] if report is None else failed_in(report)
@@ -99,6 +101,7 @@ def objections(
     wanted: ClaimsSection,
     gate: GateSection,
     required: Sequence[type[ReleaseView]] = (),
+    beside: Sequence[str] = (),
 ) -> list[str]:
     """What in a report of attacks on a bank speaks against a claim; nothing: it passes.
 
@@ -129,6 +132,8 @@ def objections(
                 found.append(f"{attack.code} {attack.title}: was not run")
         elif result.version != attack.version:
             found.append(f"{attack.code} {attack.title}: version {result.version} was run, today's is {attack.version}")
+        elif result.beside not in (None, *beside) or (result.beside and len(beside) > 1):
+            found.append(f"{attack.code} {attack.title}: was not run beside each of the {len(beside)} other releases")
         elif result.verdict == "pass":
             passed += 1
         else:

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from dpf_release.manifest import (
     role_of,
     write_manifest,
 )
-from dpf_release.pipeline.banks import candidate_origin
+from dpf_release.pipeline.banks import candidate_origin, changed_since_poison
 from dpf_release.pipeline.fitting import CANDIDATE, FittedFunction, load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.record import read_model_record
@@ -104,7 +105,8 @@ def _package(
     _refuse_retracted(project, candidate, index)
     reason = _reason_for_function(project.vault, function, second_function)
     digest, steps = sha256_of(candidate / "features" / "index.json"), _retraction_steps(project, name)
-    passage = pass_gate(project, name, digest, steps, accept_risk, _views_that_apply(project, function))
+    beside = _released_beside(project, function)
+    passage = pass_gate(project, name, digest, steps, accept_risk, _views_that_apply(function, beside), beside)
     config = _next_version(project)
 
     staging = build_beside(project.vault, out)
@@ -207,14 +209,10 @@ def _refuse_strangers(candidate: Path, index: BankIndex) -> None:
 
 def _refuse_other_origin(project: Project, candidate: Path, name: str, function: FittedFunction) -> None:
     """That the candidate was made by today's function from today's features and network, and is as it was made."""
-    made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
-    model, features = candidate / "model", candidate / "features"
+    model = candidate / "model"
     weights = (model / "featurizer.safetensors").read_bytes() + (model / "classifier.safetensors").read_bytes()
-    today = candidate_origin(project, function)
-    problems = [f"another {key} than today's" for key in today if made["origin"].get(key) != today[key]]
-    if made["index_sha256"] != sha256_of(features / "index.json"):
-        problems.append("features/index.json changed since")
-    if today["model"] != hashlib.sha256(weights).hexdigest():
+    problems = changed_since_poison(project, name, function, candidate / "features" / "index.json")
+    if candidate_origin(project, function)["model"] != hashlib.sha256(weights).hexdigest():
         problems.append("weights changed since")
     if read_model_record(model / "model.json") != project.cut.public_record:
         problems.append("model/model.json changed since")
@@ -281,11 +279,17 @@ def _manifest_digest(folder: Path) -> str | None:
     return sha256_of(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
 
 
-def _views_that_apply(project: Project, function: FittedFunction) -> list[type[ReleaseView]]:
+def _released_beside(project: Project, function: FittedFunction) -> tuple[str, ...]:
+    """Digests of the indexes of the last release of each other function on these features."""
+    mine = [entry for entry in releases(project.vault) if entry["bank"] == project.bank_id]
+    others = {entry["function_digest"]: entry["index_sha256"] for entry in mine}
+    return tuple(index for digest, index in others.items() if digest != function.digest)
+
+
+def _views_that_apply(function: FittedFunction, beside: Sequence[str]) -> list[type[ReleaseView]]:
     """What an attacker of this release holds, although the attack that wants it is not always one on a release."""
-    others = {entry["function_digest"] for entry in releases(project.vault) if entry["bank"] == project.bank_id}
     held: list[type[ReleaseView]] = [LeakedVault] if function.chain.known_by_name else []
-    return [*held, TwoReleases] if others - {function.digest} else held
+    return [*held, TwoReleases] if beside else held
 
 
 def _reason_for_function(vault: Vault, function: FittedFunction, given: str) -> str:

@@ -249,7 +249,7 @@ def test_two_releases_give_away_more_than_one_does_and_wrongly_joined_less(
 
         return HeldRows(clean.rows.targets, read)
 
-    target = replace(clean, rows=noisy(1), second=lambda project: noisy(2))
+    target = replace(clean, rows=noisy(1), second=lambda project: (noisy(2), "2"))
     view = grant(TwoReleases, target, setting)
     assert isinstance(view, TwoReleases)
     same = np.argsort(np.random.default_rng([setting.seed, 9]).permutation(len(view.other)))
@@ -291,7 +291,12 @@ def test_a_second_release_is_one_that_the_ledger_says_was_published_under_anothe
     remember_release(project.vault, known | made | {"published": True})
     view = grant(TwoReleases, target, setting)
     assert isinstance(view, TwoReleases)
+    assert target.second(project)[1] == other.subject  # what the gate holds against the ledger
     rows = np.arange(len(view.other))
     read, there = (np.asarray(bank.read(rows)).reshape(len(rows), -1).sum(1) for bank in (view.other, other.rows))
     assert np.allclose(np.sort(read), np.sort(there))
     assert not np.allclose(read, there)
+    again = {"index_sha256": "1" * 64, "manifest_sha256": "1" * 64, "function_digest": "2" * 64}
+    remember_release(project.vault, known | made | again | {"published": True})
+    with pytest.raises(NotGrantedError, match="no longer has the candidate 'noise' as it was"):
+        grant(TwoReleases, target, setting)  # an older release is not taken in its place

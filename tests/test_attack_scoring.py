@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from dpf_release.battery.scoring import (
     References,
     RowScores,
     affine_fit,
+    leakages_of,
     ratio_interval,
     score_pictures,
     share_interval,
@@ -124,6 +126,34 @@ def test_what_says_a_little_is_not_made_less_by_what_an_empty_answer_is_matched_
     assert nothing.leakage.high < 0.1
 
 
+def test_where_one_of_the_two_leakages_is_not_defined_the_other_may_fail_and_never_pass() -> None:
+    shuffle = np.random.default_rng(3).permutation(POOL)
+    moved = np.concatenate([shuffle, shuffle + POOL])
+    shuffled = scored(lambda at: perfect(moved[at]))  # all of it is seen, at other rows
+    short = REFERENCES.baseline.measures | {"affine_ssim_matched": REFERENCES.ceiling.matched - 0.05}
+    near = References(replace(REFERENCES.baseline, measures=short), REFERENCES.ceiling)
+    way = way_of(shuffled, near, TRUTH.sizes, seed=0)
+    assert way.leakage is None
+    found = leakages_of(way)
+    assert found[0] is None
+    assert found[1] == way.measures["leakage_own"]
+    assert found[1].high < 0.2  # alone it would have passed for a defence
+    limits = [Limit("leakage", one, 0.1) for one in found]
+    assert judge(limits[:1], Power(passed=True), ())[0] == "inconclusive"
+    assert (
+        judge(
+            [Limit("leakage", one, 0.01) for one in leakages_of(way_of(scored(perfect), near, TRUTH.sizes, 0))],
+            Power(passed=True),
+            (),
+        )[0]
+        == "fail"
+    )
+    whole = way_of(shuffled, REFERENCES, TRUTH.sizes, seed=0)
+    assert leakages_of(whole) == [whole.leakage]
+    assert whole.leakage is not None
+    assert whole.leakage.value > 0.9
+
+
 HALVES = np.random.default_rng(0).permutation(POOL).reshape(-1, 2)
 PARTNER = np.empty(POOL, np.int64)
 PARTNER[HALVES[:, 0]], PARTNER[HALVES[:, 1]] = HALVES[:, 1], HALVES[:, 0]
@@ -184,14 +214,22 @@ def test_pools_hold_the_pictures_of_their_rows_also_of_rows_that_are_made_of_man
         near = np.stack([rows // 300 * 300 + (rows + step) % 300 for step in range(10)], axis=1)
         return np.repeat(np.arange(len(rows)), 10), near.ravel()
 
-    for contributors in (itself, mixed, tangled):
+    def straddling(rows: Rows) -> tuple[Rows, Rows]:  # groups of both classes, as of bins that are not the scorer's
+        both = np.concatenate([groups, groups + 300], axis=1)  # (30, 20)
+        return np.repeat(np.arange(len(rows)), 20), both[group_of[rows % 300]].ravel()
+
+    for contributors, count in ((itself, 2), (mixed, 2), (tangled, 4), (straddling, 4)):
         pools = draw_pools(labels, contributors, 400, seed=5)
-        assert [len(pool.pictures) for pool in pools] == [200, 200]
+        assert [len(pool.pictures) for pool in pools] == [200] * count
+        assert sum(len(pool.rows) for pool in pools) == 400
         for pool in pools:
-            assert set(labels[pool.rows]) == set(labels[pool.pictures]) == {pool.label}
+            assert set(labels[pool.rows]) == {pool.label}
+            assert set(labels[pool.pictures]) == ({0, 1} if contributors is straddling else {pool.label})
             positions, own = contributors(pool.rows)
-            has_own = np.unique(positions[np.isin(own, pool.pictures)])
-            assert len(has_own) == len(pool.rows)
+            there = np.bincount(positions[np.isin(own, pool.pictures)], minlength=len(pool.rows))
+            assert (there == len(own) // len(pool.rows)).all() or contributors is tangled
+            assert there.min() >= 1
+            assert np.isin(pool.rows, pool.pictures).all()  # clean rows are compared with these
     other = draw_pools(labels, itself, 400, seed=6)
     assert not np.array_equal(other[0].rows, draw_pools(labels, itself, 400, seed=5)[0].rows)
     assert np.array_equal(other[0].rows, draw_pools(labels, itself, 400, seed=6)[0].rows)
@@ -207,7 +245,7 @@ def test_a_group_is_in_one_pool_as_a_whole_and_the_pool_is_filled_up() -> None:
         return np.repeat(np.arange(len(rows)), [len(of) for of in found]), np.concatenate(found)
 
     pools = draw_pools(np.zeros(len(group_of), np.int64), mixed, 800, seed=3)
-    assert len(pools) == 4
+    assert 800 <= sum(len(pool.rows) for pool in pools) <= 1000
     for pool in pools:
         assert len(pool.pictures) == 200
         assert 130 < len(pool.rows) <= 200

@@ -165,11 +165,12 @@ def test_a_decoder_learns_from_pairs_what_no_linear_map_undoes(
 def test_public_pictures_get_p_itself_and_keep_their_own_picture(setting: Setting) -> None:
     view = grant(LeakedVault, target_of(setting, "channel-permutation"), setting)
     assert isinstance(view, LeakedVault)
-    stored = leaked_vault.poisoned_public(view)
+    stored, foremost = leaked_vault.poisoned_public(view)
     assert len(stored) == len(view.public) + len(view.public_val)
+    assert np.array_equal(foremost, np.arange(len(stored)))
     numbers = np.array([0, 3, 17])
     clean = view.features(view.public.read(numbers))
-    poisoned = view.poison(HeldRows(np.zeros(3, np.int64), lambda rows: clean.numpy()[rows])).read(np.arange(3))
+    poisoned = view.poison(HeldRows(np.zeros(3, np.int64), lambda rows: clean.numpy()[rows]))[0].read(np.arange(3))
     assert np.allclose(stored[numbers], poisoned, rtol=0.01, atol=0.01)  # as float16
     assert np.abs(stored[numbers] - clean.numpy()).mean() > 0.1
     last = view.features(view.public_val.read(np.array([len(view.public_val) - 1]))).numpy()
@@ -197,21 +198,23 @@ def test_classes_too_small_for_p_join_what_is_next_until_p_takes_them(setting: S
     given: list[np.ndarray] = []
 
     def choosy(needs: int) -> LeakedVault:
-        def poison(rows: HeldRows) -> HeldRows:
+        def poison(rows: HeldRows) -> tuple[HeldRows, np.ndarray]:
             counts = np.bincount(rows.targets)
             if counts[counts > 0].min() < needs:
                 raise ConfigError("too few")
             given.append(rows.targets)
-            return rows
+            return rows, np.arange(len(rows))
 
         return replace(view, poison=poison)
 
     for needs, counts in ((2, [60, 40, 0]), (50, [100, 0, 0])):
         leaked_vault._poisoned_bank(choosy(needs), clean, answers)
         assert np.bincount(given.pop(), minlength=3).tolist() == counts
-    with pytest.raises(ConfigError):
+    with pytest.raises(NotGrantedError, match="too few"):
         leaked_vault._poisoned_bank(choosy(101), clean, answers)
-    stored = leaked_vault.poisoned_public(view)  # P that mixes rows, in earnest
+    stored, foremost = leaked_vault.poisoned_public(view)  # P that mixes rows, in earnest
+    most = (foremost[:50] == np.arange(50)).mean()  # of two, a row has the most pieces of either
+    assert 0.3 < most < 0.9
     public = view.features(view.public.read(np.arange(50))).numpy()
     same = np.isclose(stored[:50], public, rtol=0.01, atol=0.01).all(
         axis=1
@@ -318,7 +321,7 @@ def test_the_attack_is_tried_on_its_own_shadow_functions(setting: Setting, monke
     budget = Budget(images=64, decoders=1, shadows=1)
     assert replace(budget, share=0.5).bank_images == 32
     run = replace(run, setting=replace(run.setting, truth=setting.truth, budget=budget))
-    monkeypatch.setattr(_Run, "_references", lambda run, setting: between(setting, run.clean))
+    monkeypatch.setattr(_Run, "_references", lambda run, target, setting: between(setting, run.clean))
     result, _ = run._attack(shadow.ShadowFunctions())
     assert isinstance(result, AttackResult)
     assert set(result.ways) == {"1 shadows", "1 shadows, moments"}

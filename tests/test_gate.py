@@ -252,6 +252,15 @@ def test_a_function_without_a_secret_wants_the_attack_of_who_has_it_and_two_rele
     full = GateSection(profile="full")
     assert objections("reconstruction", stale, ClaimsSection(), full) == []
     assert "A9" in objections("reconstruction", stale, ClaimsSection(), full, (TwoReleases,))[0]
+    joined = passed(ATTACKS["A9"](), beside="3" * 64)
+    beside = report.model_copy(update={"attacks": (*alone, joined)})
+
+    def said(*others: str) -> list[str]:
+        return objections("reconstruction", beside, ClaimsSection(), full, (TwoReleases,), others)
+
+    assert said("3" * 64) == []
+    assert "beside each of the 1 other releases" in said("4" * 64)[0]
+    assert "beside each of the 2 other releases" in said("3" * 64, "4" * 64)[0]
     older = report.model_copy(update={"scorer": 0})
     assert "scorer" in objections("reconstruction", older, ClaimsSection(), full)[0]
 

@@ -33,6 +33,7 @@ def train_decoder(
     start: Mapping[str, Tensor] | None = None,
     images: int | None = None,
     shape: tuple[int, int, int] | None = None,
+    originals: Callable[[HeldPictures, Rows], Tensor] | None = None,
 ) -> nn.Module:
     """A decoder, trained on Q until the view's budget is spent; at the epoch that is best on pictures of Q held out.
 
@@ -48,11 +49,13 @@ def train_decoder(
         start: weights to begin with, in the place of random ones.
         images: pictures that it is shown; the budget's by default.
         shape: of what `inputs` gives, where even one costs much.
+        originals: (pictures, numbers in them) → what the decoder should make of `inputs`; by default these pictures.
 
     Returns:
         The network, frozen: inputs → pictures (n, 3, H, W) in [0, 1].
     """
     one = np.arange(1)
+    originals = originals or (lambda held, rows: held.read(rows))
     if shape is None:
         channels, *map_size = inputs(view.public_val, one, None).shape[1:]
         shape = (channels, map_size[0], map_size[1])
@@ -65,7 +68,7 @@ def train_decoder(
     recipe, rows = recipe_for(view, images or view.budget.images, len(view.public), LEARNING_RATE)
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
-        return inputs(view.public, chosen, generator), view.public.read(chosen)
+        return inputs(view.public, chosen, generator), originals(view.public, chosen)
 
     def objective(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         return {"loss": decoder_loss(network(batch[0]).float(), batch[1].float() / 255, loss)}
@@ -74,7 +77,7 @@ def train_decoder(
         total, count = 0.0, min(len(view.public_val), VALIDATION_PICTURES)
         for first in range(0, count, BATCH):
             chosen = np.arange(first, min(first + BATCH, count))
-            pictures = view.public_val.read(chosen).to(view.device).float() / 255
+            pictures = originals(view.public_val, chosen).to(view.device).float() / 255
             seen = inputs(view.public_val, chosen, None)
             total += float(decoder_loss(network(seen).float(), pictures, loss)) * len(chosen)
         return total / count

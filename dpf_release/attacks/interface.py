@@ -73,6 +73,7 @@ class Attack:
         view: what it needs to hold.
         answers: of what type its answer is.
         planted: weak functions that it must break, or it proves nothing (`battery.planted`).
+        surpasses: code of an attack that it must surely do better than on those: without its own idea it would be that.
         of_bank: whether it trains anew for each bank, a planted one too.
         sets_ceiling: whether what it reaches on clean rows counts for the ceiling.
         rows: for how many rows it answers, where each costs it much; None: for all. They are evidence enough.
@@ -86,6 +87,7 @@ class Attack:
     view: ClassVar[type[ReleaseView]] = ReleaseView
     answers: ClassVar[type[Result]] = Reconstructions
     planted: ClassVar[tuple[str, ...]] = ("weak-noise",)
+    surpasses: ClassVar[str | None] = None
     of_bank: ClassVar[bool] = False
     sets_ceiling: ClassVar[bool] = False
     rows: ClassVar[int | None] = None

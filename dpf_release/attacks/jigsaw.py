@@ -30,8 +30,9 @@ class Jigsaw(Attack):
     What is rebuilt is the picture that the row's middle piece is of, or the one that most of its pieces seem to be of.
     """
 
-    code, title = "A12", "jigsaw"
+    code, title, version = "A12", "jigsaw", 2
     planted = ("recombine-2",)
+    surpasses = "A1"
 
     def trainings(self, budget: Budget) -> float:
         """Which pieces fit."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.straw_men import DECODERS, straw_man
 from dpf_release.attacks.trained import schedule
 from dpf_release.attacks.view import BATCH, Budget, HeldPictures, HeldRows, LeakedVault, ReleaseView, Rows
-from dpf_release.errors import ConfigError
+from dpf_release.errors import ConfigError, NotGrantedError
 
 # A decoder's loss, and its share of the pictures. Both begin with A1's first decoder.
 LOSSES: tuple[tuple[DecoderLoss, float], ...] = (("ssim", 1.0), ("l1", 0.5))
@@ -29,7 +31,7 @@ LEAST_ROWS = 32  # of a class, to begin with: functions that mix rows refuse cla
 class LeakedP(Attack):
     """Decoders on (P(φ1(z)), z), z in Q: what is left when the secret is out."""
 
-    code, title, claim = "A0", "leaked vault", None
+    code, title, claim, version = "A0", "leaked vault", None, 2
     view = LeakedVault
     planted = ("weak-noise", "channel-affine", "channel-permutation", "random-convolution")
     of_bank = True
@@ -39,7 +41,7 @@ class LeakedP(Attack):
         return sum(share for _, share in LOSSES)
 
     def run(self, view: ReleaseView) -> Reconstructions:
-        """P is applied to Q as a bank of its own; a row of it is paired with its own picture, also where rows mix."""
+        """P is applied to Q as a bank of its own; a mixed row is paired with the picture that it has the most of."""
         assert isinstance(view, LeakedVault)
         start = straw_man(view).state_dict()  # on all of Q: it is A1's
         _, rows = schedule(view.budget.bank_images, len(view.public))
@@ -47,10 +49,20 @@ class LeakedP(Attack):
         view = replace(view, public=HeldPictures(count, view.public.read, view.public.remembered))
         poisoned = functools.cache(lambda: poisoned_public(view))  # not made where all is kept
 
+        def numbers(held: HeldPictures, rows: Rows) -> Rows:
+            return rows + (count if held is view.public_val else 0)  # these come after the others
+
         def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
-            mine = rows + (len(view.public) if held is view.public_val else 0)  # these come after the others
-            features = torch.from_numpy(np.asarray(poisoned()[mine], np.float32)).to(view.device)
+            features = torch.from_numpy(np.asarray(poisoned()[0][numbers(held, rows)], np.float32)).to(view.device)
             return features.contiguous(memory_format=torch.channels_last)
+
+        def originals(held: HeldPictures, rows: Rows) -> Tensor:
+            shown = poisoned()[1][numbers(held, rows)]
+            if (shown < count).all():
+                return view.public.read(shown)
+            pictures = view.public_val.read(np.maximum(shown - count, 0)).clone()
+            pictures[torch.from_numpy(shown < count)] = view.public.read(shown[shown < count])
+            return pictures
 
         decoders = {}
         for loss, share in LOSSES:
@@ -64,18 +76,23 @@ class LeakedP(Attack):
                 start=start,
                 images=max(1, round(view.budget.bank_images * share)),
                 shape=view.feature_shape,
+                originals=originals,
             )
             decoders[loss.upper()] = decode(view, network)
         return Reconstructions(decoders)
 
 
-def poisoned_public(view: LeakedVault) -> NDArray[np.float16]:
+def poisoned_public(view: LeakedVault) -> tuple[NDArray[np.float16], Rows]:
     """P of φ1(Q): (N, C, H, W), first all of `view.public`, then the pictures that a decoder is validated on.
 
-    Q gets the labels that φ2 gives it. Classes that P finds too small for it go to what φ2 takes them for next.
+    Q gets the labels that φ2 gives it. Classes that P finds too small for it go to what φ2 takes them for next; of
+    several regression targets the first stands for all then.
+
+    Returns:
+        The rows, and which of these pictures each has the most of, (N,).
 
     Raises:
-        ConfigError: Q has no class that is large enough for P.
+        NotGrantedError: Q has no class that is large enough for P.
     """
     sets = [(view.public, len(view.public)), (view.public_val, min(len(view.public_val), VALIDATION_PICTURES))]
     clean, answers = room(sum(count for _, count in sets), view.feature_shape), []
@@ -86,29 +103,40 @@ def poisoned_public(view: LeakedVault) -> NDArray[np.float16]:
             answers.append(view.answers(features).cpu().numpy())
             clean[done : done + len(features)] = _float16(features.cpu().numpy())
             done += len(features)
-    bank = _poisoned_bank(view, clean, np.concatenate(answers))
+    bank, foremost = _poisoned_bank(view, clean, np.concatenate(answers))
     poisoned = room(done, view.feature_shape)
     for first in range(0, done, BATCH):
         rows = np.arange(first, min(first + BATCH, done))
         poisoned[rows] = _float16(bank.read(rows))
-    return poisoned
+    return poisoned, foremost
 
 
-def _poisoned_bank(view: LeakedVault, clean: NDArray[np.float16], answers: NDArray[np.float32]) -> HeldRows:
+def _poisoned_bank(
+    view: LeakedVault, clean: NDArray[np.float16], answers: NDArray[np.float32]
+) -> tuple[HeldRows, Rows]:
     def read(rows: Rows) -> NDArray[np.float16]:
         return np.array(clean[rows])
 
-    if view.task == "regression":
-        return view.poison(HeldRows(answers, read))
-    least = LEAST_ROWS
-    while True:
-        labels, classes = _labels(answers, least)
+    refusal: ConfigError | None = None
+    for targets in _targets(answers, view.task):
         try:
-            return view.poison(HeldRows(labels, read))
-        except ConfigError:  # P wants larger classes
-            if classes == 1:
-                raise
-            least *= 2
+            return view.poison(HeldRows(targets, read))
+        except ConfigError as error:  # P wants larger classes
+            refusal = error
+    raise NotGrantedError(f"P refuses all of Q as a bank: {refusal}")
+
+
+def _targets(answers: NDArray[np.float32], task: str) -> Iterator[NDArray[Any]]:
+    """What Q may be labelled with, by φ2's answers: fewer and larger classes each time."""
+    if task == "regression":
+        yield answers
+        yield np.repeat(answers[:, :1], answers.shape[1], axis=1)
+        return
+    least, classes = LEAST_ROWS, 2
+    while classes > 1:
+        labels, classes = _labels(answers, least)
+        yield labels
+        least *= 2
 
 
 def _labels(answers: NDArray[np.float32], least: int) -> tuple[NDArray[np.int64], int]:

@@ -232,10 +232,11 @@ class LeakedVault(ReleaseView):
     """The attacker also has P.
 
     Attributes:
-        poison: a bank → the same, poisoned as the released one was (rows that mix, mix within it).
+        poison: a bank → the same, poisoned as the released one was (rows that mix, mix within it); and which row of the
+            given one each row has the most of, (N,).
     """
 
-    poison: Callable[[HeldRows], HeldRows]
+    poison: Callable[[HeldRows], tuple[HeldRows, Rows]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dpf_release.bank import SplitName
 from dpf_release.battery.targets import Target
 from dpf_release.battery.truth import POOL, Rows, Suspects, Truth, bin_of
 from dpf_release.errors import NotGrantedError
@@ -75,7 +76,7 @@ class Labelled:
 
     Attributes:
         values: of the attribute.
-        public_values: (n,) of each picture of Q's train split, as an index of `values`; -1: not known.
+        public_values: (n,) of each picture of Q's train split (`public_rows`), as an index of `values`; -1: not known.
         asked: rows that are asked for.
         asked_values: theirs, which only the scorer has.
         known_rows: rows that the attacker is told of.
@@ -122,15 +123,20 @@ def draw_labelled(project: Project, target: Target, truth: Truth, seed: int) -> 
     most = len(truth.asked)
     known_rows, asked_rows = (np.sort(generator.permutation(np.concatenate(part))[:most]) for part in (known, asked))
     public = project.public_images
-    public_cells = np.array(public.table.attributes.get(column, ("",) * len(public.table)))[public.rows("train")]
+    public_cells = np.array(public.table.attributes.get(column, ("",) * len(public.table)))
     return Labelled(
         values=tuple(values.tolist()),
-        public_values=_index_of(public_cells, values),
+        public_values=_index_of(public_cells[public_rows(project, "train", seed)], values),
         asked=asked_rows,
         asked_values=_index_of(cells[asked_rows].astype(str), values),
         known_rows=known_rows,
         known_values=_index_of(cells[known_rows].astype(str), values),
     )
+
+
+def public_rows(project: Project, split: SplitName, seed: int) -> Rows:
+    """Rows of Q's table in an order that is drawn: in the table they lie class by class, and many look at the first."""
+    return np.random.default_rng([seed, 12]).permutation(project.public_images.rows(split))
 
 
 def _index_of(cells: NDArray[np.str_], values: NDArray[np.str_]) -> NDArray[np.int64]:

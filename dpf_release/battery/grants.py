@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from dpf_release.attacks.view import (
     Remembered,
     TwoReleases,
 )
-from dpf_release.battery.candidates import draw_labelled, draw_suspects
+from dpf_release.battery.candidates import draw_labelled, draw_suspects, public_rows
 from dpf_release.battery.targets import Target
 from dpf_release.battery.truth import Truth
 from dpf_release.errors import NotGrantedError
@@ -48,7 +48,7 @@ class Setting:
         budget: of each attack.
         seed: of all that is drawn.
         kept: where attackers keep what they train.
-        remembered: φ1(Q), for training and for validation.
+        remembered: φ1(Q), of each split.
     """
 
     project: Project
@@ -56,7 +56,7 @@ class Setting:
     budget: Budget
     seed: int
     kept: Kept
-    remembered: tuple[Remembered, Remembered] = field(default_factory=lambda: (Remembered(), Remembered()))
+    remembered: Mapping[str, Remembered] = field(default_factory=lambda: {"train": Remembered(), "val": Remembered()})
 
 
 def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseView:
@@ -75,8 +75,8 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
         "task": project.config.task.kind,
         "bank": target.rows,
         "asked": setting.truth.asked,
-        "public": _held_pictures(images.pictures.read, images.rows("train"), setting.remembered[0]),
-        "public_val": _held_pictures(images.pictures.read, images.rows("val"), setting.remembered[1]),
+        "public": _held_pictures(setting, "train"),
+        "public_val": _held_pictures(setting, "val"),
         "budget": setting.budget,
         "seed": setting.seed,
         "device": project.device,
@@ -87,6 +87,7 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
             if target.classifier
             else hashlib.sha256(cut.classifier_file).hexdigest(),
             "public_images_sha256": images.digest,
+            "public_order": setting.seed,
         },
         "bank_subject": target.subject,
         "kept": setting.kept,
@@ -95,8 +96,10 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
     return view(**{**fields, **more})
 
 
-def _held_pictures(read: Callable[[Rows], Tensor], rows: Rows, remembered: Remembered) -> HeldPictures:
-    return HeldPictures(len(rows), lambda numbers: read(rows[numbers]), remembered)
+def _held_pictures(setting: Setting, split: Literal["train", "val"]) -> HeldPictures:
+    """Q."""
+    rows, read = public_rows(setting.project, split, setting.seed), setting.project.public_images.pictures.read
+    return HeldPictures(len(rows), lambda numbers: read(rows[numbers]), setting.remembered[split])
 
 
 def _leaked_vault(target: Target, setting: Setting) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def _known_pairs(target: Target, setting: Setting) -> dict[str, Any]:
 
 def _two_releases(target: Target, setting: Setting) -> dict[str, Any]:
     """Another release of the same pictures, its rows in an order that says nothing."""
-    other = target.second(setting.project)
+    other, _ = target.second(setting.project)
     order = np.random.default_rng([setting.seed, 9]).permutation(len(other))
     return {"other": HeldRows(other.targets[order], lambda rows: other.read(order[rows]))}
 

@@ -132,12 +132,19 @@ def _tpr(
     drawn_members: NDArray[np.int64],
     drawn_others: NDArray[np.int64],
 ) -> Interval:
+    """Of members and others just at the threshold, as many are taken, in the same proportion, as may be."""
     allowed, order = int(rate * len(others)), np.argsort(-others)
     falling = others[order]
-    value = float((members > falling[allowed]).mean())
-    # Of each draw, the first of the others, from the top, at which more than are allowed were taken for members.
-    edge = falling[(np.cumsum(drawn_others[:, order], axis=1) > allowed).argmax(axis=1)]  # (draws,)
-    found = [(drawn * (members > at)).sum() / len(members) for drawn, at in zip(drawn_members, edge, strict=True)]
+
+    def share(members_drawn: NDArray[np.int64], others_drawn: NDArray[np.int64]) -> float:
+        # The first of the others, from the top, at which more than are allowed were taken for members.
+        edge = falling[int((np.cumsum(others_drawn[order]) > allowed).argmax())]
+        above, level = others_drawn[others > edge].sum(), others_drawn[others == edge].sum()
+        tied = (allowed - above) / level
+        return float(members_drawn @ ((members > edge) + tied * (members == edge)) / len(members))
+
+    value = share(np.ones(len(members), np.int64), np.ones(len(others), np.int64))
+    found = [share(*drawn) for drawn in zip(drawn_members, drawn_others, strict=True)]
     low, high = np.quantile(found, [0.025, 0.975])
     # Few are found, or none: the bootstrap alone would be too sure.
     wilson = binomtest(round(value * len(members)), len(members)).proportion_ci(0.95, "wilson")

@@ -19,7 +19,7 @@ from dpf_release.attack_report import AttackReport, AttackResult, Interval, publ
 from dpf_release.battery.frontier_points import FRONTIER, Frontier, frontier_plots
 from dpf_release.battery.gallery import Pictures, read_pictures
 from dpf_release.battery.plots import leakage_plot, series_plot
-from dpf_release.battery.sentence import strongest, verdict_in_words
+from dpf_release.battery.sentence import granted_to, notes, strongest, verdict_in_words
 from dpf_release.errors import ConfigError
 from dpf_release.pages import page_template
 from dpf_release.storage import PUBLIC_FILE, make_folder, write_text
@@ -27,14 +27,6 @@ from dpf_release.vault import Vault
 
 PAGE = "attack.html"
 TILE, GAP = 96, 2  # pixels: the longest side of a picture on the page, and between two
-GRANTED = {
-    "ReleaseView": "the release",
-    "Candidates": "the release, and pictures of which some are in it",
-    "KnownPairs": "the release, and some pictures with their rows",
-    "LeakedVault": "the release, and P",
-    "LabelledRows": "the release, and the attribute of some rows",
-    "TwoReleases": "two releases of the same pictures",
-}
 MEASURES = {
     "affine_ssim": "SSIM after the best colour fit",
     "top1": "right row first",
@@ -129,7 +121,8 @@ def page(report: AttackReport, pictures: Pictures, frontier: Frontier, *, privat
         report=report,
         verdict=verdict_in_words(report),
         private=private,
-        granted=GRANTED,
+        granted=granted_to,
+        notes=notes(report),
         measures=MEASURES,
         strongest={result.code: strongest(result) for result in report.attacks},
         leakage=data_uri(leakage_plot(report.attacks)) if any(result.leakage for result in report.attacks) else "",

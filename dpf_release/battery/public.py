@@ -17,6 +17,7 @@ from dpf_release.attack_report import AttackReport
 from dpf_release.attacks import ATTACKS, Reconstructions
 from dpf_release.attacks.trained import weights_sha256
 from dpf_release.attacks.view import BATCH, HeldPictures, HeldRows, ReleaseView
+from dpf_release.battery.candidates import public_rows
 from dpf_release.battery.gallery import as_bytes, spread
 from dpf_release.battery.grants import Setting, grant, kept_in
 from dpf_release.battery.page import refuse_inside_release, write_public_page
@@ -68,7 +69,7 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
         report: which attacks were run, how hard, and which of their ways is the strongest.
     """
     images, profile = project.public_images, PROFILES[report.profile]
-    rows = np.concatenate([images.rows("val"), images.rows("train")])[:PICTURES]
+    rows = np.concatenate([public_rows(project, split, report.seed) for split in ("val", "train")])[:PICTURES]
     pictures = HeldPictures(len(rows), lambda numbers: images.pictures.read(rows[numbers]))
     setting = Setting(project, _nothing_asked(len(rows)), profile.budget, report.seed, kept_in(project.vault))
     clean = _clean_view(setting, pictures)
@@ -76,7 +77,7 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
     poison = shadow_function(project, clean, pictures, recipe)
     if poison is None:
         return {}
-    shadow = replace(clean, bank=poison(clean.bank), bank_subject=f"{SEED}, poisoned")
+    shadow = replace(clean, bank=poison(clean.bank)[0], bank_subject=f"{SEED}, poisoned")
     asked = spread(min(len(rows), len(images.rows("val")) or len(rows)))
     found: dict[str, Tensor] = {}
     originals = pictures.read(asked)
@@ -105,7 +106,7 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
 
 def shadow_function(
     project: Project, view: ReleaseView, pictures: HeldPictures, recipe: Mapping[str, Any]
-) -> Callable[[HeldRows], HeldRows] | None:
+) -> Callable[[HeldRows], tuple[HeldRows, Rows]] | None:
     """A function of P's kind that has nothing of P: planned, and where it is learned fitted, on Q.
 
     Args:
@@ -115,7 +116,7 @@ def shadow_function(
         recipe: what P was fitted by: `function`, `objective`, `lambda`, `straw_men`.
 
     Returns:
-        A bank → the same, poisoned. None where P was trained against attribute classifiers alone, which are of S: its
+        As `poison_with`. None where P was trained against attribute classifiers alone, which are of S: its
         shadow would poison nothing.
     """
     spec = FeatureSpec(view.feature_shape, view.non_negative)
@@ -191,8 +192,9 @@ class _TaskOnQ(TargetTask):
 
 def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:
     """A release whose bank is φ1(Q), labelled by φ2."""
+    none = np.empty(0, np.int64)
     nobody = HeldRows(np.zeros(len(pictures), np.int64), lambda rows: np.empty(0))
-    target = Target(SEED, nobody, lambda rows: rows, lambda rows: (rows, rows), lambda rows: rows, SEED)
+    target = Target(SEED, nobody, lambda rows: (rows, none), lambda rows: (rows, rows), lambda rows: rows, SEED)
     view = grant(ReleaseView, target, setting)
 
     def read(rows: Rows) -> NDArray[Any]:

@@ -13,9 +13,9 @@ from dpf_release.attacks import Reconstructions
 from dpf_release.attacks.view import BATCH, ReleaseView
 from dpf_release.battery.gallery import pictures_of
 from dpf_release.battery.grants import Setting
-from dpf_release.battery.scoring import References, RowScores, score_pictures, way_of
+from dpf_release.battery.scoring import References, RowScores, leakages_of, score_pictures, way_of
 from dpf_release.battery.targets import Target
-from dpf_release.battery.truth import Rows, Truth
+from dpf_release.battery.truth import LEAST_POOL, Rows, Truth
 from dpf_release.battery.verdicts import Limit, Scored, re_identification_limit
 from dpf_release.pipeline.project import Project
 
@@ -69,7 +69,7 @@ def score_reconstructions(
         found=highest,
         among=truth.among,
         limits=(
-            *(Limit("leakage", way.leakage, limits.leakage) for way in ways.values()),
+            *(Limit("leakage", found, limits.leakage) for way in ways.values() for found in leakages_of(way)),
             *(Limit("re-identification", way.measures.get("re_identification"), own) for way in ways.values()),
         ),
         series=_series(answer, ways),
@@ -77,6 +77,7 @@ def score_reconstructions(
         if clean is None
         else pictures_of(truth, scores[best], lambda at: answer.decoders[best](places[at]), clean),
         rows=len(truth.asked),
+        judged=int((truth.sizes >= LEAST_POOL).sum()),
     )
 
 

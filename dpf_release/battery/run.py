@@ -27,7 +27,7 @@ from dpf_release.battery.profiles import PLANTED_SHARE, PROFILES, Profile, decod
 from dpf_release.battery.reconstructions import baselines, score_answer, score_reconstructions
 from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
-from dpf_release.battery.truth import Rows
+from dpf_release.battery.truth import LEAST_POOL, Rows
 from dpf_release.battery.utility import UTILITIES, measure_utility
 from dpf_release.battery.verdicts import Scored, judge
 from dpf_release.errors import ConfigError, NotGrantedError
@@ -153,6 +153,7 @@ class _Run:
             report = report.model_copy(update=self._shown())
         for attack in missing:
             result, pictures = self._attack(attack)
+            done.pop(attack.code, None)
             if isinstance(result, AttackResult):
                 done[attack.code] = result
                 keep_pictures(self.project.vault, self.name, report, attack.code, pictures)
@@ -207,6 +208,7 @@ class _Run:
             re_identification=scored.found,
             among=scored.among,
             re_identification_limit=scored.re_identification_limit,
+            beside=self.target.second(self.project)[1] if attack.view is TwoReleases else None,
             power=power,
             verdict=verdict,
             reasons=reasons,
@@ -260,6 +262,8 @@ class _Run:
         rows, least = self._rows(scored), min(profile.least_rows, attack.rows or profile.least_rows)
         if rows < least:
             found.append(f"{rows} rows, the profile wants {least}")
+        elif scored.judged is not None and scored.judged < least:
+            found.append(f"{scored.judged} rows in pools of {LEAST_POOL} pictures or more, the profile wants {least}")
         if not self.enough:
             found.append(
                 f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
@@ -272,21 +276,35 @@ class _Run:
         setting = replace(self.setting, budget=budget)
         members = attack.members(grant(ReleaseView, self.clean, setting))
         functions: dict[str, nn.Module | None] = {**dict.fromkeys(attack.planted), **members}
-        found = {}
-        for name, member in functions.items():
-            target = self._planted(name, member)  # rows that are mixed want pools that hold all their pictures
-            setting = replace(setting, truth=draw_truth(self.project, target, POWER_ROWS, setting.seed))
-            subject = {**self._subject(attack, setting), "planted": name}
-            kept = setting.kept.load(f"{attack.code} power on {name}", subject)
-            if kept is None:
-                kept = {"leakage": _as_tensor(self._scored(attack, target, setting).power())}
-                setting.kept.save(f"{attack.code} power on {name}", subject, kept)
-            if leakage := _as_interval(kept["leakage"]):
-                found[name] = leakage
         if not functions:
             return Power(passed=None)
+        other = next((one for one in registered() if one.code == attack.surpasses), None)
+        found, surpassed = {}, {}
+        for name, member in functions.items():
+            try:
+                target = self._planted(name, member)
+            except ConfigError as error:  # it wants larger classes than there are
+                announce(f"{attack.code} {attack.title}: {name} cannot be planted: {error}")
+                continue
+            # Rows that are mixed want pools that hold all their pictures.
+            setting = replace(setting, truth=draw_truth(self.project, target, POWER_ROWS, setting.seed))
+            if leakage := self._out_of(attack, name, target, setting):
+                found[name] = leakage
+            if other and (leakage := self._out_of(other, name, target, setting)):
+                surpassed[name] = leakage
         passed = len(found) == len(functions) and all(value.low >= POWER_LEAKAGE for value in found.values())
-        return Power(passed=passed, planted=found)
+        if other:
+            passed &= len(surpassed) == len(found) and all(found[name].low > surpassed[name].high for name in found)
+        return Power(passed=passed, planted=found, surpassed=surpassed)
+
+    def _out_of(self, attack: Attack, name: str, target: Target, setting: Setting) -> Interval | None:
+        """What an attack gets out of a planted function."""
+        subject = {**self._subject(attack, setting), "planted": name}
+        kept = setting.kept.load(f"{attack.code} power on {name}", subject)
+        if kept is None:
+            kept = {"leakage": _as_tensor(self._scored(attack, target, setting).power())}
+            setting.kept.save(f"{attack.code} power on {name}", subject, kept)
+        return _as_interval(kept["leakage"])
 
     def _planted(self, name: str, member: nn.Module | None) -> Target:
         clean, seed = clean_rows(self.project), self.setting.seed
@@ -390,7 +408,8 @@ class _Run:
     ) -> AttackReport:
         results = tuple(done[attack.code] for attack in attacks if attack.code in done)
         lacks = {code: reason for code, reason in lacks.items() if code not in done}
-        report = report.model_copy(update={"attacks": results, "not_applicable": lacks})
+        not_run = tuple(attack.code for attack in attacks if attack.code not in {*done, *lacks})
+        report = report.model_copy(update={"attacks": results, "not_applicable": lacks, "not_run": not_run})
         folder = make_folder(self.project.vault.reports(self.name))
         note_failures(self.project.vault, self.name, failed_in(report))  # first: a report may be replaced
         self.project.vault.write_json(folder / report_file(self.profile.name), report.model_dump(mode="json"))

@@ -163,23 +163,32 @@ def way_of(scores: RowScores, references: References, sizes: Rows, seed: int) ->
 
     The higher of the two, bound by bound. By match alone, what says nothing does well (the mean of a class is matched
     with the one picture of the pool that is most like it), and what says a little seems worse than nothing. By own
-    picture alone, a shuffle of the rows would pass for a defence.
+    picture alone, a shuffle of the rows would pass for a defence. So where one is not defined, neither is the leakage;
+    what the other one says is among the measures, and can fail.
     """
     measures = {name: mean_interval(values, seed) for name, values in scores.measures.items()}
-    worst = np.sort(scores.primary)[-max(1, round(WORST * len(scores.primary))) :]
-    measures["affine_ssim_worst"] = mean_interval(worst, seed)
+    count = max(1, round(WORST * len(scores.primary)))
+    for name, values in scores.measures.items():  # the worst for whoever is shown: the most alike
+        alike = np.sort(values)
+        measures[f"{name}_worst"] = mean_interval(alike[:count] if name == "l1" else alike[-count:], seed)
     if (sizes >= LEAST_POOL).any():
         measures["re_identification"] = share_interval(scores.own[sizes >= LEAST_POOL])
-    leakages = [
-        ratio_interval(of(scores), of(references.baseline), of(references.ceiling), seed)
-        for of in (lambda one: one.primary, lambda one: one.matched)
-    ]
-    return Way(measures=measures, leakage=_higher([found for found in leakages if found]))
+    leakages = {
+        name: ratio_interval(of(scores), of(references.baseline), of(references.ceiling), seed)
+        for name, of in (("leakage_own", lambda one: one.primary), ("leakage_matched", lambda one: one.matched))
+    }
+    defined = {name: found for name, found in leakages.items() if found is not None}
+    leakage = _higher([*defined.values()]) if len(defined) == len(leakages) else None
+    return Way(measures=measures | defined, leakage=leakage)
 
 
-def _higher(intervals: Sequence[Interval]) -> Interval | None:
-    if not intervals:
-        return None
+def leakages_of(way: Way) -> list[Interval | None]:
+    """What a claim is held against: the leakage; where it is not defined also what there is of it."""
+    parts = [way.measures[name] for name in ("leakage_own", "leakage_matched") if name in way.measures]
+    return [way.leakage] if way.leakage else [None, *parts]
+
+
+def _higher(intervals: Sequence[Interval]) -> Interval:
     value, low, high = (max(getattr(one, name) for one in intervals) for name in ("value", "low", "high"))
     return Interval(value=value, low=low, high=high)
 

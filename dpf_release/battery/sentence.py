@@ -10,7 +10,16 @@ from dpf_release.attack_report import AttackReport, AttackResult, Interval
 
 # What an attack is best known by: the first of these that any of its ways has.
 PRIMARY = ("affine_ssim", "top1", "accuracy", "auc")
+GRANTED = {
+    "ReleaseView": "the release",
+    "Candidates": "the release, and pictures of which some are in it",
+    "KnownPairs": "the release, and some pictures with their rows",
+    "LeakedVault": "the release, and P",
+    "LabelledRows": "the release, and the attribute of some rows",
+    "TwoReleases": "two releases of the same pictures",
+}
 LONGEST_REASON = 300
+LEAKAGE = 0.1  # where a report has no limit
 EMPIRICAL = "This is measured, not proven: an attacker who does better than these may exist."
 
 
@@ -49,6 +58,11 @@ def strongest(result: AttackResult) -> Strongest | None:
     return None
 
 
+def granted_to(result: AttackResult) -> str:
+    """What the attacker holds, in words."""
+    return GRANTED.get(result.granted, result.granted)
+
+
 def verdict_in_words(report: AttackReport) -> Sentence:
     """The worst finding, or that there is none, or that nobody knows."""
     judged = [result for result in report.attacks if result.verdict != "reported"]
@@ -66,6 +80,13 @@ def verdict_in_words(report: AttackReport) -> Sentence:
             f"{'attack' if len(judged) == 1 else 'attacks'} could not tell."
         )
         return Sentence(headline, _detail(report, judged), "open")
+    if report.not_run:
+        apply = len(report.not_run) + len(report.attacks)
+        headline = (
+            f"It is not known whether this release is safe: {len(report.not_run)} of {apply} attacks of the profile "
+            f"{report.profile} were not run."
+        )
+        return Sentence(headline, _detail(report, judged), "open")
     headline = f"No attack of the profile {report.profile} got past its limits."
     if report.no_better_than_own:
         headline = (
@@ -76,6 +97,26 @@ def verdict_in_words(report: AttackReport) -> Sentence:
     return Sentence(headline, _detail(report, judged), "good")
 
 
+def notes(report: AttackReport) -> list[str]:
+    """What else belongs to the table: attacks that it lacks, and references that no attack is."""
+    found = [
+        f"{code}: not applicable{f', {reason}' if reason else ''}" for code, reason in report.not_applicable.items()
+    ]
+    limit = report.limits.get("leakage", LEAKAGE)
+    for result in report.attacks:
+        for name in result.series:
+            enough = result.smallest_above(name, limit)
+            told = "no number tried gives" if enough is None else f"{enough} are enough for"
+            found.append(f"{result.code}, {name}: {told} a leakage above {limit:g}")
+    if answers := report.references.get("outputs"):
+        without = report.baselines["affine_ssim"].value
+        found.append(
+            f"Reference: from φ2's answers alone a decoder reaches SSIM {answers.value:.2f} [{answers.low:.2f}, "
+            f"{answers.high:.2f}] after the best colour fit, the label alone {without:.2f}. Neither is judged."
+        )
+    return found
+
+
 def _detail(report: AttackReport, judged: Sequence[AttackResult]) -> str:
     parts = []
     said_of = {"fail": "got through", "inconclusive": "could not tell", "pass": "stayed within limits"}
@@ -83,6 +124,8 @@ def _detail(report: AttackReport, judged: Sequence[AttackResult]) -> str:
         codes = [result.code for result in judged if result.verdict == verdict]
         if codes:
             parts.append(f"{', '.join(codes)} {words}")
+    if report.not_run:
+        parts.append(f"{', '.join(report.not_run)} not run")
     said = [f"Profile {report.profile}: {'; '.join(parts)}."]
     leaked = [result.leakage for result in judged if result.claim == "reconstruction" and result.leakage]
     if leaked and not any(result.verdict == "fail" for result in judged):  # beside a finding it would play it down

@@ -17,8 +17,9 @@ from dpf_release.attacks.view import HeldRows
 from dpf_release.bank import ID_BYTES, INDEX, FeatureBank
 from dpf_release.battery.planted import Member, planted
 from dpf_release.battery.truth import Contributors, Rows, Suspects, Truth, bins_of, draw_pools
-from dpf_release.errors import NotGrantedError
+from dpf_release.errors import NotGrantedError, VaultError
 from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource
+from dpf_release.pipeline.banks import changed_since_poison
 from dpf_release.pipeline.fitting import FittedFunction
 from dpf_release.pipeline.project import Project
 from dpf_release.storage import sha256_of
@@ -32,7 +33,7 @@ class Target:
     Attributes:
         name: of the function.
         rows: as an attacker holds them.
-        poison: P on another bank.
+        poison: P on another bank; and of each of its rows, which row of that bank it has the most of.
         contributors: which clean rows each row is made of.
         foremost: which clean row each row has the most of.
         subject: what the bank is, for what is kept of it.
@@ -41,12 +42,12 @@ class Target:
         classifier: in the place of φ2, where a network is planted.
         suspects: the candidates, where they belong to a planted network.
         known_by_name: whether who knows P's name can do the same to pictures of their own.
-        second: the same pictures under another function, as they are released too.
+        second: the same pictures under another function, as they are released too, and a digest of that bank.
     """
 
     name: str
     rows: HeldRows
-    poison: Callable[[HeldRows], HeldRows]
+    poison: Callable[[HeldRows], tuple[HeldRows, Rows]]
     contributors: Contributors
     foremost: Callable[[Rows], Rows]
     subject: str
@@ -54,10 +55,10 @@ class Target:
     classifier: nn.Module | None = None
     suspects: Suspects | None = None
     known_by_name: bool = False
-    second: Callable[[Project], HeldRows] = lambda project: _no_second()
+    second: Callable[[Project], tuple[HeldRows, str]] = lambda project: _no_second()
 
 
-def _no_second() -> HeldRows:
+def _no_second() -> tuple[HeldRows, str]:
     raise NotGrantedError("the ledger has no other release of these images under another function")
 
 
@@ -112,8 +113,17 @@ def clean_rows(project: Project) -> Joined:
 
 
 def candidate_target(project: Project, name: str, function: FittedFunction) -> Target:
-    """The candidate of a fitted function."""
+    """The candidate of a fitted function.
+
+    Raises:
+        VaultError: it is not what that function makes of today's features: which row is made of which is not known.
+    """
     features = _features(project, name)
+    if problems := changed_since_poison(project, name, function, features / INDEX):
+        raise VaultError(
+            f"the candidate {name!r} is not of today: {'; '.join(problems)}. Run `dpf-release poison --name {name}` "
+            "again, then attack what it makes."
+        )
     parts = [FeatureBank(features, split) for split in RELEASED_SPLITS]
     starts = np.cumsum([0, *map(len, parts)])
 
@@ -161,22 +171,25 @@ def _features(project: Project, name: str) -> Path:
     return vault.opened(vault.candidate(name) / "features", INDEX, *RELEASED_SPLITS)
 
 
-def _released_too(project: Project, digest: str) -> HeldRows:
-    """The candidate that was published last of these features under another function, where it still is as it was.
+def _released_too(project: Project, digest: str) -> tuple[HeldRows, str]:
+    """The candidate that was published last of these features under another function.
 
     Raises:
-        NotGrantedError: there is none.
+        NotGrantedError: there is none, or it is not in the vault as it was.
     """
-    for entry in reversed(releases(project.vault)):
-        another = entry["function_digest"] != digest and entry["bank"] == project.bank_id
-        if not another or not entry.get("published", True):
-            continue
-        if not project.vault.holds(project.vault.candidate(entry["function"]) / "features" / INDEX):
-            continue
-        features = _features(project, entry["function"])
-        if sha256_of(features / INDEX) == entry["index_sha256"]:
-            return held(Joined(tuple(FeatureBank(features, split) for split in RELEASED_SPLITS)))
-    return _no_second()
+    others = [
+        entry
+        for entry in releases(project.vault)
+        if entry["function_digest"] != digest and entry["bank"] == project.bank_id and entry.get("published", True)
+    ]
+    if not others:
+        return _no_second()
+    name, index = others[-1]["function"], others[-1]["index_sha256"]
+    if project.vault.holds(project.vault.candidate(name) / "features" / INDEX):
+        features = _features(project, name)
+        if sha256_of(features / INDEX) == index:
+            return held(Joined(tuple(FeatureBank(features, split) for split in RELEASED_SPLITS))), index
+    raise NotGrantedError(f"the vault no longer has the candidate {name!r} as it was published")
 
 
 def _pieces(plans: Sequence[Plan]) -> Rows | None:
@@ -201,8 +214,9 @@ def planted_target(project: Project, name: str, clean: RowSource, seed: int, mem
         lambda rows: chain.foremost(rows, plans),
         subject,
         lambda rows: None if pieces is None else pieces[rows],
-        second=lambda project: held(
-            chain.on(clean, chain.plan(clean, phi_2, hashlib.sha256(f"second {seed}".encode()).digest()))
+        second=lambda project: (
+            held(chain.on(clean, chain.plan(clean, phi_2, hashlib.sha256(f"second {seed}".encode()).digest()))),
+            f"second {subject}",
         ),
     )
 
@@ -233,12 +247,13 @@ def held_source(rows: HeldRows) -> RowSource:
     return _Source(rows)
 
 
-def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Callable[[HeldRows], HeldRows]:
+def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Callable[[HeldRows], tuple[HeldRows, Rows]]:
     """P on a bank of the attacker's, under a plan for that bank; learned weights and fixed numbers are P's own."""
 
-    def poison(rows: HeldRows) -> HeldRows:
+    def poison(rows: HeldRows) -> tuple[HeldRows, Rows]:
         source = held_source(rows)
-        return held(chain.on(source, chain.plan(source, phi_2, hashlib.sha256(seed.encode()).digest())))
+        plans = chain.plan(source, phi_2, hashlib.sha256(seed.encode()).digest())
+        return held(chain.on(source, plans)), chain.foremost(np.arange(len(rows)), plans)
 
     return poison
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from dpf_release.attack_report import AttackReport, AttackResult
 from dpf_release.battery.frontier_points import Frontier
 from dpf_release.battery.page import interval, number, power, share
-from dpf_release.battery.sentence import strongest, verdict_in_words
+from dpf_release.battery.sentence import granted_to, notes, strongest, verdict_in_words
 
 WIDE = 130  # columns, from which all numbers stand side by side
 TONES = {"good": "bold green", "bad": "bold red", "open": "bold yellow"}
@@ -29,6 +29,8 @@ def print_attacks(report: AttackReport, console: Console | None = None) -> None:
     for result in report.attacks:
         for reason in result.reasons:
             console.print(Text.assemble((f"{result.code} {result.verdict}: ", VERDICTS[result.verdict]), reason))
+    for note in notes(report):
+        console.print(Text(note, "dim"))
     if report.utility:
         console.print()
         table = _table(f"Utility of {report.function}" if report.function else "Utility")
@@ -102,7 +104,7 @@ def _title(report: AttackReport) -> str:
 
 
 def _name(result: AttackResult) -> Text:
-    return Text.assemble((result.code, "bold"), f" {result.title}")
+    return Text.assemble((result.code, "bold"), f" {result.title}\n", (f"has {granted_to(result)}", "dim"))
 
 
 def _reached(result: AttackResult) -> str:

@@ -124,12 +124,13 @@ def bin_of(targets: NDArray[Any], edges: list[float]) -> NDArray[np.int64]:
 
 
 def draw_pools(bins: NDArray[np.int64], contributors: Contributors, rows: int, seed: int) -> tuple[Pool, ...]:
-    """Pools of at most 200 rows, of all classes alike, about `rows` rows in all.
+    """Pools of at most 200 pictures, of all classes alike, for about `rows` rows in all.
 
-    A pool for each class, or, where that were more than twice as many rows, for some classes. A row's own pictures must
-    be in its pool, or it could not be found. So rows that share pictures go together: of a function that mixes rows
-    within groups, whole groups, and the pool is filled up with pictures of other rows. Where groups are too large for a
-    pool, each row brings one of its pictures.
+    Pools of each class, or, where one each were more than twice as many rows, of some classes. The pictures that a row
+    is made of must be in its pool, or it could not be found, and the row's own, which is what clean rows are compared
+    with. So rows that share pictures go together: of a function that mixes rows within groups, whole groups, and the
+    pool is filled up with pictures of other rows. Of a group that is too large for a pool, each row brings its own
+    picture and one that it is made of.
     """
     generator = np.random.default_rng([seed, 1])
     labels, counts = np.unique(bins, return_counts=True)
@@ -137,41 +138,50 @@ def draw_pools(bins: NDArray[np.int64], contributors: Contributors, rows: int, s
         drawn = generator.permutation(len(labels))
         enough = int(np.searchsorted(np.cumsum(np.minimum(counts, POOL)[drawn]), rows)) + 1
         labels = np.sort(labels[drawn[:enough]])
-    each = max(1, round(rows / (POOL * len(labels))))
+    each = POOL * max(1, round(rows / (POOL * len(labels))))
     pools = []
     for label in labels:
         members = generator.permutation(np.flatnonzero(bins == label))
-        positions, pictures = contributors(members)
-        group = _groups(positions, pictures, len(members), len(bins))
-        group = generator.permutation(group.max() + 1)[group]
-        size = min(POOL, len(members))
-        for places in _whole(group, size, min(each, len(members) // size)):
-            chosen = np.sort(members[places])
-            mine = np.isin(positions, places)
-            own = np.unique(pictures[mine])
-            if len(own) > size:
-                shuffled = generator.permutation(np.flatnonzero(mine))
-                _, one_each = np.unique(positions[shuffled], return_index=True)
-                own = np.unique(pictures[shuffled[one_each]])
+        for chosen, own in _sets(members, *contributors(members), each, len(bins), generator):
+            size = max(min(POOL, len(members)), len(own))
             others = generator.permutation(np.setdiff1d(members, own))[: size - len(own)]
-            pools.append(Pool(chosen, np.sort(np.concatenate([own, others])), int(label)))
+            pools.append(Pool(np.sort(chosen), np.sort(np.concatenate([own, others])), int(label)))
     return tuple(pools)
 
 
-def _whole(group: NDArray[np.int64], size: int, most: int) -> list[Rows]:
-    """At most `most` sets of at most `size` places, of whole groups, in the order of the groups' numbers.
+def _sets(
+    members: Rows, positions: Rows, pictures: Rows, most: int, total: int, generator: np.random.Generator
+) -> list[tuple[Rows, Rows]]:
+    """Sets of rows that share no picture with others, in all `most` rows or some more; and the pictures of each."""
+    group = _groups(positions, pictures, len(members), total)
+    group = generator.permutation(group.max() + 1)[group]
+    sets: list[tuple[Rows, Rows]] = []
+    for places in _runs(group):
+        mine = np.isin(positions, places)
+        parts = [(members[places], np.union1d(pictures[mine], members[places]))]
+        if len(parts[0][1]) > POOL:
+            shuffled = generator.permutation(np.flatnonzero(mine))
+            found, first = np.unique(positions[shuffled], return_index=True)
+            one = pictures[shuffled[first]]  # of each of `found`
+            parts = [
+                (members[found[some]], np.union1d(one[some], members[found[some]]))
+                for some in np.array_split(np.arange(len(found)), -(-2 * len(found) // POOL))
+            ]
+        for rows, own in parts:
+            both = np.union1d(sets[-1][1], own) if sets else own
+            if sets and len(both) <= POOL:
+                sets[-1] = np.concatenate([sets[-1][0], rows]), both
+            elif sum(len(chosen) for chosen, _ in sets) >= most:
+                return sets
+            else:
+                sets.append((rows, own))
+    return sets
 
-    A group that is larger than a set is cut.
-    """
+
+def _runs(group: NDArray[np.int64]) -> list[Rows]:
+    """Places of each group, in the order of their numbers."""
     order = np.argsort(group, kind="stable")
-    runs = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
-    sets: list[list[Rows]] = [[]]
-    for run in runs:
-        for part in np.split(run, range(size, len(run), size)):
-            if sum(map(len, sets[-1])) + len(part) > size:
-                sets.append([])
-            sets[-1].append(part)
-    return [np.concatenate(parts) for parts in sets if parts][:most]
+    return np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
 
 
 def _groups(positions: Rows, pictures: Rows, count: int, total: int) -> NDArray[np.int64]:

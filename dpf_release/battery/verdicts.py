@@ -45,13 +45,14 @@ class Scored:
         baseline: of the same measure.
         ceiling: of the same measure; None: what the same attack reaches on clean rows (`against`).
         leakage: of the best way.
-        found: re-identification of the best way.
+        found: re-identification, the highest of any way.
         among: of how many; 0: nothing is matched.
         limits: that a claim sets.
         series: what depends on a number (leakage against m): name → number → value.
         primary: the measure that leakage is reckoned by, where it is not paired with reconstructions of clean rows.
         told: what else the best way tells, each from 0, a guess, to 1: an attack must have power in all of it.
         rows: how many were asked for, where it is not all of the truth's.
+        judged: of how many it was told whether they are found; None: of all.
         pictures: for the report (`gallery.pictures_of`).
     """
 
@@ -67,6 +68,7 @@ class Scored:
     primary: str | None = None
     told: tuple[Interval, ...] = ()
     rows: int | None = None
+    judged: int | None = None
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

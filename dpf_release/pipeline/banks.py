@@ -241,6 +241,21 @@ def candidate_origin(project: Project, function: FittedFunction) -> dict[str, st
     }
 
 
+def changed_since_poison(project: Project, name: str, function: FittedFunction, index: Path) -> list[str]:
+    """In what a candidate's bank is not what today's function makes of today's features and network, in words.
+
+    Args:
+        project: the owner's.
+        name: of the function.
+        function: as it is today.
+        index: its `features/index.json`, in the clear.
+    """
+    made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
+    today = candidate_origin(project, function)
+    problems = [f"another {key} than today's" for key in today if made["origin"].get(key) != today[key]]
+    return problems + ["features/index.json changed since"] * (made["index_sha256"] != sha256_of(index))
+
+
 def _write_public_model(project: Project, folder: Path) -> None:
     make_folder(folder)
     cut = project.cut
