@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Publish an image data set as poisoned feature banks, without publishing the images.\n\n"
-    "Order of work: init, (train), featurize, fit-poison, poison, package. Try it: dpf-release demo",
+    "Order of work: init, (train), featurize, fit-poison, poison, attack, package. Try it: dpf-release demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,  # locals hold private paths
@@ -300,13 +300,16 @@ def attack(
     config: ConfigOption = CONFIG,
     name: NameOption = "default",
     profile: Annotated[str, typer.Option("--profile", help="quick, standard or full; default: gate.profile.")] = "",
-    only: Annotated[str, typer.Option("--only", help="Codes of attacks, as A1,A5; default: all of the profile.")] = "",
+    only: Annotated[
+        str, typer.Option("--only", help="Codes of attacks and utilities, as A1,A5,U3; default: all of the profile.")
+    ] = "",
     budget: Annotated[
         float | None,
-        typer.Option("--budget", help="Minutes of training; with less than it takes no claim passes."),
+        typer.Option("--budget", min=0.01, help="Minutes of training; with less than it takes no claim passes."),
     ] = None,
     images: Annotated[
-        int | None, typer.Option("--images", min=1, help="Pictures a training is shown, in the place of the profile's.")
+        int | None,
+        typer.Option("--images", min=1, help="Pictures a training is shown; or say --budget, which reckons them."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
     as_json: Annotated[
@@ -317,7 +320,9 @@ def attack(
         typer.Option("--public", help="Also write a page that anyone may see: its numbers, and pictures of Q only."),
     ] = None,
     device: DeviceOption = None,
-    restart: RestartOption = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Attack anew; networks that attackers trained, and what failed, are kept.")
+    ] = False,
     identity: IdentityOption = None,
     fix_permissions: FixPermissionsOption = False,
 ) -> None:
@@ -331,6 +336,8 @@ def attack(
     from dpf_release.battery import print_attacks, publish_page
 
     project = _project(config, identity, fix_permissions, compute__device=device)
+    if budget is not None and images is not None:
+        raise typer.BadParameter("expected one of --budget and --images, found both: each says how much is trained")
     codes = [code.strip() for code in only.split(",") if code.strip()]
     report = run(project, name, profile, only=codes, budget_minutes=budget, images=images, seed=seed, restart=restart)
     if public:
@@ -348,7 +355,7 @@ def compare(
     config: ConfigOption = CONFIG,
     profile: Annotated[str, typer.Option("--profile", help="quick, standard or full.")] = "quick",
     budget: Annotated[
-        float | None, typer.Option("--budget", help="Minutes of training for the attacks on each function.")
+        float | None, typer.Option("--budget", min=0.01, help="Minutes of training for the attacks on each function.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")] = False,

@@ -118,7 +118,7 @@ def demo(out: Path) -> DemoResult:
         measurements=measurements,
         public_files=sorted([file.path for file in manifest.files] + ["SHA256SUMS", "manifest.json"]),
         attacks=[
-            f"{result.code} {result.title}: {result.verdict}, {'; '.join(result.reasons)}" for result in report.attacks
+            f"{result.code} {result.title}: {', '.join([result.verdict, *result.reasons])}" for result in report.attacks
         ],
         refusal=refusal,
         accepted_risk=ACCEPTED_RISK,
@@ -138,7 +138,9 @@ def _refusal(project: Project) -> str:
     try:
         package(project)
     except RefusedError as error:
-        return str(error)
+        if "those of standard are wanted" in str(error):
+            return str(error)
+        raise
     raise AssertionError("the demo's attacks are of profile quick, and its gate wants standard")
 
 

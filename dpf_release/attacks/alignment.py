@@ -15,7 +15,7 @@ from dpf_release.attacks.alignment_map import train_map
 from dpf_release.attacks.decoder import decode
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.straw_men import DECODERS, straw_man
-from dpf_release.attacks.view import BATCH, Budget, ReleaseView, Rows
+from dpf_release.attacks.view import Budget, ReleaseView, Rows, batches
 
 Map = Callable[[Rows], Tensor]
 STATISTICS, PLACES = 10_000, 64  # rows that moments are taken of, and places of each
@@ -55,8 +55,8 @@ def alignments(view: ReleaseView) -> dict[str, Map]:
     bank = np.sort(np.random.default_rng([view.seed, 9]).permutation(len(view.bank))[:STATISTICS])
     public = np.arange(min(len(view.public), STATISTICS))
     groups, groups_of = label_groups(view)
-    bank_moments = _moments((view.rows(some), groups[some]) for some in _batches(bank))
-    seen = (view.features_of(view.public, some) for some in _batches(public))
+    bank_moments = _moments((view.rows(some), groups[some]) for some in batches(bank))
+    seen = (view.features_of(view.public, some) for some in batches(public))
     public_moments = _moments((features, groups_of(view.answers(features))) for features in seen)
     of, to = bank_moments[ALL], public_moments[ALL]
     common = sorted(set(bank_moments) & set(public_moments) - {ALL}, key=lambda group: -bank_moments[group].rows)
@@ -207,8 +207,3 @@ def _applied(
         return (out.relu() if view.non_negative else out).contiguous(memory_format=torch.channels_last)
 
     return aligned
-
-
-def _batches(numbers: Rows) -> Iterable[Rows]:
-    for first in range(0, len(numbers), BATCH):
-        yield numbers[first : first + BATCH]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpf_release.attacks.taps import Standard, Taps, open_taps, standard
-from dpf_release.attacks.trained import recipe_for, trained
+from dpf_release.attacks.trained import recipe_for, seeded, trained
 from dpf_release.attacks.view import ReleaseView, Rows
 
 LEARNING_RATE = 2e-3
@@ -78,8 +78,7 @@ def train_map(
     The loss is φ2's on the mapped rows and their released labels, and the discrepancy (MMD) between mapped rows and
     φ1(Q) of single places, of 3×3 places, and of what the blocks of φ2 make of them.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(view.seed)
+    with seeded(view.seed):
         network = AlignmentMap(mean, deviation, wanted_mean, wanted, transport, view.non_negative)
     recipe, rows = recipe_for(view, view.budget.bank_images, len(view.bank), LEARNING_RATE)
     drawn = np.random.default_rng([view.seed, 10]).permutation(len(view.bank))

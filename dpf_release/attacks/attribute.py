@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dpf_release.attacks.interface import Attack, Attributes, register
 from dpf_release.attacks.shadow import shadow, union
 from dpf_release.attacks.taps import open_taps
-from dpf_release.attacks.trained import trained
-from dpf_release.attacks.view import BATCH, Budget, LabelledRows, ReleaseView, Rows
+from dpf_release.attacks.trained import seeded, trained
+from dpf_release.attacks.view import Budget, LabelledRows, ReleaseView, Rows, batches
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.training import Recipe
 
@@ -120,8 +120,7 @@ def _train_probe(
     inputs_of, build = PROBES[kind]
     inputs = inputs_of(view)
     shape = tuple(inputs(read(np.arange(1))).shape[1:])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(view.seed)
+    with seeded(view.seed):
         network = build(shape, len(view.values))
     train, val = _held_out(values, view.seed)
     epochs = int(np.clip(images // len(train), 1, MOST_EPOCHS))
@@ -141,8 +140,7 @@ def _train_probe(
 
     def validate() -> float:
         total = 0.0
-        for first in range(0, len(val), BATCH):
-            chosen = val[first : first + BATCH]
+        for chosen in batches(val):
             scores = network(inputs(read(chosen))).float()
             total += float(F.cross_entropy(scores, torch.from_numpy(values[chosen]).to(view.device), reduction="sum"))
         return total / len(val)
@@ -174,8 +172,8 @@ def _held_out(values: NDArray[np.int64], seed: int) -> tuple[Rows, Rows]:
 
 def _predict(view: LabelledRows, network: nn.Module, kind: str) -> NDArray[np.int64]:
     inputs, parts = PROBES[kind][0](view), []
-    for first in range(0, len(view.asked), BATCH):
+    for rows in batches(view.asked):
         with torch.inference_mode():
-            scores = network(inputs(view.rows(view.asked[first : first + BATCH])))
+            scores = network(inputs(view.rows(rows)))
         parts.append(scores.argmax(1).cpu().numpy())
     return np.concatenate(parts)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpf_release.attacks.trained import recipe_for, trained, weights_sha256
-from dpf_release.attacks.view import BATCH, HeldPictures, ReleaseView, Rows
+from dpf_release.attacks.trained import recipe_for, seeded, trained, weights_sha256
+from dpf_release.attacks.view import HeldPictures, ReleaseView, Rows, batches
 from dpf_release.metrics import l1, ssim
 from dpf_release.models.reconstructors import build_reconstructor
 
@@ -60,8 +60,7 @@ def train_decoder(
         channels, *map_size = inputs(view.public_val, one, None).shape[1:]
         shape = (channels, map_size[0], map_size[1])
     height, width_of_picture = view.public_val.read(one).shape[2:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(view.seed)
+    with seeded(view.seed):
         network = build_reconstructor(architecture, shape, (height, width_of_picture), width)
     if start is not None:
         network.load_state_dict(dict(start))
@@ -75,8 +74,7 @@ def train_decoder(
 
     def validate() -> float:
         total, count = 0.0, min(len(view.public_val), VALIDATION_PICTURES)
-        for first in range(0, count, BATCH):
-            chosen = np.arange(first, min(first + BATCH, count))
+        for chosen in batches(np.arange(count)):
             pictures = originals(view.public_val, chosen).to(view.device).float() / 255
             seen = inputs(view.public_val, chosen, None)
             total += float(decoder_loss(network(seen).float(), pictures, loss)) * len(chosen)

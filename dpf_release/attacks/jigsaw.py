@@ -14,7 +14,7 @@ from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.pieces import Grid, Swaps, find_swaps, fits, train_fitting
 from dpf_release.attacks.straw_men import straw_man
 from dpf_release.attacks.taps import answers_alone, open_taps
-from dpf_release.attacks.view import BATCH, Budget, ReleaseView, Rows
+from dpf_release.attacks.view import BATCH, Budget, ReleaseView, Rows, batches
 
 NEAREST, MOST = 12, 64  # rows that lend pieces: where no copies tell which, and at most
 TOGETHER = 2**25  # numbers of rows and messages that are worked on at once
@@ -83,8 +83,7 @@ def _seen(view: ReleaseView) -> Tensor:
     """What the last block of φ2 makes of each row of the bank, on average over places: (N, D)."""
     taps = open_taps(view) if view.task == "classification" else answers_alone(view)
     numbers = np.arange(len(view.bank))
-    batches = [numbers[first : first + BATCH] for first in range(0, len(numbers), BATCH)]
-    return torch.cat([taps.of(view.rows(some))[-1].mean(dim=(2, 3)).cpu() for some in batches])
+    return torch.cat([taps.of(view.rows(some))[-1].mean(dim=(2, 3)).cpu() for some in batches(numbers)])
 
 
 def _assemble(
@@ -112,7 +111,7 @@ def _assemble(
 def _pieces(view: ReleaseView, grid: Grid, pool: Rows) -> Tensor:
     """(n, M) rows → their pieces (n, M, down, across, K)."""
     distinct, where = np.unique(np.maximum(pool, 0), return_inverse=True)
-    parts = [grid.cut(view.rows(distinct[first : first + BATCH])) for first in range(0, len(distinct), BATCH)]
+    parts = [grid.cut(view.rows(some)) for some in batches(distinct)]
     return torch.cat(parts)[torch.from_numpy(where.reshape(pool.shape)).to(view.device)]
 
 

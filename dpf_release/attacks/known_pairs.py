@@ -12,7 +12,7 @@ from torch import Tensor
 from dpf_release.attacks.decoder import decode, train_decoder
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.straw_men import DECODERS, disturb, straw_man
-from dpf_release.attacks.view import BATCH, Budget, HeldPictures, KnownPairs, ReleaseView, Rows
+from dpf_release.attacks.view import Budget, HeldPictures, KnownPairs, ReleaseView, Rows, batches
 
 PAIRS = (1, 10, 100, 1000)
 FEWEST_TO_TRAIN = 100  # pairs, below which a decoder would learn them by heart
@@ -152,8 +152,7 @@ def fit_inverse(view: KnownPairs, m: int) -> Callable[[Tensor], Tensor]:
 
 def _fold_moments(view: KnownPairs, m: int) -> list[_Moments]:
     folds: list[_Moments | None] = [None] * FOLDS
-    for first in range(0, m, BATCH):
-        numbers = np.arange(first, min(first + BATCH, m))
+    for numbers in batches(np.arange(m)):
         rows, clean = view.rows(view.pair_rows[numbers]), view.features_of(view.pictures, numbers)
         places = rows.shape[2] * rows.shape[3]
         if m >= FOLDS:

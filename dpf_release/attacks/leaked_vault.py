@@ -17,7 +17,7 @@ from dpf_release.attacks.decoder import VALIDATION_PICTURES, DecoderLoss, decode
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.straw_men import DECODERS, straw_man
 from dpf_release.attacks.trained import schedule
-from dpf_release.attacks.view import BATCH, Budget, HeldPictures, HeldRows, LeakedVault, ReleaseView, Rows
+from dpf_release.attacks.view import BATCH, Budget, HeldPictures, HeldRows, LeakedVault, ReleaseView, Rows, batches
 from dpf_release.errors import ConfigError, NotGrantedError
 
 # A decoder's loss, and its share of the pictures. Both begin with A1's first decoder.
@@ -98,15 +98,14 @@ def poisoned_public(view: LeakedVault) -> tuple[NDArray[np.float16], Rows]:
     clean, answers = room(sum(count for _, count in sets), view.feature_shape), []
     done = 0
     for pictures, count in sets:
-        for first in range(0, count, BATCH):
-            features = view.features_of(pictures, np.arange(first, min(first + BATCH, count)))
+        for some in batches(np.arange(count)):
+            features = view.features_of(pictures, some)
             answers.append(view.answers(features).cpu().numpy())
             clean[done : done + len(features)] = _float16(features.cpu().numpy())
             done += len(features)
     bank, foremost = _poisoned_bank(view, clean, np.concatenate(answers))
     poisoned = room(done, view.feature_shape)
-    for first in range(0, done, BATCH):
-        rows = np.arange(first, min(first + BATCH, done))
+    for rows in batches(np.arange(done)):
         poisoned[rows] = _float16(bank.read(rows))
     return poisoned, foremost
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dpf_release.attacks.interface import Attack, Likeness, Links, register
 from dpf_release.attacks.matcher import train_matcher
 from dpf_release.attacks.taps import open_taps
-from dpf_release.attacks.view import BATCH, Budget, Candidates, HeldPictures, ReleaseView, Rows
+from dpf_release.attacks.view import Budget, Candidates, HeldPictures, ReleaseView, Rows, batches
 
 SAMPLE_ROWS = 512  # of a class, from which its mean and the typical distance of a piece are estimated
 PUBLIC_PICTURES = 500  # of Q, that nobody's likeness is compared with
@@ -76,7 +76,7 @@ class Linkage(Attack):
 
     def trainings(self, budget: Budget) -> float:
         """A matcher, from `standard` on."""
-        return 1.0 if budget.decoders > 1 else 0.0
+        return float(_has_matcher(budget))
 
     def run(self, view: ReleaseView) -> Links:
         """Each way of looking, and all together.
@@ -85,7 +85,7 @@ class Linkage(Attack):
         than a picture of Q. Pieces say a fourth: how near each one's nearest is, in whatever row.
         """
         assert isinstance(view, Candidates)
-        looks = all_looks(view, with_matcher=bool(self.trainings(view.budget)))
+        looks = all_looks(view, with_matcher=_has_matcher(view.budget))
         names = [*looks, "all together"]
         pools = {name: np.zeros(view.pools.shape, np.float32) for name in names}
         copies = {name: np.zeros(len(view.candidates), np.float32) for name in looks}
@@ -107,6 +107,11 @@ class Linkage(Attack):
             ways |= {f"{name}, against {compared}": Likeness(None, member[name][number]) for name in names}
         ways |= {f"{name}, the nearest of each": Likeness(None, copies[name]) for name in looks if copies[name].any()}
         return Links(ways)
+
+
+def _has_matcher(budget: Budget) -> bool:
+    """From `standard` on."""
+    return budget.decoders > 1
 
 
 def all_looks(view: ReleaseView, *, with_matcher: bool) -> dict[str, Look]:
@@ -182,8 +187,7 @@ def _look_at(view: Candidates, looks: dict[str, Look], candidates: Rows, rows: R
     sample = np.sort(np.random.default_rng(view.seed).permutation(rows)[:SAMPLE_ROWS])
     seen = {name: _begin(view, look, candidates, sample) for name, look in looks.items()}
     pools = torch.from_numpy(view.pools[candidates])
-    for first in range(0, len(rows), BATCH):
-        batch = rows[first : first + BATCH]
+    for batch in batches(rows):
         features = view.rows(batch)
         place = torch.searchsorted(torch.from_numpy(batch), pools).clamp_max(len(batch) - 1)
         here = (torch.from_numpy(batch)[place] == pools).to(view.device)
@@ -209,9 +213,8 @@ def _begin(view: Candidates, look: Look, candidates: Rows, sample: Rows) -> Seen
     vectors = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
     sums = [torch.zeros_like(piece[0]) for piece in vectors]
     scales = [torch.zeros_like(piece[:, :1]) for piece in vectors]
-    for first in range(0, len(sample), BATCH):
-        rows = look.of_row(view.rows(sample[first : first + BATCH]))
-        for number, row in enumerate(rows):
+    for some in batches(sample):
+        for number, row in enumerate(look.of_row(view.rows(some))):
             sums[number] += row.sum(0)
             scales[number] += _distances(vectors[number], row).sum(1, keepdim=True) / len(sample)
     means = [(piece.mean(0), total / len(sample)) for piece, total in zip(vectors, sums, strict=True)]
@@ -256,5 +259,5 @@ def _moments(seen: Seen) -> tuple[Tensor, Tensor]:
 
 
 def _features(view: ReleaseView, pictures: HeldPictures, chosen: Rows) -> Iterator[Tensor]:
-    for first in range(0, len(chosen), BATCH):
-        yield view.features_of(pictures, chosen[first : first + BATCH])
+    for some in batches(chosen):
+        yield view.features_of(pictures, some)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpf_release.attacks.straw_men import disturb
-from dpf_release.attacks.trained import recipe_for, trained
+from dpf_release.attacks.trained import recipe_for, seeded, trained
 from dpf_release.attacks.view import BATCH, ReleaseView, Rows
 
 NAME = "A5 matcher"
@@ -46,8 +46,7 @@ def train_matcher(view: ReleaseView) -> tuple[Callable[[Tensor], Tensor], Callab
     three quarters of its places taken from other pictures.
     """
     channels, height, _ = view.feature_shape
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(view.seed)
+    with seeded(view.seed):
         network = nn.ModuleDict({"picture": _Embedding(channels, height), "row": _Embedding(channels, height)})
     recipe, rows = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
 

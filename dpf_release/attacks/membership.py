@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpf_release.attacks.interface import Attack, Likeness, Links, register
-from dpf_release.attacks.trained import recipe_for, trained
-from dpf_release.attacks.view import BATCH, Budget, Candidates, ReleaseView, Rows
+from dpf_release.attacks.trained import recipe_for, seeded, trained
+from dpf_release.attacks.view import Budget, Candidates, ReleaseView, Rows, batches
 from dpf_release.models.probes import AttributeClassifier
 
 STUDENT, LEARNING_RATE = "A10 student", 3e-3
@@ -58,8 +58,7 @@ def _errors(view: Candidates, network: Network) -> tuple[np.ndarray, np.ndarray]
     """
     wrong, sure = [], []
     wanted = _wanted(view)
-    for first in range(0, len(view.candidates), BATCH):
-        chosen = np.arange(first, min(first + BATCH, len(view.candidates)))
+    for chosen in batches(np.arange(len(view.candidates))):
         pictures = view.candidates.read(chosen)
         answers = torch.stack([network(changed) for changed in _variants(pictures)])  # (6, n, K)
         target = wanted[chosen].to(answers.device)
@@ -105,8 +104,7 @@ def train_student(view: ReleaseView) -> Network:
     """A small network that answers pictures of Q as φ2∘φ1 does."""
     one = view.public.read(np.arange(1))
     outputs = view.answers(view.features(one)).shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(view.seed)
+    with seeded(view.seed):
         network = AttributeClassifier((3, one.shape[2], one.shape[3]), outputs)
     recipe, rows = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.taps import STATISTICS, Taps, open_taps
-from dpf_release.attacks.view import BATCH, Budget, ReleaseView, Rows
+from dpf_release.attacks.view import Budget, ReleaseView, Rows, batches
 from dpf_release.progress import Progress
 
 ROWS = 250  # of fewer than 80, none found is no proof that it is below 5 %: the upper bound is above
@@ -192,8 +192,7 @@ def _loss(view: ReleaseView, taps: Taps, spread: tuple[Tensor, ...], wanted: lis
 def _spread(view: ReleaseView, taps: Taps) -> tuple[Tensor, ...]:
     """Variance of the row itself and of each tap, over at most 1024 pictures of Q: mean over channels and places."""
     parts: list[list[Tensor]] = []
-    for first in range(0, min(len(view.public), STATISTICS), BATCH):
-        chosen = np.arange(first, min(first + BATCH, len(view.public), STATISTICS))
+    for chosen in batches(np.arange(min(len(view.public), STATISTICS))):
         features = view.features_of(view.public, chosen)
         parts.append([torch.stack([tap.mean(0), tap.square().mean(0)]) for tap in (features, *taps.of(features))])
     means = [torch.stack(of_tap).mean(0) for of_tap in zip(*parts, strict=True)]

@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from dpf_release.attacks.trained import recipe_for, trained
+from dpf_release.attacks.trained import recipe_for, seeded, trained
 from dpf_release.attacks.view import BATCH, HeldPictures, HeldRows, ReleaseView, Rows
 
 KEYS = 2**25  # places of all rows that are looked at for copies
@@ -179,8 +179,7 @@ def fits(one: Tensor, other: Tensor) -> Tensor:
 def train_fitting(view: ReleaseView, patch: int) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
     """`Fitting`, trained on φ1(Q): each piece's neighbour among those of other pictures that φ2 takes for the same."""
     grid = Grid(view.feature_shape, patch)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(view.seed)
+    with seeded(view.seed):
         network = Fitting(grid)
     recipe, rows = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -21,8 +21,8 @@ from dpf_release.attacks.decoder import (
 )
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.straw_men import DECODERS, straw_man
-from dpf_release.attacks.trained import recipe_for, trained
-from dpf_release.attacks.view import BATCH, Budget, HeldPictures, ReleaseView, Rows
+from dpf_release.attacks.trained import recipe_for, seeded, trained
+from dpf_release.attacks.view import Budget, HeldPictures, ReleaseView, Rows, batches
 from dpf_release.models.functions import FeatureSpec, build_chain
 from dpf_release.objective import Objective, TaskLoss
 
@@ -104,8 +104,7 @@ def _counts(shadows: int) -> list[int]:
 def shadow(view: ReleaseView, number: int) -> nn.Module:
     """P' of that number, fitted on Q as the owner fits P on S; frozen."""
     recipe = shadow_recipe(number, view.budget.decoders, view.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         network = build_chain(recipe.function, FeatureSpec(view.feature_shape, view.non_negative)).learned
     assert network is not None
     objective = Objective(
@@ -125,7 +124,7 @@ def shadow(view: ReleaseView, number: int) -> nn.Module:
 
     def validate() -> float:
         count, total = min(len(view.public_val), VALIDATION_PICTURES), 0.0
-        for some in _batches(np.arange(count)):
+        for some in batches(np.arange(count)):
             batch = tuple(tensor.to(view.device) for tensor in batch_of(view.public_val, some))
             total += float(objective(network, batch)["loss"]) * len(some)
         return total / count
@@ -150,8 +149,8 @@ def _scale(view: ReleaseView) -> Tensor | None:
     if view.task != "regression":
         return None
     count = min(len(view.public), MOMENT_PICTURES)
-    batches = _batches(np.arange(count))
-    answers = torch.cat([view.answers(view.features_of(view.public, some)).cpu() for some in batches])
+    numbers = np.arange(count)
+    answers = torch.cat([view.answers(view.features_of(view.public, some)).cpu() for some in batches(numbers)])
     return answers.std(dim=0, correction=0) + 1e-6
 
 
@@ -205,19 +204,14 @@ def _stationary(features: Tensor, kind: int, draws: torch.Generator) -> Tensor:
 def match_moments(view: ReleaseView) -> Callable[[Rows], Tensor]:
     """Rows of the bank, by number, with the mean and deviation that each channel has in φ1(Q)."""
     numbers = np.random.default_rng([view.seed, 5]).permutation(len(view.bank))[:MOMENT_PICTURES]
-    mean, deviation = _moments(view.rows(some) for some in _batches(np.sort(numbers)))
+    mean, deviation = _moments(view.rows(some) for some in batches(np.sort(numbers)))
     public = np.arange(min(len(view.public), MOMENT_PICTURES))
-    wanted_mean, wanted = _moments(view.features_of(view.public, some) for some in _batches(public))
+    wanted_mean, wanted = _moments(view.features_of(view.public, some) for some in batches(public))
 
     def rows(numbers: Rows) -> Tensor:
         return (view.rows(numbers) - mean) / deviation.clamp_min(1e-6) * wanted + wanted_mean
 
     return rows
-
-
-def _batches(numbers: Rows) -> Iterator[Rows]:
-    for first in range(0, len(numbers), BATCH):
-        yield numbers[first : first + BATCH]
 
 
 def _moments(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

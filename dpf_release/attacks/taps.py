@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dpf_release.attacks.view import BATCH, ReleaseView
+from dpf_release.attacks.view import ReleaseView, batches
 from dpf_release.errors import HookError
 from dpf_release.models.tracing import Trace, trace_network
 
@@ -90,8 +90,7 @@ def standard(view: ReleaseView, taps: Taps) -> Standard:
     sums: list[Tensor] = []
     squares: list[Tensor] = []
     counts: list[int] = []
-    for first in range(0, min(len(view.public), STATISTICS), BATCH):
-        chosen = np.arange(first, min(first + BATCH, len(view.public), STATISTICS))
+    for chosen in batches(np.arange(min(len(view.public), STATISTICS))):
         flat = [tap.movedim(1, -1).flatten(0, -2).double() for tap in taps.of(view.features_of(view.public, chosen))]
         if not sums:
             sums, squares, counts = [0 * f[0] for f in flat], [0 * (f[:1].T @ f[:1]) for f in flat], [0] * len(flat)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +79,14 @@ def trained(
         )
         view.kept.save(name, subject, network.state_dict())
     return freeze_on(network, view)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What is drawn inside, as the weights of a new network, follows a seed; what is drawn after, does not."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -14,7 +14,7 @@ from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.shadow import SHARE, STEP_COST, shadow, union
 from dpf_release.attacks.straw_men import DECODERS, straw_man
 from dpf_release.attacks.taps import open_taps, standard
-from dpf_release.attacks.view import BATCH, Budget, HeldPictures, HeldRows, ReleaseView, Rows, TwoReleases
+from dpf_release.attacks.view import Budget, HeldPictures, HeldRows, ReleaseView, Rows, TwoReleases, batches
 
 SHADOWS = 4  # at most; the first of A3's
 ASSIGNED = 2**24  # numbers of likenesses, up to which rows are joined one to one
@@ -116,8 +116,8 @@ def _looks(view: ReleaseView, bank: HeldRows, rows: Rows) -> Tensor:
     taps = open_taps(view)
     scaled = standard(view, taps)
     parts: list[list[Tensor]] = []
-    for first in range(0, len(rows), BATCH):
-        features = torch.from_numpy(np.asarray(bank.read(rows[first : first + BATCH]), np.float32)).to(view.device)
+    for some in batches(rows):
+        features = torch.from_numpy(np.asarray(bank.read(some), np.float32)).to(view.device)
         seen = scaled(taps.of(features))
         flat = [torch.cat([tap.mean(dim=(2, 3)), tap.std(dim=(2, 3), correction=0)], dim=1) for tap in seen]
         parts.append([part.cpu() for part in (*flat, view.answers(features))])

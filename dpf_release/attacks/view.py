@@ -5,7 +5,7 @@ Nothing here leads back to the vault: a bank is read through a function that giv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,12 @@ BATCH = 256
 REMEMBERED_BYTES = 2**30  # of φ1(Q)
 
 
+def batches(numbers: Rows) -> Iterator[Rows]:
+    """As many at a time as are looked at together."""
+    for first in range(0, len(numbers), BATCH):
+        yield numbers[first : first + BATCH]
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much work an attacker puts in; a profile's, or less where the owner's patience is shorter.
@@ -30,7 +36,7 @@ class Budget:
         images: pictures that the training of one decoder, matcher or map is shown, repeats counted.
         decoders: how many decoders an attack of several trains.
         shadows: poisoning functions that the attacker fits (A3).
-        deep: whether what takes hours is done too: optimisation of each picture, reference networks.
+        deep: whether what takes hours is done too: a student of the network's answers.
         share: of `images`, what a training on one bank alone gets: less on planted functions, which yield sooner.
     """
 

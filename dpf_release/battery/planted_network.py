@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpf_release.attacks.trained import seeded
 from dpf_release.battery.targets import Target, planted_target
 from dpf_release.battery.truth import Rows, Suspects, bins_of
 from dpf_release.models.functions import RowSource
@@ -41,8 +42,7 @@ def memorising_target(project: Project, clean: RowSource, seed: int) -> Target:
         pictures = project.preprocess.normalise(images.pictures.read(chosen[members]).to(project.device))
         phi_1 = project.frozen(project.cut.split.featurizer)
         features = torch.cat([phi_1(part).float() for part in pictures.split(64)])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = AttributeClassifier(project.cut.record.feature_shape, len(project.output_names))
 
     def read_batch(rows: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dpf_release.attack_report import AttackReport
 from dpf_release.attacks import ATTACKS, Reconstructions
-from dpf_release.attacks.trained import weights_sha256
-from dpf_release.attacks.view import BATCH, HeldPictures, HeldRows, ReleaseView
+from dpf_release.attacks.trained import seeded, weights_sha256
+from dpf_release.attacks.view import HeldPictures, HeldRows, ReleaseView, batches
 from dpf_release.battery.candidates import public_rows
 from dpf_release.battery.gallery import as_bytes, spread
 from dpf_release.battery.grants import Setting, grant, kept_in
@@ -120,8 +120,7 @@ def shadow_function(
         shadow would poison nothing.
     """
     spec = FeatureSpec(view.feature_shape, view.non_negative)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(SEED.encode()).digest()[:4]))
+    with seeded(int.from_bytes(hashlib.sha256(SEED.encode()).digest()[:4])):
         chain = build_chain(recipe["function"], spec)
     poison = poison_with(chain, view.phi_2, SEED)
     if chain.learned is None:
@@ -201,11 +200,8 @@ def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:
         features: NDArray[np.float32] = view.features(pictures.read(rows)).cpu().numpy()
         return features
 
-    outputs = [
-        view.answers(view.features(pictures.read(np.arange(first, min(first + BATCH, len(pictures)))))).cpu()
-        for first in range(0, len(pictures), BATCH)
-    ]
-    answers = torch.cat(outputs)
+    numbers = np.arange(len(pictures))
+    answers = torch.cat([view.answers(view.features(pictures.read(some))).cpu() for some in batches(numbers)])
     targets = answers.argmax(1) if view.task == "classification" else answers
     return replace(view, bank=HeldRows(targets.numpy(), read))
 

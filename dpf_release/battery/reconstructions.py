@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpf_release.attack_report import Interval, Way
 from dpf_release.attacks import Reconstructions
-from dpf_release.attacks.view import BATCH, ReleaseView
+from dpf_release.attacks.view import BATCH, ReleaseView, batches
 from dpf_release.battery.gallery import pictures_of
 from dpf_release.battery.grants import Setting
 from dpf_release.battery.scoring import References, RowScores, leakages_of, score_pictures, way_of
@@ -18,6 +18,8 @@ from dpf_release.battery.targets import Target
 from dpf_release.battery.truth import LEAST_POOL, Rows, Truth
 from dpf_release.battery.verdicts import Limit, Scored, re_identification_limit
 from dpf_release.pipeline.project import Project
+
+MEAN_OF = 20 * BATCH  # pictures of Q
 
 
 def baselines(view: ReleaseView, truth: Truth) -> dict[str, Callable[[Rows], Tensor]]:
@@ -31,8 +33,8 @@ def baselines(view: ReleaseView, truth: Truth) -> dict[str, Callable[[Rows], Ten
     edges: list[float] = []
     if view.task == "regression":
         edges = [float(view.bank.targets[truth.bins == label][:, 0].max()) for label in range(bins - 1)]
-    for first in range(0, min(len(view.public), 5000), BATCH):
-        pictures = view.public.read(np.arange(first, min(first + BATCH, len(view.public))))
+    for chosen in batches(np.arange(min(len(view.public), MEAN_OF))):
+        pictures = view.public.read(chosen)
         answers = view.answers(view.features(pictures)).cpu()
         given = torch.bucketize(answers[:, 0], torch.tensor(edges)) if edges else answers.argmax(1)
         given = given.clamp_max(bins - 1)

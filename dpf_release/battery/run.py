@@ -28,7 +28,7 @@ from dpf_release.battery.reconstructions import baselines, score_answer, score_r
 from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures
 from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
 from dpf_release.battery.truth import LEAST_POOL, Rows
-from dpf_release.battery.utility import UTILITIES, measure_utility
+from dpf_release.battery.utility import UTILITIES, measure_utility, utility_minutes
 from dpf_release.battery.verdicts import Scored, judge
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.metrics import WINDOW
@@ -66,7 +66,7 @@ def attack(
         budget_minutes: of training, for all attacks of the profile; with less than it needs no result is a pass.
         images: that each training is shown, in the place of the profile's; what `budget_minutes` would reckon.
         seed: of all that is drawn.
-        restart: forget what the report has.
+        restart: attack anew; what attackers trained is kept, and what failed is not forgotten (`failures`).
 
     Returns:
         The report, as `vault/reports/NAME/attack-PROFILE.json` has it: one profile's results are not another's.
@@ -108,7 +108,10 @@ class _Run:
         codes = [*(attack.code for attack in of_profile), *UTILITIES]
         if unknown := set(only) - set(codes):
             there = ", ".join(codes)
-            raise ConfigError(f"expected attacks of profile {profile.name} ({there}), found {sorted(unknown)}.")
+            raise ConfigError(
+                f"expected attacks of profile {profile.name} ({there}), found {', '.join(sorted(unknown))} in --only. "
+                "A harder --profile has more of them."
+            )
         if min(project.config.model.size) < WINDOW:
             raise ConfigError(
                 f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
@@ -128,12 +131,13 @@ class _Run:
         budget = within(_with_beside(of_profile, profile), full, rate, budget_minutes)
         if images is not None:
             budget = replace(full, images=images)
+        beside = utility_minutes(project, name, profile.name, seed, budget.images / full.images, wanted)
         announce(
             f"Profile {profile.name}: {len(attacks)} attacks on {len(truth.asked)} rows, trainings of {budget.images} "
             f"pictures; about {minutes(trained, budget, rate):.0f} minutes where nothing is kept of before ({rate:.0f} "
             "pictures/s)"
             + (f", of {minutes(trained, full, rate):.0f} that a pass wants" if budget != full else "")
-            + ("; the utilities come on top" if set(wanted) & set(UTILITIES) else "")
+            + (f"; utilities: {beside:.0f} minutes more" if beside >= 0.5 else "")
         )
         enough = budget.images >= full.images
         return cls(project, name, profile, wanted, replace(setting, budget=budget), target, clean, enough)

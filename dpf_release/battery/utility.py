@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpf_release.attack_report import GAIN, Interval, ProfileName, Utility
-from dpf_release.attacks.view import Kept
 from dpf_release.bank import INDEX, FeatureBank
 from dpf_release.battery.grants import kept_in
 from dpf_release.battery.truth import bins_of
@@ -160,14 +159,28 @@ def measure_utility(
     except BankError as error:
         announce(f"U2 and U3 are not measured: there are no test rows to judge by ({error})")
         return found
-    asked = [code for code in ("U2", "U3") if code in only]
-    trainings = {code: bench.trainings(code) for code in asked}
-    scores = bench.scores([training for of in trainings.values() for group in of.values() for training in group])
+    trainings = bench.trainings(only)
+    scores = bench.scores(_flat(trainings))
     for code, of in trainings.items():
         by_group = {key: np.array([scores[training] for training in group]) for key, group in of.items()}
         if by_group:
             found[code] = Utility(measures=bench.measures(by_group))
     return found
+
+
+def utility_minutes(
+    project: Project, name: str, profile: ProfileName, seed: int, share: float, only: Sequence[str]
+) -> float:
+    """How long `measure_utility` takes for what is not kept, by a short trial."""
+    try:
+        bench = _Bench.of(project, name, EFFORTS[profile].shared(share), seed)
+    except BankError:
+        return 0.0
+    return bench.minutes(bench.missing(_flat(bench.trainings(only))))
+
+
+def _flat(trainings: Mapping[str, Mapping[str, Sequence[Training]]]) -> list[Training]:
+    return [training for of in trainings.values() for group in of.values() for training in group]
 
 
 def _equivalence(task: Mapping[str, Any]) -> Utility:
@@ -224,9 +237,9 @@ class _Bench:
     def metric(self) -> str:
         return METRICS[self.project.config.task.kind]
 
-    def trainings(self, code: str) -> dict[str, list[Training]]:
-        """What a utility trains: measure → one training a seed."""
-        return self._alone() if code == "U2" else self._joined()
+    def trainings(self, only: Sequence[str]) -> dict[str, dict[str, list[Training]]]:
+        """What utilities train: code → measure → one training a seed."""
+        return {code: of() for code, of in (("U2", self._alone), ("U3", self._joined)) if code in only}
 
     def _alone(self) -> dict[str, list[Training]]:
         """U2."""
@@ -293,20 +306,29 @@ class _Bench:
 
     def scores(self, trainings: Sequence[Training]) -> dict[Training, float]:
         """The score of each; what was trained before is not trained again."""
-        kept = kept_in(self.project.vault)
-        subjects = {training: self._subject(training) for training in trainings}
-        known = {training: kept.load(subject["utility"], subject) for training, subject in subjects.items()}
-        scores = {training: float(found["score"]) for training, found in known.items() if found is not None}
-        missing = [training for training in trainings if training not in scores]
-        if missing:
-            shown = sum(len(training.rows) * self.effort.schedule(len(training.rows))[0] for training in missing)
-            announce(f"Utility: {len(missing)} trainings, about {shown / self._rate(missing[0].rows) / 60:.1f} minutes")
+        if missing := self.missing(trainings):
+            announce(f"Utility: {len(missing)} trainings, about {self.minutes(missing):.1f} minutes")
         for training in missing:
-            scores[training] = self._train(training, subjects[training], kept)
-        return scores
+            self._train(training)
+        return {training: score for training in trainings if (score := self._known(training)) is not None}
 
-    def _train(self, training: Training, subject: Mapping[str, Any], kept: Kept) -> float:
+    def missing(self, trainings: Sequence[Training]) -> list[Training]:
+        """Those that were not done before."""
+        return [training for training in trainings if self._known(training) is None]
+
+    def minutes(self, trainings: Sequence[Training]) -> float:
+        """What they take, by a short trial."""
+        shown = sum(len(training.rows) * self.effort.schedule(len(training.rows))[0] for training in trainings)
+        return shown / self._rate(trainings[0].rows) / 60 if trainings else 0.0
+
+    def _known(self, training: Training) -> float | None:
+        subject = self._subject(training)
+        kept = kept_in(self.project.vault).load(subject["utility"], subject)
+        return None if kept is None else float(kept["score"])
+
+    def _train(self, training: Training) -> None:
         epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
+        kept, subject = kept_in(self.project.vault), self._subject(training)
         network, name = self.project.new_classifier(training.seed), subject["utility"]
         fit_classifier(
             network,
@@ -322,7 +344,6 @@ class _Bench:
         )
         found = score(network, training.judge)
         kept.save(name, subject, {"score": torch.tensor(found, dtype=torch.float64)})
-        return found
 
     def _subject(self, training: Training) -> dict[str, Any]:
         """What a score depends on."""
