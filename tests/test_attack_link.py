@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dpf_release.attack_report import Interval
-from dpf_release.attacks import Attack, Attributes, Budget, HeldRows, Likeness, Links, registered
+from dpf_release.attacks import Attack, Attributes, Budget, HeldRows, Likeness, Links, registered, trained
 from dpf_release.attacks.attribute import Attribute
 from dpf_release.attacks.linkage import patches
 from dpf_release.attacks.membership import log_odds
@@ -293,13 +293,18 @@ def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owne
         draw_labelled(replace(owner, config=no_claim), planted(owner, "clean"), setting.truth, seed=0)
 
 
-def test_probes_are_kept_and_one_of_another_bank_is_not_taken(owner: Project, setting: Setting) -> None:
+def test_probes_are_kept_and_one_of_another_bank_is_not_taken(
+    owner: Project, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attack = next(attack for attack in registered() if attack.code == "A8")
     kept = _answers(attack, planted(owner, "clean"), setting).probes
-    again = _answers(attack, planted(owner, "clean"), setting).probes
     other = _answers(attack, saying_nothing(owner), setting).probes
-    assert all(np.array_equal(kept[name], again[name]) for name in kept)
     assert any(not np.array_equal(kept[name], other[name]) for name in kept)
+    monkeypatch.setattr(trained, "fit", None)
+    again = _answers(attack, planted(owner, "clean"), setting).probes
+    assert all(np.array_equal(kept[name], again[name]) for name in kept)
+    with pytest.raises(TypeError, match="NoneType"):  # the control: of another budget there is none
+        _answers(attack, planted(owner, "clean"), replace(setting, budget=Budget(images=400, decoders=1, shadows=0)))
 
 
 def _answers(attack: Attack, target: Target, setting: Setting) -> Attributes:
@@ -315,6 +320,9 @@ def test_the_learned_matcher_finds_disturbed_rows(owner: Project, setting: Setti
     harder = replace(setting, budget=Budget(images=3000, decoders=2, shadows=0))
     found = attacked("A5", planted(owner, "channel-affine"), harder).ways
     assert found["learned matcher"].measures["top1"].value > 5 / setting.truth.among
+    hardly = replace(setting, budget=Budget(images=1, decoders=2, shadows=0))
+    control = attacked("A5", planted(owner, "channel-affine"), hardly).ways
+    assert found["learned matcher"].measures["top1"].low > control["learned matcher"].measures["top1"].value
     assert "learned matcher" not in attacked("A5", saying_nothing(owner), setting).ways
 
 

@@ -300,6 +300,18 @@ def test_an_answer_for_some_rows_scores_as_those_rows_do_among_all_the_pictures(
     assert truth.at(places[:2]).asked.tolist() == [3, 10]
 
 
+def test_a_decoder_of_the_answers_finds_what_they_say_and_nothing_in_anothers_answers() -> None:
+    phi_2 = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())  # 48 answers: the picture at 4×4
+    originals = pictures(40, seed=9)
+    view = view_of(nn.AvgPool2d(2), phi_2, torch.empty(0), Budget(6000, 1, 0))
+    rows, shown = view.features(originals), []
+    for bank in (rows, rows.roll(1, dims=0)):
+        released = HeldRows(np.zeros(len(bank), np.int64), lambda at, bank=bank: bank[torch.from_numpy(at)].numpy())  # type: ignore[misc]
+        answer = Outputs().run(replace(view, bank=released, asked=np.arange(len(bank))))
+        shown.append(likeness(answer.decoders["outputs alone"](np.arange(len(bank))), originals.float() / 255))
+    assert shown[0] > shown[1] + 0.05
+
+
 def test_the_battery_says_what_the_answers_give_away_and_for_how_many_rows_each_attack_answered(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

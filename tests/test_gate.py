@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -215,9 +216,7 @@ def test_each_thing_that_speaks_against_a_claim_is_named(
     if says is None:
         assert found == []
     else:
-        assert len(found) >= 1
-        with pytest.raises(RefusedError, match=says):
-            raise RefusedError("\n".join(found))
+        assert re.search(says, "\n".join(found))
 
 
 def test_an_attack_that_does_not_apply_is_not_missed_where_another_passes(monkeypatch: pytest.MonkeyPatch) -> None:
