@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import run_cli
 from typer.main import get_command
 
+from dpf_release.attack_report import AttackReport
 from dpf_release.cli import app
 from dpf_release.models.functions import FUNCTIONS
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -72,6 +77,36 @@ def test_the_docs_name_every_function_and_their_example_works() -> None:
         assert "sign-flip" in FUNCTIONS
     finally:
         FUNCTIONS.pop("sign-flip", None)
+
+
+@pytest.mark.parametrize("page", ["attacks-cifar10", "attacks-lfw"])
+def test_the_tables_of_attacks_say_what_the_published_numbers_say(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, data = (DOCS / f"{page}.md").read_text(encoding="utf-8"), DOCS / page
+    example = imported(ROOT / "examples" / page.removeprefix("attacks-"), monkeypatch)
+    reports = {
+        path.name.removesuffix("-standard.json"): AttackReport.model_validate_json(path.read_bytes())
+        for path in data.glob("*-standard.json")
+    }
+    assert len(reports) == 4
+    tables = (
+        [example.table(reports)] if page == "attacks-lfw" else [example.tables(report) for report in reports.values()]
+    )
+    lines = [line for table in tables for line in table.splitlines()]
+    assert len(lines) > 5
+    assert [line for line in lines if line not in text.splitlines()] == []
+    changed = re.sub(r"(?<=0\.)\d", lambda digit: str((int(digit[0]) + 1) % 10), text)
+    assert any(line not in changed.splitlines() for line in lines)
+
+
+def imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`attack.py` of an example, with what lies beside it."""
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("run", "attack"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module("attack")
+    for name in ("run", "attack"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return module
 
 
 def test_the_card_s_example_is_valid_python(finished: Path) -> None:

@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
 from dpf_release.attack_report import AttackReport
+from dpf_release.attacks.view import Rows
 from dpf_release.battery.scoring import WORST, RowScores, affine_fit
 from dpf_release.battery.truth import Truth
 from dpf_release.storage import make_folder
 from dpf_release.vault import Vault
 
-Rows = NDArray[np.int64]
 Pictures = Mapping[str, Tensor]
 FILE = "pictures.safetensors"
 SHOWN = 8

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -34,7 +33,6 @@ from dpf_release.errors import NotGrantedError
 from dpf_release.pipeline.project import Project
 from dpf_release.vault import Vault
 
-Rows = NDArray[np.int64]
 KNOWN_PAIRS = 1000  # that A6 holds
 
 

@@ -16,10 +16,10 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from dpf_release.attack_report import Interval, Way
+from dpf_release.attacks.view import Rows
 from dpf_release.battery.truth import LEAST_POOL, Contributors, Truth
 from dpf_release.metrics import l1, psnr, ssim
 
-Rows = NDArray[np.int64]
 Numbers = NDArray[np.float64]
 PSNR_LIMIT = 100.0  # of equal pictures it is infinite
 BATCH = 256

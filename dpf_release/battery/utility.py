@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpf_release.attack_report import GAIN, Interval, ProfileName, Utility
+from dpf_release.attacks.view import Rows
 from dpf_release.bank import INDEX, FeatureBank
 from dpf_release.battery.grants import kept_in
 from dpf_release.battery.truth import bins_of
@@ -30,7 +31,6 @@ from dpf_release.pipeline.measuring import measure_task
 from dpf_release.pipeline.project import Project
 from dpf_release.progress import announce
 
-Rows = NDArray[np.int64]
 UTILITIES = ("U1", "U2", "U3")
 LARGEST_BATCH, SMALLEST_BATCH, LEAST_STEPS = 128, 16, 32  # of a step; of an epoch
 LEARNING_RATE = 0.05  # at the largest batch

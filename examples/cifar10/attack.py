@@ -50,8 +50,8 @@ def main() -> None:
         print(f"\n$ dpf-release {' '.join(command)}", flush=True)
         subprocess.run([sys.executable, "-m", "dpf_release", *command], check=True)
         path = options.project / "vault" / "reports" / name / f"attack-{options.profile}.json"
-        report = AttackReport.model_validate_json(path.read_bytes())
-        (options.out / f"{name}-{suffix}.json").write_text(public_report(report).as_json() + "\n")
+        report = public_report(AttackReport.model_validate_json(path.read_bytes()))  # tables say what the JSON says
+        (options.out / f"{name}-{suffix}.json").write_text(report.as_json() + "\n")
         text = f"### {name}, profile {suffix}\n\n{tables(report)}\n\n{power_table(report)}\n"
         (options.out / f"{name}-{suffix}.md").write_text(text)
         print(text, flush=True)

@@ -14,12 +14,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from run import HERE, NAME, write_tables
 
-from dpf_release.attack_report import AttackReport, public_report
+from dpf_release.attack_report import AttackReport, AttackResult, public_report
 from dpf_release.pipeline import init
 
 # Name → the function, and what it confuses.
@@ -50,7 +50,7 @@ def main() -> None:
         print(f"\n$ dpf-release {' '.join(command)}", flush=True)
         subprocess.run([sys.executable, "-m", "dpf_release", *command, "--config", str(config)], check=True)
 
-    reports = {}
+    reports: dict[str, AttackReport] = {}
     for name in options.functions.split(","):
         config.write_text(configuration(*FUNCTIONS[name]))
         if not (vault / "network" / "network.json").exists():
@@ -62,10 +62,10 @@ def main() -> None:
         step("poison", "--name", name)
         budget = ["--budget", options.budget] if options.budget else []
         step("attack", "--name", name, "--profile", options.profile, "--only", "A5,A8", *budget)
-        reports[name] = json.loads((vault / "reports" / name / f"attack-{options.profile}.json").read_text())
+        path = vault / "reports" / name / f"attack-{options.profile}.json"
+        reports[name] = public_report(AttackReport.model_validate_json(path.read_bytes()))
+        (options.out / f"{name}-{options.profile}.json").write_text(reports[name].as_json() + "\n")
         (options.out / "attacks.md").write_text(table(reports))
-        public = public_report(AttackReport.model_validate(reports[name]))
-        (options.out / f"{name}-{options.profile}.json").write_text(public.as_json() + "\n")
     print(table(reports))
 
 
@@ -78,7 +78,7 @@ def configuration(function: str, confuse: list[str]) -> str:
     return text + 'attribute = "identity"\n'  # its last section is [claims]
 
 
-def table(reports: dict[str, Any]) -> str:
+def table(reports: Mapping[str, AttackReport]) -> str:
     """One line a function; of each measure the attack's strongest way."""
     lines = [
         "| function | A5 top-1 | among | persons linked | membership AUC | TPR at 1 % FPR | A8 rank-1 "
@@ -86,25 +86,24 @@ def table(reports: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, report in reports.items():
-        found = {attack["code"]: attack for attack in report["attacks"]}
-        linkage, identity = found.get("A5"), found.get("A8")
-        cells = [strongest(linkage, key) for key in ("top1", "persons", "auc", "tpr_at_1_percent")]
-        cells.insert(1, str(linkage["among"]) if linkage else "")
-        cells += [strongest(identity, key) for key in ("rank1", "accuracy")]
-        cells += [f"{identity[key]:.1%}" if identity else "" for key in ("baseline", "ceiling")]
+        found = {result.code: result for result in report.attacks}
+        linkage, identity = found["A5"], found["A8"]
+        cells = [highest(linkage, key) for key in ("top1", "persons", "auc", "tpr_at_1_percent")]
+        cells.insert(1, str(linkage.among))
+        cells += [highest(identity, key) for key in ("rank1", "accuracy")]
+        cells += ["" if value is None else f"{value:.1%}" for value in (identity.baseline, identity.ceiling)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def strongest(attack: dict[str, Any] | None, measure: str) -> str:
+def highest(result: AttackResult, measure: str) -> str:
     """The highest of a measure over an attack's ways, with its interval."""
-    ways = attack["ways"].values() if attack else []
-    values = [way["measures"][measure] for way in ways if measure in way["measures"]]
-    if not values:
+    found = [way.measures[measure] for way in result.ways.values() if measure in way.measures]
+    if not found:
         return ""
-    best = max(values, key=lambda interval: interval["value"])
-    as_text = "{:.2f}" if measure == "auc" else "{:.1%}"
-    value, low, high = (as_text.format(best[key]) for key in ("value", "low", "high"))
+    best = max(found, key=lambda interval: interval.value)
+    form = "{:.2f}" if measure == "auc" else "{:.1%}"
+    value, low, high = (form.format(number) for number in (best.value, best.low, best.high))
     return f"{value} [{low}, {high}]"
 
 
