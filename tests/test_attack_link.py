@@ -24,9 +24,9 @@ from dpf_release.battery.attributes import from_the_label
 from dpf_release.battery.attributes import measure as measure_attribute
 from dpf_release.battery.candidates import Labelled, draw_labelled, draw_suspects
 from dpf_release.battery.grants import Setting, grant, kept_in
+from dpf_release.battery.harness import score
 from dpf_release.battery.linking import measure, membership_measures, ranks
 from dpf_release.battery.planted_network import memorising_target
-from dpf_release.battery.run import score
 from dpf_release.battery.scoring import References
 from dpf_release.battery.targets import Target, clean_rows, draw_truth, planted_target
 from dpf_release.battery.truth import Suspects, Truth, bin_of

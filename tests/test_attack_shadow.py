@@ -29,6 +29,7 @@ from dpf_release.attacks import (
 from dpf_release.attacks.straw_men import straw_man
 from dpf_release.attacks.view import Budget, HeldPictures, HeldRows
 from dpf_release.battery.grants import Setting, grant
+from dpf_release.battery.harness import Harness
 from dpf_release.battery.reconstructions import _series
 from dpf_release.battery.run import _Run
 from dpf_release.battery.scoring import References, score_pictures
@@ -321,7 +322,7 @@ def test_the_attack_is_tried_on_its_own_shadow_functions(setting: Setting, monke
     budget = Budget(images=64, decoders=1, shadows=1)
     assert replace(budget, share=0.5).bank_images == 32
     run = replace(run, setting=replace(run.setting, truth=setting.truth, budget=budget))
-    monkeypatch.setattr(_Run, "_references", lambda run, target, setting: between(setting, run.clean))
+    monkeypatch.setattr(Harness, "references", lambda harness, target, setting: between(setting, harness.clean))
     result, _ = run._attack(shadow.ShadowFunctions())
     assert isinstance(result, AttackResult)
     assert set(result.ways) == {"1 shadows", "1 shadows, moments"}

@@ -17,6 +17,7 @@ from dpf_release.attack_report import Interval
 from dpf_release.attacks import ATTACKS, Attack, Reconstructions, ReleaseView
 from dpf_release.battery import attack
 from dpf_release.battery.grants import Setting, grant, kept_in
+from dpf_release.battery.harness import Harness
 from dpf_release.battery.reconstructions import score_answer
 from dpf_release.battery.run import _Run
 from dpf_release.battery.scoring import RowScores
@@ -67,12 +68,12 @@ def test_who_knows_the_label_alone_gets_nothing_out_of_rows_that_are_made_of_man
     monkeypatch.setitem(ATTACKS, "X1", MeanPicture)
     alike = {name: 1.0 for name in ("affine_ssim", "affine_ssim_matched")}
 
-    def perfect(run: _Run, setting: Setting) -> tuple[RowScores, Any]:
+    def perfect(harness: Harness, setting: Setting) -> tuple[RowScores, Any]:
         count = len(setting.truth.asked)
         measures = {name: np.full(count, value) for name, value in alike.items()}
         return RowScores(measures, np.ones(count, np.bool_), np.ones(count)), None
 
-    monkeypatch.setattr(_Run, "_ceiling", perfect)
+    monkeypatch.setattr(Harness, "_ceiling", perfect)
     project = Project.open(project_folder / "dpf.toml", {"poison.function": "recombine:k=5"})
     fit_poison(project, "mixed")
     write_candidate(project, "mixed")
@@ -89,9 +90,11 @@ def test_who_knows_the_label_alone_gets_nothing_out_of_rows_that_are_made_of_man
 
     with project.working(public=True):
         run = _Run.begin(project, "mixed", "quick", ["X1"], None, None, 0)
-        mixed, alone = (run._references(target, run.setting).baseline for target in (run.target, run.clean))
-        answer = MeanPicture().run(grant(ReleaseView, run.target, run.setting))
-        (scores,) = score_answer(answer, run.target, run.setting.truth).values()
+        mixed, alone = (
+            run.harness.references(target, run.setting).baseline for target in (run.harness.target, run.harness.clean)
+        )
+        answer = MeanPicture().run(grant(ReleaseView, run.harness.target, run.setting))
+        (scores,) = score_answer(answer, run.harness.target, run.setting.truth).values()
     assert scores.primary.mean() > alone.primary.mean() + 0.01  # the control: against it the mean would seem to leak
     assert scores.primary.mean() <= mixed.primary.mean() + 1e-3
 
@@ -105,32 +108,32 @@ def test_an_attack_that_is_no_better_than_the_one_it_is_made_of_has_no_power(
     got = {"A1": (0.6, 0.62), "X2": (0.63, 0.7)}
     monkeypatch.setitem(ATTACKS, "X2", Twice)
     monkeypatch.setattr(
-        _Run,
+        Harness,
         "_out_of",
-        lambda run, attack, *_: Interval(value=0.65, low=got[attack.code][0], high=got[attack.code][1]),
+        lambda harness, attack, *_: Interval(value=0.65, low=got[attack.code][0], high=got[attack.code][1]),
     )
     project = Project.open(project_folder / "dpf.toml")
     with project.working(public=True):
         run = _Run.begin(project, "default", "quick", ["X2"], None, None, 0)
-        power = run._power(Twice())
+        power = run.harness.power(Twice(), run.setting)
         assert power.passed
         assert power.surpassed["weak-noise"].high == 0.62
         got["A1"] = (0.6, 0.64)
-        assert run._power(Twice()).passed is False
+        assert run.harness.power(Twice(), run.setting).passed is False
         monkeypatch.setattr(Twice, "surpasses", None)
-        assert run._power(Twice()).passed
+        assert run.harness.power(Twice(), run.setting).passed
         monkeypatch.setattr(Twice, "planted", ("weak-noise", "recombine-2"))
-        monkeypatch.setattr(_Run, "_planted", refusing(_Run._planted))
-        without = run._power(Twice())  # classes too small for a planted function end no battery
+        monkeypatch.setattr(Harness, "_planted", refusing(Harness._planted))
+        without = run.harness.power(Twice(), run.setting)  # classes too small for a planted function end no battery
     assert without.passed is False
     assert set(without.planted) == {"weak-noise"}
 
 
 def refusing(plant: Callable[..., Target]) -> Callable[..., Target]:
-    def planted(run: _Run, name: str, member: Any) -> Target:
+    def planted(harness: Harness, name: str, member: Any, seed: int) -> Target:
         if name == "recombine-2":
             raise ConfigError("class 2: 1")
-        return plant(run, name, member)
+        return plant(harness, name, member, seed)
 
     return planted
 
@@ -147,7 +150,7 @@ def test_a_candidate_of_another_function_than_todays_is_not_attacked(project_fol
         attack(project, "default", "quick", only=["A1"])
     write_candidate(project, "default", restart=True)
     with project.working(public=True):
-        assert _Run.begin(project, "default", "quick", ["A1"], None, None, 0).target.rows
+        assert _Run.begin(project, "default", "quick", ["A1"], None, None, 0).harness.target.rows
 
 
 def test_what_is_kept_for_one_budget_does_not_take_the_place_of_anothers(project_folder: Path) -> None:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpf_release.attack_report import SCORER, AttackReport, AttackResult, Interval, Power, Utility
-from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Result, registered
-from dpf_release.attacks.outputs import Outputs
+from dpf_release.attack_report import SCORER, AttackReport, AttackResult, Utility
+from dpf_release.attacks import Attack, Reconstructions, registered
 from dpf_release.attacks.view import LeakedVault, ReleaseView, TwoReleases
-from dpf_release.battery.attributes import score_attributes
 from dpf_release.battery.failures import failed_in, note_failures
 from dpf_release.battery.gallery import keep_pictures
 from dpf_release.battery.grants import Setting, grant, kept_in
-from dpf_release.battery.linking import score_links
+from dpf_release.battery.harness import SHOWN, Harness
 from dpf_release.battery.page import write_page
-from dpf_release.battery.planted_network import MEMORISER, memorising_target
-from dpf_release.battery.profiles import PLANTED_SHARE, PROFILES, Profile, decoder_rate, minutes, within
-from dpf_release.battery.reconstructions import baselines, score_answer, score_reconstructions
-from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures
-from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
-from dpf_release.battery.truth import LEAST_POOL, Rows
+from dpf_release.battery.profiles import PROFILES, Profile, decoder_rate, minutes, within
+from dpf_release.battery.targets import candidate_target, clean_rows, draw_truth, planted_target
+from dpf_release.battery.truth import LEAST_POOL
 from dpf_release.battery.utility import UTILITIES, measure_utility, utility_minutes
 from dpf_release.battery.verdicts import Scored, judge
 from dpf_release.errors import ConfigError, NotGrantedError
@@ -36,10 +28,6 @@ from dpf_release.pipeline.fitting import load_function
 from dpf_release.pipeline.project import Project
 from dpf_release.progress import announce
 from dpf_release.storage import keeping_large_blocks, make_folder
-
-POWER_ROWS = 1000  # on which it is tried whether an attack breaks a planted function
-POWER_LEAKAGE = 0.5  # that it must reach there, surely
-SHOWN = (Outputs(),)  # decoders that no attack is
 
 
 def attack(
@@ -86,11 +74,8 @@ class _Run:
     profile: Profile
     wanted: tuple[str, ...]
     setting: Setting
-    target: Target
-    clean: Target
+    harness: Harness
     enough: bool
-    made: dict[bytes, References] = field(default_factory=dict)
-    ceilings: dict[bytes, tuple[RowScores, Callable[[Rows], Tensor]]] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -119,8 +104,7 @@ class _Run:
             )
         function = load_function(project, name)
         target = candidate_target(project, name, function)
-        rows = clean_rows(project)
-        clean = planted_target(project, "clean", rows, seed)
+        clean = planted_target(project, "clean", clean_rows(project), seed)
         truth = draw_truth(project, target, profile.rows, seed)
         setting = Setting(project, truth, profile.budget, seed, kept_in(project.vault))
         wanted = tuple(code for code in codes if not only or code in only)
@@ -139,8 +123,8 @@ class _Run:
             + (f", of {minutes(trained, full, rate):.0f} that a pass wants" if budget != full else "")
             + (f"; utilities: {beside:.0f} minutes more" if beside >= 0.5 else "")
         )
-        enough = budget.images >= full.images
-        return cls(project, name, profile, wanted, replace(setting, budget=budget), target, clean, enough)
+        harness, enough = Harness(project, profile, target, clean), budget.images >= full.images
+        return cls(project, name, profile, wanted, replace(setting, budget=budget), harness, enough)
 
     def go(self, restart: bool) -> AttackReport:
         attacks = [attack for attack in registered() if self.profile.runs(attack)]
@@ -154,7 +138,7 @@ class _Run:
             if attack.code in self.wanted and self._is_missing(done.get(attack.code), attack)
         ]
         if any(attack.answers is Reconstructions for attack in missing):
-            report = report.model_copy(update=self._shown())
+            report = report.model_copy(update=self.harness.shown(self.setting))
         for attack in missing:
             result, pictures = self._attack(attack)
             done.pop(attack.code, None)
@@ -185,14 +169,14 @@ class _Run:
         """The result, or what the project lacks for it; and pictures for the report."""
         started = time.monotonic()
         try:
-            scored = self._scored(attack, self.target, self.setting)
+            scored = self.harness.scored(attack, self.harness.target, self.setting)
         except NotGrantedError as error:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
             return str(error), {}
-        power = self._power(attack)
+        power = self.harness.power(attack, self.setting)
         verdict, reasons = judge(scored.limits, power, self._shortage(attack, scored))
         claim = attack.claim
-        if attack.view is LeakedVault and self.target.known_by_name:
+        if attack.view is LeakedVault and self.harness.target.known_by_name:
             claim = "reconstruction"  # nothing has to leak for that
         if claim is None:
             verdict, reasons = "reported", ()
@@ -212,7 +196,7 @@ class _Run:
             re_identification=scored.found,
             among=scored.among,
             re_identification_limit=scored.re_identification_limit,
-            beside=self.target.second(self.project)[1] if attack.view is TwoReleases else None,
+            beside=self.harness.target.second(self.project)[1] if attack.view is TwoReleases else None,
             power=power,
             verdict=verdict,
             reasons=reasons,
@@ -221,42 +205,6 @@ class _Run:
         leakage = "not defined" if scored.leakage is None else f"{scored.leakage.value:.3f}"
         announce(f"{attack.code} {attack.title}: leakage {leakage}, {verdict} ({result.seconds:.0f} s)")
         return result, scored.pictures
-
-    def _scored(self, attack: Attack, target: Target, setting: Setting) -> Scored:
-        scored = self._answered(attack, target, setting)
-        if scored.primary is None:
-            return scored
-        top = scored.ceiling
-        ceiling = self._reached_on_clean(attack, setting) if top is None else _exactly(top)
-        return scored if ceiling is None else scored.against(ceiling)
-
-    def _answered(self, attack: Attack, target: Target, setting: Setting) -> Scored:
-        answer = attack.run(grant(attack.view, target, setting))
-        return score(answer, target, setting, lambda: self._references(target, setting), self.project)
-
-    def _reached_on_clean(self, attack: Attack, setting: Setting) -> Interval | None:
-        """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
-        name = f"{attack.code} on clean rows, {len(setting.truth.asked)}"
-        subject = self._subject(attack, setting)
-        kept = setting.kept.load(name, subject)
-        if kept is None:
-            kept = {"reached": _as_tensor(self._answered(attack, self.clean, setting).reached())}
-            setting.kept.save(name, subject, kept)
-        return _as_interval(kept["reached"])
-
-    def _subject(self, attack: Attack, setting: Setting) -> dict[str, Any]:
-        """What a result that is kept depends on, beside the bank."""
-        config = self.project.config
-        return {
-            **grant(ReleaseView, self.clean, setting).subject,
-            "attack": [attack.code, attack.version],
-            "scorer": SCORER,
-            "bank": self.clean.subject,
-            "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows, setting.budget.share],
-            "seed": setting.seed,
-            "rows": setting.truth.asked.tolist(),
-            "attribute": [config.claims.attribute, config.images.private.group],
-        }
 
     def _rows(self, scored: Scored) -> int:
         return len(self.setting.truth.asked) if scored.rows is None else scored.rows
@@ -274,117 +222,11 @@ class _Run:
             )
         return found
 
-    def _power(self, attack: Attack) -> Power:
-        """Whether the attack breaks the functions that it declares; kept for this S, φ1, Q and budget."""
-        budget = replace(self.setting.budget, share=PLANTED_SHARE if attack.of_bank else 1.0)
-        setting = replace(self.setting, budget=budget)
-        members = attack.members(grant(ReleaseView, self.clean, setting))
-        functions: dict[str, nn.Module | None] = {**dict.fromkeys(attack.planted), **members}
-        if not functions:
-            return Power(passed=None)
-        other = next((one for one in registered() if one.code == attack.surpasses), None)
-        found, surpassed = {}, {}
-        for name, member in functions.items():
-            try:
-                target = self._planted(name, member)
-            except ConfigError as error:  # it wants larger classes than there are
-                announce(f"{attack.code} {attack.title}: {name} cannot be planted: {error}")
-                continue
-            # Rows that are mixed want pools that hold all their pictures.
-            setting = replace(setting, truth=draw_truth(self.project, target, POWER_ROWS, setting.seed))
-            if leakage := self._out_of(attack, name, target, setting):
-                found[name] = leakage
-            if other and (leakage := self._out_of(other, name, target, setting)):
-                surpassed[name] = leakage
-        passed = len(found) == len(functions) and all(value.low >= POWER_LEAKAGE for value in found.values())
-        if other:
-            passed &= len(surpassed) == len(found) and all(found[name].low > surpassed[name].high for name in found)
-        return Power(passed=passed, planted=found, surpassed=surpassed)
-
-    def _out_of(self, attack: Attack, name: str, target: Target, setting: Setting) -> Interval | None:
-        """What an attack gets out of a planted function."""
-        subject = {**self._subject(attack, setting), "planted": name}
-        kept = setting.kept.load(f"{attack.code} power on {name}", subject)
-        if kept is None:
-            kept = {"leakage": _as_tensor(self._scored(attack, target, setting).power())}
-            setting.kept.save(f"{attack.code} power on {name}", subject, kept)
-        return _as_interval(kept["leakage"])
-
-    def _planted(self, name: str, member: nn.Module | None) -> Target:
-        clean, seed = clean_rows(self.project), self.setting.seed
-        if name == MEMORISER:
-            return memorising_target(self.project, clean=clean, seed=seed)
-        return planted_target(self.project, name, clean, seed, member)
-
-    # ------------------------------------------------------------------------------------------ references
-
-    def _references(self, target: Target, setting: Setting) -> References:
-        """What leakage is measured between, on the rows of a truth; made once for each.
-
-        The baseline is compared with the pictures that the target's rows are made of, as an attack on it is: of many, a
-        mean picture is always like one. What clean rows give away, each row has alone.
-        """
-        truth = setting.truth
-        known = truth.asked.tobytes() + target.subject.encode()
-        if known not in self.made:
-            ceiling, clean = self._ceiling(setting)
-            scores = {
-                name: score_pictures(truth, target.contributors, pictures)
-                for name, pictures in baselines(grant(ReleaseView, self.clean, setting), truth).items()
-            }
-            _, baseline = best_of(scores)
-            self.made[known] = References(baseline, ceiling, clean)
-            announce(
-                f"Affine-fit SSIM on {len(truth.asked)} rows: of nothing but labels {baseline.primary.mean():.3f}, of "
-                f"clean rows at best {ceiling.primary.mean():.3f}"
-            )
-        return self.made[known]
-
-    def _ceiling(self, setting: Setting) -> tuple[RowScores, Callable[[Rows], Tensor]]:
-        """The best of what decoders for clean rows reach on these, and what it makes of any clean rows."""
-        truth = setting.truth
-        known = truth.asked.tobytes()
-        if known not in self.ceilings:
-            reached, makers = {}, {}
-            for attack in registered():
-                if attack.sets_ceiling and self.profile.runs(attack):
-                    answer = attack.run(grant(attack.view, self.clean, setting))
-                    assert isinstance(answer, Reconstructions)
-                    for name, pictures in answer.decoders.items():
-                        reached[f"{attack.code} {name}"] = score_pictures(truth, self.clean.contributors, pictures)
-                        makers[f"{attack.code} {name}"] = self._clean_pictures(attack, name)
-            name, ceiling = best_of(reached)
-            self.ceilings[known] = ceiling, makers[name]
-        return self.ceilings[known]
-
-    def _clean_pictures(self, attack: Attack, way: str) -> Callable[[Rows], Tensor]:
-        """What a way of an attack makes of any rows of the clean bank."""
-        view = grant(attack.view, self.clean, self.setting)
-
-        def pictures(rows: Rows) -> Tensor:
-            answer = attack.run(replace(view, asked=rows))
-            assert isinstance(answer, Reconstructions)
-            return answer.decoders[way](np.arange(len(rows)))
-
-        return pictures
-
-    def _shown(self) -> dict[str, dict[str, Interval]]:
-        """Affine-fit SSIM that leakage is measured between, and of what is shown beside the attacks and not gated."""
-        seed, references = self.setting.seed, self._references(self.target, self.setting)
-        shown = {"clean affine_ssim": mean_interval(references.ceiling.primary, seed)}
-        for reference in SHOWN:
-            if self.profile.runs(reference):
-                answer = reference.run(grant(reference.view, self.target, self.setting))
-                _, best = best_of(score_answer(answer, self.target, self.setting.truth))
-                shown[reference.code] = mean_interval(best.primary, seed)
-                announce(f"Affine-fit SSIM of {reference.title}: {shown[reference.code].value:.3f}")
-        return {"baselines": {"affine_ssim": mean_interval(references.baseline.primary, seed)}, "references": shown}
-
     # ------------------------------------------------------------------------------------------ the report
 
     def _empty(self) -> AttackReport:
         return AttackReport(
-            index_sha256=self.target.subject,
+            index_sha256=self.harness.target.subject,
             featurizer_sha256=self.project.cut.featurizer_sha256,
             public_images_sha256=self.project.public_images.digest,
             profile=self.profile.name,
@@ -443,37 +285,6 @@ def _profile(name: str) -> Profile:
     return PROFILES[name]
 
 
-def _as_tensor(interval: Interval | None) -> Tensor:
-    numbers = [interval.value, interval.low, interval.high] if interval else []
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _as_interval(numbers: Tensor) -> Interval | None:
-    if not len(numbers):
-        return None
-    value, low, high = numbers.tolist()
-    return Interval(value=value, low=low, high=high)
-
-
-def _exactly(value: float) -> Interval:
-    return Interval(value=value, low=value, high=value)
-
-
 def _same_run(one: AttackReport, other: AttackReport) -> bool:
     keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "scorer", "seed", "attribute")
     return all(getattr(one, key) == getattr(other, key) for key in (*keys, "limits"))
-
-
-def score(
-    answer: Result, target: Target, setting: Setting, references: Callable[[], References], project: Project
-) -> Scored:
-    """What an answer is worth; one scorer for each kind of answer."""
-    scorer = SCORERS[type(answer)]
-    return scorer(answer, target, setting, references, project)
-
-
-SCORERS: dict[type, Callable[[Any, Target, Setting, Callable[[], References], Project], Scored]] = {
-    Attributes: score_attributes,
-    Links: score_links,
-    Reconstructions: score_reconstructions,
-}
