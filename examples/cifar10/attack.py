@@ -115,7 +115,10 @@ def power_table(report: AttackReport) -> str:
     """What each attack got out of the weak functions that it must break, as Markdown."""
     lines = ["| attack | planted | leakage [95 %] |", "|---|---|---|"]
     for result in report.attacks:
-        lines += [f"| {result.code} | {name} | {shown(found)} |" for name, found in result.power.planted.items()]
+        for name, found in result.power.planted.items():
+            other = result.power.surpassed.get(name)
+            beside = f"; what it must surpass: {shown(other)}" if other else ""
+            lines.append(f"| {result.code} | {name} | {shown(found)}{beside} |")
     return "\n".join(lines)
 
 
