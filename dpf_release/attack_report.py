@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,6 +116,11 @@ class Utility(_Record):
     """
 
     measures: Annotated[dict[Short, Interval], Few]
+
+    @property
+    def ordered(self) -> dict[str, Interval]:
+        """The measures, m = 50 before m = 100."""
+        return dict(sorted(self.measures.items(), key=lambda item: re.sub(r"\d+", lambda m: m[0].zfill(9), item[0])))
 
 
 class AttackReport(_Record):

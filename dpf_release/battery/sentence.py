@@ -106,8 +106,8 @@ def notes(report: AttackReport) -> list[str]:
     for result in report.attacks:
         for name in result.series:
             enough = result.smallest_above(name, limit)
-            told = "no number tried gives" if enough is None else f"{enough} are enough for"
-            found.append(f"{result.code}, {name}: {told} a leakage above {limit:g}")
+            told = "at no m that was tried" if enough is None else f"from m = {enough} on"
+            found.append(f"{result.code}, m {name}: leakage above {limit:g} {told}.")
     if answers := report.references.get("outputs"):
         without = report.baselines["affine_ssim"].value
         found.append(

@@ -37,7 +37,7 @@ def print_attacks(report: AttackReport, console: Console | None = None) -> None:
         for column in ("", "measure", "found"):
             table.add_column(column, overflow="fold")
         for name, utility in report.utility.items():
-            for measure, found in utility.measures.items():
+            for measure, found in utility.ordered.items():
                 table.add_row(Text(name), Text(measure), interval(found))
         console.print(table)
 

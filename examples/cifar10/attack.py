@@ -106,7 +106,7 @@ def tables(report: AttackReport) -> str:
             lines += ["", f"{result.code}, leakage against the number of {name}: {told}."]
     lines += ["", "| utility | value [lowest, highest seed; of U1 95 %] |", "|---|---|"]
     for code, utility in report.utility.items():
-        lines += [f"| {code} {name} | {shown(found)} |" for name, found in utility.measures.items()]
+        lines += [f"| {code} {name} | {shown(found)} |" for name, found in utility.ordered.items()]
     lines += ["", *(f"- {result.code}: {'; '.join(result.reasons)}" for result in report.attacks if result.reasons)]
     return "\n".join(lines)
 
