@@ -29,6 +29,13 @@ from dpf_release.pipeline import Project, fit_poison, write_candidate
 COMMAND = ("attack", "--profile", "quick", "--only", "A1,A2", "--images", "300")
 
 
+@pytest.fixture
+def reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost of a run without the trials that it is reckoned by."""
+    monkeypatch.setattr("dpf_release.battery.run.decoder_rate", lambda view: 500.0)
+    monkeypatch.setattr("dpf_release.battery.run.utility_minutes", lambda *_: 0.0)
+
+
 def found_by(folder: Path, *, seed: int = 0) -> dict[str, Any]:
     """What a run that ends found."""
     done = run_cli(*COMMAND, "--seed", str(seed), folder=folder)
@@ -53,6 +60,7 @@ def test_a_battery_that_was_killed_twice_ends_as_one_that_was_not(project_folder
     assert found_by(whole, seed=1) != found_by(project_folder)  # the control: another seed
 
 
+@pytest.mark.usefixtures("reckoned")
 def test_who_knows_the_label_alone_gets_nothing_out_of_rows_that_are_made_of_many_pictures(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +107,7 @@ def test_who_knows_the_label_alone_gets_nothing_out_of_rows_that_are_made_of_man
     assert scores.primary.mean() <= mixed.primary.mean() + 1e-3
 
 
+@pytest.mark.usefixtures("reckoned")
 def test_an_attack_that_is_no_better_than_the_one_it_is_made_of_has_no_power(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +147,7 @@ def refusing(plant: Callable[..., Target]) -> Callable[..., Target]:
     return planted
 
 
+@pytest.mark.usefixtures("reckoned")
 def test_a_candidate_of_another_function_than_todays_is_not_attacked(project_folder: Path) -> None:
     project = Project.open(project_folder / "dpf.toml", {"poison.function": "gaussian-noise"})
     record = project.vault.function("default") / "candidate.json"

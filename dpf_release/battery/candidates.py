@@ -36,9 +36,7 @@ def draw_suspects(project: Project, target: Target, truth: Truth, seed: int) -> 
     for label in labels:
         rows = np.flatnonzero(truth.bins == label)
         asked = np.unique(np.concatenate([pool.pictures for pool in truth.pools if pool.label == label]))
-        asked = asked[
-            truth.bins[asked] == label
-        ]  # mixed rows may have pictures of other bins, non-members have none
+        asked = asked[truth.bins[asked] == label]  # mixed rows may have pictures of other bins, non-members have none
         own, with_picture = _rows_of(target, rows, asked, generator)
         members = generator.permutation(np.flatnonzero(own >= 0))[:each]
         others = generator.permutation(test[test_labels == label])[:each]
