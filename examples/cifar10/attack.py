@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--functions", nargs="+", default=FUNCTIONS)
     parser.add_argument("--only", help="codes of attacks, as A7,A9; default: all of the profile")
     parser.add_argument("--images", type=int, help="that a training is shown, in the place of the profile's")
+    parser.add_argument("--beside", type=Path, help="--out of another measurement: ends with both in one table")
     parser.add_argument("--same-categories", action="store_true", help="Q has the classes of S")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,30 @@ def main() -> None:
         text = f"### {name}, profile {suffix}\n\n{tables(report)}\n\n{power_table(report)}\n"
         (options.out / f"{name}-{suffix}.md").write_text(text)
         print(text, flush=True)
+        if options.beside:
+            (options.out / "beside.md").write_text(table := beside(options.beside, options.out, suffix))
+            print(table, flush=True)
+
+
+def beside(before: Path, now: Path, suffix: str) -> str:
+    """What two measurements have of the same attacks on functions of the same names, as Markdown."""
+    lines = [
+        "| function | attack | baseline, before | now | leakage, before | now | re-identification, before | now |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(now.glob(f"*-{suffix}.json")):
+        found = {}
+        for folder in (before, now):
+            report = AttackReport.model_validate_json((folder / path.name).read_bytes())
+            found[folder] = {result.code: result for result in report.attacks}
+        for code in [code for code in found[before] if code in found[now]]:
+            pair = [found[folder][code] for folder in (before, now)]
+            baselines = [f"{result.baseline:.3f}" for result in pair if result.baseline is not None]
+            leakages = [shown(result.leakage) for result in pair]
+            shares = ["" if code == "A10" else shown(result.re_identification, share=True) for result in pair]
+            name = path.name.removesuffix(f"-{suffix}.json")
+            lines.append(f"| {' | '.join([name, code, *baselines, *leakages, *shares])} |")
+    return "\n".join(lines) + "\n"
 
 
 def with_public_images_of_the_same_categories(config: Path) -> Path:
