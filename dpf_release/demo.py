@@ -46,17 +46,17 @@ mean = [0.3, 0.3, 0.3]
 std = [0.4, 0.4, 0.4]
 
 [train]
-epochs = 6
+epochs = 5
 batch_size = 32
 flip = false
 shift = 2
 
 [reconstructor]
-epochs = 16
+epochs = 9
 batch_size = 32
 
 [poison]
-epochs = 18
+epochs = 10
 batch_size = 32
 """
 
