@@ -16,6 +16,7 @@ from torch import Tensor
 import dpf_release.attacks
 from dpf_release.attack_report import Interval, Power
 from dpf_release.attacks import HeldRows, Reconstructions
+from dpf_release.attacks.view import Rows
 from dpf_release.battery.reconstructions import score_reconstructions
 from dpf_release.battery.scoring import (
     References,
@@ -28,7 +29,7 @@ from dpf_release.battery.scoring import (
     way_of,
 )
 from dpf_release.battery.targets import Target
-from dpf_release.battery.truth import Rows, Truth, bins_of, draw_pools
+from dpf_release.battery.truth import Truth, bins_of, draw_pools
 from dpf_release.battery.verdicts import Limit, judge, re_identification_limit
 from dpf_release.config import GateSection
 from dpf_release.metrics import ssim

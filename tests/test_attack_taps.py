@@ -27,13 +27,13 @@ from dpf_release.attacks.optimisation import (
 from dpf_release.attacks.outputs import Outputs
 from dpf_release.attacks.straw_men import StrawMen
 from dpf_release.attacks.taps import WIDEST, open_taps, standard, together
-from dpf_release.attacks.view import Remembered
+from dpf_release.attacks.view import Remembered, Rows
 from dpf_release.battery import attack
 from dpf_release.battery.profiles import PROFILES, minutes, within
 from dpf_release.battery.reconstructions import score_answer
 from dpf_release.battery.scoring import affine_fit, score_pictures
 from dpf_release.battery.targets import Target
-from dpf_release.battery.truth import Pool, Rows, Truth
+from dpf_release.battery.truth import Pool, Truth
 from dpf_release.images import Preprocess
 from dpf_release.metrics import ssim
 from dpf_release.models.hooks import split

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dpf_release.attacks.view import Rows
 from dpf_release.bank import SplitName
 from dpf_release.battery.targets import Target
-from dpf_release.battery.truth import POOL, Rows, Suspects, Truth, bin_of
+from dpf_release.battery.truth import POOL, Suspects, Truth, bin_of
 from dpf_release.errors import NotGrantedError
 from dpf_release.pipeline.project import Project
 from dpf_release.vault import RELEASED_SPLITS

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dpf_release.attack_report import SCORER, Interval, Power
 from dpf_release.attacks import Attack, Attributes, Links, Reconstructions, Result, registered
 from dpf_release.attacks.outputs import Outputs
-from dpf_release.attacks.view import ReleaseView
+from dpf_release.attacks.view import ReleaseView, Rows
 from dpf_release.battery.attributes import score_attributes
 from dpf_release.battery.grants import Setting, grant
 from dpf_release.battery.linking import score_links
@@ -22,7 +22,6 @@ from dpf_release.battery.profiles import PLANTED_SHARE, Profile
 from dpf_release.battery.reconstructions import baselines, score_answer, score_reconstructions
 from dpf_release.battery.scoring import References, RowScores, best_of, mean_interval, score_pictures
 from dpf_release.battery.targets import Target, clean_rows, draw_truth, planted_target
-from dpf_release.battery.truth import Rows
 from dpf_release.battery.verdicts import Scored
 from dpf_release.errors import ConfigError
 from dpf_release.pipeline.project import Project

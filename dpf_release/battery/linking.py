@@ -153,11 +153,8 @@ def _tpr(
 
 def _membership_told(ways: Mapping[str, Way]) -> tuple[Interval, ...]:
     """2 AUC - 1, from 0, a coin, to 1; and the members that are found among few false ones. Each by its best way."""
-    told = []
-    for name in ("auc", "tpr_at_1_percent"):
-        found = [way.measures[name] for way in ways.values() if name in way.measures]
-        told += [max(found, key=lambda one: one.value)] if found else []
-    if told:
-        auc = told[0]
-        told[0] = Interval(value=2 * auc.value - 1, low=2 * auc.low - 1, high=2 * auc.high - 1)
-    return tuple(told)
+    told = [way.measures for way in ways.values() if "auc" in way.measures]
+    if not told:
+        return ()
+    auc, tpr = (max((of[name] for of in told), key=lambda one: one.value) for name in ("auc", "tpr_at_1_percent"))
+    return Interval(value=2 * auc.value - 1, low=2 * auc.low - 1, high=2 * auc.high - 1), tpr

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpf_release.attacks.trained import seeded
+from dpf_release.attacks.view import Rows
 from dpf_release.battery.targets import Target, planted_target
-from dpf_release.battery.truth import Rows, Suspects, bins_of
+from dpf_release.battery.truth import Suspects, bins_of
 from dpf_release.models.functions import RowSource
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.pipeline.project import Project

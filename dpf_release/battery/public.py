@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpf_release.attack_report import AttackReport
 from dpf_release.attacks import ATTACKS, Reconstructions
 from dpf_release.attacks.trained import seeded, weights_sha256
-from dpf_release.attacks.view import HeldPictures, HeldRows, ReleaseView, batches
+from dpf_release.attacks.view import HeldPictures, HeldRows, ReleaseView, Rows, batches
 from dpf_release.battery.candidates import public_rows
 from dpf_release.battery.gallery import as_bytes, spread
 from dpf_release.battery.grants import Setting, grant, kept_in
@@ -24,7 +24,7 @@ from dpf_release.battery.page import refuse_inside_release, write_public_page
 from dpf_release.battery.profiles import PROFILES
 from dpf_release.battery.sentence import strongest
 from dpf_release.battery.targets import Target, held_source, poison_with
-from dpf_release.battery.truth import Pool, Rows, Truth
+from dpf_release.battery.truth import Pool, Truth
 from dpf_release.models.functions import Chain, FeatureSpec, build_chain
 from dpf_release.objective import Objective
 from dpf_release.pipeline.attackers import straw_man

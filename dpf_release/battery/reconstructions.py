@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dpf_release.attack_report import Interval, Way
 from dpf_release.attacks import Reconstructions
-from dpf_release.attacks.view import BATCH, ReleaseView, batches
+from dpf_release.attacks.view import BATCH, ReleaseView, Rows, batches
 from dpf_release.battery.gallery import pictures_of
 from dpf_release.battery.grants import Setting
 from dpf_release.battery.scoring import References, RowScores, leakages_of, score_pictures, way_of
 from dpf_release.battery.targets import Target
-from dpf_release.battery.truth import LEAST_POOL, Rows, Truth
+from dpf_release.battery.truth import LEAST_POOL, Truth
 from dpf_release.battery.verdicts import Limit, Scored, re_identification_limit
 from dpf_release.pipeline.project import Project
 

@@ -16,13 +16,12 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from dpf_release.attack_report import Interval, Way
-from dpf_release.attacks.view import Rows
+from dpf_release.attacks.view import Rows, batches
 from dpf_release.battery.truth import LEAST_POOL, Contributors, Truth
 from dpf_release.metrics import l1, psnr, ssim
 
 Numbers = NDArray[np.float64]
 PSNR_LIMIT = 100.0  # of equal pictures it is infinite
-BATCH = 256
 DRAWS = 2000
 LEAST_GAP = 0.1  # between baseline and ceiling, below which their ratio says nothing
 WORST = 0.01
@@ -86,8 +85,7 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
         there = np.isin(members, pool.pictures)
         made_of[at[there], np.searchsorted(pool.pictures, members[there])] = True
         guess.append(made_of.mean(axis=1))
-        for first in range(0, len(pool.rows), BATCH):
-            places = np.arange(first, min(first + BATCH, len(pool.rows)))
+        for places in batches(np.arange(len(pool.rows))):
             pictures = reconstruct(done + places).float().clamp(0, 1)
             correlation = (_directions(pictures) @ directions.T).abs()  # (n, M)
             match = correlation.argmax(dim=1)

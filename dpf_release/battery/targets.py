@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from dpf_release.attacks.view import HeldRows
+from dpf_release.attacks.view import HeldRows, Rows
 from dpf_release.bank import ID_BYTES, INDEX, FeatureBank
 from dpf_release.battery.planted import Member, planted
-from dpf_release.battery.truth import Contributors, Rows, Suspects, Truth, bins_of, draw_pools
+from dpf_release.battery.truth import Contributors, Suspects, Truth, bins_of, draw_pools
 from dpf_release.errors import NotGrantedError, VaultError
 from dpf_release.models.functions import Chain, FeatureSpec, Plan, RowSource
 from dpf_release.pipeline.banks import changed_since_poison

@@ -13,7 +13,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-Rows = NDArray[np.int64]
+from dpf_release.attacks.view import Rows
+
 # Of some rows: pairs (position in them, row of the clean bank that is in it).
 Contributors = Callable[[Rows], tuple[Rows, Rows]]
 POOL = 200  # pictures among which a row's own is looked for

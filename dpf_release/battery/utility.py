@@ -307,7 +307,7 @@ class _Bench:
     def scores(self, trainings: Sequence[Training]) -> dict[Training, float]:
         """The score of each; what was trained before is not trained again."""
         if missing := self.missing(trainings):
-            announce(f"Utility: {len(missing)} trainings, about {self.minutes(missing):.1f} minutes")
+            announce(f"Utility: {len(missing)} trainings")  # how long they take was told with the attacks
         for training in missing:
             self._train(training)
         return {training: score for training in trainings if (score := self._known(training)) is not None}

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpf_release.attack_report import Interval, Power, Verdict, Way
+from dpf_release.attacks.view import Rows
 from dpf_release.battery.scoring import LEAST_GAP
-from dpf_release.battery.truth import LEAST_POOL, POOL, Rows
+from dpf_release.battery.truth import LEAST_POOL, POOL
 
 
 @dataclass(frozen=True)
