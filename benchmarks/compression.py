@@ -49,18 +49,25 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dpf_release.bank import BankIndex, Compression, FeatureBank, load_blosc2
-from dpf_release.bank_writer import BankWriter, SplitRows
+from dpf_release.bank.format import BankIndex, Compression, load_blosc2
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.writer import BankWriter, SplitRows
 from dpf_release.errors import BankError
-from dpf_release.images import Preprocess
-from dpf_release.models.functions import FeatureSpec, build_chain
+from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import split
 from dpf_release.models.reconstructors import build_reconstructor
+from dpf_release.models.training import Recipe, fit, pick_device
 from dpf_release.models.weights import freeze, load_weights
 from dpf_release.models.zoo import build_network
-from dpf_release.pipeline import Project, featurize, fit_poison, init, train, write_candidate
-from dpf_release.pipeline.objective import Objective
-from dpf_release.training import Recipe, fit, pick_device
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.init import init
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.train import train
+from dpf_release.poisoning.chain import build_chain
+from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.objective import Objective
 
 Features = NDArray[np.float16]
 CIFAR10_CONFIG = Path(__file__).parents[1] / "examples" / "cifar10" / "dpf.toml"

@@ -46,15 +46,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dpf_release.bank import BankIndex, FeatureBank
-from dpf_release.bank_writer import BankWriter, Span, SplitRows
-from dpf_release.models.functions import FeatureSpec, build_chain
+from dpf_release.bank.build import write_bank
+from dpf_release.bank.format import BankIndex
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.writer import BankWriter, Span, SplitRows
+from dpf_release.core.files import sha256_of
+from dpf_release.core.ranks import Ranks
 from dpf_release.models.weights import freeze, save_state
 from dpf_release.models.zoo import build_network
-from dpf_release.pipeline import Project, featurize, init
-from dpf_release.pipeline.writing import write_bank
-from dpf_release.ranks import Ranks
-from dpf_release.storage import sha256_of
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.init import init
+from dpf_release.owner.project import Project
+from dpf_release.poisoning.chain import build_chain
+from dpf_release.poisoning.interface import FeatureSpec
 
 Times = defaultdict[str, list[float]]
 SPLIT_OF = ["train"] * 8 + ["val", "test"]  # of ten images in a row

@@ -35,8 +35,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dpf_release.pipeline import init
-from dpf_release.verification import verify
+from dpf_release.owner.init import init
+from dpf_release.release.verify import verify
 
 CONFIG = """\
 release = { name = "squares", version = "1.0.0", licence = "cc0-1.0" }

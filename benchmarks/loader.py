@@ -53,9 +53,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dpf_release.bank import BankIndex, SplitName, read_index
-from dpf_release.bank_writer import BankWriter, SplitRows
-from dpf_release.loader import BankDataset
+from dpf_release.bank.dataset import BankDataset
+from dpf_release.bank.format import BankIndex, SplitName, read_index
+from dpf_release.bank.writer import BankWriter, SplitRows
 
 Batch = tuple[Tensor, Tensor]
 Batches = Iterable[Batch]

@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpf_release import Release
-from dpf_release.manifest import MANIFEST, FileRecord
-from dpf_release.storage import readable_size, sha256_of
-from dpf_release.structure import check_structure
+from dpf_release.core.files import sha256_of
+from dpf_release.core.sizes import readable_size
+from dpf_release.release.contents import check_structure
+from dpf_release.release.manifest import MANIFEST, FileRecord
 
 
 def main() -> None:

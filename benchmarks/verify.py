@@ -27,10 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpf_release.manifest import Manifest, describe_files, write_manifest
-from dpf_release.signing import new_key, read_private_key, write_signature
-from dpf_release.storage import readable_size
-from dpf_release.verification import verify
+from dpf_release.core.sizes import readable_size
+from dpf_release.release.manifest import Manifest, describe_files, write_manifest
+from dpf_release.release.signing import new_key, read_private_key, write_signature
+from dpf_release.release.verify import verify
 
 MIB = 2**20
 SIZES = {

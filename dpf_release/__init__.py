@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpf_release.loader import concat
-    from dpf_release.release import Release
+    from dpf_release.bank.dataset import concat
+    from dpf_release.release.release import Release
+
 
 __version__ = "0.1.0"
 __all__ = ["Release", "__version__", "concat"]
 
-_HOME = {"Release": "dpf_release.release", "concat": "dpf_release.loader"}
+_HOME = {"Release": "dpf_release.release.release", "concat": "dpf_release.bank.dataset"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """`python -m dpf_release` is `dpf-release`."""
 
-from dpf_release.cli import main
+from __future__ import annotations
+
+from dpf_release.cli.main import main
 
 main()

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 from dpf_release import Release, concat
-from dpf_release.downstream import fit_classifier, score
-from dpf_release.loader import BankDataset
-from dpf_release.pipeline import featurize_new
+from dpf_release.bank.dataset import BankDataset
+from dpf_release.release.featurize import featurize_new
+from dpf_release.release.train import fit_classifier, score
 
 
 def main() -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dpf_release.attacks import Attack, Budget, HeldPictures, Reconstructions, ReleaseView, register
-from dpf_release.attacks.decoder import decode, train_decoder
-from dpf_release.battery import attack, print_attacks
-from dpf_release.pipeline import Project
+from dpf_release.attacks.interface import Attack, Reconstructions, register
+from dpf_release.attacks.threat_models import Budget, HeldPictures, ReleaseView
+from dpf_release.attacks.toolkit.decoder import decode, train_decoder
+from dpf_release.evaluation.report.terminal import print_attacks
+from dpf_release.evaluation.suite import attack
+from dpf_release.owner.project import Project
 
 
 @register

@@ -17,8 +17,14 @@ from browsing import browser  # noqa: F401  # a fixture for all
 from PIL import Image, ImageDraw
 from warm_cli import WarmCli
 
-from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, fit_poison, init, measure, train, write_candidate
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.init import init
+from dpf_release.owner.measure import measure
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.train import train
+from dpf_release.publish.package import package
 
 # Two test processes share two cores: more threads would only get in each other's way.
 torch.set_num_threads(1)

@@ -26,10 +26,15 @@ from conftest import CONFIG, write_shapes
 from safetensors.numpy import load
 
 from dpf_release import Release
-from dpf_release.battery import attack
-from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, fit_poison, init, train, write_candidate
-from dpf_release.signing import new_key
+from dpf_release.evaluation.suite import attack
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.init import init
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.train import train
+from dpf_release.publish.package import package
+from dpf_release.release.signing import new_key
 
 GOLDEN = Path(__file__).parent / "golden"
 KEY = GOLDEN / "owner-key.pub.pem"

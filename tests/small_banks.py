@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpf_release.bank import BankIndex, ShardRecord
-from dpf_release.bank_writer import BankWriter, SplitRows
+from dpf_release.bank.format import BankIndex, ShardRecord
+from dpf_release.bank.writer import BankWriter, SplitRows
 
 SHAPE = (2, 3, 4)
 ROW_BYTES = 48

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpf_release.manifest import Manifest, describe_files, write_manifest
+from dpf_release.release.manifest import Manifest, describe_files, write_manifest
 
 FILES = {
     "README.md": "card",

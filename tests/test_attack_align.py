@@ -15,31 +15,29 @@ from attackers import Memory
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpf_release.attacks import (
-    Budget,
-    HeldRows,
-    Reconstructions,
-    ReleaseView,
-    TwoReleases,
-    straw_men,
-    trained,
-    two_releases,
-)
-from dpf_release.attacks.alignment import ALL, Alignment, _moments, alignments, match_covariances, match_moments
-from dpf_release.attacks.alignment_map import AlignmentMap, discrepancy
-from dpf_release.attacks.jigsaw import Jigsaw, beliefs, pools_of
-from dpf_release.attacks.pieces import Grid, find_swaps, fits, train_fitting
-from dpf_release.attacks.straw_men import StrawMen
-from dpf_release.attacks.two_releases import TwoFunctions, join
-from dpf_release.battery.grants import Setting, grant
-from dpf_release.battery.scoring import score_pictures
-from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
+from dpf_release.attacks import a01_clean_decoders as straw_men
+from dpf_release.attacks import a09_two_releases as two_releases
+from dpf_release.attacks.a01_clean_decoders import StrawMen
+from dpf_release.attacks.a04_alignment import ALL, Alignment, _moments, alignments, match_covariances, match_moments
+from dpf_release.attacks.a09_two_releases import TwoFunctions, join
+from dpf_release.attacks.a12_jigsaw import Jigsaw, beliefs, pools_of
+from dpf_release.attacks.interface import Reconstructions
+from dpf_release.attacks.threat_models import Budget, HeldRows, ReleaseView, TwoReleases
+from dpf_release.attacks.toolkit import trained
+from dpf_release.attacks.toolkit.alignment_map import AlignmentMap, discrepancy
+from dpf_release.attacks.toolkit.pieces import Grid, find_swaps, fits, train_fitting
+from dpf_release.core.arrays import Rows
 from dpf_release.errors import NotGrantedError
-from dpf_release.models.functions import Recombine
-from dpf_release.models.functions.interface import FeatureSpec, Rows
-from dpf_release.pipeline import Project, fit_poison, write_candidate
-from dpf_release.pipeline.fitting import load_function
-from dpf_release.vault import releases, remember_release
+from dpf_release.evaluation.scoring import score_pictures
+from dpf_release.evaluation.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
+from dpf_release.evaluation.views import Setting, grant
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.fitted import load_function
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.vault.ledger import releases, remember_release
+from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.recombine import Recombine
 
 
 @pytest.fixture(scope="module")

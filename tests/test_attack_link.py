@@ -14,26 +14,37 @@ import pytest
 import torch
 from PIL import Image
 
-from dpf_release.attack_report import Interval
-from dpf_release.attacks import Attack, Attributes, Budget, HeldRows, Likeness, Links, registered, trained
-from dpf_release.attacks.attribute import Attribute
-from dpf_release.attacks.linkage import patches
-from dpf_release.attacks.membership import log_odds
-from dpf_release.attacks.view import Candidates, KnownPairs, LabelledRows, LeakedVault, ReleaseView, TwoReleases
-from dpf_release.battery.attributes import from_the_label
-from dpf_release.battery.attributes import measure as measure_attribute
-from dpf_release.battery.candidates import Labelled, draw_labelled, draw_suspects
-from dpf_release.battery.grants import Setting, grant, kept_in
-from dpf_release.battery.harness import score
-from dpf_release.battery.linking import measure, membership_measures, ranks
-from dpf_release.battery.planted_network import memorising_target
-from dpf_release.battery.scoring import References
-from dpf_release.battery.targets import Target, clean_rows, draw_truth, planted_target
-from dpf_release.battery.truth import Suspects, Truth, bin_of
-from dpf_release.battery.verdicts import Scored
+from dpf_release.attacks.a05_linkage import patches
+from dpf_release.attacks.a08_attribute import Attribute
+from dpf_release.attacks.a10_membership import log_odds
+from dpf_release.attacks.interface import Attack, Attributes, Likeness, Links, registered
+from dpf_release.attacks.threat_models import (
+    Budget,
+    Candidates,
+    HeldRows,
+    KnownPairs,
+    LabelledRows,
+    LeakedVault,
+    ReleaseView,
+    TwoReleases,
+)
+from dpf_release.attacks.toolkit import trained
 from dpf_release.errors import NotGrantedError
-from dpf_release.pipeline import Project, featurize
-from dpf_release.vault import Vault
+from dpf_release.evaluation.control_network import memorising_target
+from dpf_release.evaluation.harness import score
+from dpf_release.evaluation.query_images import Labelled, draw_labelled, draw_suspects
+from dpf_release.evaluation.score_attributes import from_the_label
+from dpf_release.evaluation.score_attributes import measure as measure_attribute
+from dpf_release.evaluation.score_linkage import measure, membership_measures, ranks
+from dpf_release.evaluation.scoring import References
+from dpf_release.evaluation.targets import Target, clean_rows, draw_truth, planted_target
+from dpf_release.evaluation.truth import Suspects, Truth, bin_of
+from dpf_release.evaluation.verdicts import Scored
+from dpf_release.evaluation.views import Setting, grant, kept_in
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.project import Project
+from dpf_release.owner.vault.vault import Vault
+from dpf_release.release.attack_report import Interval
 
 BUDGET = Budget(images=3000, decoders=1, shadows=0)
 SPLIT_OF = ("test", "val", "train", "train")

@@ -20,16 +20,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Utility, Way
-from dpf_release.battery import attack, plots, publish_page, run
-from dpf_release.battery.gallery import FILE, read_pictures
-from dpf_release.battery.page import MEASURES, Frontier, page, write_page, write_public_page
-from dpf_release.battery.plots import leakage_plot, scatter_plot, series_plot
-from dpf_release.battery.sentence import PRIMARY, strongest, verdict_in_words
-from dpf_release.battery.terminal import print_attacks
 from dpf_release.errors import ConfigError
-from dpf_release.pictures import Pictures
-from dpf_release.pipeline import Project
+from dpf_release.evaluation import suite as run
+from dpf_release.evaluation.gallery import FILE, read_pictures
+from dpf_release.evaluation.report import plots
+from dpf_release.evaluation.report.frontier_points import Frontier
+from dpf_release.evaluation.report.headline import PRIMARY, strongest, verdict_in_words
+from dpf_release.evaluation.report.page import MEASURES, page, write_page, write_public_page
+from dpf_release.evaluation.report.plots import leakage_plot, scatter_plot, series_plot
+from dpf_release.evaluation.report.public_page import publish_page
+from dpf_release.evaluation.report.terminal import print_attacks
+from dpf_release.evaluation.suite import attack
+from dpf_release.images.dataset import Pictures
+from dpf_release.owner.project import Project
+from dpf_release.release.attack_report import AttackReport, AttackResult, Interval, Power, Utility, Way
 
 HOSTILE = "<script>alert('$x$')</script> [bold]"
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 import dpf_release.attacks
-from dpf_release.attack_report import Interval, Power
-from dpf_release.attacks import HeldRows, Reconstructions
-from dpf_release.attacks.view import Rows
-from dpf_release.battery.reconstructions import score_reconstructions
-from dpf_release.battery.scoring import (
+from dpf_release.attacks.interface import Reconstructions
+from dpf_release.attacks.threat_models import HeldRows
+from dpf_release.core.arrays import Rows
+from dpf_release.evaluation.score_reconstructions import score_reconstructions
+from dpf_release.evaluation.scoring import (
     References,
     RowScores,
     affine_fit,
@@ -28,11 +28,12 @@ from dpf_release.battery.scoring import (
     share_interval,
     way_of,
 )
-from dpf_release.battery.targets import Target
-from dpf_release.battery.truth import Truth, bins_of, draw_pools
-from dpf_release.battery.verdicts import Limit, judge, re_identification_limit
-from dpf_release.config import GateSection
-from dpf_release.metrics import ssim
+from dpf_release.evaluation.targets import Target
+from dpf_release.evaluation.truth import Truth, bins_of, draw_pools
+from dpf_release.evaluation.verdicts import Limit, judge, re_identification_limit
+from dpf_release.models.metrics import ssim
+from dpf_release.owner.config import GateSection
+from dpf_release.release.attack_report import Interval, Power
 
 POOL, CLASSES = 60, 2
 

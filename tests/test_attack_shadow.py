@@ -13,32 +13,27 @@ import torch
 from attackers import Memory
 from torch import Tensor, nn
 
-import dpf_release.battery.truth as truth_module
-from dpf_release.attack_report import AttackResult, Interval, Power, Way
-from dpf_release.attacks import (
-    KnownPairs,
-    LeakedVault,
-    Reconstructions,
-    ReleaseView,
-    known_pairs,
-    leaked_vault,
-    shadow,
-    straw_men,
-    trained,
-)
-from dpf_release.attacks.straw_men import straw_man
-from dpf_release.attacks.view import Budget, HeldPictures, HeldRows
-from dpf_release.battery.grants import Setting, grant
-from dpf_release.battery.harness import Harness
-from dpf_release.battery.reconstructions import _series
-from dpf_release.battery.run import _Run
-from dpf_release.battery.scoring import References, score_pictures
-from dpf_release.battery.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
+import dpf_release.evaluation.truth as truth_module
+from dpf_release.attacks import a00_leaked_vault as leaked_vault
+from dpf_release.attacks import a01_clean_decoders as straw_men
+from dpf_release.attacks import a03_shadow as shadow
+from dpf_release.attacks import a06_known_pairs as known_pairs
+from dpf_release.attacks.interface import Reconstructions
+from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, KnownPairs, LeakedVault, ReleaseView
+from dpf_release.attacks.toolkit import trained
+from dpf_release.attacks.toolkit.clean_decoders import straw_man
 from dpf_release.errors import ConfigError, NotGrantedError
-from dpf_release.metrics import ssim
-from dpf_release.models.functions import Plan
-from dpf_release.pipeline import Project
-from dpf_release.pipeline.fitting import load_function
+from dpf_release.evaluation.harness import Harness
+from dpf_release.evaluation.score_reconstructions import _series
+from dpf_release.evaluation.scoring import References, score_pictures
+from dpf_release.evaluation.suite import _Run
+from dpf_release.evaluation.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
+from dpf_release.evaluation.views import Setting, grant
+from dpf_release.models.metrics import ssim
+from dpf_release.owner.fitted import load_function
+from dpf_release.owner.project import Project
+from dpf_release.poisoning.interface import Plan
+from dpf_release.release.attack_report import AttackResult, Interval, Power, Way
 
 BUDGET = Budget(images=2500, decoders=1, shadows=2)
 

@@ -11,9 +11,10 @@ import torch
 from attackers import Memory
 from torch import Tensor, nn
 
-from dpf_release.attacks import Budget, HeldPictures, HeldRows, Reconstructions, ReleaseView, optimisation
-from dpf_release.attacks.deep_tap import DeepTap, drop_out
-from dpf_release.attacks.optimisation import (
+from dpf_release.attacks import a07_optimisation as optimisation
+from dpf_release.attacks.a01_clean_decoders import StrawMen
+from dpf_release.attacks.a02_deep_tap import DeepTap, drop_out
+from dpf_release.attacks.a07_optimisation import (
     COST,
     FEWEST_ROWS,
     RESTARTS,
@@ -24,21 +25,22 @@ from dpf_release.attacks.optimisation import (
     Pixels,
     rows_within,
 )
-from dpf_release.attacks.outputs import Outputs
-from dpf_release.attacks.straw_men import StrawMen
-from dpf_release.attacks.taps import WIDEST, open_taps, standard, together
-from dpf_release.attacks.view import Remembered, Rows
-from dpf_release.battery import attack
-from dpf_release.battery.profiles import PROFILES, minutes, within
-from dpf_release.battery.reconstructions import score_answer
-from dpf_release.battery.scoring import affine_fit, score_pictures
-from dpf_release.battery.targets import Target
-from dpf_release.battery.truth import Pool, Truth
-from dpf_release.images import Preprocess
-from dpf_release.metrics import ssim
+from dpf_release.attacks.interface import Reconstructions
+from dpf_release.attacks.reference_outputs import Outputs
+from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, ReleaseView, Remembered
+from dpf_release.attacks.toolkit.taps import WIDEST, open_taps, standard, together
+from dpf_release.core.arrays import Rows
+from dpf_release.evaluation.profiles import PROFILES, minutes, within
+from dpf_release.evaluation.score_reconstructions import score_answer
+from dpf_release.evaluation.scoring import affine_fit, score_pictures
+from dpf_release.evaluation.suite import attack
+from dpf_release.evaluation.targets import Target
+from dpf_release.evaluation.truth import Pool, Truth
+from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import split
+from dpf_release.models.metrics import ssim
 from dpf_release.models.zoo import build_network
-from dpf_release.pipeline import Project
+from dpf_release.owner.project import Project
 
 SIZE = 16
 

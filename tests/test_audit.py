@@ -21,22 +21,26 @@ import pytest
 from conftest import run_cli
 from rich.console import Console
 
-from dpf_release.age import load_pyrage
-from dpf_release.audit import Audit, audit, checks, print_audit, project_of, write_page
-from dpf_release.audit.checks import CHECKS
-from dpf_release.audit.page import page
-from dpf_release.bank import FeatureBank, read_index
-from dpf_release.bank_writer import BankWriter, SplitRows
-from dpf_release.croissant import CROISSANT, croissant
+from dpf_release.bank.format import read_index
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.writer import BankWriter, SplitRows
+from dpf_release.core.files import sha256_of, write_json
+from dpf_release.core.locks import LOCK
 from dpf_release.errors import ConfigError, SigningError, VaultError
-from dpf_release.inspection import inspect
-from dpf_release.manifest import MANIFEST, SUMS, Manifest, describe_files, write_manifest
-from dpf_release.pipeline import Project
-from dpf_release.sealing import seal
-from dpf_release.signing import new_key
-from dpf_release.storage import LOCK, sha256_of, write_json
-from dpf_release.vault import OPENED, SEALS, Vault
-from dpf_release.verification import Problem, read_manifest
+from dpf_release.owner.project import Project
+from dpf_release.owner.vault.age import load_pyrage
+from dpf_release.owner.vault.sealing import seal
+from dpf_release.owner.vault.vault import OPENED, SEALS, Vault
+from dpf_release.publish.audit import checks
+from dpf_release.publish.audit.audit import Audit, audit, project_of
+from dpf_release.publish.audit.checks import CHECKS
+from dpf_release.publish.audit.page import page, write_page
+from dpf_release.publish.audit.terminal import print_audit
+from dpf_release.publish.inspect import inspect
+from dpf_release.release.croissant import CROISSANT, croissant
+from dpf_release.release.manifest import MANIFEST, SUMS, Manifest, describe_files, write_manifest
+from dpf_release.release.signing import new_key
+from dpf_release.release.verify import Problem, read_manifest
 
 ROOT = Path(__file__).parent.parent
 SHARD = "features/train/shard-00000.h5"

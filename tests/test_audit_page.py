@@ -9,7 +9,8 @@ import pytest
 from browsing import Browser
 from test_audit import HOSTILE, list_anew
 
-from dpf_release.audit import audit, project_of, write_page
+from dpf_release.publish.audit.audit import audit, project_of
+from dpf_release.publish.audit.page import write_page
 
 
 @pytest.fixture(scope="module")

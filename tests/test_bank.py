@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from small_banks import ROW_BYTES, SHAPE, features_of, fill, ids_of, write_bank, writer
 
-from dpf_release.bank import BankIndex, FeatureBank, read_index
+from dpf_release.bank.format import BankIndex, read_index
+from dpf_release.bank.reader import FeatureBank
 from dpf_release.errors import BankError
 
 GOLDEN = Path(__file__).parent / "golden" / "bank-1"
@@ -265,7 +266,7 @@ def test_more_shards_than_may_be_open_are_read_right_with_few_files(
     written, order = features_of(80).astype(np.float16), np.random.default_rng(0).permutation(80)
     most = {}
     for limit in (2, 100):
-        monkeypatch.setattr("dpf_release.bank.MAX_OPEN_SHARDS", limit)
+        monkeypatch.setattr("dpf_release.bank.reader.MAX_OPEN_SHARDS", limit)
         before = len(list(Path("/proc/self/fd").iterdir()))
         found, most[limit] = FeatureBank(tmp_path, "train"), 0
         for start in range(0, 80, 10):

@@ -13,18 +13,20 @@ import pytest
 import torch
 from conftest import killed, run_cli
 
-from dpf_release.attack_report import Interval
-from dpf_release.attacks import ATTACKS, Attack, Reconstructions, ReleaseView
-from dpf_release.battery import attack
-from dpf_release.battery.grants import Setting, grant, kept_in
-from dpf_release.battery.harness import Harness
-from dpf_release.battery.reconstructions import score_answer
-from dpf_release.battery.run import _Run
-from dpf_release.battery.scoring import RowScores
-from dpf_release.battery.sentence import verdict_in_words
-from dpf_release.battery.targets import Target
+from dpf_release.attacks.interface import ATTACKS, Attack, Reconstructions
+from dpf_release.attacks.threat_models import ReleaseView
 from dpf_release.errors import ConfigError, VaultError
-from dpf_release.pipeline import Project, fit_poison, write_candidate
+from dpf_release.evaluation.harness import Harness
+from dpf_release.evaluation.report.headline import verdict_in_words
+from dpf_release.evaluation.score_reconstructions import score_answer
+from dpf_release.evaluation.scoring import RowScores
+from dpf_release.evaluation.suite import _Run, attack
+from dpf_release.evaluation.targets import Target
+from dpf_release.evaluation.views import Setting, grant, kept_in
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.release.attack_report import Interval
 
 COMMAND = ("attack", "--profile", "quick", "--only", "A1,A2", "--images", "300")
 
@@ -32,8 +34,8 @@ COMMAND = ("attack", "--profile", "quick", "--only", "A1,A2", "--images", "300")
 @pytest.fixture
 def reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost of a run without the trials that it is reckoned by."""
-    monkeypatch.setattr("dpf_release.battery.run.decoder_rate", lambda view: 500.0)
-    monkeypatch.setattr("dpf_release.battery.run.utility_minutes", lambda *_: 0.0)
+    monkeypatch.setattr("dpf_release.evaluation.suite.decoder_rate", lambda view: 500.0)
+    monkeypatch.setattr("dpf_release.evaluation.suite.utility_minutes", lambda *_: 0.0)
 
 
 def found_by(folder: Path, *, seed: int = 0) -> dict[str, Any]:

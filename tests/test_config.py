@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from dpf_release.config import Config, parse_config, parse_size, read_config
+from dpf_release.core.sizes import parse_size
 from dpf_release.errors import ConfigError
-from dpf_release.pipeline import init
+from dpf_release.owner.config import Config, parse_config, read_config
+from dpf_release.owner.init import init
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dpf_release import Release, digests
-from dpf_release.digests import CheckedDigests
+from dpf_release import Release
 from dpf_release.errors import VerificationError
+from dpf_release.release import checked_files as digests
+from dpf_release.release.checked_files import CheckedDigests
 
 
 @pytest.fixture

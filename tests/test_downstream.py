@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from small_banks import fill
 from torch import nn
 
-from dpf_release.bank import BankIndex
-from dpf_release.bank_writer import BankWriter
-from dpf_release.downstream import fit_classifier, score
-from dpf_release.loader import BankDataset
+from dpf_release.bank.dataset import BankDataset
+from dpf_release.bank.format import BankIndex
+from dpf_release.bank.writer import BankWriter
 from dpf_release.models.weights import state_bytes
+from dpf_release.release.train import fit_classifier, score
 
 SHAPE = (4, 3, 3)
 

@@ -12,16 +12,15 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from dpf_release.errors import ConfigError
-from dpf_release.models.functions import (
+from dpf_release.poisoning.chain import Chain, build_chain
+from dpf_release.poisoning.deep import DeepPoisoningFunction
+from dpf_release.poisoning.interface import (
     FUNCTIONS,
-    Chain,
-    DeepPoisoningFunction,
     FeatureSpec,
     Plan,
     PoisonedRows,
     PoisoningFunction,
     RowSource,
-    build_chain,
     register,
 )
 

@@ -14,23 +14,27 @@ import pytest
 from bare_banks import digests
 from conftest import run_cli
 
-from dpf_release.attack_report import AttackReport, AttackResult, Interval, Power, Way, public_report
-from dpf_release.attacks import ATTACKS, Attack, Budget, registered, straw_men, trained
-from dpf_release.attacks.view import LeakedVault, TwoReleases
-from dpf_release.battery import attack
-from dpf_release.battery.failures import FAILURES, failures, note_failures
-from dpf_release.battery.profiles import PROFILES
-from dpf_release.battery.run import report_file
-from dpf_release.config import ClaimsSection, GateSection
+from dpf_release.attacks import a01_clean_decoders as straw_men
+from dpf_release.attacks.interface import ATTACKS, Attack, registered
+from dpf_release.attacks.threat_models import Budget, LeakedVault, TwoReleases
+from dpf_release.attacks.toolkit import trained
+from dpf_release.core.files import sha256_of, write_json
 from dpf_release.errors import RefusedError, VaultError
-from dpf_release.gate import objections, pass_gate, same_but_for_dropped_rows
-from dpf_release.manifest import ATTACK_REPORT, Manifest, describe_files, write_manifest
-from dpf_release.package import package
-from dpf_release.pipeline import Project, fit_poison, retract, write_candidate
-from dpf_release.sealing import look_at
-from dpf_release.storage import sha256_of, write_json
-from dpf_release.structure import verify_deep
-from dpf_release.verification import read_manifest
+from dpf_release.evaluation.failed_attacks import FAILURES, failures, note_failures
+from dpf_release.evaluation.profiles import PROFILES
+from dpf_release.evaluation.suite import attack, report_file
+from dpf_release.owner.config import ClaimsSection, GateSection
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.retract import retract
+from dpf_release.owner.vault.sealing import look_at
+from dpf_release.publish.gate import objections, pass_gate, same_but_for_dropped_rows
+from dpf_release.publish.package import package
+from dpf_release.release.attack_report import AttackReport, AttackResult, Interval, Power, Way, public_report
+from dpf_release.release.contents import verify_deep
+from dpf_release.release.manifest import ATTACK_REPORT, Manifest, describe_files, write_manifest
+from dpf_release.release.verify import read_manifest
 
 REASON = "For a workshop of ten, who signed for it."
 FOUND = Interval(value=0.012345678, low=-0.000001, high=0.03)

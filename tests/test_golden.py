@@ -23,10 +23,10 @@ from golden_release import (
 from small_releases import flip_bit
 
 from dpf_release import Release
-from dpf_release.bank import FeatureBank
-from dpf_release.pipeline import Project
-from dpf_release.structure import verify_deep
-from dpf_release.verification import verify
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.owner.project import Project
+from dpf_release.release.contents import verify_deep
+from dpf_release.release.verify import verify
 
 SIGNED, UNSIGNED = GOLDEN / "release-1-signed", GOLDEN / "release-1"
 

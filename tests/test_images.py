@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 from dpf_release.errors import ImageError
-from dpf_release.image_table import ImageTable, read_table, read_unlabelled
-from dpf_release.images import Preprocess, decode
+from dpf_release.images.decode import Preprocess, decode
+from dpf_release.images.read import read_table, read_unlabelled
+from dpf_release.images.table import ImageTable
 
 PLAIN = Preprocess(size=(16, 16), resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

@@ -14,10 +14,13 @@ import pytest
 from conftest import killed
 
 from dpf_release.errors import BankError, RefusedError
-from dpf_release.manifest import Manifest
-from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, measure, write_candidate
-from dpf_release.verification import read_manifest
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.measure import measure
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.publish.package import package
+from dpf_release.release.manifest import Manifest
+from dpf_release.release.verify import read_manifest
 
 _spec = importlib.util.spec_from_file_location("kill", Path(__file__).parents[1] / "benchmarks" / "kill.py")
 assert _spec

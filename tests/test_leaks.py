@@ -26,27 +26,26 @@ from safetensors.torch import load_file, save_file
 from small_banks import fill
 from test_audit import list_anew
 
-from dpf_release import near_rows
-from dpf_release.audit import audit, project_of
-from dpf_release.bank import BankIndex, FeatureBank
-from dpf_release.bank_writer import BankWriter
+from dpf_release.bank.format import BankIndex
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.writer import BankWriter
+from dpf_release.core.files import sha256_of
 from dpf_release.errors import BankError, RefusedError
-from dpf_release.leaks import order as order_module
-from dpf_release.leaks import (
-    private_facts,
-    private_rows,
-    private_tensors,
-    private_words,
-    source_order,
-    telling_ids,
-)
-from dpf_release.leaks.ids import _chance_of_bits, _from_texts
-from dpf_release.leaks.order import CHANCE, _commonest_step, _deviations, _scores, _unlikely_times
-from dpf_release.near_rows import find_near_rows
-from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
-from dpf_release.storage import sha256_of
-from dpf_release.vault import Vault
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.vault.vault import Vault
+from dpf_release.publish.audit.audit import audit, project_of
+from dpf_release.publish.leaks import near_rows
+from dpf_release.publish.leaks import order as order_module
+from dpf_release.publish.leaks.ids import _chance_of_bits, _from_texts, telling_ids
+from dpf_release.publish.leaks.near_rows import find_near_rows
+from dpf_release.publish.leaks.order import CHANCE, _commonest_step, _deviations, _scores, _unlikely_times, source_order
+from dpf_release.publish.leaks.private_facts import private_facts, private_rows
+from dpf_release.publish.leaks.tensors import private_tensors
+from dpf_release.publish.leaks.text import private_words
+from dpf_release.publish.package import package
 
 FILTER = {"poison.function": "gaussian-filter"}  # nothing to train
 
@@ -471,7 +470,7 @@ def test_a_bank_of_private_rows_scaled_and_shifted_is_found(tmp_path: Path, what
 def test_a_function_that_scales_is_refused_and_one_that_mixes_noise_in_is_not(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpf_release.models.functions import FUNCTIONS, PoisoningFunction
+    from dpf_release.poisoning.interface import FUNCTIONS, PoisoningFunction
 
     class Times(PoisoningFunction):
         def __init__(self, features: Any, by: float = 2, noise: float = 0) -> None:
@@ -544,7 +543,7 @@ def _new_bank(folder: Path) -> Project:
 
 
 def test_a_bank_in_the_order_of_its_source_is_refused(project_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpf_release.pipeline import banks
+    from dpf_release.owner import featurize as banks
 
     project, sorted_rows = Project.open(project_folder / "dpf.toml"), SimpleNamespace(permutation=np.sort)
     assert project.private_images  # whose splits are drawn

@@ -13,8 +13,8 @@ from small_banks import SHAPE, features_of, write_bank
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dpf_release.bank.dataset import BankDataset, block_shuffle, concat
 from dpf_release.errors import BankError
-from dpf_release.loader import BankDataset, block_shuffle, concat
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_releases import FILES, SHARD, flip_bit, write_release
 
-from dpf_release.manifest import UNLISTED, describe_files, role_of
+from dpf_release.release.manifest import UNLISTED, describe_files, role_of
 
 
 @pytest.fixture

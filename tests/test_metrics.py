@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetrics_psnr
 
-from dpf_release import metrics
+from dpf_release.models import metrics
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpf_release.metrics import ssim
-from dpf_release.models.functions import DeepPoisoningFunction, FeatureSpec
+from dpf_release.models.metrics import ssim
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.models.reconstructors import build_reconstructor
+from dpf_release.models.training import Recipe, fit
 from dpf_release.models.weights import freeze, state_bytes
-from dpf_release.objective import AttributeAttacker, Objective
-from dpf_release.pipeline.network import TargetTask
-from dpf_release.training import Recipe, fit
+from dpf_release.owner.train import TargetTask
+from dpf_release.poisoning.deep import DeepPoisoningFunction
+from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.objective import AttributeAttacker, Objective
 
 SHAPE = (3, 16, 16)  # features that are pictures: ψ can be the identity, or its negative
 UNCHANGED = nn.Identity()

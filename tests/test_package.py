@@ -13,18 +13,23 @@ import pytest
 from small_banks import fill
 from test_audit import list_anew
 
-from dpf_release import Release, structure
-from dpf_release import package as package_module
-from dpf_release.bank import BankIndex, FeatureBank, read_index
-from dpf_release.bank_writer import BankWriter
+from dpf_release import Release
+from dpf_release.bank.format import BankIndex, read_index
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.writer import BankWriter
+from dpf_release.core.files import sha256_of
 from dpf_release.errors import BankError, RefusedError, VaultError, VerificationError
-from dpf_release.limits import run_limited
-from dpf_release.manifest import Manifest, describe_files, write_manifest
-from dpf_release.near_rows import find_near_rows
-from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
-from dpf_release.storage import sha256_of
-from dpf_release.verification import read_manifest, verify
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.publish import package as package_module
+from dpf_release.publish.leaks.near_rows import find_near_rows
+from dpf_release.publish.package import package
+from dpf_release.release import contents as structure
+from dpf_release.release.child_process import run_limited
+from dpf_release.release.manifest import Manifest, describe_files, write_manifest
+from dpf_release.release.verify import read_manifest, verify
 
 PUBLIC = {
     "README.md": "card",

@@ -22,10 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from dpf_release.errors import ImageError
-from dpf_release.image_table import ImageTable, read_table
-from dpf_release.images import Preprocess, decode
-from dpf_release.pictures import BadImage, Pictures, refuse_bad, survey
-from dpf_release.pipeline import Project, featurize
+from dpf_release.images.dataset import BadImage, Pictures
+from dpf_release.images.decode import Preprocess, decode
+from dpf_release.images.read import read_table
+from dpf_release.images.survey import refuse_bad, survey
+from dpf_release.images.table import ImageTable
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.project import Project
 
 PLAIN = Preprocess(size=(16, 16), resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 BATCHES = [np.array(rows) for rows in ([5, 0, 3], [11, 5], [], [7], [1, 2, 4, 6], [8], [9, 10], [3, 7], [0], [1])]

@@ -16,19 +16,26 @@ from conftest import new_project, write_shapes
 from PIL import Image
 
 from dpf_release import Release, concat
-from dpf_release.bank import FeatureBank
+from dpf_release.bank.dataset import BankDataset
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.core.files import sha256_of
+from dpf_release.core.progress import announce
 from dpf_release.errors import BankError, ConfigError, ImageError, VaultError
-from dpf_release.images import decode
-from dpf_release.loader import BankDataset
-from dpf_release.models.functions import FUNCTIONS
+from dpf_release.images.decode import decode
 from dpf_release.models.weights import load_state, state_bytes
-from dpf_release.pipeline import Project, featurize, featurize_new, fit_poison, init, measure, train, write_candidate
-from dpf_release.pipeline.attackers import straw_man
-from dpf_release.pipeline.fitting import load_function
-from dpf_release.pipeline.project import CutNetwork
-from dpf_release.progress import announce
-from dpf_release.storage import sha256_of
-from dpf_release.vault import Vault
+from dpf_release.owner.adversaries import straw_man
+from dpf_release.owner.cut_network import CutNetwork
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.fitted import load_function
+from dpf_release.owner.init import init
+from dpf_release.owner.measure import measure
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.train import train
+from dpf_release.owner.vault.vault import Vault
+from dpf_release.poisoning.interface import FUNCTIONS
+from dpf_release.release.featurize import featurize_new
 
 
 def measurements(folder: Path, name: str = "default") -> dict:

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from bare_banks import digests, leftovers, without_shards
 
+from dpf_release.core.ranks import Ranks
 from dpf_release.errors import VaultError
-from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, write_candidate
-from dpf_release.ranks import Ranks
-from dpf_release.release import Release
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.publish.package import package
+from dpf_release.release.release import Release
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}

@@ -13,9 +13,9 @@ import pytest
 from conftest import run_cli
 from typer.main import get_command
 
-from dpf_release.attack_report import AttackReport
-from dpf_release.cli import app
-from dpf_release.models.functions import FUNCTIONS
+from dpf_release.cli.app import app
+from dpf_release.poisoning.interface import FUNCTIONS
+from dpf_release.release.attack_report import AttackReport
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dpf_release.errors import ConfigError
-from dpf_release.metrics import l1
+from dpf_release.models.metrics import l1
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.models.reconstructors import (
     PAPER_RECONSTRUCTORS,

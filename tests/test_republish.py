@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 from conftest import run_cli
 
-from dpf_release import package as package_module
+from dpf_release.core.files import sha256_of
 from dpf_release.errors import RefusedError, VaultError
-from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, fit_poison, write_candidate
-from dpf_release.storage import sha256_of
-from dpf_release.verification import verify
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.publish import package as package_module
+from dpf_release.publish.package import package
+from dpf_release.release.verify import verify
 
 REASON = "The first function broke; all copies of its release were destroyed."
 

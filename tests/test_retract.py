@@ -18,20 +18,24 @@ from small_banks import SHAPE, write_bank
 from test_functions import PHI_2, SECRET, Recorder, planned, rows_of
 
 from dpf_release import Release
-from dpf_release.bank import FeatureBank, SplitName, read_index
-from dpf_release.bank_drop import BEFORE, drop_rows
+from dpf_release.bank.drop_rows import BEFORE, drop_rows
+from dpf_release.bank.format import SplitName, read_index
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.core.files import sha256_of
+from dpf_release.core.ranks import Ranks
 from dpf_release.errors import BankError, ConfigError, RankError, RefusedError, VaultError
-from dpf_release.image_table import Earlier, read_table
-from dpf_release.models.functions import FUNCTIONS
-from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, fit_poison, retract, write_candidate
-from dpf_release.pipeline.fitting import load_function
-from dpf_release.pipeline.retracting import KeptRows
-from dpf_release.ranks import Ranks
-from dpf_release.retracted import RETRACTED, next_version
-from dpf_release.storage import sha256_of
-from dpf_release.vault import Vault
-from dpf_release.verification import verify
+from dpf_release.images.read import Earlier, read_table
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.fitted import load_function
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.retract import KeptRows, retract
+from dpf_release.owner.vault.retractions import RETRACTED, next_version
+from dpf_release.owner.vault.vault import Vault
+from dpf_release.poisoning.interface import FUNCTIONS
+from dpf_release.publish.package import package
+from dpf_release.release.verify import verify
 
 Rows = NDArray[np.int64]
 

@@ -23,14 +23,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from small_releases import SHARD, flip_bit, write_release
 
-from dpf_release import package as package_module
+from dpf_release.core.files import sha256_of
 from dpf_release.errors import SigningError, StorageError
-from dpf_release.manifest import MANIFEST, SUMS, Manifest, describe_files, sums_of
-from dpf_release.package import package
-from dpf_release.pipeline import Project
-from dpf_release.signing import new_key, read_private_key, read_public_key, write_signature
-from dpf_release.storage import sha256_of
-from dpf_release.verification import read_manifest, verify
+from dpf_release.owner.project import Project
+from dpf_release.publish import package as package_module
+from dpf_release.publish.package import package
+from dpf_release.release.manifest import MANIFEST, SUMS, Manifest, describe_files, sums_of
+from dpf_release.release.signing import new_key, read_private_key, read_public_key, write_signature
+from dpf_release.release.verify import read_manifest, verify
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

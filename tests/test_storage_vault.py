@@ -10,14 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dpf_release.core.files import make_folder, replacing, sha256_of, write_json, write_text
 from dpf_release.errors import VaultError
-from dpf_release.storage import make_folder, replacing, sha256_of, write_json, write_text
-from dpf_release.vault import (
-    Vault,
-    forget_release,
-    releases,
-    remember_release,
-)
+from dpf_release.owner.vault.ledger import forget_release, releases, remember_release
+from dpf_release.owner.vault.vault import Vault
 
 
 def _mode(path: Path) -> int:

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dpf_release import training
+from dpf_release.bank.dataset import BLOCK_BYTES, block_shuffle
+from dpf_release.core.ranks import Ranks
 from dpf_release.errors import ConfigError
-from dpf_release.loader import BLOCK_BYTES, block_shuffle
+from dpf_release.models import training
+from dpf_release.models.training import History, Recipe, fit
 from dpf_release.models.weights import state_bytes
-from dpf_release.ranks import Ranks
-from dpf_release.training import History, Recipe, fit
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=0.02, bf16="off")

@@ -16,19 +16,33 @@ import torch
 from conftest import run_cli
 from test_functions import PHI_2, SECRET, planned, poisoned, rows_of
 
-from dpf_release.attack_report import AttackReport, Interval, Power, Utility
-from dpf_release.attacks import Attack, Budget, Reconstructions, ReleaseView, interface
-from dpf_release.battery import attack, compare, frontier_points, utility
-from dpf_release.battery.frontier_points import Frontier, FrontierPoint, frontier_plots, plot, point_of, references_of
-from dpf_release.battery.profiles import PROFILES
-from dpf_release.battery.sentence import verdict_in_words
-from dpf_release.battery.utility import EFFORTS, Effort, PickedRows, measure_utility
-from dpf_release.downstream import fit_classifier
+from dpf_release.attacks import interface
+from dpf_release.attacks.interface import Attack, Reconstructions
+from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.errors import ConfigError, VaultError
-from dpf_release.pipeline import Project, fit_poison, write_candidate
-from dpf_release.pipeline.measuring import measure_task
-from dpf_release.pipeline.retracting import KeptRows
-from dpf_release.training import History
+from dpf_release.evaluation import utility
+from dpf_release.evaluation.frontier import compare
+from dpf_release.evaluation.profiles import PROFILES
+from dpf_release.evaluation.report import frontier_points
+from dpf_release.evaluation.report.frontier_points import (
+    Frontier,
+    FrontierPoint,
+    frontier_plots,
+    plot,
+    point_of,
+    references_of,
+)
+from dpf_release.evaluation.report.headline import verdict_in_words
+from dpf_release.evaluation.suite import attack
+from dpf_release.evaluation.utility import EFFORTS, Effort, PickedRows, measure_utility
+from dpf_release.models.training import History
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.measure import measure_task
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.retract import KeptRows
+from dpf_release.release.attack_report import AttackReport, Interval, Power, Utility
+from dpf_release.release.train import fit_classifier
 
 ROOT = Path(__file__).parent.parent
 LITTLE = Effort(2, (2, 4, 100), rows=600, epochs=12, least_rows=200)
@@ -257,7 +271,7 @@ def test_compare_puts_each_function_where_its_attacks_and_its_utility_are(
     short = replace(PROFILES["quick"], budget=Budget(images=600, decoders=1, shadows=0))
     monkeypatch.setitem(PROFILES, "quick", short)
     monkeypatch.setattr(
-        "dpf_release.battery.run.registered", lambda: [interface.ATTACKS[code]() for code in ("A1", "A5")]
+        "dpf_release.evaluation.suite.registered", lambda: [interface.ATTACKS[code]() for code in ("A1", "A5")]
     )
     project = Project.open(compared / "dpf.toml")
     with pytest.raises(VaultError, match="found none of nobody"):

@@ -19,19 +19,26 @@ from safetensors.numpy import load_file, save_file
 from test_retract import files_with
 from typer.main import get_command
 
-from dpf_release import age, cli, sealing
-from dpf_release.age import HEADER, SEALED
-from dpf_release.bank import FeatureBank
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.cli import owner as cli
+from dpf_release.core.files import sha256_of
+from dpf_release.core.locks import locked
 from dpf_release.errors import ConfigError, DPFReleaseError, StorageError, VaultError
-from dpf_release.inspection import inspect
-from dpf_release.leaks import private_facts
-from dpf_release.package import package
-from dpf_release.pipeline import Project, featurize, fit_poison, measure, retract, write_candidate
-from dpf_release.retracted import RETRACTED, Retracted, write_retracted
-from dpf_release.sealing import CLEAR, MEMBERS, check, forget, look_at, seal, unseal
-from dpf_release.storage import locked, sha256_of
-from dpf_release.vault import OPENED, SEALS, STAGED, UNPUBLISHED, Vault
-from dpf_release.verification import verify
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.measure import measure
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.owner.retract import retract
+from dpf_release.owner.vault import age, sealing
+from dpf_release.owner.vault.age import HEADER, SEALED
+from dpf_release.owner.vault.retractions import RETRACTED, Retracted, write_retracted
+from dpf_release.owner.vault.sealing import CLEAR, MEMBERS, check, forget, look_at, seal, unseal
+from dpf_release.owner.vault.vault import OPENED, SEALS, STAGED, UNPUBLISHED, Vault
+from dpf_release.publish.inspect import inspect
+from dpf_release.publish.leaks.private_facts import private_facts
+from dpf_release.publish.package import package
+from dpf_release.release.verify import verify
 
 pyrage = age.load_pyrage()
 
@@ -400,7 +407,7 @@ def test_new_things_are_made_in_a_sealed_vault_as_in_an_open_one(sealed_folder: 
 
 
 def test_a_network_is_trained_and_features_are_made_anew_in_a_sealed_vault(sealed_folder: Path, key: Path) -> None:
-    from dpf_release.pipeline import train
+    from dpf_release.owner.train import train
 
     before = private(sealed_folder / "vault")
     project = opened(sealed_folder, key, **{"train.epochs": 1})

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from small_releases import FILES, SHARD, edit_manifest, flip_bit, write_release
 
-from dpf_release import tree as tree_module
-from dpf_release import verification
-from dpf_release.manifest import Manifest, describe_files, write_manifest
-from dpf_release.signing import new_key, read_private_key, write_signature
-from dpf_release.storage import digest_of
-from dpf_release.verification import Kind, Problem, parse_manifest, read_manifest, verify
+from dpf_release.core.files import digest_of
+from dpf_release.release import tree as tree_module
+from dpf_release.release import verify as verification
+from dpf_release.release.manifest import Manifest, describe_files, write_manifest
+from dpf_release.release.signing import new_key, read_private_key, write_signature
+from dpf_release.release.verify import Kind, Problem, parse_manifest, read_manifest, verify
 
 SUMS_CHANGED = ("changed", "SHA256SUMS")
 VAL_SHARD = "features/val/shard-00000.h5"

@@ -23,12 +23,17 @@ from conftest import run_cli, write_shapes
 from small_banks import features_of, fill, ids_of, writer
 
 from dpf_release import Release
-from dpf_release.ahead import ahead
-from dpf_release.bank import FeatureBank, read_index
+from dpf_release.bank.format import read_index
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.core.files import make_folder, refuse_small_disk, write_text
+from dpf_release.core.locks import LOCK, belongs_to_run, locked
+from dpf_release.core.read_ahead import ahead
 from dpf_release.errors import BankError, ImageError, StorageError, VaultError
-from dpf_release.pictures import Pictures
-from dpf_release.pipeline import Project, featurize, featurize_new, write_candidate
-from dpf_release.storage import LOCK, belongs_to_run, locked, make_folder, refuse_small_disk, write_text
+from dpf_release.images.dataset import Pictures
+from dpf_release.owner.featurize import featurize
+from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.project import Project
+from dpf_release.release.featurize import featurize_new
 
 Usage = namedtuple("Usage", "total used free")
 

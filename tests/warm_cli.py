@@ -12,8 +12,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-WARM = ("torch", "torchvision", "h5py", "rich.console", "dpf_release.cli", "dpf_release.battery", "dpf_release.package",
-        "dpf_release.audit", "dpf_release.demo", "dpf_release.pipeline")  # fmt: skip
+WARM = (
+    "torch",
+    "torchvision",
+    "h5py",
+    "rich.console",
+    "dpf_release.cli.main",
+    "dpf_release.cli.demo",
+    "dpf_release.evaluation.frontier",
+    "dpf_release.publish.audit.audit",
+    "dpf_release.publish.inspect",
+)
 
 
 class WarmCli:

@@ -1,76 +1,41 @@
-"""The attackers: what they hold (`view`), what they answer (`interface`), and one file for each attack.
+"""The attacker's side: what each holds (`threat_models`), what it answers (`interface`), and one file for each attack.
 
 Nothing here imports the vault, the private images or P; a test holds that.
 """
 
+from dpf_release.attacks import (  # each registers itself
+    a00_leaked_vault as a00_leaked_vault,
+)
 from dpf_release.attacks import (
-    alignment,
-    attribute,
-    deep_tap,
-    jigsaw,
-    known_pairs,
-    leaked_vault,
-    linkage,
-    membership,
-    optimisation,
-    outputs,
-    shadow,
-    straw_men,
-    two_releases,
+    a01_clean_decoders as a01_clean_decoders,
 )
-from dpf_release.attacks.interface import (
-    ATTACKS,
-    Attack,
-    Attributes,
-    Likeness,
-    Links,
-    Reconstructions,
-    Result,
-    register,
-    registered,
+from dpf_release.attacks import (
+    a02_deep_tap as a02_deep_tap,
 )
-from dpf_release.attacks.view import (
-    Budget,
-    Candidates,
-    HeldPictures,
-    HeldRows,
-    KnownPairs,
-    LabelledRows,
-    LeakedVault,
-    ReleaseView,
-    TwoReleases,
+from dpf_release.attacks import (
+    a03_shadow as a03_shadow,
 )
-
-__all__ = [
-    "ATTACKS",
-    "Attack",
-    "Attributes",
-    "Budget",
-    "Candidates",
-    "HeldPictures",
-    "HeldRows",
-    "KnownPairs",
-    "LabelledRows",
-    "LeakedVault",
-    "Likeness",
-    "Links",
-    "Reconstructions",
-    "ReleaseView",
-    "Result",
-    "TwoReleases",
-    "alignment",
-    "deep_tap",
-    "optimisation",
-    "jigsaw",
-    "outputs",
-    "known_pairs",
-    "leaked_vault",
-    "register",
-    "attribute",
-    "linkage",
-    "membership",
-    "registered",
-    "shadow",
-    "straw_men",
-    "two_releases",
-]
+from dpf_release.attacks import (
+    a04_alignment as a04_alignment,
+)
+from dpf_release.attacks import (
+    a05_linkage as a05_linkage,
+)
+from dpf_release.attacks import (
+    a06_known_pairs as a06_known_pairs,
+)
+from dpf_release.attacks import (
+    a07_optimisation as a07_optimisation,
+)
+from dpf_release.attacks import (
+    a08_attribute as a08_attribute,
+)
+from dpf_release.attacks import (
+    a09_two_releases as a09_two_releases,
+)
+from dpf_release.attacks import (
+    a10_membership as a10_membership,
+)
+from dpf_release.attacks import (
+    a12_jigsaw as a12_jigsaw,
+)

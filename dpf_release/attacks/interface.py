@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpf_release.attacks.view import Budget, ReleaseView, Rows
+from dpf_release.attacks.threat_models import Budget, ReleaseView
+from dpf_release.core.arrays import Rows
 
 Claim = Literal["reconstruction", "linkage", "attribute"]
 Profile = Literal["quick", "standard", "full"]

@@ -20,10 +20,10 @@ import sys
 import tomllib
 from pathlib import Path
 
-from dpf_release.attack_report import AttackReport, Interval, public_report
-from dpf_release.attacks import registered
-from dpf_release.battery.profiles import PROFILES
-from dpf_release.battery.sentence import strongest
+from dpf_release.attacks.interface import registered
+from dpf_release.evaluation.profiles import PROFILES
+from dpf_release.evaluation.report.headline import strongest
+from dpf_release.release.attack_report import AttackReport, Interval, public_report
 
 FUNCTIONS = ("equivalence", "recombine-20", "paper")
 

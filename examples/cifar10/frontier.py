@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpf_release.attack_report import Interval
-from dpf_release.battery.frontier_points import Frontier
+from dpf_release.evaluation.report.frontier_points import Frontier
+from dpf_release.release.attack_report import Interval
 
 SHORT = ["--epochs", "4"]  # of a learned function that `run.py` does not fit: it has 10
 FUNCTIONS = {

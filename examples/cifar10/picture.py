@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpf_release.figures import write_grid
-from dpf_release.pipeline import Project
-from dpf_release.pipeline.attackers import straw_man
-from dpf_release.pipeline.fitting import load_function
+from dpf_release.images.grid import write_grid
+from dpf_release.owner.adversaries import straw_man
+from dpf_release.owner.fitted import load_function
+from dpf_release.owner.project import Project
 
 PICTURES = 8
 

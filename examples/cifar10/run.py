@@ -15,9 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from dpf_release.downstream import fit_classifier, score
-from dpf_release.loader import BankDataset
-from dpf_release.pipeline import Project, init
+from dpf_release.bank.dataset import BankDataset
+from dpf_release.owner.init import init
+from dpf_release.owner.project import Project
+from dpf_release.release.train import fit_classifier, score
 
 HERE = Path(__file__).parent
 FUNCTIONS = {

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpf_release.bank import FeatureBank
-from dpf_release.metrics import l1, ssim
-from dpf_release.pipeline import Project
-from dpf_release.pipeline.attackers import straw_man
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.models.metrics import l1, ssim
+from dpf_release.owner.adversaries import straw_man
+from dpf_release.owner.project import Project
 
 ROWS = 2000
 

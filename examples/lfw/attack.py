@@ -19,8 +19,8 @@ from pathlib import Path
 
 from run import HERE, NAME, write_tables
 
-from dpf_release.attack_report import AttackReport, AttackResult, public_report
-from dpf_release.pipeline import init
+from dpf_release.owner.init import init
+from dpf_release.release.attack_report import AttackReport, AttackResult, public_report
 
 # Name → the function, and what it confuses.
 FUNCTIONS = {

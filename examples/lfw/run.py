@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpf_release.pipeline import init
+from dpf_release.owner.init import init
 
 HERE = Path(__file__).parent
 MOST_OF_A_PERSON = 50

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from corpus import CLASSIFIER, FIRST, PLANTED, SECOND, edit_manifest, poke, secret, sparse, tampered, write_sums
 
-from dpf_release.manifest import MANIFEST, SUMS
+from dpf_release.release.manifest import MANIFEST, SUMS
 
 
 def _card_missing(release: Path) -> None:

@@ -23,8 +23,8 @@ from corpus import (
     write_features,
 )
 
-from dpf_release.croissant import CROISSANT
 from dpf_release.models.weights import state_file
+from dpf_release.release.croissant import CROISSANT
 
 
 @made("schema", reads=False)

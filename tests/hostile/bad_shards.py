@@ -32,7 +32,7 @@ from corpus import (
     write_features,
 )
 
-from dpf_release.shard_layout import DATATYPE, FILTERS, LAYOUT, read_layout
+from dpf_release.bank.hdf5_check import DATATYPE, FILTERS, LAYOUT, read_layout
 
 V110 = ("v110", "v110")
 

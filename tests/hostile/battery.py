@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from dpf_release import structure
-from dpf_release.bank import FeatureBank, read_index
-from dpf_release.config import read_config
+from dpf_release.bank.format import read_index
+from dpf_release.bank.reader import FeatureBank
 from dpf_release.errors import DPFReleaseError
-from dpf_release.release import Release
-from dpf_release.verification import verify
+from dpf_release.owner.config import read_config
+from dpf_release.release import contents as structure
+from dpf_release.release.release import Release
+from dpf_release.release.verify import verify
 
 MEMORY_BYTES = 2**30
 REAL_CHILD = structure.run_limited

@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpf_release.bank import BankIndex
-from dpf_release.bank_writer import BankWriter, SplitRows
-from dpf_release.croissant import CROISSANT, croissant
-from dpf_release.manifest import (
+from dpf_release.bank.format import BankIndex
+from dpf_release.bank.writer import BankWriter, SplitRows
+from dpf_release.core.files import sha256_of, write_json, write_text
+from dpf_release.models.hooks import split
+from dpf_release.models.weights import state_file
+from dpf_release.models.zoo import build_network
+from dpf_release.release.croissant import CROISSANT, croissant
+from dpf_release.release.manifest import (
     MANIFEST,
     SUMS,
     FileRecord,
@@ -27,11 +31,7 @@ from dpf_release.manifest import (
     role_of,
     write_manifest,
 )
-from dpf_release.models.hooks import split
-from dpf_release.models.weights import state_file
-from dpf_release.models.zoo import build_network
-from dpf_release.record import ModelRecord
-from dpf_release.storage import sha256_of, write_json, write_text
+from dpf_release.release.model_record import ModelRecord
 
 FIRST, SECOND, VAL = (
     "features/train/shard-00000.h5",

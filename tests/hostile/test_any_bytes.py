@@ -14,14 +14,15 @@ from corpus import CLASSIFIER, FIRST, INDEX, MODEL, good_release
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpf_release.bank import FeatureBank, read_index
-from dpf_release.config import parse_config, read_config
+from dpf_release.bank.format import read_index
+from dpf_release.bank.hdf5_check import read_layout
+from dpf_release.bank.reader import FeatureBank
 from dpf_release.errors import DPFReleaseError
-from dpf_release.manifest import MANIFEST, Manifest
-from dpf_release.record import ModelRecord, read_model_record
-from dpf_release.shard_layout import read_layout
-from dpf_release.tensor_file import read_tensor_file
-from dpf_release.verification import Problem, read_manifest, verify
+from dpf_release.owner.config import parse_config, read_config
+from dpf_release.release.manifest import MANIFEST, Manifest
+from dpf_release.release.model_record import ModelRecord, read_model_record
+from dpf_release.release.safetensors_check import read_tensor_file
+from dpf_release.release.verify import Problem, read_manifest, verify
 
 few = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 values = st.recursive(

@@ -21,13 +21,14 @@ from bad_shards import bomb, in_shard, with_chunk
 from conftest import run_cli
 from corpus import FIRST, KINDS, PLANTED, SECRET, good_release, resign, write_features
 
-from dpf_release import Release, structure
-from dpf_release.bank import FeatureBank
+from dpf_release import Release
+from dpf_release.bank.hdf5_check import read_layout
+from dpf_release.bank.reader import FeatureBank
 from dpf_release.errors import BankError, ConfigError, VerificationError
-from dpf_release.limits import run_limited
-from dpf_release.release import Level
-from dpf_release.shard_layout import read_layout
-from dpf_release.verification import verify
+from dpf_release.release import contents as structure
+from dpf_release.release.child_process import run_limited
+from dpf_release.release.release import Level
+from dpf_release.release.verify import verify
 
 BATTERY = Path(__file__).with_name("battery.py")
 MOST_BYTES, MOST_SECONDS = 2**30, 10.0

@@ -1,0 +1,59 @@
+"""A3: the attacker runs this very tool on Q, and learns to undo what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import nn
+
+from dpf_release.attacks.interface import Attack, Reconstructions, register
+from dpf_release.attacks.threat_models import Budget, ReleaseView
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
+from dpf_release.attacks.toolkit.decoder import decode, train_decoder
+from dpf_release.attacks.toolkit.shadows import SHARE, STEP_COST, match_moments, shadow, shadow_recipe, union
+
+
+@register
+class ShadowFunctions(Attack):
+    """m functions P' fitted on Q, and one decoder for them all, for clean features and for simple disturbances.
+
+    Labels of Q are what φ2 makes of it. Leakage against m, m = 1, 2, 4, ...
+    """
+
+    code, title = "A3", "shadow functions"
+    planted = ("weak-noise", "channel-affine")
+
+    def trainings(self, budget: Budget) -> float:
+        """The shadow functions, on fewer pictures; and a decoder for each m."""
+        return budget.shadows * SHARE * STEP_COST + len(_counts(budget.shadows))
+
+    def members(self, view: ReleaseView) -> Mapping[str, nn.Module]:
+        """All its shadow functions."""
+        return {f"shadow {number + 1}": shadow(view, number) for number in range(view.budget.shadows)}
+
+    def run(self, view: ReleaseView) -> Reconstructions:
+        """Decoders on rows as they are; the last one also on rows with the per-channel moments of clean features."""
+        shadows = [shadow(view, number) for number in range(view.budget.shadows)]
+        decoders, series = {}, {}
+        for m in _counts(len(shadows)):
+            recipes = [asdict(shadow_recipe(number, view.budget.decoders, view.seed)) for number in range(m)]
+            network = train_decoder(
+                view,
+                f"A3 decoder for {m}",
+                union(view, shadows[:m]),
+                architecture=DECODERS[0][1],
+                loss=DECODERS[0][2],
+                depends_on={"shadows": recipes},
+                start=straw_man(view).state_dict(),
+            )
+            decoders[f"{m} shadows"] = decode(view, network)
+            series[f"{m} shadows"] = ("shadows", m)
+            if m == len(shadows):
+                decoders[f"{m} shadows, moments"] = decode(view, network, match_moments(view))
+        return Reconstructions(decoders, series=series)
+
+
+def _counts(shadows: int) -> list[int]:
+    """1, 2, 4, ... and `shadows` itself."""
+    return sorted({2**power for power in range(shadows.bit_length()) if 2**power <= shadows} | {shadows} - {0})

@@ -1,0 +1,264 @@
+"""A5: whose picture is in the release, and which row it is. For someone who holds pictures and wants to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpf_release.attacks.interface import Attack, Likeness, Links, register
+from dpf_release.attacks.threat_models import Budget, Candidates, HeldPictures, ReleaseView, batches
+from dpf_release.attacks.toolkit.matcher import train_matcher
+from dpf_release.attacks.toolkit.taps import open_taps
+from dpf_release.core.arrays import Rows
+
+SAMPLE_ROWS = 512  # of a class, from which its mean and the typical distance of a piece are estimated
+PUBLIC_PICTURES = 500  # of Q, that nobody's likeness is compared with
+NUMBERS_AT_ONCE = 2**25  # of the candidates' features, at most; more candidates take another pass over the bank
+COPY = 1e-3  # of the typical squared distance: as near as this is a copy
+Measure = Literal["cosine", "either sign", "evidence"]
+Vectors = Callable[[Tensor], list[Tensor]]  # features (n, C, h, w) → (n, d) for each piece
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """One way of looking at features.
+
+    Attributes:
+        of_picture: of candidates' own.
+        of_row: of the bank's.
+        measure: likeness is the cosine around the mean; or its absolute value, on average over pieces: a P that turns
+            signs, or scales and shifts pieces, changes nothing in it; or the evidence of copies, summed over pieces.
+    """
+
+    of_picture: Vectors
+    of_row: Vectors
+    measure: Measure = "evidence"
+
+
+@dataclass(eq=False)
+class Seen:
+    """What one look showed of the candidates of a class.
+
+    Attributes:
+        vectors: of the candidates.
+        scales: typical squared distance of each piece of each candidate to a row, (n, 1).
+        means: of candidates and of rows, piece by piece; what the cosine is around.
+        pools: (n, M) likeness of candidate and row of its pool.
+        highest: (n,) over all rows of the class.
+        highest_public: (n,) over Q.
+        nearest: (pieces, n) the highest that each piece alone contributes, over all rows of the class.
+        sums: of likenesses and of their squares, (2, n).
+    """
+
+    vectors: list[Tensor]
+    scales: list[Tensor]
+    means: list[tuple[Tensor, Tensor]]
+    pools: Tensor
+    highest: Tensor
+    highest_public: Tensor
+    nearest: Tensor
+    sums: Tensor
+    rows: int = 0
+
+
+@register
+class Linkage(Attack):
+    """The candidate's features against the rows of its class: as they are, inside φ2, its answers, piece by piece."""
+
+    code, title, profile, claim = "A5", "linkage, membership", "quick", "linkage"
+    version = 2
+    view, answers = Candidates, Links
+
+    def trainings(self, budget: Budget) -> float:
+        """A matcher, from `standard` on."""
+        return float(_has_matcher(budget))
+
+    def run(self, view: ReleaseView) -> Links:
+        """Each way of looking, and all together.
+
+        On membership each says three things: how alike the nearest row is, how much so for its class, how much more so
+        than a picture of Q. Pieces say a fourth: how near each one's nearest is, in whatever row.
+        """
+        assert isinstance(view, Candidates)
+        looks = all_looks(view, with_matcher=_has_matcher(view.budget))
+        names = [*looks, "all together"]
+        pools = {name: np.zeros(view.pools.shape, np.float32) for name in names}
+        copies = {name: np.zeros(len(view.candidates), np.float32) for name in looks}
+        member = {name: np.zeros((3, len(view.candidates)), np.float32) for name in names}
+        for candidates, rows in _classes(view):
+            for name, seen in _look_at(view, looks, candidates, rows).items():
+                mean, deviation = _moments(seen)
+                pools[name][candidates] = seen.pools.cpu().numpy()
+                against = (seen.highest, (seen.highest - mean) / deviation, seen.highest - seen.highest_public)
+                member[name][:, candidates] = torch.stack(against).cpu().numpy()
+                if len(seen.vectors) > 1:  # pieces, of which each may have gone into another row
+                    copies[name][candidates] = seen.nearest.sum(0).cpu().numpy()
+                pools["all together"][candidates] += ((seen.pools - mean[:, None]) / deviation[:, None]).cpu().numpy()
+        for name in looks:
+            scores = member[name]
+            member["all together"] += (scores - scores.mean(1, keepdims=True)) / (scores.std(1, keepdims=True) + 1e-9)
+        ways = {name: Likeness(pools[name], member[name][0]) for name in names}
+        for number, compared in enumerate(("its class", "Q"), start=1):
+            ways |= {f"{name}, against {compared}": Likeness(None, member[name][number]) for name in names}
+        ways |= {f"{name}, the nearest of each": Likeness(None, copies[name]) for name in looks if copies[name].any()}
+        return Links(ways)
+
+
+def _has_matcher(budget: Budget) -> bool:
+    """From `standard` on."""
+    return budget.decoders > 1
+
+
+def all_looks(view: ReleaseView, *, with_matcher: bool) -> dict[str, Look]:
+    """The ways of looking, by name."""
+
+    def both(vectors: Vectors, measure: Measure = "evidence") -> Look:
+        return Look(vectors, vectors, measure)
+
+    def answers(features: Tensor) -> list[Tensor]:
+        out = view.answers(features)
+        return [F.log_softmax(out, dim=1) if view.task == "classification" else out]
+
+    def whole(features: Tensor) -> list[Tensor]:
+        return [features.flatten(1)]
+
+    def channels(features: Tensor) -> list[Tensor]:
+        return list(features.flatten(2).unbind(1))
+
+    taps = open_taps(view)
+    blocks, depth = _once_each(lambda features: [tap.flatten(1) for tap in taps.of(features)]), len(taps)
+    looks = {
+        "features": both(whole, "cosine"),
+        "features, either sign": both(whole, "either sign"),
+        **{f"block {number + 1} of {depth}": both(_only(number, blocks), "cosine") for number in range(depth)},
+        "answers": both(answers),
+        "channels": both(channels),
+        "channels, either sign": both(channels, "either sign"),
+        "patches": both(patches),
+    }
+    if with_matcher:
+        of_picture, of_row = train_matcher(view)
+        looks["learned matcher"] = Look(lambda features: [of_picture(features)], lambda rows: [of_row(rows)], "cosine")
+    return looks
+
+
+def _once_each(vectors: Vectors) -> Vectors:
+    """The same, which does not run again for the features that it was last asked about."""
+    last: list[tuple[Tensor, list[Tensor]]] = []
+
+    def remembering(features: Tensor) -> list[Tensor]:
+        if not last or last[0][0] is not features:
+            last[:] = [(features, vectors(features))]
+        return last[0][1]
+
+    return remembering
+
+
+def _only(number: int, vectors: Vectors) -> Vectors:
+    return lambda features: [vectors(features)[number]]
+
+
+def patches(features: Tensor, size: int = 2) -> list[Tensor]:
+    """The windows of `size` × `size` places, (n, C·size²) each; at the border what there is."""
+    height, width = features.shape[2:]
+    return [
+        features[:, :, y : y + size, x : x + size].flatten(1)
+        for y in range(0, height, size)
+        for x in range(0, width, size)
+    ]
+
+
+def _classes(view: Candidates) -> Iterator[tuple[Rows, Rows]]:
+    """Candidates of one class, not too many at once, and all rows of that class."""
+    most = max(64, NUMBERS_AT_ONCE // int(np.prod(view.feature_shape)))
+    for label in np.unique(view.labels):
+        candidates = np.flatnonzero(view.labels == label)
+        for first in range(0, len(candidates), most):
+            yield candidates[first : first + most], np.flatnonzero(view.bins == label)
+
+
+def _look_at(view: Candidates, looks: dict[str, Look], candidates: Rows, rows: Rows) -> dict[str, Seen]:
+    """One pass over the rows of a class, and one over a part of Q, for all ways of looking."""
+    sample = np.sort(np.random.default_rng(view.seed).permutation(rows)[:SAMPLE_ROWS])
+    seen = {name: _begin(view, look, candidates, sample) for name, look in looks.items()}
+    pools = torch.from_numpy(view.pools[candidates])
+    for batch in batches(rows):
+        features = view.rows(batch)
+        place = torch.searchsorted(torch.from_numpy(batch), pools).clamp_max(len(batch) - 1)
+        here = (torch.from_numpy(batch)[place] == pools).to(view.device)
+        place = place.to(view.device)
+        for name, look in looks.items():
+            of = seen[name]
+            likeness, nearest = _likeness(look, of, look.of_row(features))
+            of.nearest = torch.maximum(of.nearest, nearest)
+            of.pools = torch.where(here, likeness.gather(1, place), of.pools)
+            of.highest = torch.maximum(of.highest, likeness.amax(1))
+            of.sums = of.sums + torch.stack([likeness.sum(1), likeness.square().sum(1)])
+            of.rows += len(batch)
+    for features in _features(view, view.public, np.arange(min(PUBLIC_PICTURES, len(view.public)))):
+        for name, look in looks.items():
+            likeness, _ = _likeness(look, seen[name], look.of_picture(features), public=True)
+            seen[name].highest_public = torch.maximum(seen[name].highest_public, likeness.amax(1))
+    return seen
+
+
+def _begin(view: Candidates, look: Look, candidates: Rows, sample: Rows) -> Seen:
+    """A look at the candidates, and what is typical of the class."""
+    parts = [look.of_picture(features) for features in _features(view, view.candidates, candidates)]
+    vectors = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+    sums = [torch.zeros_like(piece[0]) for piece in vectors]
+    scales = [torch.zeros_like(piece[:, :1]) for piece in vectors]
+    for some in batches(sample):
+        for number, row in enumerate(look.of_row(view.rows(some))):
+            sums[number] += row.sum(0)
+            scales[number] += _distances(vectors[number], row).sum(1, keepdim=True) / len(sample)
+    means = [(piece.mean(0), total / len(sample)) for piece, total in zip(vectors, sums, strict=True)]
+    none = torch.full((len(candidates),), -torch.inf, device=view.device)
+    pools = torch.full((len(candidates), view.pools.shape[1]), -torch.inf, device=view.device)
+    nearest = none.expand(len(vectors), -1)
+    of_class = torch.zeros(2, len(candidates), device=view.device)
+    return Seen(vectors, scales, means, pools, none, none, nearest, of_class)
+
+
+def _likeness(look: Look, seen: Seen, rows: list[Tensor], *, public: bool = False) -> tuple[Tensor, Tensor]:
+    """(n, m) of each candidate and each of some rows, or of some pictures of Q; (pieces, n) of each piece."""
+    if look.measure != "evidence":
+        total = torch.zeros(len(seen.vectors[0]), len(rows[0]), device=rows[0].device)
+        highest = []
+        for own, row, (mean, mean_of_rows) in zip(seen.vectors, rows, seen.means, strict=True):
+            other = row - (mean if public else mean_of_rows)
+            cosines = F.normalize(own - mean, dim=1) @ F.normalize(other, dim=1).T
+            cosines = cosines.abs() if look.measure == "either sign" else cosines
+            highest.append(cosines.amax(1))
+            total += cosines / len(rows)
+        return total, torch.stack(highest)
+    highest = []
+    total = torch.zeros(len(seen.vectors[0]), len(rows[0]), device=rows[0].device)
+    for own, row, scale in zip(seen.vectors, rows, seen.scales, strict=True):
+        likeness = -torch.log(_distances(own, row) / scale.clamp_min(1e-12) + COPY)
+        highest.append(likeness.amax(1))
+        total += likeness
+    return total, torch.stack(highest)
+
+
+def _distances(one: Tensor, other: Tensor) -> Tensor:
+    """Squared, (n, m) of vectors (n, d) and (m, d)."""
+    products = one @ other.T
+    return (one.square().sum(1)[:, None] + other.square().sum(1)[None] - 2 * products).clamp_min(0)
+
+
+def _moments(seen: Seen) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each candidate's likeness to the rows of its class."""
+    mean, square = seen.sums / seen.rows
+    return mean, (square - mean.square()).clamp_min(1e-12).sqrt()
+
+
+def _features(view: ReleaseView, pictures: HeldPictures, chosen: Rows) -> Iterator[Tensor]:
+    for some in batches(chosen):
+        yield view.features_of(pictures, some)

@@ -1,0 +1,117 @@
+"""Decoders: networks that an attacker trains to turn what a row became back into a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpf_release.attacks.threat_models import HeldPictures, ReleaseView, batches
+from dpf_release.attacks.toolkit.trained import recipe_for, seeded, trained, weights_sha256
+from dpf_release.core.arrays import Rows
+from dpf_release.models.metrics import l1, ssim
+from dpf_release.models.reconstructors import build_reconstructor
+
+Inputs = Callable[[HeldPictures, Rows, np.random.Generator | None], Tensor]
+DecoderLoss = Literal["l1", "ssim"]
+LEARNING_RATE = 3e-3
+VALIDATION_PICTURES = 1000
+
+
+def train_decoder(
+    view: ReleaseView,
+    name: str,
+    inputs: Inputs,
+    *,
+    architecture: str = "rx2s2-c",
+    width: int | None = None,
+    loss: DecoderLoss = "l1",
+    depends_on: Mapping[str, Any] | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    images: int | None = None,
+    shape: tuple[int, int, int] | None = None,
+    originals: Callable[[HeldPictures, Rows], Tensor] | None = None,
+) -> nn.Module:
+    """A decoder, trained on Q until the view's budget is spent; at the epoch that is best on pictures of Q held out.
+
+    Args:
+        view: whose Q, seed, budget and device.
+        name: under which it is kept, with the attack's code first.
+        inputs: (`view.public`, numbers in it, a generator) → what the decoder sees of these pictures, (n, C, h, w) on
+            the device. Of `view.public_val` there is no generator: as in earnest, without augmentation.
+        architecture: a name of `build_reconstructor`.
+        width: of its first stack; by default as many channels as the decoder sees, at most 256.
+        loss: mean absolute difference; or 1 - SSIM with a tenth of it.
+        depends_on: what else the training depends on, beside Q, φ1, budget and seed: the bank (`view.bank_subject`).
+        start: weights to begin with, in the place of random ones.
+        images: pictures that it is shown; the budget's by default.
+        shape: of what `inputs` gives, where even one costs much.
+        originals: (pictures, numbers in them) → what the decoder should make of `inputs`; by default these pictures.
+
+    Returns:
+        The network, frozen: inputs → pictures (n, 3, H, W) in [0, 1].
+    """
+    one = np.arange(1)
+    originals = originals or (lambda held, rows: held.read(rows))
+    if shape is None:
+        channels, *map_size = inputs(view.public_val, one, None).shape[1:]
+        shape = (channels, map_size[0], map_size[1])
+    height, width_of_picture = view.public_val.read(one).shape[2:]
+    with seeded(view.seed):
+        network = build_reconstructor(architecture, shape, (height, width_of_picture), width)
+    if start is not None:
+        network.load_state_dict(dict(start))
+    recipe, rows = recipe_for(view, images or view.budget.images, len(view.public), LEARNING_RATE)
+
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        return inputs(view.public, chosen, generator), originals(view.public, chosen)
+
+    def objective(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {"loss": decoder_loss(network(batch[0]).float(), batch[1].float() / 255, loss)}
+
+    def validate() -> float:
+        total, count = 0.0, min(len(view.public_val), VALIDATION_PICTURES)
+        for chosen in batches(np.arange(count)):
+            pictures = originals(view.public_val, chosen).to(view.device).float() / 255
+            seen = inputs(view.public_val, chosen, None)
+            total += float(decoder_loss(network(seen).float(), pictures, loss)) * len(chosen)
+        return total / count
+
+    subject = {"architecture": architecture, "width": width, "inputs": list(shape), "loss": loss, **(depends_on or {})}
+    if start is not None:
+        subject["start"] = weights_sha256(start)
+    title = f"Training the decoder {name}"
+    return trained(
+        view, name, network, read_batch, objective, recipe, rows, title=title, validate=validate, depends_on=subject
+    )
+
+
+def decode(
+    view: ReleaseView, network: nn.Module, inputs: Callable[[Rows], Tensor] | None = None
+) -> Callable[[Rows], Tensor]:
+    """What `Reconstructions` wants of a trained decoder: positions in `view.asked` → pictures.
+
+    Args:
+        view: whose rows.
+        network: the decoder.
+        inputs: rows of the bank → what the decoder sees of them; by default the rows.
+    """
+    seen = inputs or view.rows
+
+    def pictures(positions: Rows) -> Tensor:
+        with torch.inference_mode():
+            out: Tensor = network(seen(view.asked[positions])).float().cpu()
+        return out
+
+    return pictures
+
+
+def decoder_loss(pictures: Tensor, originals: Tensor, loss: DecoderLoss) -> Tensor:
+    """What a decoder is trained for: mean absolute difference; or 1 - SSIM with a tenth of it."""
+    if loss == "l1":
+        return F.l1_loss(pictures, originals)
+    return 1 - ssim(pictures, originals).mean() + 0.1 * l1(pictures, originals).mean()

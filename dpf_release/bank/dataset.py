@@ -1,0 +1,351 @@
+"""Banks for training with torch: a data set, its loader, and several banks as one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from dpf_release.bank.format import SplitName
+from dpf_release.bank.reader import FeatureBank, row_numbers
+from dpf_release.errors import BankError
+
+BLOCK_BYTES = 8 * 2**20  # long enough for a disk to read at its full speed
+BATCHES_AHEAD = 2  # of each worker
+WINDOW_BLOCKS = 32  # as much as a machine can be asked to keep in its page cache for each loader
+
+
+class BankDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Rows of one or more banks of one featurizer.
+
+    An item is ((C, H, W) float16 features, target): the class index, or (K,) float32 regression targets.
+
+    Attributes:
+        names: of the classes, by index; of the target columns for regression.
+    """
+
+    def __init__(self, banks: Sequence[FeatureBank], names: Sequence[str], targets: Sequence[NDArray[Any]]) -> None:
+        self.banks, self.names = tuple(banks), tuple(names)
+        self.targets = np.concatenate(targets)
+        self._starts = np.cumsum([0, *(len(bank) for bank in banks)])
+
+    @classmethod
+    def open(cls, folder: str | Path, split: SplitName, names: Sequence[str] = ()) -> BankDataset:
+        """One split of a bank folder, such as one's own φ1(T) from `featurize --release`.
+
+        Args:
+            folder: the bank.
+            split: which.
+            names: what its targets are, `release.names`.
+
+        Raises:
+            BankError: no finished bank of format 1, no such split, or labels that are not among the names.
+        """
+        bank = FeatureBank(Path(folder), split)
+        if names and not bank.index.targets and not np.isin(bank.targets, np.arange(len(names))).all():
+            raise BankError(f"{folder} has labels beyond its {len(names)} classes. Fetch or write it again.")
+        return cls([bank], names, [bank.targets])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, rows: int | slice) -> tuple[Tensor, Tensor]:
+        """Features and targets: (C, H, W) and one target of a row, (n, C, H, W) and (n, ...) of a slice."""
+        if isinstance(rows, slice):
+            return self.read(range(len(self))[rows])
+        features, targets = self.read([range(len(self))[rows]])
+        return features[0], targets[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Several items, read at once: what a torch `DataLoader` with its own collation asks for."""
+        return list(zip(*self.read(rows), strict=True))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's features."""
+        return self.banks[0].index.row_bytes
+
+    @property
+    def digest(self) -> str:
+        """Changes with any row of any bank, and with their order: from the digests of the shards."""
+        shards = [[shard.sha256 for shard in bank.index.splits[bank.split]] for bank in self.banks]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Rows by number, in the order asked for: (n, C, H, W) float16 and their targets."""
+        numbers = row_numbers(rows)
+        return self.read_into(self.empty(len(numbers)), numbers)
+
+    def empty(self, rows: int) -> Tensor:
+        """Room for so many rows; in a worker process in shared memory at once, as torch's own collation does it."""
+        shape = (rows, *self.banks[0].shape)
+        if get_worker_info() is None:
+            return torch.from_numpy(np.empty(shape, np.float16))
+        storage = torch.UntypedStorage._new_shared(2 * math.prod(shape))
+        return torch.empty(0, dtype=torch.float16).set_(storage).view(shape)
+
+    def read_into(self, features: Tensor, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Reads rows into what `empty` made for them; returns that, and their targets."""
+        out = features.numpy()
+        if len(self.banks) == 1:
+            self.banks[0].read(rows, out)
+        else:
+            of_bank = np.searchsorted(self._starts, rows, side="right") - 1
+            for bank in np.unique(of_bank):
+                mine = np.flatnonzero(of_bank == bank)
+                out[mine] = self.banks[bank].read(rows[mine] - self._starts[bank])
+        return features, torch.from_numpy(self.targets[rows])
+
+    def numpy(self, rows: slice | Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.float16], NDArray[Any]]:
+        """Features and targets of some rows as arrays; without torch, open a `dpf_release.bank.FeatureBank`."""
+        features, targets = self.read(range(len(self))[rows] if isinstance(rows, slice) else rows)
+        return features.numpy(), targets.numpy()
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Asks the system to have rows `start` to `stop` in memory soon; returns at once."""
+        for bank, first in zip(self.banks, self._starts, strict=False):
+            bank.will_need(max(0, start - int(first)), stop - int(first))
+
+    def loader(
+        self,
+        batch_size: int,
+        shuffle: bool = False,
+        workers: int = 0,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> BankLoader:
+        """Batches of ((n, C, H, W) float16, targets); the order depends on the seed and the epoch alone.
+
+        Args:
+            batch_size: rows a batch of one rank.
+            shuffle: another order each epoch, in blocks that are read one behind the other: see `block_shuffle`.
+            workers: how many read ahead: threads for an uncompressed bank, processes for a compressed one; 0: none.
+            seed: of the order.
+            rank: which share of the rows, 0 to world_size - 1; by default what torchrun says.
+            world_size: how many shares, likewise; each has as many batches as the others (a few rows are left out,
+                others each epoch).
+            device: where batches go; to a GPU from pinned memory, while the one before is computed on. None: they stay.
+        """
+        rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+        world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+        batches = _Batches(self, batch_size, shuffle, seed, rank, world_size)
+        return BankLoader(self, batches, workers, None if device is None else torch.device(device))
+
+
+class _Whole(Dataset[Any]):
+    """A data set that hands over whole batches, as they were read."""
+
+    def __init__(self, dataset: BankDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return self.dataset.read(rows)
+
+
+def concat(datasets: Sequence[BankDataset]) -> BankDataset:
+    """The rows of several releases' banks as one data set; classes are matched by name, in the order of the first.
+
+    Raises:
+        BankError: the banks are of different featurizers, or their classes or targets differ.
+    """
+    if not datasets:
+        raise BankError("expected at least one bank to combine, found none.")
+    first = datasets[0]
+    index = first.banks[0].index
+    targets = []
+    for number, other in enumerate(datasets):
+        theirs = other.banks[0].index
+        if theirs.featurizer_sha256 != index.featurizer_sha256:
+            raise BankError(
+                f"bank {number} was made by another featurizer (φ1) than bank 0: their features do not mix. "
+                f"Expected {index.featurizer_sha256[:12]}…, found {theirs.featurizer_sha256[:12]}…."
+            )
+        same = other.names == first.names if index.targets else set(other.names) == set(first.names)
+        if not same or theirs.targets != index.targets:
+            raise BankError(
+                f"bank {number} has other classes or targets than bank 0: expected {list(first.names)}, found "
+                f"{list(other.names)}. Select the common classes before releasing."
+            )
+        new_label = np.array([first.names.index(name) for name in other.names], np.int64)
+        targets.append(other.targets if index.targets or not len(new_label) else new_label[other.targets])
+    return BankDataset([bank for other in datasets for bank in other.banks], first.names, targets)
+
+
+def block_shuffle(rows: int, row_bytes: int, generator: np.random.Generator) -> list[NDArray[np.int64]]:
+    """All row numbers in a random order that a disk reads in long runs, as windows one after the other.
+
+    Blocks of neighbouring rows (8 MiB) are shuffled; then the rows within each window of 32 blocks. A row comes
+    anywhere in the epoch with equal chance; it stays within one window (256 MiB, or all rows where they are fewer) of
+    the rows of its block, whose borders are others each epoch. A bank's rows lie in a random order already.
+    """
+    block = max(1, BLOCK_BYTES // row_bytes)
+    if rows <= block * WINDOW_BLOCKS:
+        return [generator.permutation(rows)]
+    borders = np.arange(int(generator.integers(block)) - block, rows, block)
+    windows = []
+    for starts in np.array_split(generator.permutation(borders), -(-len(borders) // WINDOW_BLOCKS)):
+        members = [np.arange(max(0, start), min(start + block, rows)) for start in starts]
+        windows.append(generator.permutation(np.concatenate(members)))
+    return windows
+
+
+class _Batches(Sampler[NDArray[np.int64]]):
+    """Row numbers of each batch of one rank, from batch `start` of epoch `epoch` on."""
+
+    def __init__(
+        self, dataset: BankDataset, batch_size: int, shuffle: bool, seed: int, rank: int, world_size: int
+    ) -> None:
+        if not 0 <= rank < world_size or batch_size < 1:
+            raise ValueError(
+                f"expected 0 <= rank < world_size and a batch of 1 or more, found {rank}, {world_size}, {batch_size}"
+            )
+        self.dataset, self.rank, self.world_size = dataset, rank, world_size
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.epoch = self.start = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of one rank in an epoch."""
+        return len(self.dataset) // self.world_size
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        rows, row_bytes = len(self.dataset), self.dataset.row_bytes
+        if self.shuffle:
+            windows = block_shuffle(rows, row_bytes, np.random.default_rng([self.seed, self.epoch]))
+        else:
+            count = -(-rows * row_bytes // (WINDOW_BLOCKS * BLOCK_BYTES))
+            windows = np.array_split(np.arange(rows), max(1, count))
+        order, ends = np.concatenate(windows), np.cumsum([len(window) for window in windows])
+        announced = 0
+        first, last = self.rank * self.rows, (self.rank + 1) * self.rows
+        for start in range(first + self.start * self.batch_size, last, self.batch_size):
+            window = int(np.searchsorted(ends, start, side="right"))
+            for coming in range(max(announced, window), min(window + 2, len(windows))):
+                begin = int(ends[coming]) - len(windows[coming])
+                self._announce(order[max(begin, first) : min(int(ends[coming]), last)])
+                announced = coming + 1
+            yield order[start : min(start + self.batch_size, last)]
+
+    def _announce(self, rows: NDArray[np.int64]) -> None:
+        """Tells the system what is read next, in runs, so that the disk is read while batches are computed on."""
+        ascending = np.sort(rows)
+        for run in np.split(ascending, np.flatnonzero(np.diff(ascending) > 1) + 1):
+            if len(run):  # none where the window is all of other ranks
+                self.dataset.will_need(int(run[0]), int(run[-1]) + 1)
+
+
+class BankLoader:
+    """Batches of a bank, epoch after epoch; an epoch is one `for` over it.
+
+    Attributes:
+        epoch: which epoch the next `for` is; set it to choose.
+        batch_sampler: the row numbers of the batches of that epoch.
+    """
+
+    def __init__(self, dataset: BankDataset, batches: _Batches, workers: int, device: torch.device | None) -> None:
+        self.dataset, self.batch_sampler, self._device, self._done = dataset, batches, device, 0
+        self._pin = device is not None and device.type == "cuda"
+        self._workers = workers
+        self._processes: DataLoader[tuple[Tensor, Tensor]] | None = None
+        # Mapped rows are copied outside Python's lock: threads read them, and hand over a batch for nothing. HDF5,
+        # which reads compressed rows, has a lock of its own: that takes processes, which copy each batch once more.
+        if workers and any(bank.index.compression != "none" for bank in dataset.banks):
+            self._processes = DataLoader(
+                _Whole(dataset),
+                batch_sampler=batches,  # type: ignore[arg-type]  # it asks for lists, and takes arrays
+                num_workers=workers,
+                collate_fn=_as_is,
+                pin_memory=self._pin,
+                persistent_workers=True,
+            )
+
+    @property
+    def epoch(self) -> int:  # noqa: D102, an attribute
+        return self.batch_sampler.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.batch_sampler.epoch, self.batch_sampler.start, self._done = epoch, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._done > self.batch_sampler.start:  # the `for` before was left early
+            self.epoch += 1
+        for features, targets in self._batches():
+            self._done += 1
+            if self._device is not None:
+                features = features.to(self._device, non_blocking=True)
+                targets = targets.to(self._device, non_blocking=True)
+            yield features, targets
+        self.epoch += 1
+
+    def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        if self._processes is not None:
+            return self._processes
+        return self._in_threads() if self._workers else map(self._read, self.batch_sampler)
+
+    def _read(self, rows: NDArray[np.int64], into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        features, targets = self.dataset.read_into(self.dataset.empty(len(rows)) if into is None else into, rows)
+        return (features.pin_memory(), targets.pin_memory()) if self._pin else (features, targets)
+
+    def _in_threads(self) -> Iterator[tuple[Tensor, Tensor]]:
+        with ThreadPoolExecutor(self._workers) as pool:
+            coming: deque[Future[tuple[Tensor, Tensor]]] = deque()
+            try:
+                for rows in self.batch_sampler:
+                    # Made here, as freed here: another thread's memory goes back to the system, and is zeroed anew.
+                    coming.append(pool.submit(self._read, rows, self.dataset.empty(len(rows))))
+                    if len(coming) > BATCHES_AHEAD * self._workers:
+                        yield coming.popleft().result()
+                while coming:
+                    yield coming.popleft().result()
+            finally:
+                for future in coming:
+                    future.cancel()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is: numbers and texts only, one state for all ranks."""
+        return {**self._order(), "epoch": self.epoch, "batches": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on there: the next `for` gives the batches that remain of that epoch.
+
+        Raises:
+            ValueError: the state is of a loader with another bank, batches, order or number of ranks.
+        """
+        order = self._order()
+        if {key: state.get(key) for key in order} != order:
+            raise ValueError(f"expected the state of a loader with {order}, found {dict(state)}")
+        self.epoch = int(state["epoch"])
+        self.batch_sampler.start = self._done = int(state["batches"])
+        if self._done == len(self):
+            self.epoch += 1
+
+    def _order(self) -> dict[str, Any]:
+        batches = self.batch_sampler
+        names = ("batch_size", "shuffle", "seed", "world_size")
+        return {"bank": batches.dataset.digest, **{name: getattr(batches, name) for name in names}}
+
+
+def _as_is(batch: Any) -> Any:
+    """A batch that `_Whole` made is one already."""
+    return batch

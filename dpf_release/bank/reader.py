@@ -1,0 +1,331 @@
+"""`FeatureBank`: rows of a split by number, mapped where they lie uncompressed."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from dpf_release.bank.format import (
+    BLOSC2_BLOCK_BYTES,
+    BLOSC2_HEAD_BYTES,
+    HDF5_ERRORS,
+    ID_BYTES,
+    BankIndex,
+    SplitName,
+    check_shard,
+    load_blosc2,
+    open_shard,
+    read_index,
+)
+from dpf_release.bank.hdf5_check import NOWHERE, ShardLayout, StoredRows, read_layout
+from dpf_release.core.arrays import Rows
+from dpf_release.errors import BankError
+
+LARGE_ROW_BYTES = 2**15
+DEFLATE_LEFT_OUT = 0b10  # HDF5 does so where a row would grow by it
+LARGEST_FRAME = 2**10  # what Blosc2 puts around a row
+# Each open shard is a file handle; 1,024 is what a process commonly may have.
+MAX_OPEN_SHARDS = 256
+
+
+class _MappedShard:
+    """The rows of an uncompressed shard, mapped where HDF5 says that they lie: as fast as a raw `numpy.memmap`."""
+
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...]) -> None:
+        self.offset, self.row_bytes = offset, 2 * math.prod(shape[1:])
+        self.mapping = _mapped(path)
+        try:
+            flat = np.frombuffer(self.mapping, "<f2", math.prod(shape), offset)
+        except ValueError as error:  # shorter since it was checked
+            raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
+        self.features = flat.reshape(shape)
+
+    def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
+        """All `rows` into `out`."""
+        np.take(self.features, rows, axis=0, out=out, mode="clip")  # "raise" would copy twice; bounds are checked above
+
+    def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
+        """Those of `rows` that are at `places`, to the same places of `out`."""
+        if self.row_bytes < LARGE_ROW_BYTES:
+            out[places] = np.take(self.features, rows[places], axis=0)
+        else:  # one copy of each row, in the place of two
+            for place in places:
+                out[place] = self.features[rows[place]]
+
+    def will_need(self, start: int, stop: int) -> None:
+        first = (self.offset + start * self.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        self.mapping.madvise(mmap.MADV_WILLNEED, first, self.offset + stop * self.row_bytes - first)
+
+
+class _GzipShard:
+    """The rows of a shard compressed with gzip. Each is unpacked to its size and no further; HDF5 would go on."""
+
+    def __init__(self, path: Path, stored: StoredRows, row_bytes: int) -> None:
+        self.name, self.stored, self.row_bytes = path.name, stored, row_bytes
+        self.mapping = _mapped(path)
+
+    def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
+        """All `rows` into `out`."""
+        self.read_some(rows, np.arange(len(rows)), out)
+
+    def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
+        """Those of `rows` that are at `places`, to the same places of `out`."""
+        for place in places:
+            out[place] = self._row(int(rows[place])).reshape(out.shape[1:])
+
+    def _row(self, row: int) -> NDArray[np.float16]:
+        begin, mask = int(self.stored.offsets[row]), int(self.stored.masks[row])
+        octets = self.mapping[begin : begin + int(self.stored.sizes[row])]
+        whole = True
+        if mask != DEFLATE_LEFT_OUT:
+            unpack = zlib.decompressobj()
+            try:
+                octets = unpack.decompress(octets, self.row_bytes + 1)
+            except zlib.error as error:
+                raise BankError(f"row {row} of {self.name} cannot be unpacked: {error}. Fetch it again.") from error
+            whole = unpack.eof and not unpack.unused_data
+        if mask not in {0, DEFLATE_LEFT_OUT} or not whole or len(octets) != self.row_bytes:
+            raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
+        shuffled = np.frombuffer(octets, np.uint8).reshape(2, -1)  # all low bytes, then all high bytes
+        return np.ascontiguousarray(shuffled.T).view("<f2")[:, 0]
+
+
+class _Blosc2Shard:
+    """The rows of a shard compressed with Blosc2, read through HDF5, neighbours together."""
+
+    def __init__(self, path: Path, stored: StoredRows, dataset: h5py.Dataset) -> None:
+        self.name, self.stored, self.dataset = path.name, stored, dataset
+        self.row_bytes = 2 * math.prod(dataset.shape[1:])
+        self.handle = dataset.file.id.get_vfd_handle()  # open as long as the data set is
+
+    def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
+        """All `rows` into `out`."""
+        if not len(rows):
+            return
+        for row in rows:
+            self._refuse_bomb(int(row))
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        begins = np.flatnonzero(np.diff(ascending, prepend=-2) != 1)
+        for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True):
+            first = int(ascending[begin])
+            try:
+                out[order[begin:end]] = self.dataset[first : first + int(end - begin)]
+            except HDF5_ERRORS as error:
+                raise BankError(f"rows of {self.name} cannot be unpacked: {error}. Fetch it again.") from error
+
+    def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
+        """Those of `rows` that are at `places`, to the same places of `out`."""
+        part = np.empty((len(places), *out.shape[1:]), np.float16)
+        self.read(rows[places], part)
+        out[places] = part
+
+    def _refuse_bomb(self, row: int) -> None:
+        """That a row says itself that it unpacks to its size: the filter makes as much room as it says."""
+        offset = int(self.stored.offsets[row])
+        frame = os.pread(self.handle, BLOSC2_HEAD_BYTES, offset)
+        said = [0]
+        if len(frame) == BLOSC2_HEAD_BYTES and frame[2:9] == b"b2frame" and self.stored.masks[row] == 0:
+            # A frame says how long its header is, what it and its chunk unpack to, and how long the packed chunk is.
+            header, unpacked, packed, chunk_bytes = (
+                int.from_bytes(frame[a:b], "big") for a, b in ((11, 15), (30, 38), (39, 47), (58, 62))
+            )
+            said = [unpacked, chunk_bytes]
+            if packed:  # not where all values are zero; then comes the chunk, and says so too
+                said.append(int.from_bytes(os.pread(self.handle, 8, offset + header)[4:8], "little"))
+        # Each of C, H and W is padded to whole blocks.
+        if len(set(said)) != 1 or not self.row_bytes <= said[0] <= 8 * self.row_bytes + BLOSC2_BLOCK_BYTES:
+            raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # gone, or empty, since it was checked
+        raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
+
+
+_OpenShard = _MappedShard | _GzipShard | _Blosc2Shard
+
+
+def row_numbers(rows: Rows | Sequence[int]) -> Rows:
+    """Row numbers as an array.
+
+    Raises:
+        IndexError: a mask, or fractions.
+    """
+    numbers = np.asarray(rows)
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise IndexError(f"expected row numbers, found {numbers.dtype}; np.flatnonzero gives those of a mask")
+    return numbers.astype(np.int64, copy=False)
+
+
+class FeatureBank:
+    """One split of a bank: rows by number, as numpy arrays.
+
+    Safe to pickle and to use after a fork: files are opened anew in each process, when first read. A slice or a list
+    of row numbers gives (features, targets): `bank[:100]`.
+
+    Attributes:
+        index: the bank's index.
+        split: which split.
+    """
+
+    def __init__(self, folder: Path, split: SplitName, index: BankIndex | None = None) -> None:
+        self.folder = folder
+        self.index = read_index(folder) if index is None else index
+        if split not in self.index.splits:
+            raise BankError(f"expected a split {split!r} in {folder}, found {sorted(self.index.splits)}.")
+        self.split: SplitName = split
+        self._shards = self.index.splits[split]
+        self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])  # (shards + 1,)
+        self._open: dict[int, _OpenShard] = {}
+        self._offsets: dict[int, int] = {}  # of the rows in the shards that were checked
+        self._pid = os.getpid()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files and without what can be read again."""
+        state = self.__dict__ | {"_open": {}, "_offsets": {}}
+        return {key: value for key, value in state.items() if key not in {"ids", "targets"}}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a row."""
+        return self.index.feature_shape
+
+    @cached_property
+    def ids(self) -> NDArray[np.uint8]:
+        """(N, 16) random bytes, one id a row."""
+        return self._all("id", np.empty((0, ID_BYTES), np.uint8))
+
+    @cached_property
+    def targets(self) -> NDArray[Any]:
+        """(N,) int64 class indices, or (N, K) float32 regression targets."""
+        if self.index.targets:
+            return self._all("target", np.empty((0, self.index.targets), np.float32))
+        return self._all("label", np.empty(0, np.int64))
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Rows) -> tuple[NDArray[np.float16], NDArray[Any]]:
+        """Features and targets: (C, H, W) and one target of a row, (n, C, H, W) and (n, ...) of several."""
+        if isinstance(rows, int | np.integer):
+            features, targets = self[[range(len(self))[rows]]]
+            return features[0], targets[0]
+        targets = self.targets  # of as many rows as there are: an index may claim more
+        numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else row_numbers(rows)
+        return self.read(numbers), targets[numbers]
+
+    def read(self, rows: Rows | Sequence[int], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
+        """Rows by number, (n, C, H, W), in the order asked for.
+
+        Args:
+            rows: their numbers.
+            out: where to; a new array where None.
+
+        Raises:
+            IndexError: a row number below 0 or beyond the last row.
+        """
+        rows = row_numbers(rows)
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows 0 to {len(self) - 1} exist, asked for {rows.min()} to {rows.max()}")
+        if out is None:
+            if rows.size:  # room is made for rows whose shape a shard has
+                self._shard(int(np.searchsorted(self._starts, rows[0], side="right")) - 1)
+            out = np.empty((len(rows), *self.shape), dtype=np.float16)
+        if len(self._shards) == 1:
+            self._shard(0).read(rows, out)
+            return out
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(shards):
+            self._shard(int(number)).read_some(rows - self._starts[number], np.flatnonzero(shards == number), out)
+        return out
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Asks the system to have rows `start` to `stop` in memory soon; returns at once."""
+        if self.index.compression != "none":
+            return  # HDF5 cannot be told
+        for number in range(len(self._shards)):
+            first, last = self._starts[number], self._starts[number + 1]
+            shard = self._shard(number) if start < last and first < stop else None
+            if isinstance(shard, _MappedShard):
+                shard.will_need(int(max(start, first) - first), int(min(stop, last) - first))
+
+    def batches(self, size: int) -> Iterator[tuple[Rows, NDArray[np.float16]]]:
+        """All rows in order: their numbers and their features, `size` at a time."""
+        for start in range(0, len(self), size):
+            rows = np.arange(start, min(start + size, len(self)))
+            yield rows, self.read(rows)
+
+    def _shard(self, number: int) -> _OpenShard:
+        if self._pid != os.getpid():  # a handle belongs to the process that opened it
+            self._open, self._offsets, self._pid = {}, {}, os.getpid()
+        opened = self._open  # of this thread from here on: another may put a shard out meanwhile
+        shard = opened.get(number)
+        if shard is None:
+            while len(opened) >= MAX_OPEN_SHARDS:
+                opened.pop(list(opened)[0], None)
+            shard = opened[number] = self._opened(number)
+        return shard
+
+    def _opened(self, number: int) -> _OpenShard:
+        if number in self._offsets:  # checked before: no need of HDF5
+            record = self._shards[number]
+            return _MappedShard(self.folder / record.file, self._offsets[number], (record.rows, *self.shape))
+        file, path = self._file(number)
+        layout = read_layout(path)
+        if self.index.compression == "blosc2":
+            return _Blosc2Shard(path, self._stored(layout, path), file["features"])
+        file.close()
+        if self.index.compression == "gzip":
+            return _GzipShard(path, self._stored(layout, path), self.index.row_bytes)
+        if "features" not in layout.begins:
+            raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
+        self._offsets[number] = layout.begins["features"]
+        return self._opened(number)
+
+    def _stored(self, layout: ShardLayout, path: Path) -> StoredRows:
+        """Where the compressed rows of a shard lie."""
+        stored = layout.rows.get("features")
+        if stored is None or (stored.offsets == NOWHERE).any():
+            raise BankError(f"{path.name} lacks rows. Write or fetch it again.")
+        if (stored.sizes > 2 * self.index.row_bytes + LARGEST_FRAME).any():
+            raise BankError(f"{path.name} has rows that take more room compressed than they have bytes.")
+        return stored
+
+    def _file(self, number: int) -> tuple[h5py.File, Path]:
+        record = self._shards[number]
+        path = self.folder / record.file
+        if self.index.compression == "blosc2":
+            load_blosc2()
+        file = open_shard(path)
+        try:
+            check_shard(file, path, self.index, self.split, record.rows)
+        except BankError:
+            file.close()
+            raise
+        return file, path
+
+    def _all(self, member: str, empty: NDArray[Any]) -> NDArray[Any]:
+        parts = [empty]
+        for number in range(len(self._shards)):
+            self._shard(number)  # whose labels are taken must be whole
+            file, _ = self._file(number)
+            with file:
+                try:
+                    parts.append(file[member][:])
+                except HDF5_ERRORS as error:
+                    raise BankError(f"/{member} of {file.filename} cannot be read: {error}. Fetch it again.") from error
+        return np.concatenate(parts)

@@ -1,0 +1,64 @@
+"""The command line's application, and the options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dpf_release.owner.project import Project
+
+
+app = typer.Typer(
+    help="Publish an image data set as poisoned feature banks, without publishing the images.\n\n"
+    "Order of work: init, (train), featurize, fit-poison, poison, attack, package. Try it: dpf-release demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # locals hold private paths
+)
+
+key_app = typer.Typer(
+    help="Keys that sign releases.\n\nExample: dpf-release key new --out ~/owner-key", no_args_is_help=True
+)
+app.add_typer(key_app, name="key")
+
+vault_app = typer.Typer(
+    help="Seal the vault, open it, make it forget, look at it.\n\nExample: dpf-release vault seal --recipient age1...",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,  # locals hold private paths
+)
+app.add_typer(vault_app, name="vault")
+
+IdentityOption = Annotated[
+    Path | None,
+    typer.Option("--identity", envvar="DPF_RELEASE_IDENTITY", help="The age identity file that opens a sealed vault."),
+]
+FixPermissionsOption = Annotated[
+    bool, typer.Option("--fix-permissions", help="Take away the rights of others to the vault.")
+]
+ConfigOption = Annotated[Path, typer.Option("--config", help="The owner's configuration.")]
+NameOption = Annotated[str, typer.Option("--name", help="Which fitted function; several live side by side.")]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew; what was made before is lost.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+ShardSizeOption = Annotated[
+    str | None, typer.Option("--shard-size", help="Largest file of the bank, as '500 MB'; default: 1 GiB.")
+]
+EpochsOption = Annotated[int | None, typer.Option("--epochs", help="Passes over the images.")]
+
+TrustCodeOption = Annotated[
+    bool, typer.Option("--trust-code", help="Import and run a network or function of its owner's own.")
+]
+
+CONFIG = Path("dpf.toml")
+
+
+def open_project(
+    config: Path, identity: Path | None = None, fix_permissions: bool = False, **overrides: Any
+) -> Project:
+    """A project with options over its configuration; `poison__epochs=3` is the key `poison.epochs`."""
+    from dpf_release.owner.project import Project
+
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Project.open(config, dotted, identity, fix_permissions=fix_permissions)

@@ -1,0 +1,93 @@
+"""What failed once on a bank speaks against its claims whatever is run later: no seed is drawn until one passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpf_release.attacks.interface import ATTACKS, Claim
+from dpf_release.errors import VaultError
+from dpf_release.owner.vault.vault import Vault
+from dpf_release.release.attack_report import SCORER, AttackReport, ProfileName
+
+FAILURES = "failed.json"
+LIMITS_OF: dict[Claim, tuple[str, ...]] = {
+    "reconstruction": ("leakage", "re_identification"),
+    "linkage": ("top1", "auc", "tpr"),
+    "attribute": ("attribute",),
+}
+
+
+class Failure(BaseModel):
+    """An attack that got past a limit.
+
+    Attributes:
+        index_sha256: of the bank that it was run on.
+        limits: of `[gate]`, then.
+        reasons: what it got, and the limit.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index_sha256: str
+    profile: ProfileName
+    seed: int
+    scorer: int
+    limits: dict[str, float]
+    code: str
+    title: str
+    version: int
+    claim: Claim
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.title}, profile {self.profile}, seed {self.seed}: fail, {'; '.join(self.reasons)}"
+
+    def holds(self, limits: Mapping[str, float]) -> bool:
+        """Whether today's attack and scorer said so, under the limits of the claim that there are today, or wider."""
+        attack = ATTACKS.get(self.code)
+        same = self.scorer == SCORER and (attack is None or attack.version == self.version)
+        return same and all(self.limits.get(key, 0.0) >= limits[key] for key in LIMITS_OF[self.claim])
+
+
+def failed_in(report: AttackReport) -> list[Failure]:
+    """The failures that a report tells of."""
+    shared: dict[str, Any] = {
+        key: getattr(report, key) for key in ("index_sha256", "profile", "seed", "scorer", "limits")
+    }
+    return [
+        Failure(**shared, **{key: getattr(result, key) for key in ("code", "title", "version", "claim", "reasons")})
+        for result in report.attacks
+        if result.verdict == "fail" and result.claim is not None
+    ]
+
+
+def failures(vault: Vault, name: str) -> list[Failure]:
+    """All that were noted of a function's candidates.
+
+    Raises:
+        VaultError: the file is not one of ours.
+    """
+    path = _file(vault, name)
+    try:
+        tree = vault.read_record(path, "attack") if vault.holds(path) else []
+        return [Failure.model_validate(entry) for entry in tree]
+    except (ValidationError, TypeError) as error:
+        raise VaultError(
+            f"{path} does not list failed attacks as this version does: {error}. Without it nobody knows what failed; "
+            "bring it back, or remove it and run the attacks again."
+        ) from error
+
+
+def note_failures(vault: Vault, name: str, found: Sequence[Failure]) -> None:
+    """Adds failures to those that were noted before."""
+    known = failures(vault, name)
+    if new := [failure for failure in found if failure not in known]:
+        vault.write_json(_file(vault, name), [failure.model_dump(mode="json") for failure in [*known, *new]])
+
+
+def _file(vault: Vault, name: str) -> Path:
+    return vault.reports(name) / FAILURES

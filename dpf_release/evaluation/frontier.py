@@ -1,0 +1,96 @@
+"""`compare`: several fitted functions, between what they protect and what they leave to use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpf_release.bank.format import INDEX
+from dpf_release.core.files import make_folder
+from dpf_release.core.progress import announce
+from dpf_release.errors import VaultError
+from dpf_release.evaluation.report.frontier_points import FRONTIER, Frontier, metric_of, plot, point_of, references_of
+from dpf_release.evaluation.report.page import write_page
+from dpf_release.evaluation.suite import attack
+from dpf_release.owner.project import Project
+from dpf_release.release.attack_report import AttackReport
+
+
+def compare(
+    project: Project,
+    names: Sequence[str] = (),
+    profile: str = "quick",
+    *,
+    budget_minutes: float | None = None,
+    seed: int = 0,
+) -> Frontier:
+    """Attacks each candidate where that was not done yet, and keeps one point each as `vault/reports/frontier.json`.
+
+    Beside it `frontier.svg` and `frontier.png`, and the functions' pages are written anew with the plots. All is
+    written again after each function, so that what is done can be looked at.
+
+    Args:
+        project: the owner's.
+        names: of fitted functions; by default all that have a candidate.
+        profile: as of `attack`.
+        budget_minutes: as of `attack`, for each function.
+        seed: of all that is drawn.
+
+    Raises:
+        ConfigError: no such profile.
+        VaultError: some of the functions have no candidate, or there are none.
+    """
+    names = list(dict.fromkeys(names)) or _with_candidate(project)
+    missing = [name for name in names if not _has_candidate(project, name)]
+    if missing or not names:
+        raise VaultError(
+            f"expected fitted functions with a candidate, found none of {', '.join(missing) or 'any name'}. Run "
+            "`dpf-release fit-poison --name NAME` and `dpf-release poison --name NAME` for each."
+        )
+    reports: dict[str, AttackReport] = {}
+    frontier = Frontier(profile=profile)
+    for number, name in enumerate(names, 1):
+        announce(f"{name}, {number} of {len(names)}")
+        reports[name] = attack(project, name, profile, budget_minutes=budget_minutes, seed=seed)
+        with project.working(public=True, together=False):
+            frontier = _write(project, reports, profile)
+    return frontier
+
+
+def _write(project: Project, reports: Mapping[str, AttackReport], profile: str) -> Frontier:
+    last = list(reports.values())[-1]
+    frontier = Frontier(
+        points=tuple(point_of(name, _described(project, name), report) for name, report in reports.items()),
+        profile=profile,
+        metric=metric_of(last),
+        references=references_of(last),
+    )
+    vault, folder = project.vault, make_folder(project.vault.root / "reports")
+    vault.write_json(folder / FRONTIER, frontier.model_dump(mode="json"))
+    for kind in ("svg", "png"):
+        vault.write_bytes((folder / FRONTIER).with_suffix(f".{kind}"), plot(frontier, kind))
+    for name, report in reports.items():
+        write_page(vault, name, report)
+    return frontier
+
+
+def _described(project: Project, name: str) -> str:
+    """What a function is: `dpf, equivalence, λ = 1`."""
+    recipe = _recipe(project, name)
+    learned = recipe["function"].split("+")[-1].split(":")[0] == "dpf"
+    return recipe["function"] + (f", {recipe['objective']}, λ = {recipe['lambda']:g}" if learned else "")
+
+
+def _recipe(project: Project, name: str) -> Mapping[str, Any]:
+    record = project.vault.read_record(project.vault.function(name) / "function.json", f"fit-poison --name {name}")
+    recipe: Mapping[str, Any] = record["recipe"]
+    return recipe
+
+
+def _has_candidate(project: Project, name: str) -> bool:
+    return project.vault.holds(project.vault.candidate(name) / "features" / INDEX)
+
+
+def _with_candidate(project: Project) -> list[str]:
+    folders = sorted(project.vault.root.glob("candidates/*"))
+    return [path.name for path in folders if path.is_dir() and _has_candidate(project, path.name)]

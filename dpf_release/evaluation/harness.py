@@ -1,0 +1,230 @@
+"""The harness: attacks on a bank, between what is reached without it and on clean rows; and on planted functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpf_release.attacks.interface import Attack, Attributes, Links, Reconstructions, Result, registered
+from dpf_release.attacks.reference_outputs import Outputs
+from dpf_release.attacks.threat_models import ReleaseView
+from dpf_release.core.arrays import Rows
+from dpf_release.core.progress import announce
+from dpf_release.errors import ConfigError
+from dpf_release.evaluation.control_network import MEMORISER, memorising_target
+from dpf_release.evaluation.profiles import PLANTED_SHARE, Profile
+from dpf_release.evaluation.score_attributes import score_attributes
+from dpf_release.evaluation.score_linkage import score_links
+from dpf_release.evaluation.score_reconstructions import baselines, score_answer, score_reconstructions
+from dpf_release.evaluation.scoring import References, RowScores, best_of, mean_interval, score_pictures
+from dpf_release.evaluation.targets import Target, clean_rows, draw_truth, planted_target
+from dpf_release.evaluation.verdicts import Scored
+from dpf_release.evaluation.views import Setting, grant
+from dpf_release.owner.project import Project
+from dpf_release.release.attack_report import SCORER, Interval, Power
+
+POWER_ROWS = 1000  # on which it is tried whether an attack breaks a planted function
+POWER_LEAKAGE = 0.5  # that it must reach there, surely
+SHOWN = (Outputs(),)  # decoders that no attack is
+
+
+@dataclass(frozen=True, eq=False)
+class Harness:
+    """Runs attacks, and holds the truth.
+
+    Attributes:
+        project: the owner's.
+        profile: which attacks set the ceiling.
+        target: the candidate.
+        clean: φ1(S), as if it were one.
+        made: what was reached without the bank, and at best, for each truth and target.
+        ceilings: the latter, for each truth.
+    """
+
+    project: Project
+    profile: Profile
+    target: Target
+    clean: Target
+    made: dict[bytes, References] = field(default_factory=dict)
+    ceilings: dict[bytes, tuple[RowScores, Callable[[Rows], Tensor]]] = field(default_factory=dict)
+
+    def scored(self, attack: Attack, target: Target, setting: Setting) -> Scored:
+        """What an attack gets out of a bank.
+
+        Raises:
+            NotGrantedError: the project lacks what the attack holds.
+        """
+        scored = self._answered(attack, target, setting)
+        if scored.primary is None:
+            return scored
+        top = scored.ceiling
+        ceiling = self._reached_on_clean(attack, setting) if top is None else _exactly(top)
+        return scored if ceiling is None else scored.against(ceiling)
+
+    def _answered(self, attack: Attack, target: Target, setting: Setting) -> Scored:
+        answer = attack.run(grant(attack.view, target, setting))
+        return score(answer, target, setting, lambda: self.references(target, setting), self.project)
+
+    def _reached_on_clean(self, attack: Attack, setting: Setting) -> Interval | None:
+        """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
+        name = f"{attack.code} on clean rows, {len(setting.truth.asked)}"
+        subject = self._subject(attack, setting)
+        kept = setting.kept.load(name, subject)
+        if kept is None:
+            kept = {"reached": _as_tensor(self._answered(attack, self.clean, setting).reached())}
+            setting.kept.save(name, subject, kept)
+        return _as_interval(kept["reached"])
+
+    def _subject(self, attack: Attack, setting: Setting) -> dict[str, Any]:
+        """What a result that is kept depends on, beside the bank."""
+        config = self.project.config
+        return {
+            **grant(ReleaseView, self.clean, setting).subject,
+            "attack": [attack.code, attack.version],
+            "scorer": SCORER,
+            "bank": self.clean.subject,
+            "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows, setting.budget.share],
+            "seed": setting.seed,
+            "rows": setting.truth.asked.tolist(),
+            "attribute": [config.claims.attribute, config.images.private.group],
+        }
+
+    def power(self, attack: Attack, setting: Setting) -> Power:
+        """Whether the attack breaks the functions that it declares; kept for this S, φ1, Q and budget."""
+        budget = replace(setting.budget, share=PLANTED_SHARE if attack.of_bank else 1.0)
+        setting = replace(setting, budget=budget)
+        members = attack.members(grant(ReleaseView, self.clean, setting))
+        functions: dict[str, nn.Module | None] = {**dict.fromkeys(attack.planted), **members}
+        if not functions:
+            return Power(passed=None)
+        other = next((one for one in registered() if one.code == attack.surpasses), None)
+        found, surpassed = {}, {}
+        for name, member in functions.items():
+            try:
+                target = self._planted(name, member, setting.seed)
+            except ConfigError as error:  # it wants larger classes than there are
+                announce(f"{attack.code} {attack.title}: {name} cannot be planted: {error}")
+                continue
+            # Rows that are mixed want pools that hold all their pictures.
+            setting = replace(setting, truth=draw_truth(self.project, target, POWER_ROWS, setting.seed))
+            if leakage := self._out_of(attack, name, target, setting):
+                found[name] = leakage
+            if other and (leakage := self._out_of(other, name, target, setting)):
+                surpassed[name] = leakage
+        passed = len(found) == len(functions) and all(value.low >= POWER_LEAKAGE for value in found.values())
+        if other:
+            passed &= len(surpassed) == len(found) and all(found[name].low > surpassed[name].high for name in found)
+        return Power(passed=passed, planted=found, surpassed=surpassed)
+
+    def _out_of(self, attack: Attack, name: str, target: Target, setting: Setting) -> Interval | None:
+        """What an attack gets out of a planted function."""
+        subject = {**self._subject(attack, setting), "planted": name}
+        kept = setting.kept.load(f"{attack.code} power on {name}", subject)
+        if kept is None:
+            kept = {"leakage": _as_tensor(self.scored(attack, target, setting).power())}
+            setting.kept.save(f"{attack.code} power on {name}", subject, kept)
+        return _as_interval(kept["leakage"])
+
+    def _planted(self, name: str, member: nn.Module | None, seed: int) -> Target:
+        clean = clean_rows(self.project)
+        if name == MEMORISER:
+            return memorising_target(self.project, clean=clean, seed=seed)
+        return planted_target(self.project, name, clean, seed, member)
+
+    def references(self, target: Target, setting: Setting) -> References:
+        """What leakage is measured between, on the rows of a truth; made once for each.
+
+        The baseline is compared with the pictures that the target's rows are made of, as an attack on it is: of many, a
+        mean picture is always like one. What clean rows give away, each row has alone.
+        """
+        truth = setting.truth
+        known = truth.asked.tobytes() + target.subject.encode()
+        if known not in self.made:
+            ceiling, clean = self._ceiling(setting)
+            scores = {
+                name: score_pictures(truth, target.contributors, pictures)
+                for name, pictures in baselines(grant(ReleaseView, self.clean, setting), truth).items()
+            }
+            _, baseline = best_of(scores)
+            self.made[known] = References(baseline, ceiling, clean)
+            announce(
+                f"Affine-fit SSIM on {len(truth.asked)} rows: of nothing but labels {baseline.primary.mean():.3f}, of "
+                f"clean rows at best {ceiling.primary.mean():.3f}"
+            )
+        return self.made[known]
+
+    def _ceiling(self, setting: Setting) -> tuple[RowScores, Callable[[Rows], Tensor]]:
+        """The best of what decoders for clean rows reach on these, and what it makes of any clean rows."""
+        truth = setting.truth
+        known = truth.asked.tobytes()
+        if known not in self.ceilings:
+            reached, makers = {}, {}
+            for attack in registered():
+                if attack.sets_ceiling and self.profile.runs(attack):
+                    answer = attack.run(grant(attack.view, self.clean, setting))
+                    assert isinstance(answer, Reconstructions)
+                    for name, pictures in answer.decoders.items():
+                        reached[f"{attack.code} {name}"] = score_pictures(truth, self.clean.contributors, pictures)
+                        makers[f"{attack.code} {name}"] = self._clean_pictures(attack, name, setting)
+            name, ceiling = best_of(reached)
+            self.ceilings[known] = ceiling, makers[name]
+        return self.ceilings[known]
+
+    def _clean_pictures(self, attack: Attack, way: str, setting: Setting) -> Callable[[Rows], Tensor]:
+        """What a way of an attack makes of any rows of the clean bank."""
+        view = grant(attack.view, self.clean, setting)
+
+        def pictures(rows: Rows) -> Tensor:
+            answer = attack.run(replace(view, asked=rows))
+            assert isinstance(answer, Reconstructions)
+            return answer.decoders[way](np.arange(len(rows)))
+
+        return pictures
+
+    def shown(self, setting: Setting) -> dict[str, dict[str, Interval]]:
+        """Affine-fit SSIM that leakage is measured between, and of what is shown beside the attacks and not gated."""
+        seed, references = setting.seed, self.references(self.target, setting)
+        shown = {"clean affine_ssim": mean_interval(references.ceiling.primary, seed)}
+        for reference in SHOWN:
+            if self.profile.runs(reference):
+                answer = reference.run(grant(reference.view, self.target, setting))
+                _, best = best_of(score_answer(answer, self.target, setting.truth))
+                shown[reference.code] = mean_interval(best.primary, seed)
+                announce(f"Affine-fit SSIM of {reference.title}: {shown[reference.code].value:.3f}")
+        return {"baselines": {"affine_ssim": mean_interval(references.baseline.primary, seed)}, "references": shown}
+
+
+def _as_tensor(interval: Interval | None) -> Tensor:
+    numbers = [interval.value, interval.low, interval.high] if interval else []
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _as_interval(numbers: Tensor) -> Interval | None:
+    if not len(numbers):
+        return None
+    value, low, high = numbers.tolist()
+    return Interval(value=value, low=low, high=high)
+
+
+def _exactly(value: float) -> Interval:
+    return Interval(value=value, low=value, high=value)
+
+
+def score(
+    answer: Result, target: Target, setting: Setting, references: Callable[[], References], project: Project
+) -> Scored:
+    """What an answer is worth; one scorer for each kind of answer."""
+    scorer = SCORERS[type(answer)]
+    return scorer(answer, target, setting, references, project)
+
+
+SCORERS: dict[type, Callable[[Any, Target, Setting, Callable[[], References], Project], Scored]] = {
+    Attributes: score_attributes,
+    Links: score_links,
+    Reconstructions: score_reconstructions,
+}

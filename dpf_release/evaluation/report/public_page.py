@@ -1,0 +1,218 @@
+"""Pictures that anyone may see: of Q, under a function of the same kind as P. No picture of S is read, nothing of P."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpf_release.attacks.interface import ATTACKS, Reconstructions
+from dpf_release.attacks.threat_models import HeldPictures, HeldRows, ReleaseView, batches
+from dpf_release.attacks.toolkit.trained import seeded, weights_sha256
+from dpf_release.core.arrays import Rows
+from dpf_release.evaluation.gallery import as_bytes, spread
+from dpf_release.evaluation.profiles import PROFILES
+from dpf_release.evaluation.query_images import public_rows
+from dpf_release.evaluation.report.headline import strongest
+from dpf_release.evaluation.report.page import refuse_inside_release, write_public_page
+from dpf_release.evaluation.targets import Target, held_source, poison_with
+from dpf_release.evaluation.truth import Pool, Truth
+from dpf_release.evaluation.views import Setting, grant, kept_in
+from dpf_release.models.training import Recipe, fit
+from dpf_release.owner.adversaries import straw_man
+from dpf_release.owner.project import Project
+from dpf_release.owner.train import TargetTask
+from dpf_release.poisoning.chain import Chain, build_chain
+from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.objective import Objective
+from dpf_release.release.attack_report import AttackReport
+
+PICTURES = 1000  # of Q, as many as a function that mixes rows needs to choose among
+EPOCHS, TRAINING_BATCH, LEARNING_RATE = 8, 64, 3e-3
+KEPT = "public shadow function"
+SEED = "the public page"  # of all that is drawn: nothing of P's secret is in it
+
+
+def publish_page(project: Project, name: str, report: AttackReport, path: Path) -> None:
+    """Writes a page that anyone may see: the report's numbers, and pictures of Q under a shadow function.
+
+    Args:
+        project: the owner's.
+        name: of the fitted function.
+        report: of its candidate.
+        path: the file; what is there is replaced.
+
+    Raises:
+        ConfigError: the file would lie inside a release.
+        StorageError: it cannot be written, or another run works in the vault.
+    """
+    refuse_inside_release(path)
+    with project.working(public=True, together=False):
+        pictures = public_pictures(project, name, report)
+    write_public_page(report, pictures, path)
+
+
+def public_pictures(project: Project, name: str, report: AttackReport) -> dict[str, Tensor]:
+    """What each attack makes of pictures of Q under a shadow function, as `gallery` names pictures.
+
+    Only of attacks that need nothing but a release, and train and seek nothing on its bank: of others there are none.
+    Of a function that was trained against attribute classifiers alone there are none at all.
+
+    Args:
+        project: the owner's; of the vault, Φ's two parts, ψ, the attackers and P's recipe are read.
+        name: of the fitted function.
+        report: which attacks were run, how hard, and which of their ways is the strongest.
+    """
+    images, profile = project.public_images, PROFILES[report.profile]
+    rows = np.concatenate([public_rows(project, split, report.seed) for split in ("val", "train")])[:PICTURES]
+    pictures = HeldPictures(len(rows), lambda numbers: images.pictures.read(rows[numbers]))
+    setting = Setting(project, _nothing_asked(len(rows)), profile.budget, report.seed, kept_in(project.vault))
+    clean = _clean_view(setting, pictures)
+    recipe = project.vault.read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
+    poison = shadow_function(project, clean, pictures, recipe)
+    if poison is None:
+        return {}
+    shadow = replace(clean, bank=poison(clean.bank)[0], bank_subject=f"{SEED}, poisoned")
+    asked = spread(min(len(rows), len(images.rows("val")) or len(rows)))
+    found: dict[str, Tensor] = {}
+    originals = pictures.read(asked)
+    reference: Tensor | None = None
+    for result in report.attacks:
+        attack, best = ATTACKS.get(result.code), strongest(result)
+        if attack is None or best is None or attack.view is not ReleaseView or attack.of_bank:
+            continue
+        budget = replace(profile.budget, images=result.images)
+        answers = [attack().run(replace(view, asked=asked, budget=budget)) for view in (clean, shadow)]
+        of_clean, of_shadow = (
+            answer.decoders.get(best.way) if isinstance(answer, Reconstructions) else None for answer in answers
+        )
+        if of_clean is None or of_shadow is None:
+            continue
+        if reference is None:  # of the first attack, A1: its decoders are those for clean rows
+            reference = as_bytes(of_clean(np.arange(len(asked))))
+        made = as_bytes(of_shadow(np.arange(len(asked))))
+        found |= {
+            f"{result.code}/original": originals,
+            f"{result.code}/clean": reference,
+            f"{result.code}/attack": made,
+        }
+    return found
+
+
+def shadow_function(
+    project: Project, view: ReleaseView, pictures: HeldPictures, recipe: Mapping[str, Any]
+) -> Callable[[HeldRows], tuple[HeldRows, Rows]] | None:
+    """A function of P's kind that has nothing of P: planned, and where it is learned fitted, on Q.
+
+    Args:
+        project: whose ψ, fitted on Q.
+        view: whose bank is φ1(Q), labelled by φ2.
+        pictures: that it was made of.
+        recipe: what P was fitted by: `function`, `objective`, `lambda`, `straw_men`.
+
+    Returns:
+        As `poison_with`. None where P was trained against attribute classifiers alone, which are of S: its
+        shadow would poison nothing.
+    """
+    spec = FeatureSpec(view.feature_shape, view.non_negative)
+    with seeded(int.from_bytes(hashlib.sha256(SEED.encode()).digest()[:4])):
+        chain = build_chain(recipe["function"], spec)
+    poison = poison_with(chain, view.phi_2, SEED)
+    if chain.learned is None:
+        return poison
+    if not recipe["straw_men"]:
+        return None
+    straw_men = {name: straw_man(project, name) for name in recipe["straw_men"]}
+    # A file's name is made of this, and can be seen: ψ's weights keep a guess of P's recipe from being checked.
+    subject = {
+        **view.subject,
+        "recipe": [recipe[key] for key in ("function", "objective", "lambda")],
+        "straw_men": [[name, weights_sha256(network.state_dict())] for name, network in straw_men.items()],
+        "epochs": EPOCHS,
+        "pictures": len(pictures),
+        "seed": view.seed,
+    }
+    kept = view.kept.load(KEPT, subject)
+    if kept is None:
+        _fit(chain, view, pictures, recipe, straw_men)
+        view.kept.save(KEPT, subject, chain.learned.state_dict())
+    else:
+        chain.learned.load_state_dict(kept)
+    project.frozen(chain.learned)
+    return poison
+
+
+def _fit(
+    chain: Chain,
+    view: ReleaseView,
+    pictures: HeldPictures,
+    recipe: Mapping[str, Any],
+    straw_men: Mapping[str, nn.Module],
+) -> None:
+    """Fits the learned stage as `fit-poison` would, were Q the private images; attribute classifiers are left out."""
+    assert chain.learned is not None
+    source = held_source(view.bank)
+    plans = chain.plan(source, view.phi_2, hashlib.sha256(SEED.encode()).digest())
+    inputs = chain.on(source, plans, len(chain.stages) - 1)
+    goal = chain.on(source, plans, chain.mixing_stages)
+    objective = Objective(
+        view.phi_2,
+        _TaskOnQ(view.bank.targets),
+        straw_men,
+        {},
+        recipe["objective"] == "equivalence",
+        recipe["lambda"],
+    )
+
+    def read_batch(rows: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        positions, members = chain.contributors(rows, plans)
+        into, seen = (torch.from_numpy(np.asarray(part.read(rows), np.float32)) for part in (inputs, goal))
+        targets = torch.from_numpy(view.bank.targets[rows])
+        return into, seen, targets, torch.from_numpy(positions), pictures.read(members)
+
+    size = min(TRAINING_BATCH, len(view.bank))
+    training = Recipe(EPOCHS, size, LEARNING_RATE, seed=view.seed, bf16=view.bf16)
+    title = "Fitting a shadow function for the public page"
+    fit(chain.learned, len(view.bank), read_batch, objective, training, title=title, device=view.device)
+
+
+class _TaskOnQ(TargetTask):
+    """The task with φ2's answers on Q as its targets: `TargetTask` takes those of S."""
+
+    def __init__(self, targets: NDArray[Any]) -> None:
+        self._targets = targets
+        self.scale = torch.from_numpy(targets.std(axis=0) + 1e-6) if targets.ndim == 2 else None
+
+
+def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:
+    """A release whose bank is φ1(Q), labelled by φ2."""
+    none = np.empty(0, np.int64)
+    nobody = HeldRows(np.zeros(len(pictures), np.int64), lambda rows: np.empty(0))
+    target = Target(SEED, nobody, lambda rows: (rows, none), lambda rows: (rows, rows), lambda rows: rows, SEED)
+    view = grant(ReleaseView, target, setting)
+
+    def read(rows: Rows) -> NDArray[Any]:
+        features: NDArray[np.float32] = view.features(pictures.read(rows)).cpu().numpy()
+        return features
+
+    numbers = np.arange(len(pictures))
+    answers = torch.cat([view.answers(view.features(pictures.read(some))).cpu() for some in batches(numbers)])
+    targets = answers.argmax(1) if view.task == "classification" else answers
+    return replace(view, bank=HeldRows(targets.numpy(), read))
+
+
+def _nothing_asked(count: int) -> Truth:
+    """Numbers of the bank, and no picture of S."""
+
+    def refuse(rows: Rows) -> Tensor:
+        raise AssertionError("expected a public page to need no private picture, found that one is read")
+
+    every = np.arange(count)
+    return Truth((Pool(every, every, 0),), refuse, np.zeros(count, np.int64))

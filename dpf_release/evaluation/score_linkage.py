@@ -1,0 +1,160 @@
+"""The scorer of linkage: is the candidate's own row found, and are those that are in S told from those that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from dpf_release.attacks.interface import Likeness, Links
+from dpf_release.evaluation.query_images import draw_suspects
+from dpf_release.evaluation.scoring import References, share_interval
+from dpf_release.evaluation.targets import Target
+from dpf_release.evaluation.truth import LEAST_POOL, Suspects
+from dpf_release.evaluation.verdicts import Limit, Scored, re_identification_limit
+from dpf_release.evaluation.views import Setting
+from dpf_release.owner.project import Project
+from dpf_release.release.attack_report import Interval, Way
+
+DRAWS = 500  # of members and non-members, for each way
+LEAST_NON_MEMBERS = 1000  # for a false positive rate of 0.1 %
+
+
+def score_links(
+    answer: Links, target: Target, setting: Setting, references: Callable[[], References], project: Project
+) -> Scored:
+    """Every way counts, in each measure. Leakage is reckoned by top-1, else by AUC: between a guess and certainty."""
+    suspects = draw_suspects(project, target, setting.truth, setting.seed)
+    gate, links = project.config.gate, any(way.pools is not None for way in answer.ways.values())
+    # What links no rows looks at the network alone, which has not learnt from all that is in the bank: `val` is, too.
+    inside = suspects.members if links or suspects.trained_on is None else suspects.members & suspects.trained_on
+    ways = {name: Way(measures=measure(way, suspects, inside, setting.seed)) for name, way in answer.ways.items()}
+    among = suspects.pools.shape[1] if links else 0
+    limit_of = {"auc": ("AUC", gate.auc), "tpr_at_1_percent": ("TPR at 1 % FPR", gate.tpr)}
+    if links:
+        limit_of["top1"] = ("top-1", re_identification_limit(np.array([among]), gate.top1))
+    limits = []
+    for name, (what, limit) in limit_of.items():
+        found = [way.measures[name] for way in ways.values() if name in way.measures]
+        told = found and (name != "top1" or among >= LEAST_POOL)
+        limits += [Limit(what, one, limit) for one in found] if told else [Limit(what, None, limit)]
+    primary = "top1" if links else "auc"
+    having = [name for name in ways if primary in ways[name].measures]
+    best = max(having, key=lambda name: ways[name].measures[primary].value, default=next(iter(ways)))
+    return Scored(
+        ways=ways,
+        best=best,
+        baseline=1 / among if links else 0.5,
+        ceiling=1.0,
+        leakage=None,
+        found=ways[best].measures.get("top1") if among >= LEAST_POOL else None,
+        among=among,
+        limits=tuple(limits),
+        series={},
+        primary=primary,
+        told=_membership_told(ways),
+        rows=int(inside.sum()),
+    )
+
+
+def measure(way: Likeness, suspects: Suspects, inside: NDArray[np.bool_], seed: int) -> dict[str, Interval]:
+    """What one way of looking found.
+
+    Args:
+        way: what it says of the suspects.
+        suspects: those that are in the bank, and others.
+        inside: (n,) those of them that are to be told from those that are not in the bank.
+        seed: of the bootstrap.
+
+    Returns:
+        `top1`, `top5`: share of members whose own row is the most alike of its pool, or among the five most. `persons`:
+        share of the persons with a member of whom at least one picture is found so. `auc`, `tpr_at_1_percent`,
+        `tpr_at_0.1_percent`: membership; the last with 1,000 non-members or more.
+    """
+    members, measures = suspects.members, {}
+    if way.pools is not None and members.any():
+        rank = ranks(way.pools[members], suspects.pools[members], suspects.own[members])
+        measures["top1"] = share_interval(rank < 1)
+        measures["top5"] = share_interval(rank < 5)
+        if suspects.persons is not None:
+            persons, number = np.unique(suspects.persons[members], return_inverse=True)
+            found = np.zeros(len(persons), np.bool_)
+            np.logical_or.at(found, number, rank < 1)
+            measures["persons"] = share_interval(found)
+    if inside.any() and not members.all():
+        measures |= membership_measures(way.membership[inside], way.membership[~members], seed)
+    return measures
+
+
+def ranks(likeness: NDArray[np.float32], pools: NDArray[np.int64], own: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How many rows of its pool are more alike than its own, (n,); of those just as alike, half."""
+    mine = likeness[pools == own[:, None]][:, None]  # each pool has its own once
+    more, same = (likeness > mine).sum(axis=1), (likeness == mine).sum(axis=1) - 1
+    # A likeness that is not a number finds nothing.
+    return np.where(np.isfinite(mine[:, 0]), more + same / 2, likeness.shape[1])
+
+
+def membership_measures(members: NDArray[np.float32], others: NDArray[np.float32], seed: int) -> dict[str, Interval]:
+    """AUC, and the share of members found where at most 1 % (0.1 %) of others are taken for one. Bootstrap of both."""
+    generator = np.random.default_rng([seed, 7])
+    drawn_members = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), DRAWS)  # weights
+    drawn_others = generator.multinomial(len(others), np.full(len(others), 1 / len(others)), DRAWS)
+    out = {"auc": _auc(members, others, drawn_members, drawn_others)}
+    for name, rate, least in (("tpr_at_1_percent", 0.01, 0), ("tpr_at_0.1_percent", 0.001, LEAST_NON_MEMBERS)):
+        if len(others) >= least:
+            out[name] = _tpr(members, others, rate, drawn_members, drawn_others)
+    return out
+
+
+def _auc(
+    members: NDArray[np.float32],
+    others: NDArray[np.float32],
+    drawn_members: NDArray[np.int64],
+    drawn_others: NDArray[np.int64],
+) -> Interval:
+    ordered = np.sort(others)
+    below, up_to = (np.searchsorted(ordered, members, side=side) for side in ("left", "right"))
+    value = float((below + up_to).mean() / 2 / len(others))
+    # The number of drawn others below a member, for each draw: a running sum over the ordered others.
+    running = np.pad(np.cumsum(drawn_others[:, np.argsort(others)], axis=1), ((0, 0), (1, 0)))  # (draws, others + 1)
+    wins = (running[:, below] + running[:, up_to]) / 2
+    drawn = (drawn_members * wins).sum(axis=1) / len(members) / len(others)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(value=value, low=float(low), high=float(high))
+
+
+def _tpr(
+    members: NDArray[np.float32],
+    others: NDArray[np.float32],
+    rate: float,
+    drawn_members: NDArray[np.int64],
+    drawn_others: NDArray[np.int64],
+) -> Interval:
+    """Of members and others just at the threshold, as many are taken, in the same proportion, as may be."""
+    allowed, order = int(rate * len(others)), np.argsort(-others)
+    falling = others[order]
+
+    def share(members_drawn: NDArray[np.int64], others_drawn: NDArray[np.int64]) -> float:
+        # The first of the others, from the top, at which more than are allowed were taken for members.
+        edge = falling[int((np.cumsum(others_drawn[order]) > allowed).argmax())]
+        above, level = others_drawn[others > edge].sum(), others_drawn[others == edge].sum()
+        tied = (allowed - above) / level
+        return float(members_drawn @ ((members > edge) + tied * (members == edge)) / len(members))
+
+    value = share(np.ones(len(members), np.int64), np.ones(len(others), np.int64))
+    found = [share(*drawn) for drawn in zip(drawn_members, drawn_others, strict=True)]
+    low, high = np.quantile(found, [0.025, 0.975])
+    # Few are found, or none: the bootstrap alone would be too sure.
+    wilson = binomtest(round(value * len(members)), len(members)).proportion_ci(0.95, "wilson")
+    return Interval(value=value, low=float(min(low, wilson.low)), high=float(max(high, wilson.high)))
+
+
+def _membership_told(ways: Mapping[str, Way]) -> tuple[Interval, ...]:
+    """2 AUC - 1, from 0, a coin, to 1; and the members that are found among few false ones. Each by its best way."""
+    told = [way.measures for way in ways.values() if "auc" in way.measures]
+    if not told:
+        return ()
+    auc, tpr = (max((of[name] for of in told), key=lambda one: one.value) for name in ("auc", "tpr_at_1_percent"))
+    return Interval(value=2 * auc.value - 1, low=2 * auc.low - 1, high=2 * auc.high - 1), tpr

@@ -1,0 +1,109 @@
+"""Answers in pictures: what they are worth, and what someone without the bank would answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpf_release.attacks.interface import Reconstructions
+from dpf_release.attacks.threat_models import BATCH, ReleaseView, batches
+from dpf_release.core.arrays import Rows
+from dpf_release.evaluation.gallery import pictures_of
+from dpf_release.evaluation.scoring import References, RowScores, leakages_of, score_pictures, way_of
+from dpf_release.evaluation.targets import Target
+from dpf_release.evaluation.truth import LEAST_POOL, Truth
+from dpf_release.evaluation.verdicts import Limit, Scored, re_identification_limit
+from dpf_release.evaluation.views import Setting
+from dpf_release.owner.project import Project
+from dpf_release.release.attack_report import Interval, Way
+
+MEAN_OF = 20 * BATCH  # pictures of Q
+
+
+def baselines(view: ReleaseView, truth: Truth) -> dict[str, Callable[[Rows], Tensor]]:
+    """What someone without the bank would answer.
+
+    The mean picture of Q; for each label (of regression, each bin) the mean of Q's pictures that φ2 gives it; grey.
+    """
+    labels = np.concatenate([np.full(len(pool.rows), pool.label) for pool in truth.pools])
+    bins = int(truth.bins.max()) + 1
+    sums, counts = torch.zeros(bins, *view.public.read(np.arange(1)).shape[1:]), torch.zeros(bins)
+    edges: list[float] = []
+    if view.task == "regression":
+        edges = [float(view.bank.targets[truth.bins == label][:, 0].max()) for label in range(bins - 1)]
+    for chosen in batches(np.arange(min(len(view.public), MEAN_OF))):
+        pictures = view.public.read(chosen)
+        answers = view.answers(view.features(pictures)).cpu()
+        given = torch.bucketize(answers[:, 0], torch.tensor(edges)) if edges else answers.argmax(1)
+        given = given.clamp_max(bins - 1)
+        sums.index_add_(0, given, pictures.float() / 255)
+        counts.index_add_(0, given, torch.ones(len(given)))
+    mean = (sums.sum(0) / counts.sum())[None]
+    by_label = torch.where(counts[:, None, None, None] > 0, sums / counts.clamp_min(1)[:, None, None, None], 0.5)
+    return {
+        "mean of Q": lambda positions: mean.expand(len(positions), *mean.shape[1:]),
+        "mean of Q by label": lambda positions: by_label[torch.from_numpy(labels[positions])],
+        "grey": lambda positions: torch.full((len(positions), *mean.shape[1:]), 0.5),
+    }
+
+
+def score_reconstructions(
+    answer: Reconstructions, target: Target, setting: Setting, references: Callable[[], References], project: Project
+) -> Scored:
+    """Every decoder against its rows' pictures; the one with the most leakage stands for the attack."""
+    truth, limits = setting.truth, project.config.gate
+    scores = score_answer(answer, target, truth)
+    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
+    clean, truth, between = references().clean, truth.at(places), references().at(places)
+    ways = {name: way_of(of, between, truth.sizes, setting.seed) for name, of in scores.items()}
+    best = max(scores, key=lambda name: (_leakage(ways[name]), float(scores[name].primary.mean())))
+    found = [way.measures.get("re_identification") for way in ways.values()]
+    highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
+    own = re_identification_limit(truth.sizes, limits.re_identification, scores[best].guess)
+    return Scored(
+        ways=ways,
+        best=best,
+        baseline=float(between.baseline.primary.mean()),
+        ceiling=float(between.ceiling.primary.mean()),
+        leakage=ways[best].leakage,
+        found=highest,
+        among=truth.among,
+        limits=(
+            *(Limit("leakage", found, limits.leakage) for way in ways.values() for found in leakages_of(way)),
+            *(Limit("re-identification", way.measures.get("re_identification"), own) for way in ways.values()),
+        ),
+        series=_series(answer, ways),
+        pictures={}
+        if clean is None
+        else pictures_of(truth, scores[best], lambda at: answer.decoders[best](places[at]), clean),
+        rows=len(truth.asked),
+        judged=int((truth.sizes >= LEAST_POOL).sum()),
+    )
+
+
+def _leakage(way: Way) -> float:
+    return way.leakage.value if way.leakage else 0.0
+
+
+def score_answer(answer: Reconstructions, target: Target, truth: Truth) -> dict[str, RowScores]:
+    """Scores of each decoder, of the rows that it answers for."""
+    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
+    part = truth.at(places)
+
+    def score_of(pictures: Callable[[Rows], Tensor]) -> RowScores:
+        return score_pictures(part, target.contributors, lambda positions: pictures(places[positions]))
+
+    return {name: score_of(pictures) for name, pictures in answer.decoders.items()}
+
+
+def _series(answer: Reconstructions, ways: Mapping[str, Way]) -> dict[str, dict[str, Interval]]:
+    """The leakage of the best way for each number of each series."""
+    series: dict[str, dict[str, Interval]] = {}
+    for way, (name, number) in answer.series.items():
+        leakage, known = ways[way].leakage, series.setdefault(name, {})
+        if leakage is not None and (str(number) not in known or known[str(number)].value < leakage.value):
+            known[str(number)] = leakage
+    return series

@@ -1,0 +1,291 @@
+"""`attack`: the battery on a candidate, one attack after the other, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from dpf_release.attacks.interface import Attack, Reconstructions, registered
+from dpf_release.attacks.threat_models import LeakedVault, ReleaseView, TwoReleases
+from dpf_release.core.files import make_folder
+from dpf_release.core.memory import keeping_large_blocks
+from dpf_release.core.progress import announce
+from dpf_release.errors import ConfigError, NotGrantedError
+from dpf_release.evaluation.failed_attacks import failed_in, note_failures
+from dpf_release.evaluation.gallery import keep_pictures
+from dpf_release.evaluation.harness import SHOWN, Harness
+from dpf_release.evaluation.profiles import PROFILES, Profile, decoder_rate, minutes, within
+from dpf_release.evaluation.report.page import write_page
+from dpf_release.evaluation.targets import candidate_target, clean_rows, draw_truth, planted_target
+from dpf_release.evaluation.truth import LEAST_POOL
+from dpf_release.evaluation.utility import UTILITIES, measure_utility, utility_minutes
+from dpf_release.evaluation.verdicts import Scored, judge
+from dpf_release.evaluation.views import Setting, grant, kept_in
+from dpf_release.models.metrics import WINDOW
+from dpf_release.owner.fitted import load_function
+from dpf_release.owner.project import Project
+from dpf_release.release.attack_report import SCORER, AttackReport, AttackResult, Utility
+
+
+def attack(
+    project: Project,
+    name: str = "default",
+    profile: str = "",
+    *,
+    only: Sequence[str] = (),
+    budget_minutes: float | None = None,
+    images: int | None = None,
+    seed: int = 0,
+    restart: bool = False,
+) -> AttackReport:
+    """Runs the attack battery on a candidate, and keeps the report in the vault.
+
+    What is done already for this bank, profile, budget and seed is not done again. What a run that was cut off had
+    trained is gone on with.
+
+    Args:
+        project: the owner's.
+        name: which fitted function's candidate.
+        profile: `quick`, `standard` or `full`; by default what the gate asks for.
+        only: codes of attacks and utilities (U1, U2, U3); all of the profile by default.
+        budget_minutes: of training, for all attacks of the profile; with less than it needs no result is a pass.
+        images: that each training is shown, in the place of the profile's; what `budget_minutes` would reckon.
+        seed: of all that is drawn.
+        restart: attack anew; what attackers trained is kept, and what failed is not forgotten (`failures`).
+
+    Returns:
+        The report, as `vault/reports/NAME/attack-PROFILE.json` has it: one profile's results are not another's.
+
+    Raises:
+        ConfigError: no such profile or attack.
+        VaultError: there is no such candidate.
+    """
+    with project.working(public=True, together=False), keeping_large_blocks():
+        return _Run.begin(project, name, profile, only, budget_minutes, images, seed).go(restart)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    project: Project
+    name: str
+    profile: Profile
+    wanted: tuple[str, ...]
+    setting: Setting
+    harness: Harness
+    enough: bool
+
+    @classmethod
+    def begin(
+        cls,
+        project: Project,
+        name: str,
+        profile_name: str,
+        only: Sequence[str],
+        budget_minutes: float | None,
+        images: int | None,
+        seed: int,
+    ) -> _Run:
+        profile = _profile(profile_name or project.config.gate.profile)
+        of_profile = [attack for attack in registered() if profile.runs(attack)]
+        codes = [*(attack.code for attack in of_profile), *UTILITIES]
+        if unknown := set(only) - set(codes):
+            there = ", ".join(codes)
+            raise ConfigError(
+                f"expected attacks of profile {profile.name} ({there}), found {', '.join(sorted(unknown))} in --only. "
+                "A harder --profile has more of them."
+            )
+        if min(project.config.model.size) < WINDOW:
+            raise ConfigError(
+                f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
+                f"found model.size {project.config.model.size}. Smaller ones cannot be attacked, so no claim passes."
+            )
+        function = load_function(project, name)
+        target = candidate_target(project, name, function)
+        clean = planted_target(project, "clean", clean_rows(project), seed)
+        truth = draw_truth(project, target, profile.rows, seed)
+        setting = Setting(project, truth, profile.budget, seed, kept_in(project.vault))
+        wanted = tuple(code for code in codes if not only or code in only)
+        attacks = [attack for attack in of_profile if attack.code in wanted]
+        trained = _with_beside(attacks, profile)
+        rate, full = decoder_rate(grant(ReleaseView, target, setting)), profile.budget
+        # Reckoned over the whole profile: what is shortened does not depend on what is asked for.
+        budget = within(_with_beside(of_profile, profile), full, rate, budget_minutes)
+        if images is not None:
+            budget = replace(full, images=images)
+        beside = utility_minutes(project, name, profile.name, seed, budget.images / full.images, wanted)
+        announce(
+            f"Profile {profile.name}: {len(attacks)} attacks on {len(truth.asked)} rows, trainings of {budget.images} "
+            f"pictures; about {minutes(trained, budget, rate):.0f} minutes where nothing is kept of before ({rate:.0f} "
+            "pictures/s)"
+            + (f", of {minutes(trained, full, rate):.0f} that a pass wants" if budget != full else "")
+            + (f"; utilities: {beside:.0f} minutes more" if beside >= 0.5 else "")
+        )
+        harness, enough = Harness(project, profile, target, clean), budget.images >= full.images
+        return cls(project, name, profile, wanted, replace(setting, budget=budget), harness, enough)
+
+    def go(self, restart: bool) -> AttackReport:
+        attacks = [attack for attack in registered() if self.profile.runs(attack)]
+        report, known = self._empty(), None if restart else self._known()
+        if known and _same_run(known, report):
+            report = known
+        done, lacks = {result.code: result for result in report.attacks}, dict(report.not_applicable)
+        missing = [
+            attack
+            for attack in attacks
+            if attack.code in self.wanted and self._is_missing(done.get(attack.code), attack)
+        ]
+        if any(attack.answers is Reconstructions for attack in missing):
+            report = report.model_copy(update=self.harness.shown(self.setting))
+        for attack in missing:
+            result, pictures = self._attack(attack)
+            done.pop(attack.code, None)
+            if isinstance(result, AttackResult):
+                done[attack.code] = result
+                keep_pictures(self.project.vault, self.name, report, attack.code, pictures)
+            else:
+                lacks[attack.code] = result[:500]
+            self._write(report, attacks, done, lacks)
+        utility = {**report.utility, **self._utility([code for code in UTILITIES if code in self.wanted])}
+        return self._write(report.model_copy(update={"utility": utility}), attacks, done, lacks)
+
+    def _is_missing(self, kept: AttackResult | None, attack: Attack) -> bool:
+        if kept is None or attack.view is TwoReleases:  # which other releases there are, changes
+            return True
+        return kept.version != attack.version or kept.images < self.setting.budget.images
+
+    def _utility(self, codes: Sequence[str]) -> dict[str, Utility]:
+        """With trainings that are shorter by as much as the attacks' are."""
+        if not codes:
+            return {}
+        share = self.setting.budget.images / self.profile.budget.images
+        return measure_utility(self.project, self.name, self.profile.name, self.setting.seed, share, codes)
+
+    # ------------------------------------------------------------------------------------------ one attack
+
+    def _attack(self, attack: Attack) -> tuple[AttackResult | str, Mapping[str, Tensor]]:
+        """The result, or what the project lacks for it; and pictures for the report."""
+        started = time.monotonic()
+        try:
+            scored = self.harness.scored(attack, self.harness.target, self.setting)
+        except NotGrantedError as error:
+            announce(f"{attack.code} {attack.title}: not applicable, {error}")
+            return str(error), {}
+        power = self.harness.power(attack, self.setting)
+        verdict, reasons = judge(scored.limits, power, self._shortage(attack, scored))
+        claim = attack.claim
+        if attack.view is LeakedVault and self.harness.target.known_by_name:
+            claim = "reconstruction"  # nothing has to leak for that
+        if claim is None:
+            verdict, reasons = "reported", ()
+        result = AttackResult(
+            code=attack.code,
+            title=attack.title,
+            version=attack.version,
+            claim=claim,
+            granted=attack.view.__name__,
+            rows=self._rows(scored),
+            images=self.setting.budget.images,
+            seconds=round(time.monotonic() - started, 1),
+            ways=scored.ways,
+            baseline=scored.baseline,
+            ceiling=scored.ceiling,
+            leakage=scored.leakage,
+            re_identification=scored.found,
+            among=scored.among,
+            re_identification_limit=scored.re_identification_limit,
+            beside=self.harness.target.second(self.project)[1] if attack.view is TwoReleases else None,
+            power=power,
+            verdict=verdict,
+            reasons=reasons,
+            series={key: dict(values) for key, values in scored.series.items()},
+        )
+        leakage = "not defined" if scored.leakage is None else f"{scored.leakage.value:.3f}"
+        announce(f"{attack.code} {attack.title}: leakage {leakage}, {verdict} ({result.seconds:.0f} s)")
+        return result, scored.pictures
+
+    def _rows(self, scored: Scored) -> int:
+        return len(self.setting.truth.asked) if scored.rows is None else scored.rows
+
+    def _shortage(self, attack: Attack, scored: Scored) -> list[str]:
+        profile, found = self.profile, list[str]()
+        rows, least = self._rows(scored), min(profile.least_rows, attack.rows or profile.least_rows)
+        if rows < least:
+            found.append(f"{rows} rows, the profile wants {least}")
+        elif scored.judged is not None and scored.judged < least:
+            found.append(f"{scored.judged} rows in pools of {LEAST_POOL} pictures or more, the profile wants {least}")
+        if not self.enough:
+            found.append(
+                f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
+            )
+        return found
+
+    # ------------------------------------------------------------------------------------------ the report
+
+    def _empty(self) -> AttackReport:
+        return AttackReport(
+            index_sha256=self.harness.target.subject,
+            featurizer_sha256=self.project.cut.featurizer_sha256,
+            public_images_sha256=self.project.public_images.digest,
+            profile=self.profile.name,
+            scorer=SCORER,
+            seed=self.setting.seed,
+            function=self.name,
+            attribute=self.project.config.claims.attribute,
+            limits=self.project.config.gate.limits,
+        )
+
+    def _known(self) -> AttackReport | None:
+        vault = self.project.vault
+        path = vault.reports(self.name) / report_file(self.profile.name)
+        try:
+            return AttackReport.model_validate(vault.read_record(path, "attack")) if vault.holds(path) else None
+        except ValidationError:  # of another version of this tool: all of it is run anew
+            return None
+
+    def _write(
+        self,
+        report: AttackReport,
+        attacks: Sequence[Attack],
+        done: Mapping[str, AttackResult],
+        lacks: Mapping[str, str],
+    ) -> AttackReport:
+        results = tuple(done[attack.code] for attack in attacks if attack.code in done)
+        lacks = {code: reason for code, reason in lacks.items() if code not in done}
+        not_run = tuple(attack.code for attack in attacks if attack.code not in {*done, *lacks})
+        report = report.model_copy(update={"attacks": results, "not_applicable": lacks, "not_run": not_run})
+        folder = make_folder(self.project.vault.reports(self.name))
+        note_failures(self.project.vault, self.name, failed_in(report))  # first: a report may be replaced
+        self.project.vault.write_json(folder / report_file(self.profile.name), report.model_dump(mode="json"))
+        write_page(self.project.vault, self.name, report)
+        return report
+
+
+def _with_beside(attacks: Sequence[Attack], profile: Profile) -> list[Attack]:
+    """With what answers in pictures are compared with: those that set the ceiling, and decoders that no attack is."""
+    if not any(attack.answers is Reconstructions for attack in attacks):
+        return list(attacks)
+    there = {attack.code for attack in attacks}
+    beside = [attack for attack in registered() if attack.sets_ceiling and attack.code not in there]
+    return [*attacks, *(attack for attack in [*beside, *SHOWN] if profile.runs(attack))]
+
+
+def report_file(profile: str) -> str:
+    """Where under `vault/reports/NAME` the results of a profile are."""
+    return f"attack-{profile}.json"
+
+
+def _profile(name: str) -> Profile:
+    if name not in PROFILES:
+        raise ConfigError(
+            f"expected a profile of {', '.join(PROFILES)}, found {name!r} (--profile, or [gate] profile)."
+        )
+    return PROFILES[name]
+
+
+def _same_run(one: AttackReport, other: AttackReport) -> bool:
+    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "scorer", "seed", "attribute")
+    return all(getattr(one, key) == getattr(other, key) for key in (*keys, "limits"))

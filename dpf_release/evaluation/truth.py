@@ -1,0 +1,195 @@
+"""The truth that only the scorer holds: the private pictures, in pools of one class, and which row is made of which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from dpf_release.core.arrays import Rows
+
+# Of some rows: pairs (position in them, row of the clean bank that is in it).
+Contributors = Callable[[Rows], tuple[Rows, Rows]]
+POOL = 200  # pictures among which a row's own is looked for
+LEAST_POOL = 50  # below it a re-identification says nothing
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows of one class, and the private pictures that they are matched with.
+
+    Attributes:
+        rows: of the bank, that are asked for.
+        pictures: as rows of the clean bank, which has one for each picture.
+        label: class, or bin of the target.
+    """
+
+    rows: Rows
+    pictures: Rows
+    label: int
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What the attack is scored against.
+
+    Attributes:
+        pools: of rows and pictures.
+        read: rows of the clean bank → their pictures, (n, 3, H, W) uint8.
+        bins: (N,) class, or bin of the target, of each row.
+    """
+
+    pools: tuple[Pool, ...]
+    read: Callable[[Rows], Tensor]
+    bins: NDArray[np.int64]
+
+    @cached_property
+    def asked(self) -> Rows:
+        """All rows that are asked for, pool by pool."""
+        return np.concatenate([pool.rows for pool in self.pools])
+
+    @property
+    def among(self) -> int:
+        """Pictures in the smallest pool that is large enough for a match to say something, where one is."""
+        enough = self.sizes[self.sizes >= LEAST_POOL]
+        return int((enough if len(enough) else self.sizes).min())
+
+    @cached_property
+    def sizes(self) -> Rows:
+        """Of each asked row, among how many pictures its own is looked for."""
+        return np.repeat([len(pool.pictures) for pool in self.pools], [len(pool.rows) for pool in self.pools])
+
+    def at(self, places: Rows) -> Truth:
+        """With some of the rows only, matched among as many pictures as before.
+
+        Args:
+            places: of those rows in `asked`, ascending.
+        """
+        pools, start = [], 0
+        for pool in self.pools:
+            mine = places[(places >= start) & (places < start + len(pool.rows))] - start
+            if len(mine):
+                pools.append(replace(pool, rows=pool.rows[mine]))
+            start += len(pool.rows)
+        return Truth(tuple(pools), self.read, self.bins)
+
+
+@dataclass(frozen=True, eq=False)
+class Suspects:
+    """Pictures that an attacker holds, and which of them are in the bank.
+
+    Attributes:
+        read: numbers → (n, 3, H, W) uint8.
+        labels: (n,) class, or bin of the target.
+        pools: (n, M) rows of the bank among which each one's is looked for, ascending.
+        own: (n,) the row of the pool that it is in; -1: it is in none.
+        persons: (n,) whom it shows, as numbers; None: not known.
+        trained_on: (n,) whether Φ was trained on it; None: on all that are in the bank.
+    """
+
+    read: Callable[[Rows], Tensor]
+    labels: NDArray[np.int64]
+    pools: Rows
+    own: Rows
+    persons: NDArray[np.int64] | None = None
+    trained_on: NDArray[np.bool_] | None = None
+
+    @property
+    def members(self) -> NDArray[np.bool_]:
+        """Which are in the bank."""
+        return self.own >= 0
+
+
+def bins_of(targets: NDArray[Any], most: int = 10, least_rows: int = POOL) -> NDArray[np.int64]:
+    """Classes as they are; of regression targets, quantile bins of the first, as many as have 200 rows each."""
+    if targets.ndim == 1:
+        return targets.astype(np.int64)
+    count = int(np.clip(len(targets) // least_rows, 1, most))
+    edges = np.quantile(targets[:, 0], np.linspace(0, 1, count + 1)[1:-1])
+    bins = np.searchsorted(edges, targets[:, 0], side="right")
+    return np.unique(bins, return_inverse=True)[1].astype(np.int64)  # of targets that repeat, some bins are empty
+
+
+def bin_of(targets: NDArray[Any], edges: list[float]) -> NDArray[np.int64]:
+    """Of targets that are not in the bank: their class, or their bin, where each edge is the highest value of a bin."""
+    if targets.ndim == 1:
+        return targets.astype(np.int64)
+    return np.searchsorted(edges[:-1], targets[:, 0], side="left").astype(np.int64)
+
+
+def draw_pools(bins: NDArray[np.int64], contributors: Contributors, rows: int, seed: int) -> tuple[Pool, ...]:
+    """Pools of at most 200 pictures, of all classes alike, for about `rows` rows in all.
+
+    Pools of each class, or, where one each were more than twice as many rows, of some classes. The pictures that a row
+    is made of must be in its pool, or it could not be found, and the row's own, which is what clean rows are compared
+    with. So rows that share pictures go together: of a function that mixes rows within groups, whole groups, and the
+    pool is filled up with pictures of other rows. Of a group that is too large for a pool, each row brings its own
+    picture and one that it is made of.
+    """
+    generator = np.random.default_rng([seed, 1])
+    labels, counts = np.unique(bins, return_counts=True)
+    if np.minimum(counts, POOL).sum() > 2 * rows:
+        drawn = generator.permutation(len(labels))
+        enough = int(np.searchsorted(np.cumsum(np.minimum(counts, POOL)[drawn]), rows)) + 1
+        labels = np.sort(labels[drawn[:enough]])
+    each = POOL * max(1, round(rows / (POOL * len(labels))))
+    pools = []
+    for label in labels:
+        members = generator.permutation(np.flatnonzero(bins == label))
+        for chosen, own in _sets(members, *contributors(members), each, len(bins), generator):
+            size = max(min(POOL, len(members)), len(own))
+            others = generator.permutation(np.setdiff1d(members, own))[: size - len(own)]
+            pools.append(Pool(np.sort(chosen), np.sort(np.concatenate([own, others])), int(label)))
+    return tuple(pools)
+
+
+def _sets(
+    members: Rows, positions: Rows, pictures: Rows, most: int, total: int, generator: np.random.Generator
+) -> list[tuple[Rows, Rows]]:
+    """Sets of rows that share no picture with others, in all `most` rows or some more; and the pictures of each."""
+    group = _groups(positions, pictures, len(members), total)
+    group = generator.permutation(group.max() + 1)[group]
+    sets: list[tuple[Rows, Rows]] = []
+    for places in _runs(group):
+        mine = np.isin(positions, places)
+        parts = [(members[places], np.union1d(pictures[mine], members[places]))]
+        if len(parts[0][1]) > POOL:
+            shuffled = generator.permutation(np.flatnonzero(mine))
+            found, first = np.unique(positions[shuffled], return_index=True)
+            one = pictures[shuffled[first]]  # of each of `found`
+            parts = [
+                (members[found[some]], np.union1d(one[some], members[found[some]]))
+                for some in np.array_split(np.arange(len(found)), -(-2 * len(found) // POOL))
+            ]
+        for rows, own in parts:
+            both = np.union1d(sets[-1][1], own) if sets else own
+            if sets and len(both) <= POOL:
+                sets[-1] = np.concatenate([sets[-1][0], rows]), both
+            elif sum(len(chosen) for chosen, _ in sets) >= most:
+                return sets
+            else:
+                sets.append((rows, own))
+    return sets
+
+
+def _runs(group: NDArray[np.int64]) -> list[Rows]:
+    """Places of each group, in the order of their numbers."""
+    order = np.argsort(group, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+
+
+def _groups(positions: Rows, pictures: Rows, count: int, total: int) -> NDArray[np.int64]:
+    """Of each of `count` rows, the number of its group: rows that share pictures, by whatever way round, are in one."""
+    ones = np.ones(len(positions), np.int8)
+    size = count + total  # rows, then pictures, in one graph
+    graph = coo_matrix((ones, (positions, count + pictures)), shape=(size, size))
+    _, labels = connected_components(graph, directed=False)
+    _, group = np.unique(labels[:count], return_inverse=True)
+    return group.astype(np.int64)

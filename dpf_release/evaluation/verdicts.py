@@ -1,0 +1,148 @@
+"""What a number means for a claim: pass, fail, or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpf_release.core.arrays import Rows
+from dpf_release.evaluation.scoring import LEAST_GAP
+from dpf_release.evaluation.truth import LEAST_POOL, POOL
+from dpf_release.release.attack_report import Interval, Power, Verdict, Way
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One measure of one way, and what it must stay under. Every way counts.
+
+    Attributes:
+        what: for the reason.
+        found: the measure; None: it could not be measured.
+        limit: of the claim.
+    """
+
+    what: str
+    found: Interval | None
+    limit: float
+
+    def __str__(self) -> str:
+        if self.found is None:
+            return f"{self.what} was not measured"
+        found = self.found
+        return f"{self.what} {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], limit {self.limit:.3g}"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the harness makes of an attack's answer.
+
+    Attributes:
+        ways: by name.
+        best: the name of the way that tells the most.
+        baseline: of the same measure.
+        ceiling: of the same measure; None: what the same attack reaches on clean rows (`against`).
+        leakage: of the best way.
+        found: re-identification, the highest of any way.
+        among: of how many; 0: nothing is matched.
+        limits: that a claim sets.
+        series: what depends on a number (leakage against m): name → number → value.
+        primary: the measure that leakage is reckoned by, where it is not paired with reconstructions of clean rows.
+        told: what else the best way tells, each from 0, a guess, to 1: an attack must have power in all of it.
+        rows: how many were asked for, where it is not all of the truth's.
+        judged: of how many it was told whether they are found; None: of all.
+        pictures: for the report (`gallery.pictures_of`).
+    """
+
+    ways: dict[str, Way]
+    best: str
+    baseline: float | None
+    ceiling: float | None
+    leakage: Interval | None
+    found: Interval | None
+    among: int
+    limits: tuple[Limit, ...]
+    series: Mapping[str, Mapping[str, Interval]]
+    primary: str | None = None
+    told: tuple[Interval, ...] = ()
+    rows: int | None = None
+    judged: int | None = None
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def re_identification_limit(self) -> float | None:
+        """The limit that a match with one's own was held against."""
+        return next((limit.limit for limit in self.limits if limit.what in ("re-identification", "top-1")), None)
+
+    def reached(self) -> Interval | None:
+        """What the best way has of the measure that counts; None where it was not measured."""
+        return self.ways[self.best].measures.get(self.primary or "")
+
+    def power(self) -> Interval | None:
+        """What is held against `POWER_LEAKAGE` where the bank is a planted one: the weaker of what it must tell."""
+        return min((self.leakage, *self.told), key=lambda found: found.low if found else -1.0)
+
+    def against(self, ceiling: Interval) -> Scored:
+        """With leakage, of every way, between the baseline and what is reached on clean rows."""
+        base = self.baseline or 0.0
+
+        def leakage(way: Way) -> Interval | None:
+            found = way.measures.get(self.primary or "")
+            if found is None or ceiling.value - base < LEAST_GAP:
+                return None
+            share = lambda value, of: (value - base) / max(of - base, 1e-9)  # noqa: E731
+            low, high = share(found.low, ceiling.high), share(found.high, ceiling.low)
+            return Interval(value=share(found.value, ceiling.value), low=min(low, high), high=max(low, high))
+
+        ways = {name: way.model_copy(update={"leakage": leakage(way)}) for name, way in self.ways.items()}
+        return replace(self, ways=ways, ceiling=ceiling.value, leakage=ways[self.best].leakage)
+
+
+def judge(limits: Sequence[Limit], power: Power, shortage: Sequence[str]) -> tuple[Verdict, tuple[str, ...]]:
+    """The verdict on an attack, and the reasons where it is no pass.
+
+    `fail` where a lower bound is above its limit, whatever else; `pass` where every upper bound is below, the attack
+    has power, and nothing was short; else `inconclusive`.
+    """
+    broken = [limit for limit in limits if limit.found is not None and limit.found.low >= limit.limit]
+    if broken:
+        return "fail", _worst_of_each(broken)
+    open_questions = [
+        *_worst_of_each([limit for limit in limits if limit.found is not None and limit.found.high >= limit.limit]),
+        *dict.fromkeys(str(limit) for limit in limits if limit.found is None),
+    ]
+    if power.passed is not True:
+        broke = ", ".join(f"{name} {found.value:.2f} [{found.low:.2f}, ...]" for name, found in power.planted.items())
+        open_questions.append(f"no power: it does not break what it must ({broke[:300] or 'nothing to try it on'})")
+    open_questions += shortage
+    return ("inconclusive", tuple(open_questions)) if open_questions else ("pass", ())
+
+
+def _worst_of_each(limits: Sequence[Limit]) -> tuple[str, ...]:
+    """Of each measure the way that went furthest beyond."""
+    worst: dict[str, Limit] = {}
+    for limit in sorted(limits, key=lambda limit: limit.found.high if limit.found else 0.0):
+        worst[limit.what] = limit
+    return tuple(str(worst[what]) for what in dict.fromkeys(limit.what for limit in limits))
+
+
+def re_identification_limit(sizes: Rows, limit: float, guess: NDArray[np.float64] | None = None) -> float:
+    """The limit among 200 (5 % is ten times chance); among fewer as many times chance. Each row counts by its own pool.
+
+    A row of several pictures is found by any of them. What a guess finds of those beyond the first is added; times
+    chance as the first is, rows of 20 pictures could all be recognised.
+
+    Args:
+        sizes: (n,) of each row, among how many its own is sought; those among fewer than 50 are not judged.
+        limit: among 200.
+        guess: (n,) of each row, the share of its pool that it is made of; None: one picture each.
+    """
+    judged = sizes >= LEAST_POOL
+    if not judged.any():
+        return limit
+    among = sizes[judged]
+    others = 0.0 if guess is None else np.maximum(guess[judged] - 1 / among, 0)
+    return min(1.0, float(np.mean(limit * POOL / np.minimum(among, POOL) + others)))

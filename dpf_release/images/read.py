@@ -1,0 +1,117 @@
+"""A labelled or unlabelled data set from its source, with every split that the source does not name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+
+from dpf_release.errors import ImageError
+from dpf_release.images.sources.csv_file import csv_columns, csv_splits, read_csv
+from dpf_release.images.sources.folder import image_files, read_folder
+from dpf_release.images.splits import complete_splits
+from dpf_release.images.table import ImageTable, require_classes
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What is known of a data set from before images were taken out of it.
+
+    Attributes:
+        classes: names of its classes; one may have no image left.
+        splits: path → the split that was made for it; empty: splits are made anew.
+    """
+
+    classes: tuple[str, ...] = ()
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_table(
+    source: Path,
+    *,
+    task: Literal["classification", "regression"],
+    target_columns: Sequence[str] = (),
+    group_column: str | None = None,
+    classes: Sequence[str] = (),
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    earlier: Earlier | None = None,
+) -> ImageTable:
+    """Reads a labelled data set.
+
+    A folder is an ImageFolder tree, `train/CLASS/*.jpg`, `val/...`, `test/...`, or `CLASS/*.jpg` without
+    splits. A `.csv` file has the columns `path` (relative to its folder), `label` or `target_columns`,
+    perhaps `split`; the others are attributes. Where `val` or `test` is missing it is carved from `train`:
+    stratified by class, or by deciles of the first target, with a row of each kept in `train`; or, with
+    `group_column`, whole groups at a time.
+
+    Args:
+        source: the folder, or the CSV file.
+        task: what the targets are. Regression needs a CSV file.
+        target_columns: for regression, the K columns that hold numbers.
+        group_column: no value of this column (a person, say) occurs in two splits.
+        classes: take only these classes, in this order; all, sorted by name, where empty.
+        val_fraction: share of the `train` rows that a missing `val` gets; 0 makes none.
+        test_fraction: the same for `test`.
+        seed: of the splits that are made.
+        earlier: classes and splits that stay, whatever images have gone.
+
+    Raises:
+        ImageError: the source is not laid out as expected; all faulty lines are counted, the first are shown.
+    """
+    source = Path(source)
+    earlier = earlier or Earlier()
+    if source.is_dir():
+        if task == "regression" or group_column is not None:
+            what = "numbers as targets" if task == "regression" else f"the group column {group_column!r}"
+            raise ImageError(
+                f"{source}: expected a CSV table, found a folder: {what} cannot be read from folder names. "
+                "Write a table with the columns path, "
+                + ("split and the targets." if task == "regression" else "label and the group.")
+            )
+        table = read_folder(source, tuple(classes), earlier.classes)
+    else:
+        table = read_csv(source, task, tuple(target_columns), group_column, tuple(classes), earlier.classes)
+    groups = None if group_column is None else np.array(table.attributes[group_column])
+    fractions = {"val": val_fraction, "test": test_fraction}
+    return replace(table, splits=complete_splits(source, table, groups, fractions, seed, earlier.splits))
+
+
+def read_unlabelled(
+    source: Path, *, classes: Sequence[str] = (), val_fraction: float = 0.05, seed: int = 0
+) -> ImageTable:
+    """Reads public images Q: any folder, searched recursively, or a CSV table with a column `path`.
+
+    Rows under a top-level folder `test` (or with `test` in a column `split`) stay `test`; all others are
+    split into `train` and `val` by the seed. Targets are zeros, (N,) int64.
+
+    Args:
+        source: the folder, or the CSV file.
+        classes: take only files with one of these names among their parent folders, or in the column `label`.
+        val_fraction: share of the rows outside `test` that `val` gets.
+        seed: of the split.
+
+    Raises:
+        ImageError: the source cannot be read, has no images, or lacks one of `classes`.
+    """
+    source, wanted = Path(source), set(classes)
+    if source.is_dir():
+        root, columns = source, {"path": tuple(image_files(source))}
+        folders = [PurePosixPath(path).parts[:-1] for path in columns["path"]]
+        splits = ["test" if names and names[0].lower() == "test" else "train" for names in folders]
+        labels = [wanted.intersection(names) for names in folders]
+    else:
+        root, columns = source.parent, csv_columns(source, ["path", *(["label"] if classes else [])])
+        splits = ["test" if split == "test" else "train" for split in csv_splits(columns)]
+        labels = [wanted.intersection([label]) for label in columns["label"]] if classes else []
+    paths = columns.pop("path")
+    targets = np.zeros(len(paths), np.int64)
+    table = ImageTable(root, paths, targets, (), (), np.array(splits, dtype="U5"), columns)
+    if classes:
+        require_classes(source, classes, set().union(*labels))
+        table = table.select([row for row, found in enumerate(labels) if found])
+    return replace(table, splits=complete_splits(source, table, None, {"val": val_fraction}, seed, {}))

@@ -1,0 +1,76 @@
+"""`featurize` and the writing half of `poison`: φ1(S) and P(φ1(S)), on disk."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import numpy as np
+
+from dpf_release.bank.build import changed_facts, refuse_other_plan, write_bank
+from dpf_release.bank.format import ID_BYTES, INDEX, SPLITS, BankIndex, read_index
+from dpf_release.bank.writer import SplitRows
+from dpf_release.core.files import make_folder
+from dpf_release.owner.banks import bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
+from dpf_release.owner.project import Project
+from dpf_release.owner.train import import_network
+from dpf_release.owner.vault.vault import BANK
+from dpf_release.release.featurize import featurized
+
+
+def featurize(project: Project, restart: bool = False) -> BankIndex:
+    """Splits Φ and writes the private bank φ1(S), all three splits, rows in a secret random order.
+
+    What the bank depends on is drawn and written before row 0; a run that was cut off goes on under that plan. Under
+    `torchrun` the shards are divided among the ranks.
+
+    Raises:
+        VaultError: the folder holds a bank, or half of one, made under another plan, and `restart` is not set.
+        StorageError: another run works in the vault, or the disk has not enough room.
+    """
+    with project.working():
+        project.ranks.once(lambda: import_network(project, restart))
+        cut, images, vault = project.cut, project.private_images, project.vault
+        facts = project.source_facts | bank_facts(project)
+        project.ranks.once(lambda: _draw_plan(project, facts, restart))
+        project.forget("bank_order")
+        known = project.bank_plan
+        changed = changed_facts(known, facts) + ["ids.csv"] * (vault.sha256(vault.ids) != known["ids_sha256"])
+        anew = "start anew with --restart (new ids; functions fitted on the old bank are void)"
+        refuse_other_plan(str(vault.features), changed, anew)
+        if project.rows_were_retracted and vault.holds(vault.features / INDEX):
+            # Whole; its shards are not those that would be written now, after it was forgotten.
+            return read_index(vault.opened(vault.features, INDEX))
+        rows_of, ids_of = project.bank_order
+        rows = {name: SplitRows(images.table.targets[rows_of[name]], ids_of[name]) for name in SPLITS}
+        compute = featurized(project.frozen(cut.split.featurizer), images.pictures, rows_of, project.device)
+        with vault.changing(vault.features, *BANK) as folder:
+            writer = bank_writer(project, folder, poisoned=False)
+            return write_bank(writer, rows, compute, project.ranks, "Writing features", "images")
+
+
+def _draw_plan(project: Project, facts: dict[str, Any], restart: bool) -> None:
+    """The secret order and the random ids, from the operating system's randomness, and what goes with them."""
+    vault, images = project.vault, project.private_images
+    if vault.holds(vault.plan) and not restart:
+        return
+    refuse_small_disk_for_bank(project, vault.features, [len(images.rows(name)) for name in SPLITS])
+    remove_bank(vault, vault.features)
+    make_folder(vault.features)
+    generator = np.random.default_rng(secrets.randbits(256))
+    lines = []
+    for name in SPLITS:
+        for row, source in enumerate(generator.permutation(images.rows(name))):
+            attributes = {key: values[source] for key, values in images.table.attributes.items()}
+            fixed = {
+                "id": secrets.token_hex(ID_BYTES),
+                "split": name,
+                "row": row,
+                "source": images.table.paths[source],
+            }
+            lines.append(attributes | fixed)
+    vault.write_ids(
+        lines,
+        [key for key in images.table.attributes if key not in {"id", "split", "row", "source"}],
+    )
+    vault.write_json(vault.plan, {**facts, "ids_sha256": vault.sha256(vault.ids)})

@@ -1,0 +1,125 @@
+"""`poison`: the candidate, P(φ1(S)) and the public weights, exactly as `package` will publish them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpf_release.bank.build import changed_facts, refuse_other_plan, write_bank
+from dpf_release.bank.format import INDEX, RELEASED_SPLITS, BankIndex, read_index
+from dpf_release.bank.writer import Span, SplitRows
+from dpf_release.core.files import make_folder, sha256_of
+from dpf_release.owner.banks import bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
+from dpf_release.owner.fitted import CANDIDATE, FittedFunction, load_function
+from dpf_release.owner.project import Project
+from dpf_release.owner.vault.vault import BANK, Vault
+
+
+def write_candidate(project: Project, name: str = "default", restart: bool = False) -> BankIndex:
+    """P(φ1(S)) of `train` and `val`, and the public weights, exactly as `package` will publish them.
+
+    A run that was cut off goes on. Under `torchrun` the shards are divided among the ranks.
+
+    Raises:
+        VaultError: no function of that name is fitted, or it was fitted for another bank or featurizer; or the folder
+            holds a candidate, or half of one, made under another plan, and `restart` is not set.
+        StorageError: another run works in the vault, or the disk has not enough room.
+    """
+    with project.working():
+        function = load_function(project, name)
+        banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
+        vault, record = project.vault, project.vault.function(name) / CANDIDATE
+        plan = {"origin": candidate_origin(project, function), "bank": bank_facts(project)}
+        if not restart and (index := _after_retraction(project, name, plan)):
+            return index
+        project.ranks.once(lambda: _begin_candidate(project, name, plan, restart))
+        rows = {split: SplitRows(bank.targets, bank.ids) for split, bank in banks.items()}
+        sources = {split: function.poisoned(split, bank) for split, bank in banks.items()}
+
+        def compute(spans: Sequence[Span]) -> Iterator[NDArray[np.floating[Any]]]:
+            for span in spans:
+                yield sources[span.split].read(np.arange(span.start, span.stop))
+
+        with vault.changing(vault.candidate(name) / "features", *BANK) as folder:
+            writer = bank_writer(project, folder, poisoned=function.chain.poisons)
+            index = write_bank(writer, rows, compute, project.ranks, "Poisoning", "rows")
+            finished = plan | {"index_sha256": sha256_of(folder / INDEX)}
+        project.ranks.once(lambda: vault.write_json(record, finished))
+        return index
+
+
+def _after_retraction(project: Project, name: str, plan: dict[str, Any]) -> BankIndex | None:
+    """The index of a candidate from which rows were retracted: whole, and its shards not those of one written now."""
+    vault, record = project.vault, project.vault.function(name) / CANDIDATE
+    features = vault.candidate(name) / "features"
+    known = vault.read_record(record, "poison") if vault.holds(record) else {}
+    if not (known.get("retracted") and vault.holds(features / INDEX)):  # one that was forgotten is written again
+        return None
+    _refuse_other_candidate(name, changed_facts(known["origin"], plan["origin"]))
+    return read_index(vault.opened(features, INDEX))
+
+
+def _refuse_other_candidate(name: str, changed: Sequence[str]) -> None:
+    anew = f"start anew with `dpf-release poison --name {name} --restart`"
+    refuse_other_plan(f"the candidate {name!r}", changed, anew)
+
+
+def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart: bool) -> None:
+    vault = project.vault
+    folder, record = vault.candidate(name), vault.function(name) / CANDIDATE
+    known = vault.read_record(record, "poison") if vault.holds(record) else None
+    if known is None or restart:
+        rows = [len(project.private_bank(split)) for split in RELEASED_SPLITS]
+        refuse_small_disk_for_bank(project, folder / "features", rows)
+        remove_bank(vault, folder / "features")
+    else:
+        changed = [key for part in ("origin", "bank") for key in changed_facts(known.get(part, {}), plan[part])]
+        _refuse_other_candidate(name, changed)
+    forget_measurements(vault, name)  # of the candidate before
+    vault.write_json(record, plan | {"index_sha256": None})
+    _write_public_model(project, folder / "model")
+
+
+def forget_measurements(vault: Vault, name: str) -> None:
+    """Removes what `measure` found for a candidate."""
+    vault.remove(*[vault.reports(name) / file for file in ("measurements.json", "reconstructions.png")])
+
+
+def candidate_origin(project: Project, function: FittedFunction) -> dict[str, str]:
+    """What a candidate is made from; `package` publishes no candidate of another origin than today's."""
+    return {
+        "function": function.digest,
+        "plan": function.plan_sha256,
+        "bank": project.bank_id,
+        "rows": project.vault.sha256(project.vault.ids),
+        "model": hashlib.sha256(project.cut.featurizer_file + project.cut.classifier_file).hexdigest(),
+        "record": project.cut.public_record.model_dump_json(),
+    }
+
+
+def changed_since_poison(project: Project, name: str, function: FittedFunction, index: Path) -> list[str]:
+    """In what a candidate's bank is not what today's function makes of today's features and network, in words.
+
+    Args:
+        project: the owner's.
+        name: of the function.
+        function: as it is today.
+        index: its `features/index.json`, in the clear.
+    """
+    made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
+    today = candidate_origin(project, function)
+    problems = [f"another {key} than today's" for key in today if made["origin"].get(key) != today[key]]
+    return problems + ["features/index.json changed since"] * (made["index_sha256"] != sha256_of(index))
+
+
+def _write_public_model(project: Project, folder: Path) -> None:
+    make_folder(folder)
+    cut = project.cut
+    for name, data in (("featurizer", cut.featurizer_file), ("classifier", cut.classifier_file)):
+        project.vault.write_bytes(folder / f"{name}.safetensors", data)
+    project.vault.write_json(folder / "model.json", cut.public_record.model_dump(mode="json"))

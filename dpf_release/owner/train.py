@@ -1,0 +1,189 @@
+"""`train`: Φ, fitted on S or brought along by the owner."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpf_release.core.arrays import Rows
+from dpf_release.core.files import make_folder, sha256_of
+from dpf_release.errors import VaultError
+from dpf_release.images.survey import ImageSet
+from dpf_release.models.hooks import split
+from dpf_release.models.metrics import mean_absolute_error, topk_correct
+from dpf_release.models.training import Recipe, fit
+from dpf_release.models.weights import load_weights
+from dpf_release.owner.project import Project
+from dpf_release.poisoning.objective import TaskLoss
+
+IMPORTED = "imported.json"  # beside an imported network: the digest of the weights file it came from
+
+
+def train(project: Project, restart: bool = False) -> dict[str, float]:
+    """Trains Φ on S train; `val` chooses the epoch. Weights named under [model] are where it starts.
+
+    Returns:
+        Accuracies on `val` and `test` (0 to 1), or mean absolute errors in the target's unit.
+
+    Under `torchrun` the ranks share each batch; only the first knows the scores, the others return none.
+
+    Raises:
+        VaultError: the vault has a network already, and `restart` is not set.
+        StorageError: another run works in the vault.
+    """
+    with project.working():
+        return _train(project, restart)
+
+
+def _train(project: Project, restart: bool) -> dict[str, float]:
+    vault, section = project.vault, project.config.train
+    if vault.holds(vault.network / "network.json") and not restart:
+        raise VaultError(f"{vault.network} holds a network already. Use it, or train anew with --restart.")
+    project.ranks.refuse_uneven(train=section.batch_size)
+    images = project.private_images
+    rows = {name: images.rows(name) for name in ("train", "val", "test")}
+    network = project.new_network()
+    if project.config.model.weights:
+        load_weights(network, project.config.locate(project.config.model.weights))
+    checkpoint = make_folder(vault.network) / "checkpoint.safetensors"
+    project.ranks.once(lambda: vault.remove(checkpoint) if restart else None)
+    # A wrong hook point is refused now, not after hours of training.
+    split(network, project.config.model.hook, project.config.model.size)
+    task = TargetTask.of(project)
+
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        chosen = rows["train"][chosen]
+        pictures = augment(images.pictures.read(chosen), generator, section.flip, section.shift)
+        return pictures, torch.from_numpy(images.table.targets[chosen])
+
+    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        pictures, targets = batch
+        outputs = network(project.preprocess.normalise(pictures))
+        return {"loss": task.loss(outputs.float(), targets)}
+
+    recipe = Recipe(
+        section.epochs,
+        section.batch_size,
+        section.learning_rate,
+        "sgd",
+        section.weight_decay,
+        bf16=project.config.compute.bf16,
+    )
+    history = fit(
+        network,
+        len(rows["train"]),
+        read_batch,
+        loss,
+        recipe,
+        title="Training the network",
+        device=project.device,
+        ranks=project.ranks,
+        validate=(lambda: task.error(_answers(project, network, rows["val"]), rows["val"]))
+        if len(rows["val"])
+        else None,
+        checkpoint=vault.checkpoint(checkpoint),
+        subject=json.dumps([images.digest, section.model_dump(), project.config.model.model_dump(mode="json")]),
+    )
+    if not project.ranks.is_first:
+        project.ranks.wait()
+        return {}
+    scores = {
+        name: task.score(_answers(project, network, rows[name]), rows[name])
+        for name in ("val", "test")
+        if len(rows[name])
+    }
+    project.save_network(network.to(memory_format=torch.contiguous_format))
+    vault.write_json(vault.network / "history.json", {"epochs": history.epochs, "bf16": history.bf16, "scores": scores})
+    vault.remove(checkpoint, vault.network / IMPORTED)
+    project.ranks.wait()
+    return scores
+
+
+def import_network(project: Project, restart: bool = False) -> None:
+    """Φ from the weights that [model] names, into the vault, where there is none.
+
+    Raises:
+        VaultError: neither configuration nor vault has a network, or the weights file is no longer the one that the
+            vault's network came from, and `restart` is not set.
+        WeightsError: the weights do not fit the architecture, or are not in a safe format.
+    """
+    vault, weights = project.vault, project.config.model.weights
+    there, came_from = vault.holds(vault.network / "network.json"), vault.network / IMPORTED
+    if weights is None:
+        if not there:
+            raise VaultError("expected a network. Run `dpf-release train`, or name its weights under [model] weights.")
+        return
+    path = project.config.locate(weights)
+    if there and not vault.holds(came_from):
+        return  # trained here; the weights were where the training began
+    digest = {"sha256": sha256_of(path)} if path.is_file() else {}
+    if there and vault.read_record(came_from, "featurize --restart") == digest:
+        return
+    if there and not restart:
+        raise VaultError(
+            f"{path} is not the file that the vault's network came from. Put that back, or take over the new one with "
+            "`dpf-release featurize --restart`."
+        )
+    network = project.new_network()
+    load_weights(network, path)
+    project.save_network(network)
+    vault.write_json(came_from, digest)
+
+
+class TargetTask(TaskLoss):
+    """What Φ is for: its loss and its scores; regression targets in standard deviations of S train."""
+
+    def __init__(self, images: ImageSet, regression: bool) -> None:
+        self._targets = images.table.targets
+        train = self._targets[images.rows("train")]
+        super().__init__(torch.from_numpy(train.std(axis=0) + 1e-6) if regression else None)
+
+    @classmethod
+    def of(cls, project: Project) -> TargetTask:
+        """The task of a project."""
+        return cls(project.private_images, project.config.task.kind == "regression")
+
+    def score(self, outputs: Tensor, rows: Rows) -> float:
+        """Top-1 (0 to 1), or mean absolute error in the target's unit."""
+        targets = torch.from_numpy(self._targets[rows])
+        if self.scale is None:
+            return float(topk_correct(outputs, targets, 1).float().mean())
+        return float(mean_absolute_error(outputs, targets).mean())
+
+    def error(self, outputs: Tensor, rows: Rows) -> float:
+        """The score as something to be made small."""
+        return 1.0 - self.score(outputs, rows) if self.scale is None else self.score(outputs, rows)
+
+
+def augment(pictures: Tensor, generator: np.random.Generator, flip: bool, shift: int) -> Tensor:
+    """Random horizontal flips and random shifts by up to `shift` pixels (black comes in), (N, 3, H, W) uint8."""
+    if flip:
+        mirrored = torch.from_numpy(generator.random(len(pictures)) < 0.5)
+        pictures = torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures)
+    if shift:
+        height, width = pictures.shape[2:]
+        padded = F.pad(pictures, (shift,) * 4)
+        corners = generator.integers(0, 2 * shift + 1, size=(len(pictures), 2))
+        pictures = torch.stack(
+            [picture[:, y : y + height, x : x + width] for picture, (y, x) in zip(padded, corners, strict=True)]
+        )
+    return pictures
+
+
+def _answers(project: Project, network: nn.Module, rows: Rows, batch: int = 256) -> Tensor:
+    """Φ's outputs for rows of S, (n, outputs), on the CPU."""
+    read = project.private_images.pictures.read
+    network.eval()
+    with torch.inference_mode():
+        return torch.cat(
+            [
+                network(project.preprocess.normalise(read(rows[start : start + batch]).to(project.device)))
+                .float()
+                .cpu()
+                for start in range(0, len(rows), batch)
+            ]
+        )

@@ -1,0 +1,105 @@
+"""What P minimises. The owner's `fit-poison` does on S, and an attacker's shadow functions do on Q."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpf_release.models.metrics import ssim
+from dpf_release.models.probes import AttributeClassifier
+
+
+class TaskLoss:
+    """What φ2's answers are worth to its task.
+
+    Attributes:
+        scale: (K,) standard deviation of each regression target; `None` for classification.
+    """
+
+    def __init__(self, scale: Tensor | None = None) -> None:
+        self.scale = scale
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy (Eq. 1), or smooth L1 in standard deviations of the target."""
+        if self.scale is None:
+            return F.cross_entropy(outputs, targets)
+        scale = self.scale.to(outputs.device)
+        return F.smooth_l1_loss(outputs / scale, targets / scale)
+
+
+@dataclass(frozen=True, eq=False)
+class AttributeAttacker:
+    """A classifier of an attribute from features, and which rows it can be asked about.
+
+    Attributes:
+        network: frozen; features → scores of `values`.
+        values: the attribute's values that it knows.
+    """
+
+    network: AttributeClassifier
+    values: tuple[str, ...]
+
+
+class Objective:
+    """What P minimises: its task term, and λ times the mean of the byproduct attackers' terms.
+
+    `paper` (Eq. 7): the task loss on the true targets, and SSIM(ψ(P(f)), x). `equivalence`, the default:
+    KL(φ2(f) ‖ φ2(P(f))), for regression their squared difference, and |SSIM|, whose least value is a picture that has
+    nothing of x, not its negative. An attribute classifier's term is the cross entropy towards labels drawn anew at
+    each step (section 4.4), for both.
+    """
+
+    def __init__(
+        self,
+        phi_2: nn.Module,
+        task: TaskLoss,
+        reconstructors: Mapping[str, nn.Module],
+        classifiers: Mapping[str, AttributeAttacker],
+        equivalence: bool,
+        lambda_: float,
+    ) -> None:
+        self.phi_2, self.task, self.reconstructors, self.classifiers = (
+            phi_2,
+            task,
+            reconstructors,
+            classifiers,
+        )
+        self.equivalence, self.lambda_ = equivalence, lambda_
+
+    def __call__(self, network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The loss of a batch, with its parts.
+
+        The batch: input of P, what φ2 should see, targets; and for each pair of a row and a picture that is in it, the
+        row's position and the picture (uint8).
+        """
+        features, seen, targets, positions, pictures = batch
+        poisoned = network(features.contiguous(memory_format=torch.channels_last))
+        outputs = self.phi_2(poisoned).float()
+        task = self._task_term(outputs, seen, targets)
+        terms = dict(self._byproduct_terms(poisoned, positions, pictures))
+        byproduct = torch.stack(list(terms.values())).mean()
+        return {"loss": task + self.lambda_ * byproduct, "task": task, **terms}
+
+    def _task_term(self, outputs: Tensor, seen: Tensor, targets: Tensor) -> Tensor:
+        if not self.equivalence:
+            return self.task.loss(outputs, targets)
+        with torch.no_grad():
+            wanted = self.phi_2(seen.contiguous(memory_format=torch.channels_last)).float()
+        if self.task.scale is None:
+            return F.kl_div(outputs.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
+        scale = self.task.scale.to(outputs.device)
+        return F.mse_loss(outputs / scale, wanted / scale)
+
+    def _byproduct_terms(self, poisoned: Tensor, positions: Tensor, pictures: Tensor) -> Iterator[tuple[str, Tensor]]:
+        originals = pictures.float() / 255
+        for name, reconstructor in self.reconstructors.items():
+            likeness = ssim(reconstructor(poisoned).float()[positions], originals)  # one for each contributor
+            yield f"ssim {name}", likeness.abs().mean() if self.equivalence else likeness.mean()
+        for column, attacker in self.classifiers.items():
+            scores = attacker.network(poisoned).float()
+            random = torch.randint(len(attacker.values), (len(scores),), device=scores.device)
+            yield f"confusion {column}", F.cross_entropy(scores, random)

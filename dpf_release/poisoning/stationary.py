@@ -1,0 +1,105 @@
+"""The stationary functions of the paper (SPF), and the identity."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torchvision.transforms.functional import gaussian_blur
+
+from dpf_release.core.arrays import Rows
+from dpf_release.errors import ConfigError
+from dpf_release.poisoning.interface import (
+    FeatureSpec,
+    Plan,
+    PoisoningFunction,
+    RowSource,
+    as_tensor,
+    bounded,
+    register,
+)
+
+
+@register("identity")
+class Identity(PoisoningFunction):
+    """Leaves every row as it is: the control. `package` refuses it."""
+
+    poisons, known_by_name = False, True
+
+    def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
+        """The rows themselves."""
+        return source.read(rows).astype(np.float32)
+
+
+@register("gaussian-noise")
+class GaussianNoise(PoisoningFunction):
+    """Adds Gaussian noise of `scale` standard deviations of the row (the paper's GN; it states no scale).
+
+    The noise of a row is keyed by (secret, id): it stays the same when other rows come or go.
+    """
+
+    known_by_name = True
+
+    def __init__(self, features: FeatureSpec, scale: float = 1.0) -> None:
+        super().__init__(features)
+        self.scale = bounded("gaussian-noise:scale", scale, 0.0, 1e3)
+
+    def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
+        """Rows plus their noise."""
+        clean = source.read(rows).astype(np.float32)
+        noise = np.empty_like(clean)
+        for place, row in enumerate(rows):
+            noise[place] = keyed_normal(plan.secret, source.ids[row], self.features.shape)
+        noised: NDArray[np.float32] = clean + self.scale * clean.std(axis=(1, 2, 3), keepdims=True) * noise
+        return noised
+
+
+@register("gaussian-filter")
+class GaussianFilter(PoisoningFunction):
+    """Blurs each channel with a Gaussian of `sigma` feature pixels, `size` taps wide (the paper's GF)."""
+
+    known_by_name = True
+
+    def __init__(self, features: FeatureSpec, sigma: float = 1.0, size: int = 5) -> None:
+        super().__init__(features)
+        self.sigma = bounded("gaussian-filter:sigma", sigma, 1e-3, 1e3)
+        self.size = _window("gaussian-filter:size", size, features)
+
+    def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
+        """Blurred rows."""
+        blurred: NDArray[np.float32] = gaussian_blur(
+            as_tensor(source.read(rows)), [self.size] * 2, [self.sigma] * 2
+        ).numpy()
+        return blurred
+
+
+@register("mean-filter")
+class MeanFilter(PoisoningFunction):
+    """Replaces each feature by the mean of the `size`×`size` window around it (the paper's MF)."""
+
+    known_by_name = True
+
+    def __init__(self, features: FeatureSpec, size: int = 3) -> None:
+        super().__init__(features)
+        self.size = _window("mean-filter:size", size, features)
+
+    def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
+        """Averaged rows."""
+        windows = F.avg_pool2d(as_tensor(source.read(rows)), self.size, 1, self.size // 2, count_include_pad=False)
+        averaged: NDArray[np.float32] = windows.numpy()
+        return averaged
+
+
+def keyed_normal(secret: bytes, row_id: NDArray[np.uint8], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Standard normal numbers of that shape, which follow from the secret and the id alone."""
+    key = int.from_bytes(hashlib.sha256(secret + row_id.tobytes()).digest()[:16])
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
+
+
+def _window(name: str, size: float, features: FeatureSpec) -> int:
+    largest = 2 * min(features.shape[1:]) - 1  # mirrored borders are as wide as the map, less one, at the most
+    if size % 2 != 1 or not 1 <= size <= largest:
+        raise ConfigError(f"expected {name} odd, from 1 to {largest} for features {features.shape}, found {size:g}.")
+    return int(size)

@@ -1,0 +1,289 @@
+"""The checks of an audit: what each proves, what it cannot see, and what does it.
+
+One more check is one more entry of `CHECKS`. They run in that order; no check opens a file that failed one before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dpf_release.bank.format import INDEX, read_index
+from dpf_release.core.files import sha256_of
+from dpf_release.errors import (
+    VaultError,
+    VerificationError,
+)
+from dpf_release.owner.fitted import load_function
+from dpf_release.owner.project import Project
+from dpf_release.owner.vault.ledger import releases
+from dpf_release.owner.vault.permissions import problem_of, refuse_tracked
+from dpf_release.owner.vault.vault import OPENED
+from dpf_release.publish.audit.engine import Check, Finding, NotRunError, Subject
+from dpf_release.publish.leaks.ids import telling_ids
+from dpf_release.publish.leaks.near_rows import SAME_ROW_COSINE
+from dpf_release.publish.leaks.order import source_order
+from dpf_release.publish.leaks.private_facts import private_rows
+from dpf_release.publish.leaks.tensors import private_tensors
+from dpf_release.publish.leaks.text import private_words
+from dpf_release.release.contents import check_structure
+from dpf_release.release.manifest import MANIFEST
+from dpf_release.release.model_record import read_model_record
+from dpf_release.release.release import Release
+from dpf_release.release.tree import Tree
+from dpf_release.release.verify import Problem, verify
+
+BANK = ("bank-index", "shard")
+WEIGHTS = ("featurizer", "classifier")
+
+
+# --------------------------------------------------------------------------------------------- the release alone
+
+
+def _structure(subject: Subject) -> list[Problem]:
+    subject.refuse_gaps(subject.files)
+    return check_structure(subject.release, deep=True)
+
+
+def _agreement(subject: Subject) -> Iterable[Finding]:
+    subject.refuse_gaps(subject.files)
+    try:
+        Release.open(subject.release, verify="none")
+    except VerificationError as error:
+        for problem in error.problems or [str(error)]:
+            yield Finding("contradiction", MANIFEST, problem)
+
+
+def _poisoned(subject: Subject) -> Iterable[Finding]:
+    if not subject.bank.poisoned:
+        yield Finding("not poisoned", "features", "the bank says of itself that its rows are φ1(S), as they are")
+
+
+def _signature(subject: Subject) -> list[Problem]:
+    if subject.public_key is None:
+        raise NotRunError("no public key was given (--public-key): who published the files is unknown")
+    found = verify(subject.release, subject.public_key, digest=None)
+    return [problem for problem in found if problem.kind == "bad signature"]
+
+
+# --------------------------------------------------------------------------------------------- with the vault
+
+
+def _ledger(subject: Subject) -> Iterable[Finding]:
+    vault = subject.opened.vault
+    manifest = subject.release / MANIFEST
+    subject.refuse_gaps([])
+    digest = sha256_of(manifest)
+    entries = releases(vault)
+    if digest not in [entry["manifest_sha256"] for entry in entries]:
+        known = ", ".join(f"{entry['name']} {entry['version']}" for entry in entries) or "none"
+        detail = f"the vault's ledger has no release with this manifest; it has: {known}"
+        yield Finding("unknown release", MANIFEST, detail)
+
+
+def _network(subject: Subject) -> list[Finding]:
+    cut, record = subject.opened.cut, "model/model.json"
+    expected = {
+        "model/featurizer.safetensors": cut.featurizer_sha256,
+        "model/classifier.safetensors": hashlib.sha256(cut.classifier_file).hexdigest(),
+    }
+    detail = "not the bytes that the vault's network gives at its hook point"
+    found = [
+        Finding("foreign weights", path, detail)
+        for path, digest in expected.items()
+        if subject.is_sound(path) and subject.files[path].sha256 != digest
+    ]
+    if subject.is_sound(record) and read_model_record(subject.release / record) != cut.public_record:
+        found.append(Finding("foreign record", record, "does not say what the vault's network is"))
+    if not found:
+        subject.refuse_gaps([*expected, record])
+    return found
+
+
+def _rows(subject: Subject) -> list[Problem]:
+    vault, index = subject.opened.vault, subject.bank
+    if not vault.holds(vault.features / INDEX):
+        raise NotRunError("the vault has no φ1(S) to compare with: it was never written, or was forgotten")
+    theirs = read_index(vault.opened(vault.features, INDEX))
+    if (theirs.featurizer_sha256, theirs.feature_shape) != (index.featurizer_sha256, index.feature_shape):
+        raise NotRunError("the vault's φ1(S) is of another featurizer: comparing with it would say nothing")
+    return private_rows(subject.release, subject.owners, _function(subject))
+
+
+def _function(subject: Subject) -> str | None:
+    """The name of the fitted function that made the release; None where the vault no longer has it."""
+    digest = sha256_of(subject.release / MANIFEST)
+    for entry in releases(subject.owners.vault):
+        if entry["manifest_sha256"] == digest:
+            with contextlib.suppress(VaultError):
+                if load_function(subject.owners, entry["function"]).digest == entry["function_digest"]:
+                    return str(entry["function"])
+    return None
+
+
+def _compared(find: Callable[[Path, Project], list[Problem]]) -> Callable[[Subject], list[Problem]]:
+    """A comparison of the whole release with the vault, whose parser trusts the structure of what it reads."""
+
+    def run(subject: Subject) -> list[Problem]:
+        project, _ = subject.opened, subject.bank
+        subject.refuse_gaps(subject.files)
+        return find(subject.release, project)
+
+    return run
+
+
+def _place(subject: Subject) -> Iterable[Finding]:
+    return [Finding("place", ".", reason) for reason in subject.owners.nested_with(subject.release)]
+
+
+def vault_entries(root: Path) -> tuple[dict[str, os.stat_result], dict[str, str]]:
+    """As of `Tree`: what a vault holds, but for the copies that this audit reads of what is sealed; what is unseen."""
+    with Tree.open(root) as tree:
+        return {path: found for path, found in tree.entries.items() if path.split("/")[0] != OPENED}, tree.unseen
+
+
+def _vault(subject: Subject) -> Iterable[Finding]:
+    root = subject.owners.vault.root
+    entries, unseen = vault_entries(root)
+    for name, found in {".": root.lstat(), **entries}.items():
+        kind, detail = problem_of(found)
+        if kind:
+            yield Finding(kind, name, detail)
+    for name, why in unseen.items():
+        yield Finding("not looked at", name, why)
+    ignore = entries.get(".gitignore")
+    plain = ignore is not None and stat.S_ISREG(ignore.st_mode) and ignore.st_size == len(b"*\n")
+    if not plain or (root / ".gitignore").read_bytes() != b"*\n":
+        yield Finding("git", ".gitignore", "expected a line `*` and no other, so that git takes nothing from the vault")
+    try:
+        refuse_tracked(root)
+    except VaultError as error:
+        yield Finding("git", ".", str(error))
+
+
+# --------------------------------------------------------------------------------------------- all of them
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "files",
+        "Each file is, byte for byte, the one that manifest.json lists, and the folder holds nothing else.",
+        "Who wrote the manifest: who changes a file can change the list too.",
+        "Fetch the release again from where you trust it. Its owner: take out what does not belong, find out how it "
+        "came there, and run `dpf-release package` again.",
+        lambda subject: verify(subject.release),
+        ("manifest", "checksums", "signature", "card", "croissant", "model-record", "attack-report", *WEIGHTS, *BANK),
+    ),
+    Check(
+        "signature",
+        "The manifest was signed with the key whose public half was given.",
+        "Whether that key is its owner's: the key that lies in a release proves nothing about who made it.",
+        "Take neither release nor key from there. Ask the owner for both.",
+        _signature,
+        ("manifest",),
+    ),
+    Check(
+        "structure",
+        "Records fit their schemas, weights are plain safetensors, and each shard is of bank format 1, byte for byte: "
+        "no links, no data outside the file, no bytes that belong to nothing; every row can be read and is finite.",
+        "Meaning: a row of the right form may hold anything.",
+        "Open none of these files with other programs. Ask the publisher for a whole release.",
+        _structure,
+        ("card", "croissant", "model-record", "attack-report", *WEIGHTS, *BANK),
+    ),
+    Check(
+        "agreement",
+        "Manifest, model record, weights and bank speak of the same featurizer, shapes, classes and shards.",
+        "Whether what they agree on is true.",
+        "Do not use the release: its parts are of different origin. Its owner: run `dpf-release package` again.",
+        _agreement,
+        ("manifest", "model-record", "featurizer", *BANK),
+    ),
+    Check(
+        "poisoned",
+        "The index of the bank says that its rows are poisoned, and `structure` found that its shards say the same.",
+        "A flag that lies. With the vault, `rows` compares the rows themselves.",
+        "Take the release down: a reconstructor shows the pictures in unpoisoned features.",
+        _poisoned,
+        BANK,
+    ),
+    Check(
+        "ledger",
+        "The vault's ledger lists exactly this manifest: the release was packaged from this vault.",
+        "Releases made from a copy of the vault.",
+        "Give the vault that made this release. If it is this one, somebody else packaged what you hold.",
+        _ledger,
+        ("manifest",),
+    ),
+    Check(
+        "network",
+        "φ1, φ2 and their record are, byte for byte, what the vault's network gives at its hook point; the weights "
+        "files hold nothing more.",
+        "What Φ itself remembers of the images that it was trained on.",
+        "Take the release down, and find out where these weights come from before you package again.",
+        _network,
+        ("model-record", *WEIGHTS),
+    ),
+    Check(
+        "rows",
+        "No public row is as good as equal to a row of φ1(S), up to a scale (mean-centred |cosine| above "
+        f"{SAME_ROW_COSINE}), nor is a bank one of such rows times a number plus a row.",
+        "What a trained attacker gets out of a row. Other functions of rows, as a permutation of channels, and single "
+        "rows that are shifted are not looked for.",
+        "Take the release down. What was downloaded cannot be called back: tell the people in the pictures.",
+        _rows,
+        BANK,
+    ),
+    Check(
+        "words",
+        "No public text says the name of a source file, of the owner, of the machine or of a folder.",
+        "Words of fewer than six letters, other languages' forms of a name, what the pictures show.",
+        "Take the release down, change [release] in dpf.toml, and package again.",
+        _compared(private_words),
+        ("card", "croissant", "model-record", "attack-report", *WEIGHTS, *BANK),
+    ),
+    Check(
+        "tensors",
+        "No public tensor or row equals one of P, ψ or another private member of the vault.",
+        "A tensor that was changed, if only by its last bit in float16.",
+        "Take the release down: with P, or enough of it, the poisoning is undone.",
+        _compared(private_tensors),
+        (*WEIGHTS, *BANK),
+    ),
+    Check(
+        "ids",
+        "The ids are those that the vault's plan drew, in its order; they look random and are no digest of an image.",
+        "A derivation that it does not try.",
+        "Take the release down: who guesses an image finds its row.",
+        _compared(telling_ids),
+        ("shard",),
+    ),
+    Check(
+        "order",
+        "The order of the rows does not go with the order of the source, as a whole or within a class, nor by steady "
+        "steps through it.",
+        "Orders by something else than the image table; other orders that can be reckoned.",
+        "Take the release down, and write the features anew with `dpf-release featurize --restart`.",
+        _compared(source_order),
+        ("shard",),
+    ),
+    Check(
+        "place",
+        "Neither the vault nor the images S and Q lie in the release folder, nor the release in the vault.",
+        "Copies elsewhere: backups, synchronised folders, mail.",
+        "Move them apart before anything is copied or uploaded.",
+        _place,
+    ),
+    Check(
+        "vault",
+        "Only the owner of the vault, who runs this, can read its files (0600, folders 0700), it has no links, and git "
+        "ignores it and tracks none of it.",
+        "Access lists, backups, and whoever administers the machine.",
+        "Run `chmod -R go-rwx` on the vault. Who could read it so far may have what undoes the release.",
+        _vault,
+        side="private",
+    ),
+)

@@ -1,0 +1,86 @@
+"""An audit as one page of HTML: no script, nothing loaded, every name escaped."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template
+from markupsafe import Markup
+
+from dpf_release.core.files import PRIVATE_FILE, PUBLIC_FILE, write_text
+from dpf_release.core.html import page_template
+from dpf_release.core.sizes import readable_size
+from dpf_release.errors import ConfigError
+from dpf_release.publish.audit.audit import Audit
+from dpf_release.release.manifest import Claims
+
+SHORT_DIGEST = 12
+LONGEST_SHOWN = 5000  # a path has 4,096 bytes at the most
+CLAIMS = {
+    "reconstruction": "no picture can be reconstructed from its row",
+    "linkage": "nobody who holds a picture can tell that it is in the release",
+    "attribute": "no attribute of a person can be read from a row",
+}
+NOT_MEASURED = (
+    "An audit looks for mistakes and leaks in files. It does not measure what an attacker reconstructs from the rows: "
+    "the method is empirical, there is no formal guarantee, and what is published cannot be called back."
+)
+
+
+def write_page(audit: Audit, path: Path, release: Path) -> None:
+    """Writes the page: for its owner alone (0600) where it was made with a vault.
+
+    Args:
+        audit: what was found.
+        path: the file; what is there is replaced.
+        release: the folder that was audited.
+
+    Raises:
+        ConfigError: the file would lie inside the release.
+        StorageError: it cannot be written.
+    """
+    if path.resolve().is_relative_to(release.resolve()):
+        raise ConfigError(
+            f"expected a place for the page outside the release, found {path}: it would be published with it, and "
+            "`verify` would refuse the release. Name another with --html."
+        )
+    write_text(path, page(audit), PRIVATE_FILE if audit.private else PUBLIC_FILE)
+
+
+def page(audit: Audit) -> str:
+    """The page as text; it says nothing that is not in the audit."""
+    return _template().render(audit=audit, claims=CLAIMS, not_measured=NOT_MEASURED, short=SHORT_DIGEST)
+
+
+def claims_in_words(claims: Claims) -> list[str]:
+    """Two sentences: what the release claims, and what it does not."""
+    return [
+        f"{label}: {'; '.join(f'{name} ({CLAIMS[name]})' if name in CLAIMS else name for name in names) or 'none'}."
+        for label, names in (("Claims made", claims.made), ("Claims not made", claims.not_made))
+    ]
+
+
+def printable(text: str) -> str:
+    """Text of bounded length in which control characters, marks of direction and undecodable bytes are spelt out."""
+    text = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _shown(value: Any) -> Any:
+    """Of what the template prints: names are a stranger's."""
+    return printable(value) if type(value) is str else value
+
+
+def _with_code(text: str) -> Markup:
+    """Words between backticks as code."""
+    parts = printable(text).split("`")
+    return Markup("").join(Markup("<code>{}</code>" if i % 2 else "{}").format(part) for i, part in enumerate(parts))
+
+
+@cache
+def _template() -> Template:
+    return page_template("dpf_release.publish.audit", {"size": readable_size, "code": _with_code}, _shown)

@@ -1,0 +1,160 @@
+"""The words of the data set card: all of it but the numbers, and what is the owner's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NO_DESCRIPTION = "No description was given."
+CARD = """\
+---
+pretty_name: {name}
+license: {licence}
+task_categories:
+- {category}
+tags:
+- image-features
+- privacy
+- deep-poisoning-function
+- dpf-release
+---
+
+# {title} {version}
+
+{description}
+
+A feature bank in the place of an image data set. The rows are P(φ1(S)): images S, seen by the public featurizer φ1
+(`{arch}` up to `{hook}`), changed by a poisoning function P that is not published. Neither are the images.
+
+| | |
+|---|---|
+| task | {task} |
+| {names_label} | {names} |
+| rows | {rows} |
+| a row | {shape}, float16 |
+| images for φ1 | RGB, {size} px, mean {mean}, std {std} |
+| licence | {licence_text} |
+{scores}
+
+## Use
+
+```python
+from dpf_release import Release
+
+release = Release.open(".")               # checks every file against manifest.json
+bank = release.bank("train")              # a torch data set: (C, H, W) features, target
+loader = bank.loader(batch_size=256, shuffle=True)
+phi_1, phi_2 = release.featurizer(), release.classifier()
+features_of_mine = phi_1(release.preprocess(my_images))
+```
+
+`sha256sum -c SHA256SUMS` checks the files without any of our code. `features/*/*.h5` open with plain `h5py`.
+{retractions}
+## What is promised, and what is not
+
+Claims made: **{claims_made}**.
+{claims}
+{attacks}
+The protection is empirical: the method (Guo et al., arXiv 1912.06895) gives no formal guarantee. A release cannot be
+recalled: who has a copy keeps it. A patent application, US 2021/0141926, describes this family of methods.
+{accepted_risk}{second_function}"""
+
+CLAIMS: dict[str, str] = {
+    "reconstruction": "that no picture can be reconstructed",
+    "linkage": "that nobody who holds a picture can tell that it is in here",
+    "attribute": "that no attribute of a person can be read from a row",
+}
+
+NO_ATTACKS = "Attacks measured: **none**; no attack battery was run on this bank.\n"
+ATTACKS = """\
+Attacks measured: those of profile **{profile}**, {bank}. All numbers are in `{file}`.
+
+| attack | speaks against | without the bank | attack | unpoisoned rows | leakage | re-identified | power | verdict |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+Each attack is compared with what someone without the bank reaches and with the best that is reached on unpoisoned
+rows: leakage 0 is the one, 1 the other, not defined where they are too near (SSIM after a colour fit; of linkage, the
+share that is found). Limits that a claim had to stay below: {limits}.
+Re-identified: the share of rows, or of pictures, whose own is picked among up to 200 of the class. In brackets, 95 %
+intervals. An attack without power does not even break the weak functions that it must break: its failure here proves
+nothing.
+"""
+THIS_BANK = "on exactly this bank"
+BANK_BEFORE = "on this bank as it was before {count} rows were dropped; all other rows are as they were then"
+POWER = {True: "yes", False: "no", None: "not tried"}
+NOT_APPLICABLE, NOT_RUN = "not applicable", "not run"
+NOT_DEFINED, NOT_MEASURED = "not defined", "not measured"
+NOT_GATED = "none: reported only"
+
+ACCEPTED_RISK = """
+## A risk that was accepted
+
+The owner wanted to make claims that the attacks do not bear out, and published without them. What speaks against them:
+
+{objections}
+
+The owner's reason: {reason}
+"""
+
+SECOND_FUNCTION = """
+## A second function
+
+Of the same images another release was made before, with another poisoning function. Two views of one image help an
+attacker: what one hides, the other may show. The owner's reason: {reason}
+"""
+
+CATEGORIES = {"classification": "image-classification", "regression": "other"}
+SCORES = {"top1": ("top-1", "{:.2%}"), "mae": ("mean absolute error", "{:.3g} {unit}")}
+
+
+RETRACTIONS = """
+## Retracted
+
+Rows that an earlier version has are not in this one: {rows}. {others} Comparing two versions shows which rows were
+retracted{shown}. Who has a copy of an earlier version still has them.
+"""
+DROPPED = (
+    "All other rows are, bit for bit, those of {base}; rows were only dropped, and what attacks on {base} showed, "
+    "where they were run, holds for this version."
+)
+REBUILT = (
+    "{count} rows to which a retracted image had contributed are made of others now; the rest are, bit for bit, those "
+    "of {base}. The rebuilt rows want a new attack run: what attacks on {base} showed does not hold for them."
+)
+REBUILT_TOO = ", and which were rebuilt"
+ANEW = "Its bank was written anew: what attacks on an earlier version showed does not hold for this one."
+
+
+def score_rows(scores: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
+    """What φ2 scores on clean and on poisoned rows; `test` is not released, and `val` chose the epochs."""
+    rows = [
+        (
+            f"φ2 on {split}: {label}, clean and poisoned",
+            f"{form.format(task[f'{key}_clean'], unit=unit)}, {form.format(task[f'{key}_poisoned'], unit=unit)}",
+        )
+        for split, task in scores.items()
+        for key, (label, form) in SCORES.items()
+        if f"{key}_clean" in task
+    ]
+    return rows or [("φ2 on clean and poisoned rows", "not measured")]
+
+
+def fixed_card_text() -> str:
+    """All that the words of a card are made of, but for what is the owner's."""
+    scores = [*(label for label, _ in SCORES.values()), str(score_rows({}, ""))]
+    attacks = [
+        NO_ATTACKS,
+        ATTACKS,
+        THIS_BANK,
+        BANK_BEFORE,
+        NOT_APPLICABLE,
+        NOT_RUN,
+        NOT_DEFINED,
+        NOT_MEASURED,
+        NOT_GATED,
+        ACCEPTED_RISK,
+        *POWER.values(),
+    ]
+    sections = [CARD, NO_DESCRIPTION, *attacks, SECOND_FUNCTION, RETRACTIONS, DROPPED, REBUILT, REBUILT_TOO, ANEW]
+    return "\n".join([*sections, *CATEGORIES.values(), *CLAIMS, *CLAIMS.values(), *scores])

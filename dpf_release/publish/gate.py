@@ -1,0 +1,187 @@
+"""The gate: which claims a release may make, by what attacks on exactly its bank reached. `package` asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from dpf_release.attacks.interface import Claim, registered
+from dpf_release.attacks.threat_models import ReleaseView, TwoReleases
+from dpf_release.errors import RefusedError, VaultError
+from dpf_release.evaluation.failed_attacks import failed_in, failures
+from dpf_release.evaluation.suite import report_file
+from dpf_release.owner.config import ClaimsSection, GateSection
+from dpf_release.owner.project import Project
+from dpf_release.release.attack_report import PROFILE_ORDER, SCORER, AttackReport, public_report
+from dpf_release.release.manifest import Claims
+
+CLAIMS: tuple[Claim, ...] = ("reconstruction", "linkage", "attribute")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What may be published, and as what.
+
+    Attributes:
+        claims: those that are made, and those that are not.
+        report: its public numbers; None: no attack was run on this bank.
+        attribute: of which the claim `attribute` is made.
+        accepted_risk: the owner's reason to publish although claims were wanted that are not made; empty: none were.
+        objections: what speaks against those claims; nothing in it is private.
+    """
+
+    claims: Claims
+    report: AttackReport | None = None
+    attribute: str = ""
+    accepted_risk: str = ""
+    objections: tuple[str, ...] = ()
+
+
+def pass_gate(
+    project: Project,
+    name: str,
+    index_sha256: str,
+    retracted: Sequence[Mapping[str, Any]] = (),
+    accept_risk: str = "",
+    required: Sequence[type[ReleaseView]] = (),
+    beside: Sequence[str] = (),
+) -> Passage:
+    """What of `[claims]` the release of a candidate may promise.
+
+    Args:
+        project: the owner's.
+        name: which fitted function's candidate.
+        index_sha256: of the candidate's `features/index.json`.
+        retracted: by which retractions rows were taken out of it (`candidate.json`).
+        accept_risk: why to publish without the claims that do not pass; public, on the card.
+        required: attacks with these views speak of `reconstruction` here, and apply.
+        beside: digests of the indexes of these images' other releases, the last of each other function.
+
+    Raises:
+        RefusedError: a claim does not pass, and no reason was given; all that speaks against it.
+        VaultError: the report in the vault is not one of ours.
+    """
+    wanted, gate = project.config.claims, project.config.gate
+    ancestors = same_but_for_dropped_rows(index_sha256, retracted)
+    report = _speaking(_reports_of(project, name, ancestors), gate)
+    why_not = "no attack was run on this bank"
+    found = {
+        claim: [why_not] if report is None else objections(claim, report, wanted, gate, required, beside)
+        for claim in wanted.made
+    }
+    told = [] if report is None else failed_in(report)
+    for failure in failures(project.vault, name):
+        counts = failure.index_sha256 in ancestors and failure.holds(gate.limits)
+        if counts and failure.claim in found and failure not in told:
+            found[failure.claim].append(str(failure))
+    against = tuple(f"{claim}: {objection}" for claim, of in found.items() for objection in of)
+    reason = " ".join(accept_risk.split()) if against else ""
+    if against and not reason:
+        raise RefusedError(
+            "attacks do not bear out what [claims] in dpf.toml promises. Nothing was published.\n"
+            + "\n".join(f"  {objection}" for objection in against)
+            + f"\nRun `dpf-release attack --name {name} --profile {gate.profile}`, where that was not done. Where an "
+            "attack breaks the function, fit another. Or promise less under [claims]; or publish without these claims "
+            'with --accept-risk "REASON" (it will be on the card, with all this).'
+        )
+    made = tuple(claim for claim in CLAIMS if claim in found and not found[claim])
+    claims = Claims(made=made, not_made=tuple(claim for claim in CLAIMS if claim not in made))
+    if report is not None:
+        report = public_report(report).model_copy(update={"claims_not_made": claims.not_made})
+    return Passage(claims, report, wanted.attribute or "" if "attribute" in made else "", reason, against)
+
+
+def objections(
+    claim: Claim,
+    report: AttackReport,
+    wanted: ClaimsSection,
+    gate: GateSection,
+    required: Sequence[type[ReleaseView]] = (),
+    beside: Sequence[str] = (),
+) -> list[str]:
+    """What in a report of attacks on a bank speaks against a claim; nothing: it passes.
+
+    A `pass` counts where it was given at the gate's profile or a harder one, under limits no wider than today's, to the
+    version of the attack that there is today. Each attack of the gate's profile has to be there, unless it does not
+    apply; one that fails counts whatever its profile.
+    """
+    found = []
+    if PROFILE_ORDER.index(report.profile) < PROFILE_ORDER.index(gate.profile):
+        found.append(f"attacks of profile {report.profile} were run, those of {gate.profile} are wanted")
+    if report.scorer != SCORER:
+        found.append(f"attacks were scored by version {report.scorer} of the scorer, today's is {SCORER}")
+    for key, limit in gate.limits.items():
+        if key not in report.limits or report.limits[key] > limit:
+            found.append(f"verdicts were given under a limit for {key} of {report.limits.get(key)}, today's is {limit}")
+    if claim == "attribute" and report.attribute != wanted.attribute:
+        found.append("attacks were run for another attribute, or for none")
+    results = {result.code: result for result in report.attacks}
+    passed, needed = 0, []
+    for attack in registered():
+        of = "reconstruction" if attack.view in required else attack.claim
+        if of != claim or PROFILE_ORDER.index(attack.profile) > PROFILE_ORDER.index(gate.profile):
+            continue
+        needed.append(attack.code)
+        result = results.get(attack.code)
+        if result is None:
+            if attack.code not in report.not_applicable or attack.view in required:
+                found.append(f"{attack.code} {attack.title}: was not run")
+        elif result.version != attack.version:
+            found.append(f"{attack.code} {attack.title}: version {result.version} was run, today's is {attack.version}")
+        elif attack.view is TwoReleases and tuple(beside) != ((result.beside,) if result.beside else ()):
+            found.append(f"{attack.code} {attack.title}: was not run beside each of the {len(beside)} other releases")
+        elif result.verdict == "pass":
+            passed += 1
+        else:
+            found.append(f"{attack.code} {attack.title}: {result.verdict}, {'; '.join(result.reasons)}")
+    for code, result in results.items():
+        if result.claim == claim and result.verdict == "fail" and code not in needed:
+            found.append(f"{code} {result.title}: fail, {'; '.join(result.reasons)}")
+    if not passed and not found:
+        found.append(f"no attack of profile {gate.profile} that applies here speaks of it")
+    return found
+
+
+def _speaking(reports: Sequence[AttackReport], gate: GateSection) -> AttackReport | None:
+    """The report that is asked: of the gate's profile, else of the next harder one, else of the hardest there is."""
+    by_profile = {report.profile: report for report in reports}
+    place = PROFILE_ORDER.index(gate.profile)
+    order = [*PROFILE_ORDER[place:], *reversed(PROFILE_ORDER[:place])]
+    return next((by_profile[profile] for profile in order if profile in by_profile), None)
+
+
+def _reports_of(project: Project, name: str, ancestors: Mapping[str, int]) -> list[AttackReport]:
+    """The reports of attacks on this bank, one a profile."""
+    vault, found = project.vault, []
+    for profile in PROFILE_ORDER:
+        path = vault.reports(name) / report_file(profile)
+        if not vault.holds(path):
+            continue
+        try:
+            report = AttackReport.model_validate(vault.read_record(path, "attack"))
+        except ValidationError as error:
+            raise VaultError(
+                f"{path} is not a report of attacks of this version: {error}. Run `dpf-release attack --name {name} "
+                f"--profile {profile} --restart`."
+            ) from error
+        if report.index_sha256 in ancestors and report.featurizer_sha256 == project.cut.featurizer_sha256:
+            found.append(report.model_copy(update={"dropped_since": ancestors[report.index_sha256]}))
+    return found
+
+
+def same_but_for_dropped_rows(index_sha256: str, retracted: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Digests of the indexes of this bank and of those it was before rows were only dropped: how many were, since.
+
+    What an attack reaches on a row does not depend on rows that are gone. One that was rebuilt is another row: what was
+    before that is no longer this bank.
+    """
+    known, dropped = {index_sha256: 0}, 0
+    for step in reversed(retracted):
+        if step["rebuilt"]:
+            break
+        dropped += step["dropped"]
+        known.setdefault(step["dropped_from"], dropped)
+    return known

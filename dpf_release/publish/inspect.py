@@ -1,0 +1,135 @@
+"""`inspect`: what a path holds, or where a network can be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+
+from dpf_release.bank.format import INDEX, BankIndex, open_shard, read_index
+from dpf_release.errors import ConfigError
+from dpf_release.models.hooks import HookPoint, hook_points
+from dpf_release.models.zoo import build_network, is_public_architecture
+from dpf_release.owner.config import CONFIG_NAME, read_config
+from dpf_release.owner.cut_network import import_from
+from dpf_release.owner.vault.age import sealed_form
+from dpf_release.owner.vault.vault import Vault
+from dpf_release.release.manifest import MANIFEST
+from dpf_release.release.model_record import ModelRecord, read_model_record
+from dpf_release.release.release import Release
+
+
+@dataclass(frozen=True)
+class Table:
+    """Something to print.
+
+    Attributes:
+        title: what it is.
+        header: names of the columns.
+        rows: their cells.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def inspect(path: str, size: int = 224, width: int | None = None, *, trust_code: bool = False) -> list[Table]:
+    """What a release, vault, bank, shard, `dpf.toml` or architecture is.
+
+    Args:
+        path: the name of an architecture (which goes before a path of that name), or a path.
+        size: side of an architecture's input, in pixels.
+        width: argument of the CIFAR-sized ResNets.
+        trust_code: import and run a network of its owner's own that a `dpf.toml` names, from its folder too.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    place = Path(path)
+    if is_public_architecture(path):
+        network = build_network(path, 10, {} if width is None else {"width": width})
+        return [_hooks(f"{path}, {size} x {size} px", hook_points(network, (size, size)))]
+    if place.suffix == ".h5" and place.is_file():
+        return [_shard(place)]
+    if place.suffix == ".toml":
+        config = read_config(place)
+        if trust_code:
+            import_from(config.folder)
+        model = config.model
+        network = build_network(model.arch, 10, model.arguments, allow_import=trust_code)
+        return [_hooks(f"{model.arch}, {model.size[0]} x {model.size[1]} px", hook_points(network, model.size))]
+    if (place / MANIFEST).is_file():
+        release = Release.open(place)
+        files = [(file.path, file.role, str(file.bytes)) for file in release.manifest.files]
+        return [
+            _model(release.record),
+            _bank("features", release.index),
+            Table(f"{release.manifest.name} {release.manifest.version}", ("file", "role", "bytes"), files),
+        ]
+    if (place / INDEX).is_file():
+        return [_bank(path, read_index(place))]
+    if (place / "network").is_dir() or (place.name == "vault" and place.is_dir()):
+        return _vault(place)
+    raise ConfigError(
+        f"expected a release, vault, bank, shard, {CONFIG_NAME} or the name of an architecture, found {path!r}."
+    )
+
+
+def _hooks(title: str, points: list[HookPoint]) -> Table:
+    rows = [(p.name, p.path, " x ".join(map(str, p.shape)), str(p.bytes_per_row)) for p in points]
+    return Table(f"Hook points of {title}", ("hook", "module", "shape", "bytes a row"), rows)
+
+
+def _bank(title: str, index: BankIndex) -> Table:
+    rows = [
+        (split, str(sum(s.rows for s in shards)), str(len(shards)), str(sum(s.bytes for s in shards)))
+        for split, shards in index.splits.items()
+    ]
+    state = "poisoned" if index.poisoned else "NOT poisoned: private"
+    shape = " x ".join(map(str, index.feature_shape))
+    return Table(f"Bank {title}: {shape} {index.encoding}, {state}", ("split", "rows", "shards", "bytes"), rows)
+
+
+def _shard(path: Path) -> Table:
+    with open_shard(path) as shard:
+        rows = [(f"@{key}", str(value)) for key, value in shard.attrs.items()]
+        for member in shard:
+            # Only what the file itself says of its own data sets: links are named, never followed.
+            link = shard.get(member, getlink=True)
+            found = shard[member] if isinstance(link, h5py.HardLink) else None
+            shown = f"{found.dtype} {found.shape}" if isinstance(found, h5py.Dataset) else type(link).__name__
+            rows.append((f"/{member}", shown))
+    return Table(f"Shard {path.name}", ("member", "value"), rows)
+
+
+def _model(record: ModelRecord) -> Table:
+    names = record.classes or record.targets
+    facts = {
+        "architecture": f"{record.arch} {record.arguments or ''}",
+        "hook": record.hook,
+        "features": " x ".join(map(str, record.feature_shape)),
+        "task": record.task,
+        "outputs": ", ".join(names[:10]) + (", ..." if len(names) > 10 else ""),
+        "images": f"{record.preprocess.size} px, shorter side {record.preprocess.resize or 'as it is'}",
+    }
+    return Table("Network", ("", ""), list(facts.items()))
+
+
+def _vault(folder: Path) -> list[Table]:
+    tables = []
+    if (folder / "network" / "network.json").is_file():
+        tables.append(_model(read_model_record(folder / "network" / "network.json")))
+    if (folder / "features" / INDEX).is_file():
+        tables.append(_bank("features", read_index(folder / "features")))
+    for candidate in sorted(folder.glob(f"candidates/*/features/{INDEX}")):
+        tables.append(_bank(f"candidate {candidate.parent.parent.name}", read_index(candidate.parent)))
+    holdings = [
+        (str(member.relative_to(folder)), str(path.stat().st_size), "sealed" if path != member else "")
+        for member in Vault(folder).members()
+        if member.suffix != ".h5" and "candidates" not in member.relative_to(folder).parts
+        for path in [member if member.is_file() else sealed_form(member)]
+    ]
+    return [*tables, Table("Private files", ("file", "bytes", ""), holdings)]

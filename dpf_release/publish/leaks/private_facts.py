@@ -1,0 +1,83 @@
+"""What a release must not tell: every check that needs the vault to compare with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpf_release.bank.format import SplitName, read_index
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.core.arrays import Rows
+from dpf_release.errors import VaultError
+from dpf_release.owner.fitted import FittedFunction, load_function
+from dpf_release.owner.project import Project
+from dpf_release.owner.vault.vault import BANK
+from dpf_release.publish.leaks.findings import Sources, public_banks, shard_of
+from dpf_release.publish.leaks.ids import telling_ids
+from dpf_release.publish.leaks.near_rows import SAME_ROW_COSINE, Contributors, find_near_rows
+from dpf_release.publish.leaks.order import source_order
+from dpf_release.publish.leaks.tensors import private_tensors
+from dpf_release.publish.leaks.text import private_words
+from dpf_release.release.verify import Problem
+
+__all__ = ["private_facts", "private_rows", "private_tensors", "private_words", "source_order", "telling_ids"]
+
+
+def private_facts(release: Path, project: Project, name: str | None = None) -> list[Problem]:
+    """All private facts that a release tells (docs/package.md: what is looked for, and what cannot be seen).
+
+    Args:
+        release: a folder whose files have the structure of their roles; its digests need not be right.
+        project: whose vault it was made from.
+        name: the fitted function that made it, for the rows that contributed to each public one; `None` where it is
+            no longer in the vault.
+
+    Returns:
+        Findings of the kinds `private text`, `private tensor`, `private row`, `source order` and `telling id`.
+
+    Raises:
+        BankError: a bank, public or private, is not whole.
+        VaultError: the vault lacks what the release is compared with.
+        VerificationError: the release has no manifest, or a text is longer than any of a release.
+        WeightsError: a safetensors file is damaged.
+    """
+    sources = Sources.of(project)
+    return [
+        *private_words(release, project, sources),
+        *private_tensors(release, project),
+        *telling_ids(release, project, sources),
+        *source_order(release, project, sources),
+        *private_rows(release, project, name),
+    ]
+
+
+def private_rows(release: Path, project: Project, name: str | None = None) -> list[Problem]:
+    """Public rows that are as good as equal to a row of φ1(S); `name` as of `private_facts`.
+
+    Raises:
+        BankError: a bank, public or private, is not whole.
+        VaultError: the vault has no function of that name, or its φ1(S) has rows of another shape.
+    """
+    features = project.vault.opened(project.vault.features, *BANK)
+    private = [FeatureBank(features, split) for split in read_index(features).splits]
+    function = None if name is None else load_function(project, name)
+    contributors = _contributors(function) if function and function.chain.mixing_stages else None
+    public = public_banks(release)
+    if {bank.shape for bank in public} - {bank.shape for bank in private}:
+        raise VaultError(
+            f"expected a release of rows of {private[0].shape}, as the vault's are, found {public[0].shape}: it was "
+            "made from another vault, or before [model] was changed. Compare it with the vault that it was made from."
+        )
+    problems = []
+    for bank, near in zip(public, find_near_rows(public, private, contributors), strict=True):
+        for path, rows in shard_of(bank.index, bank.split, near).items():
+            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            detail = f"{len(rows)} rows are, but for a cosine of {SAME_ROW_COSINE}, rows of φ1(S): {shown}"
+            problems.append(Problem("private row", path, detail))
+    return problems
+
+
+def _contributors(function: FittedFunction) -> Contributors:
+    def contributors(split: SplitName, rows: Rows) -> tuple[Rows, Rows]:
+        return function.chain.contributors(rows, function.plans.get(split, []))
+
+    return contributors

@@ -1,0 +1,206 @@
+"""What an attack run measured, as JSON: in the vault, and without a picture in the release. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dpf_release.core.bounded_json import read_json
+from dpf_release.errors import VerificationError
+
+Verdict = Literal["pass", "fail", "inconclusive", "reported"]
+ProfileName = Literal["quick", "standard", "full"]
+PROFILE_ORDER: tuple[ProfileName, ...] = ("quick", "standard", "full")
+GAIN = "gain over own images alone"  # of U3; for each m a measure, positive where the bank helps
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# A report may be a stranger's: no characters that a terminal obeys, and no more of anything than attacks make.
+_SEEN = r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
+Text = Annotated[str, Field(max_length=500, pattern=_SEEN)]
+Short = Annotated[str, Field(max_length=100, pattern=_SEEN)]
+Few = Field(max_length=200)
+DECIMALS = 4  # of public numbers
+SCORER = 3  # raised whenever the same answers of attacks would be scored otherwise
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Interval(_Record):
+    """A mean over images, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Way(_Record):
+    """One decoder, probe or way of looking of an attack.
+
+    Attributes:
+        measures: what was measured, each a mean over images: `affine_ssim`, `l1`, `top1`, `auc`, ...
+        leakage: of this way alone.
+    """
+
+    measures: Annotated[dict[Short, Interval], Few]
+    leakage: Interval | None = None
+
+
+class Power(_Record):
+    """Whether the attack breaks what it must break, or its result proves nothing.
+
+    Attributes:
+        passed: None: it has nothing that it could be tried on.
+        planted: weak function → what the attack's best way got out of it.
+        surpassed: weak function → what another attack got out of it, which this one must do better than.
+    """
+
+    passed: bool | None
+    planted: Annotated[dict[Short, Interval], Few] = {}
+    surpassed: Annotated[dict[Short, Interval], Few] = {}
+
+
+class AttackResult(_Record):
+    """One attack on one bank.
+
+    Attributes:
+        baseline: the same measure by someone without the bank (affine-fit SSIM; chance; from the label alone).
+        ceiling: the best that any attack reaches on the unpoisoned rows.
+        leakage: (attack - baseline) / (ceiling - baseline) of its strongest way; None: they are too near.
+        re_identification: share of rows (of pictures, for linkage) matched with their own, the highest of any way;
+            None: not measured, or among too few.
+        among: of how many the match was sought.
+        re_identification_limit: that it was held against; more where rows are made of several pictures.
+        beside: digest of the index of the other release that it was run with (A9).
+        seconds: it took; not in a release, where it would tell of the owner's machine.
+        reasons: for a verdict that is not `pass`.
+    """
+
+    code: Short
+    title: Short
+    version: int
+    claim: Literal["reconstruction", "linkage", "attribute"] | None
+    granted: Short
+    rows: int
+    images: int
+    seconds: float | None = None
+    ways: Annotated[dict[Short, Way], Few]
+    baseline: float | None
+    ceiling: float | None
+    leakage: Interval | None
+    re_identification: Interval | None
+    among: int
+    re_identification_limit: float | None = None
+    beside: Sha256 | None = None
+    power: Power
+    verdict: Verdict
+    reasons: Annotated[tuple[Text, ...], Few] = ()
+    series: Annotated[dict[Short, Annotated[dict[Short, Interval], Few]], Few] = {}
+
+    def smallest_above(self, series: str, limit: float) -> int | None:
+        """The smallest number of a series at which the leakage is above the limit; None: at no one that was tried."""
+        values = self.series.get(series, {})
+        return min((int(number) for number, found in values.items() if found.value > limit), default=None)
+
+
+class Utility(_Record):
+    """What a downstream user can do with the bank: U1, U2, U3.
+
+    Attributes:
+        measures: of U1 means over images with their 95 % intervals; of U2 and U3 means over seeds, with the lowest and
+            the highest seed.
+    """
+
+    measures: Annotated[dict[Short, Interval], Few]
+
+    @property
+    def ordered(self) -> dict[str, Interval]:
+        """The measures, m = 50 before m = 100."""
+        return dict(sorted(self.measures.items(), key=lambda item: re.sub(r"\d+", lambda m: m[0].zfill(9), item[0])))
+
+
+class AttackReport(_Record):
+    """`attack.json`; in a release it is what `public_report` leaves of it.
+
+    Attributes:
+        index_sha256: of the bank that was attacked: its `features/index.json`, which lists the digests of its shards.
+        public_images_sha256: Q, by names and file times; not in a release.
+        profile: how hard.
+        scorer: version of what scored the answers (`SCORER`).
+        function: its name; empty in a release.
+        attribute: of which the claim `attribute` is.
+        limits: of `[gate]`, under which the verdicts were given.
+        not_applicable: attacks of the profile that need what this project does not have, and what that is (not said in
+            a release).
+        not_run: attacks of the profile that were not run, or not yet.
+        claims_not_made: by the release that it is in; None in the vault, where nothing is promised yet.
+        dropped_since: rows of the bank that was attacked which the release no longer has; all others are as they were.
+    """
+
+    format: Literal["dpf-release-attacks"] = "dpf-release-attacks"
+    version: Literal[1] = 1
+    index_sha256: Sha256
+    featurizer_sha256: Sha256
+    public_images_sha256: Sha256 | None = None
+    profile: ProfileName
+    scorer: int = SCORER
+    seed: int
+    function: Short
+    attribute: Short | None = None
+    limits: Annotated[dict[Short, float], Few] = {}
+    not_applicable: Annotated[dict[Short, Text], Few] = {}
+    not_run: Annotated[tuple[Short, ...], Few] = ()
+    claims_not_made: Annotated[tuple[Literal["reconstruction", "linkage", "attribute"], ...], Few] | None = None
+    dropped_since: Annotated[int, Field(ge=0)] = 0
+    baselines: Annotated[dict[Short, Interval], Few] = {}
+    references: Annotated[dict[Short, Interval], Few] = {}
+    attacks: Annotated[tuple[AttackResult, ...], Few] = ()
+    utility: Annotated[dict[Short, Utility], Few] = {}
+
+    @property
+    def no_better_than_own(self) -> bool | None:
+        """Whether the bank adds nothing to own images: for no m does it help with every seed. None: not measured."""
+        measures = self.utility["U3"].measures if "U3" in self.utility else {}
+        gains = [found for name, found in measures.items() if name.startswith(GAIN)]
+        return all(gain.low <= 0 for gain in gains) if gains else None
+
+    def as_json(self) -> str:
+        """One object, its keys sorted: the same numbers give the same text."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False)
+
+
+def public_report(report: AttackReport) -> AttackReport:
+    """What of a report may be public: its numbers, of four decimals, and what the battery's own code says of them.
+
+    Not the function's name, why an attack does not apply (the owner's words may be in either), how long anything took,
+    and what Q's files are like on the owner's disk. More decimals would tell of single images, and nothing true of all.
+    """
+    tree = _rounded(report.model_dump(mode="json"))
+    tree |= {"function": "", "public_images_sha256": None}
+    tree["not_applicable"] = dict.fromkeys(tree["not_applicable"], "")
+    tree["attacks"] = [attack | {"seconds": None} for attack in tree["attacks"]]
+    return AttackReport.model_validate(tree)
+
+
+def _rounded(tree: Any) -> Any:
+    if isinstance(tree, float):
+        return round(tree, DECIMALS) + 0.0  # no -0.0
+    if isinstance(tree, dict):
+        return {key: _rounded(value) for key, value in tree.items()}
+    return [_rounded(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def read_attack_report(path: Path) -> AttackReport:
+    """The report of a release.
+
+    Raises:
+        VerificationError: no file, one too large, or not a report of format 1.
+    """
+    try:
+        return read_json(path, AttackReport)
+    except (OSError, ValueError) as error:
+        raise VerificationError(f"{path.name} is not a report of attacks of format 1: {error}") from error

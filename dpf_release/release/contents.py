@@ -1,0 +1,377 @@
+"""What the files of a release hold, whatever their digests say: checked in a limited child. No torch.
+
+Right digests say that a file is the one that its publisher made, and nothing about the publisher. A checker for each
+role looks at what a file is before anything of the package reads it; "deep", it decodes every row and looks at every
+value. That weights have exactly the names and shapes of the network needs torch: `Release` checks it when it loads
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from dpf_release.bank.format import (
+    ID_BYTES,
+    MOST_COMPRESSED,
+    BankIndex,
+    ShardRecord,
+    SplitName,
+    check_shard,
+    open_shard,
+    read_index,
+)
+from dpf_release.bank.hdf5_check import read_layout
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.core.bounded_json import MAX_BYTES, MAX_VALUES, bounded_json
+from dpf_release.core.files import read_at_most
+from dpf_release.errors import BankError, DPFReleaseError
+from dpf_release.release.attack_report import AttackReport, public_report, read_attack_report
+from dpf_release.release.child_process import confine, run_limited
+from dpf_release.release.croissant import croissant
+from dpf_release.release.manifest import ATTACK_REPORT, MANIFEST, Manifest, Role
+from dpf_release.release.model_record import ModelRecord, read_model_record
+from dpf_release.release.safetensors_check import not_finite, read_tensor_file
+from dpf_release.release.verify import Kind, Problem, read_manifest, verify
+
+MODULE = "dpf_release.release.contents"
+VERSION = 3  # of these checks: what another version found is not remembered
+MAX_CARD_BYTES = 2**20
+BLOCK_BYTES = 2**24
+MAX_PROBLEMS, MAX_DETAIL = 1000, 500
+# Characters that move a terminal's cursor, or turn the direction of a text.
+UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Processor time: a start and the structures of a small release; bytes to decode in a second, at the least.
+SECONDS, BYTES_A_SECOND, SHARDS_A_SECOND = 8, 10_000_000, 20
+MODEL, FEATURIZER, CLASSIFIER = "model/model.json", "model/featurizer.safetensors", "model/classifier.safetensors"
+
+Finding = tuple[Kind, str]
+
+
+def verify_deep(folder: Path, public_key: Path | None = None) -> list[Problem]:
+    """All that `verify` finds; where it finds nothing, what the files hold, every row and every value of them."""
+    return verify(folder, public_key) or check_structure(folder, deep=True)
+
+
+def check_structure(folder: Path, *, deep: bool = False) -> list[Problem]:
+    """What the files of a release are, checked in a child process with little memory and time.
+
+    Args:
+        folder: a release in which `verify` found nothing.
+        deep: every row is decoded, and every value looked at; without it no data are read.
+
+    Returns:
+        Problems of the kinds "schema", "structure", "values", and "limit", where the child was ended by its limits.
+    """
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Problem):
+        return [manifest]
+    work = _bytes_to_decode(folder, manifest) // BYTES_A_SECOND if deep else 0
+    seconds = SECONDS + work + len(manifest.files) // SHARDS_A_SECOND
+    request = {"folder": str(folder.resolve()), "deep": deep}
+    return problems_of(*run_limited(MODULE, request, seconds))
+
+
+def _bytes_to_decode(folder: Path, manifest: Manifest) -> int:
+    """Of all rows and weights; no more than files of these sizes can hold."""
+    stored = sum(file.bytes for file in manifest.files)
+    try:
+        index = read_index(folder / "features")
+    except BankError:
+        return stored
+    rows = sum(shard.rows for shards in index.splits.values() for shard in shards)
+    return stored + min(rows * index.row_bytes, stored * MOST_COMPRESSED[index.compression])
+
+
+def problems_of(answers: list[Any], died_of: str) -> list[Problem]:
+    """What the child told, and where it was when it died."""
+    problems, place = [], MANIFEST
+    for answer in answers:
+        if isinstance(answer, str):
+            place = answer
+        else:
+            kind, path, detail = answer
+            problems.append(Problem(kind, path, detail))
+    if died_of:
+        problems.append(Problem("limit", place, f"could not be checked within limits: {died_of}"))
+    return problems
+
+
+def main() -> None:
+    """The child: limits first, then the request, then an answer a line."""
+    confine(int(sys.argv[1]))
+    request = json.loads(sys.stdin.buffer.read())
+    for answer in answers_to(request):
+        print(json.dumps(answer), flush=True)
+
+
+def answers_to(request: dict[str, Any]) -> Iterator[str | tuple[str, str, str]]:
+    """Each file's path before it is looked at, and what is found in it: kind, path, detail."""
+    folder = Path(request["folder"])
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Problem):
+        yield manifest.kind, manifest.path, manifest.detail
+        return
+    for text in absences(manifest):
+        yield "structure", MANIFEST, text
+    release = _Release(folder, manifest, request["deep"])
+    found = 0
+    # Records before what they describe.
+    for record in sorted(manifest.files, key=lambda file: ROLES_IN_ORDER.index(file.role)):
+        yield record.path
+        for kind, detail in _checked(release, record.role, record.path):
+            yield kind, record.path, UNSEEN.sub("?", detail[:MAX_DETAIL])
+            found += 1
+            if found == MAX_PROBLEMS:
+                yield "limit", record.path, f"{found} problems; the rest was not looked at"
+                return
+    yield MANIFEST
+    for text in contradictions(manifest, release.model, release.index) if release.model and release.index else ():
+        yield "schema", MANIFEST, text
+    for text in unfounded_claims(manifest, release.report):
+        yield "schema", MANIFEST, text
+    repeated = release.repeated_ids()
+    if repeated:
+        yield "values", MANIFEST, f"{repeated} rows have the id of another row"
+
+
+@dataclass
+class _Release:
+    """What is known so far.
+
+    Attributes:
+        folder: where it is.
+        manifest: of it.
+        deep: whether data are looked at.
+        model: what `model.json` says, once it is read.
+        index: what `index.json` says, once it is read.
+        report: of attacks, once it is read.
+        ids: (rows,) of each shard that was looked at, 16 bytes each; data, so only when deep.
+    """
+
+    folder: Path
+    manifest: Manifest
+    deep: bool
+    model: ModelRecord | None = None
+    index: BankIndex | None = None
+    report: AttackReport | None = None
+    ids: list[NDArray[np.void]] = field(default_factory=list)
+
+    def repeated_ids(self) -> int:
+        """Rows, of all shards and splits, whose id an earlier one has."""
+        rows = sum(map(len, self.ids))
+        return rows - len(np.unique(np.concatenate(self.ids))) if rows else 0
+
+
+def _checked(release: _Release, role: Role, path: str) -> Iterator[Finding]:
+    """What the checker of a role finds in a file."""
+    try:
+        yield from CHECKERS[role](release, path)
+    except DPFReleaseError as error:
+        yield "schema" if role in {"model-record", "bank-index", "attack-report"} else "structure", str(error)
+    except MemoryError:
+        yield "limit", "it takes more memory than a file of a release may"
+    # What h5py and numpy raise on files that are no shards.
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        yield "structure", f"it cannot be read: {type(error).__name__}: {str(error)[:200]}"
+
+
+def absences(manifest: Manifest) -> list[str]:
+    """What a release needs and its manifest does not list."""
+    roles = {file.role for file in manifest.files}
+    filled = {file.path.split("/")[1] for file in manifest.files if file.role == "shard"}
+    roles.add("attack-report")  # where no attack was run there is none, and no claim
+    lacks = [f"a file of the role {role}" for role in ROLES_IN_ORDER if role not in roles]
+    lacks += [f"a shard of {split}" for split in manifest.splits if split not in filled]
+    return [f"expected {what}, found none" for what in lacks]
+
+
+def contradictions(manifest: Manifest, model: ModelRecord, index: BankIndex) -> list[str]:
+    """What manifest, model and bank say of each other that is not so."""
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    shards = {f"features/{shard.file}": shard.sha256 for shards in index.splits.values() for shard in shards}
+    rows = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
+    checks = {
+        "the bank was made by another featurizer": index.featurizer_sha256 == digests.get(FEATURIZER),
+        "the bank's rows have another shape than the model's features": index.feature_shape == model.feature_shape,
+        "bank and model differ in their targets": index.targets == model.target_columns,
+        "manifest and model differ in their classes": manifest.classes == model.classes,
+        "manifest and model differ in their task": (manifest.task, manifest.targets) == (model.task, model.targets),
+        "manifest and bank differ in their rows": manifest.splits == rows,
+        "the bank lists other shards than the manifest": shards
+        == {entry.path: entry.sha256 for entry in manifest.files if entry.role == "shard"},
+    }
+    return [text for text, holds in checks.items() if not holds]
+
+
+def unfounded_claims(manifest: Manifest, report: AttackReport | None) -> list[str]:
+    """What the manifest claims and no report of attacks on this bank says; and a report of something else."""
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    problems = []
+    if report is not None:
+        if report.featurizer_sha256 != digests.get(FEATURIZER):
+            problems.append(f"{ATTACK_REPORT} is of another featurizer")
+        if (report.index_sha256 == digests.get("features/index.json")) == bool(report.dropped_since):
+            problems.append(f"{ATTACK_REPORT} is of another bank")
+        if report.claims_not_made != manifest.claims.not_made:
+            problems.append(f"{ATTACK_REPORT} and the manifest differ in the claims that are not made")
+    for claim in manifest.claims.made:
+        verdicts = {attack.verdict for attack in report.attacks if attack.claim == claim} if report else set()
+        if "pass" not in verdicts or "fail" in verdicts:
+            problems.append(f"the manifest claims {claim[:40]!r}, which no attack in {ATTACK_REPORT} bears out")
+    return problems
+
+
+# --------------------------------------------------------------------------------------------- one checker a role
+
+
+def _card(release: _Release, path: str) -> Iterator[Finding]:
+    content = read_at_most(release.folder / path, MAX_CARD_BYTES)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        yield "structure", "expected text in UTF-8"
+        return
+    if UNSEEN.search(text):
+        yield "structure", "holds control characters, which a terminal obeys"
+
+
+def _croissant(release: _Release, path: str) -> Iterator[Finding]:
+    content, manifest = read_at_most(release.folder / path, MAX_BYTES), release.manifest
+    tree = bounded_json(content, 4 * MAX_VALUES)
+    description = str(tree["description"])
+    if tree != croissant(manifest.name, manifest.version, manifest.licence, description, manifest.files):
+        yield "structure", "expected what `package` writes for this manifest, found something else"
+    if UNSEEN.search(description):
+        yield "structure", "holds control characters, which a terminal obeys"
+
+
+def _model_record(release: _Release, path: str) -> Iterator[Finding]:
+    release.model = read_model_record(release.folder / path)
+    yield from ()
+
+
+def _bank_index(release: _Release, path: str) -> Iterator[Finding]:
+    release.index = read_index((release.folder / path).parent)
+    yield from ()
+
+
+def _attack_report(release: _Release, path: str) -> Iterator[Finding]:
+    report = read_attack_report(release.folder / path)
+    if report != public_report(report):
+        yield "structure", "expected numbers of four decimals, and no name of a function, time or digest of the owner's"
+    release.report = report
+
+
+def _weights(release: _Release, path: str) -> Iterator[Finding]:
+    file = read_tensor_file(release.folder / path)
+    if path == CLASSIFIER and file.metadata != {"format": "pt"}:
+        yield "structure", 'expected no metadata but {"format": "pt"}'
+    if path == FEATURIZER and release.model is not None:
+        expected = release.model.model_dump(mode="json", include={"arch", "arguments", "preprocess"})
+        hook = _said_record(file.metadata).pop("hook", None)
+        said = {key: value for key, value in _said_record(file.metadata).items() if key != "hook"}
+        if not isinstance(hook, str) or len(hook) > 200 or said != expected or set(file.metadata) != {"record"}:
+            yield "structure", "expected no metadata but architecture, preprocessing and hook, as in model.json"
+    if release.deep:
+        for name in not_finite(release.folder / path, file.tensors):
+            yield "values", f"{name[:200]!r} holds values that are infinite or not numbers"
+
+
+def _said_record(metadata: dict[str, str]) -> dict[str, Any]:
+    """The record in the metadata of a featurizer's file; empty where there is none."""
+    try:
+        record = bounded_json(metadata.get("record", "").encode())
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _shard(release: _Release, path: str) -> Iterator[Finding]:
+    index = release.index
+    if index is None:
+        yield "structure", "without a right features/index.json it cannot be looked at"
+        return
+    split, record = _record_of(index, path)
+    if record is None:
+        return  # told as a contradiction
+    file_path = release.folder / path
+    layout = read_layout(file_path)
+    with file_path.open("rb") as file:
+        hidden = layout.hidden_bytes(file)
+    if hidden is not None:
+        yield "structure", f"byte {hidden} belongs to nothing and is not zero: deleted data, or hidden ones"
+    with open_shard(file_path) as shard:
+        check_shard(shard, file_path, index, split, record.rows)
+        if not all(_stored_whole(shard[member]) for member in shard):
+            yield "structure", "its data sets are not written whole"
+        if release.deep:
+            yield from _targets(shard, release)
+    if release.deep:
+        yield from _rows(release.folder, index, split, record)
+
+
+def _record_of(index: BankIndex, path: str) -> tuple[SplitName, ShardRecord | None]:
+    for split, shards in index.splits.items():
+        for record in shards:
+            if f"features/{record.file}" == path:
+                return split, record
+    return "train", None
+
+
+def _stored_whole(dataset: h5py.Dataset) -> bool:
+    storage = dataset.id.get_storage_size()
+    filtered = dataset.id.get_create_plist().get_nfilters() > 0
+    return storage == dataset.nbytes or (filtered and storage > 0)
+
+
+def _targets(shard: h5py.File, release: _Release) -> Iterator[Finding]:
+    """Of a shard whose shapes are right."""
+    release.ids.append(shard["id"][:].view(f"V{ID_BYTES}")[:, 0])
+    if "target" in shard and not np.isfinite(shard["target"][:]).all():
+        yield "values", "targets are infinite or not numbers"
+    if "label" in shard and release.model is not None:
+        labels = shard["label"][:]
+        if labels.min() < 0 or labels.max() >= len(release.model.classes):
+            yield (
+                "values",
+                f"labels from {labels.min()} to {labels.max()}, expected 0 to {len(release.model.classes) - 1}",
+            )
+
+
+def _rows(folder: Path, index: BankIndex, split: SplitName, record: ShardRecord) -> Iterator[Finding]:
+    """Every row of a shard, decoded as a reader decodes it."""
+    alone = index.model_copy(update={"splits": {split: (record,)}})
+    bank = FeatureBank(folder / "features", split, alone)
+    exponent = np.uint16(0x7C00)  # all ones: infinite or not a number
+    for rows, features in bank.batches(max(1, BLOCK_BYTES // index.row_bytes)):
+        bad = ((features.view(np.uint16) & exponent) == exponent).reshape(len(rows), -1).any(axis=1)
+        if bad.any():
+            yield "values", f"row {rows[bad.argmax()]} holds values that are infinite or not numbers"
+            return
+
+
+CHECKERS: dict[Role, Callable[[_Release, str], Iterator[Finding]]] = {
+    "card": _card,
+    "croissant": _croissant,
+    "model-record": _model_record,
+    "bank-index": _bank_index,
+    "attack-report": _attack_report,
+    "featurizer": _weights,
+    "classifier": _weights,
+    "shard": _shard,
+}
+ROLES_IN_ORDER = list(CHECKERS)
+assert set(CHECKERS) == set(get_args(Role))
+
+if __name__ == "__main__":
+    main()

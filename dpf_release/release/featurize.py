@@ -1,0 +1,143 @@
+"""A downstream user's own images T as a bank φ1(T), in the layout of a release's banks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dpf_release.bank.build import Compute, changed_facts, machine_facts, refuse_other_plan, write_bank
+from dpf_release.bank.format import ID_BYTES, INDEX, SPLITS, BankIndex, SplitName
+from dpf_release.bank.writer import BankWriter, Span, SplitRows
+from dpf_release.core.arrays import Rows
+from dpf_release.core.files import make_folder, write_json
+from dpf_release.core.ranks import Ranks
+from dpf_release.core.sizes import parse_size
+from dpf_release.errors import BankError, ImageError
+from dpf_release.images.dataset import BadImage, Pictures
+from dpf_release.images.read import read_table
+from dpf_release.images.survey import refuse_bad, survey_together
+from dpf_release.images.table import ImageTable
+from dpf_release.models.training import pick_device
+from dpf_release.release.model_record import ModelRecord
+from dpf_release.release.release import Release
+
+NEW_PLAN = ".plan.json"  # of a downstream user's bank, while it is written
+
+
+def featurized(phi_1: nn.Module, pictures: Pictures, rows: Mapping[SplitName, Rows], device: torch.device) -> Compute:
+    """φ1 of the pictures at `rows` of the table, which are decoded ahead."""
+
+    def compute(spans: Sequence[Span]) -> Iterator[NDArray[np.floating[Any]]]:
+        decoded = pictures.stream([rows[span.split][span.start : span.stop] for span in spans])
+        with contextlib.closing(decoded):
+            for batch, bad in decoded:
+                if bad:
+                    raise ImageError(
+                        f"{bad[0].name}: {bad[0].reason}. It could be read before. Put the file back with the time of "
+                        "its last change, and run again to go on; or begin anew with --restart."
+                    )
+                batch = pictures.preprocess.normalise(batch.to(device, non_blocking=True))
+                # The same bytes at each run: no choice of algorithms by a stopwatch.
+                with torch.inference_mode(), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+                    computed = phi_1(batch.contiguous(memory_format=torch.channels_last)).contiguous().cpu()
+                yield computed.numpy()
+
+    return compute
+
+
+def featurize_new(
+    release: Release,
+    images: Path,
+    out: Path,
+    shard_size: str = "1 GiB",
+    batch_size: int = 128,
+    max_bad: float = 0.001,
+    device: str = "auto",
+) -> tuple[BankIndex, list[BadImage]]:
+    """A downstream user's own bank φ1(T), unpoisoned and theirs to keep, in the layout of a release's banks.
+
+    A run that was cut off goes on. Under `torchrun` the shards are divided among the ranks.
+
+    Args:
+        release: whose φ1.
+        images: T, an ImageFolder tree or a CSV table; its classes are among the release's, its targets are the same.
+        out: folder of the new bank; must not hold one.
+        shard_size: of the bank's files at the most, as `"1 GiB"`.
+        batch_size: images a step.
+        max_bad: share of unreadable images above which nothing is written.
+        device: where φ1 computes.
+
+    Returns:
+        The index, and the images that could not be read and have no row.
+
+    Raises:
+        ImageError: a class of T is not one of the release's, or too many images are unreadable.
+        BankError: the folder holds a bank already, or half of one that was made from something else.
+        StorageError: another run works in the folder, or the disk has not enough room.
+    """
+    ranks, where = Ranks.of_torchrun(), pick_device(device)
+    plan = out / NEW_PLAN
+    table = _own_splits(images, release.record)
+    make_folder(out)
+    with ranks.holding(out):
+        if (out / INDEX).exists() and not plan.exists():
+            raise BankError(f"{out} holds a bank already. Name another folder with --out, or remove it.")
+        pictures = Pictures(table, release.preprocess)
+        bad = survey_together(pictures, ranks, "Reading images")
+        refuse_bad(bad, len(table), max_bad)
+        facts = {
+            "source_sha256": table.digest(),
+            "featurizer_sha256": release.index.featurizer_sha256,
+            "undecodable": [image.row for image in bad],
+            "shard_size": parse_size(shard_size),
+            "batch_size": batch_size,
+            **machine_facts(where, "none"),
+        }
+        new = facts | {"ids": secrets.token_hex(32)}
+        ranks.once(lambda: None if plan.exists() else write_json(plan, new))
+        known = json.loads(plan.read_text(encoding="utf-8"))
+        refuse_other_plan(f"the bank in {out}", changed_facts(known, facts), "remove the folder", BankError)
+        generator = np.random.default_rng(list(bytes.fromhex(known["ids"])))
+        rows_of = {name: np.setdiff1d(table.rows_of(name), [image.row for image in bad]) for name in SPLITS}
+        rows = {
+            name: SplitRows(table.targets[rows], generator.integers(0, 256, (len(rows), ID_BYTES), np.uint8))
+            for name, rows in rows_of.items()
+        }
+        header = BankIndex(
+            poisoned=False,
+            featurizer_sha256=release.index.featurizer_sha256,
+            feature_shape=release.record.feature_shape,
+            targets=release.record.target_columns,
+        )
+        writer = BankWriter(out, header, parse_size(shard_size), batch_size)
+        phi_1 = release.featurizer().to(where).to(memory_format=torch.channels_last)
+        index = write_bank(
+            writer, rows, featurized(phi_1, pictures, rows_of, where), ranks, "Writing features", "images"
+        )
+        ranks.once(plan.unlink)  # its ids are in the bank now, and nobody else's business
+    return index, bad
+
+
+def _own_splits(images: Path, record: ModelRecord) -> ImageTable:
+    """T as it is split already (all of it `train` where it is not), its labels by the release's numbers."""
+    table = read_table(images, task=record.task, target_columns=record.targets, val_fraction=0.0, test_fraction=0.0)
+    unknown = sorted(set(table.classes) - set(record.classes))
+    if unknown:
+        raise ImageError(
+            f"expected images of the release's classes {', '.join(record.classes)}, found also {', '.join(unknown)}. "
+            "Rename or remove those."
+        )
+    if record.task == "regression":
+        return table
+    number = np.array([record.classes.index(name) for name in table.classes], np.int64)
+    return replace(table, targets=number[table.targets], classes=record.classes)

@@ -1,0 +1,165 @@
+"""A published release, as a downstream user opens it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from dpf_release.bank.dataset import BankDataset
+from dpf_release.bank.format import BankIndex, SplitName, read_index
+from dpf_release.core.sizes import readable_size
+from dpf_release.errors import VerificationError
+from dpf_release.images.decode import Preprocess
+from dpf_release.models.hooks import Split, split
+from dpf_release.models.weights import freeze, load_state
+from dpf_release.models.zoo import build_network, is_public_architecture, network_on_paper
+from dpf_release.release.checked_files import CheckedDigests
+from dpf_release.release.contents import CLASSIFIER, FEATURIZER, MODEL, check_structure, contradictions
+from dpf_release.release.contents import VERSION as STRUCTURE
+from dpf_release.release.manifest import MANIFEST, Manifest
+from dpf_release.release.model_record import CUSTOM, ModelRecord, read_model_record
+from dpf_release.release.verify import Problem, read_manifest
+from dpf_release.release.verify import verify as compare
+
+Builder = Callable[[int], nn.Module]
+Level = Literal["full", "sizes", "none"]
+
+
+class Release:
+    """A release folder whose files are those of its manifest.
+
+    Attributes:
+        folder: where it is.
+        manifest: name, version, licence, counts, claims, digests.
+        record: what rebuilds φ1 and φ2.
+        index: the bank's index.
+        preprocess: from images to φ1's input.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, record: ModelRecord, index: BankIndex) -> None:
+        self.folder, self.manifest, self.record, self.index = folder, manifest, record, index
+        self.preprocess = Preprocess(**record.preprocess.model_dump())
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: Level = "full") -> Release:
+        """Checks a release, then opens it. What was checked on this machine, and is unchanged, is not checked again.
+
+        Args:
+            folder: the release.
+            verify: "full": every file's size and SHA-256, then what the files are, in a child process with little
+                memory and time; no rows are read, `dpf-release verify --deep` does that. "sizes": the same without the
+                SHA-256, for which every byte is read. "none": nothing; for a folder that was checked already.
+
+        Raises:
+            VerificationError: files are missing, changed, unexpected, or not what a release holds, or records
+                contradict each other; all of it.
+            BankError: "none", and no index of a bank.
+        """
+        folder = Path(folder)
+        problems = [] if verify == "none" else _problems(folder, verify)
+        manifest = read_manifest(folder)
+        if isinstance(manifest, Problem):
+            problems = problems or [manifest]
+        if problems or isinstance(manifest, Problem):
+            raise VerificationError(
+                f"{folder} is not the release that its manifest describes:\n"
+                + "\n".join(f"  {problem}" for problem in problems)
+                + "\nFetch it again from where you trust it.",
+                [str(problem) for problem in problems],
+            )
+        record, index = read_model_record(folder / MODEL), read_index(folder / "features")
+        found = contradictions(manifest, record, index)
+        if found:
+            raise VerificationError(f"{folder} contradicts itself: " + "; ".join(found) + ".", found)
+        return cls(folder, manifest, record, index)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by index; empty for regression."""
+        return self.record.classes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, by index, or of the regression targets."""
+        return self.record.classes or self.record.targets
+
+    def bank(self, split: SplitName) -> BankDataset:
+        """P(φ1(S)) of one split, as a torch data set."""
+        return BankDataset.open(self.folder / "features", split, self.names)
+
+    def featurizer(self, build: Builder | None = None) -> nn.Module:
+        """φ1: (N, 3, H, W) preprocessed images → (N, C, H, W) features; frozen.
+
+        Args:
+            build: makes the network from its number of outputs; needed for an owner's own architecture only.
+        """
+        return freeze(self._part("featurizer", build))
+
+    def classifier(self, build: Builder | None = None) -> nn.Module:
+        """φ2: (N, C, H, W) features → (N, outputs); in evaluation mode, its weights free to be refined."""
+        return self._part("classifier", build).eval()
+
+    def untrained_classifier(self, build: Builder | None = None) -> nn.Module:
+        """φ2's architecture with fresh random weights: where a new classifier φ3 starts."""
+        parts = self._split(build)
+        if build is None:
+            self._refuse_giant(parts)
+            with torch.random.fork_rng(devices=[]):
+                fresh = build_network(self.record.arch, self.record.outputs, self.record.arguments).state_dict()
+            parts.classifier.load_state_dict({name: fresh[name] for name in parts.classifier.state_dict()}, assign=True)
+        return parts.classifier.train().requires_grad_(True)
+
+    def _part(self, name: Literal["featurizer", "classifier"], build: Builder | None) -> nn.Module:
+        part: nn.Module = getattr(self._split(build), name)
+        tensors = load_state(self.folder / "model" / f"{name}.safetensors")
+        expected = {key: (value.shape, value.dtype) for key, value in part.state_dict().items()}
+        if expected != {key: (value.shape, value.dtype) for key, value in tensors.items()}:
+            raise VerificationError(f"model/{name}.safetensors does not hold the weights of {self.record.arch}.")
+        part.load_state_dict(tensors, assign=build is None)
+        return part
+
+    def _split(self, build: Builder | None) -> Split:
+        """φ1 and φ2; of a known architecture on paper: whatever its record says takes no room and little work."""
+        record = self.record
+        if build is not None:
+            with torch.random.fork_rng(devices=[]):
+                network = build_network(record.arch, record.outputs, record.arguments, builder=build)
+        elif is_public_architecture(record.arch):
+            network = network_on_paper(record.arch, record.outputs, record.arguments)
+        else:
+            raise VerificationError(
+                f"this release's network is its owner's own (architecture {record.arch!r}, expected a known one or "
+                f"{CUSTOM!r}). Hand in what builds it: release.featurizer(build=my_function)."
+            )
+        parts = split(network, record.hook, record.preprocess.size)
+        if parts.hook.shape != record.feature_shape:
+            raise VerificationError(
+                f"expected features {record.feature_shape} at {record.hook}, the network makes {parts.hook.shape}."
+            )
+        return parts
+
+    def _refuse_giant(self, parts: Split) -> None:
+        """That the network is no larger than its files: before it is built."""
+        tensors = [*parts.featurizer.state_dict().values(), *parts.classifier.state_dict().values()]
+        weights = sum(tensor.nbytes for tensor in tensors)
+        stored = sum((self.folder / path).stat().st_size for path in (FEATURIZER, CLASSIFIER))
+        if weights > stored:
+            raise VerificationError(
+                f"{self.record.arch} as model/model.json describes it has weights of {readable_size(weights)}; the "
+                f"release holds {readable_size(stored)}. It was not built. Fetch it again from where you trust it."
+            )
+
+
+def _problems(folder: Path, level: Level) -> list[Problem]:
+    """What is wrong with the files of a release; what is known of them from before is taken for granted."""
+    with CheckedDigests.open(folder) as memory:
+        problems = compare(folder, digest=memory.sha256 if level == "full" else None)
+        manifest = read_manifest(folder)
+        if problems or isinstance(manifest, Problem):
+            return problems
+        paths = [folder / MANIFEST, *(folder / file.path for file in manifest.files)]
+        return memory.once(f"structure {STRUCTURE}", paths, lambda: check_structure(folder))
