@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browsing import browser  # noqa: F401  # a fixture for all
 from PIL import Image, ImageDraw
-from warm_cli import WarmCli
 
+from browsing import browser  # noqa: F401  # a fixture for all
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.init import init
@@ -25,6 +24,7 @@ from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import train
 from dpf_release.publish.package import package
+from warm_cli import WarmCli
 
 # Two test processes share two cores: more threads would only get in each other's way.
 torch.set_num_threads(1)

@@ -22,9 +22,9 @@ from unittest import mock
 import h5py
 import numpy as np
 import torch
-from conftest import CONFIG, write_shapes
 from safetensors.numpy import load
 
+from conftest import CONFIG, write_shapes
 from dpf_release import Release
 from dpf_release.evaluation.suite import attack
 from dpf_release.owner.featurize import featurize
@@ -35,8 +35,8 @@ from dpf_release.owner.project import Project
 from dpf_release.owner.train import train
 from dpf_release.publish.package import package
 from dpf_release.release.signing import new_key
+from places import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 KEY = GOLDEN / "owner-key.pub.pem"
 BYTES = GOLDEN / "bytes.json"
 SMALLER = {

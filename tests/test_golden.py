@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from dpf_release import Release
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.owner.project import Project
+from dpf_release.release.contents import verify_deep
+from dpf_release.release.verify import verify
 from golden_release import (
     BYTES,
     FUNCTIONS,
-    GOLDEN,
     KEY,
     PUBLISHED,
     digests,
@@ -20,13 +25,8 @@ from golden_release import (
     learned_weights,
     this_machine,
 )
+from places import GOLDEN
 from small_releases import flip_bit
-
-from dpf_release import Release
-from dpf_release.bank.reader import FeatureBank
-from dpf_release.owner.project import Project
-from dpf_release.release.contents import verify_deep
-from dpf_release.release.verify import verify
 
 SIGNED, UNSIGNED = GOLDEN / "release-1-signed", GOLDEN / "release-1"
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import run_cli
 from typer.main import get_command
 
+from conftest import run_cli
 from dpf_release.cli.app import app
 from dpf_release.poisoning.interface import FUNCTIONS
 from dpf_release.release.attack_report import AttackReport
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
