@@ -6,11 +6,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from dpf_release.core.files import replacing, sha256_of
 from dpf_release.errors import VaultError
-from dpf_release.core.files import replacing
-from dpf_release.core.files import sha256_of
-
-
 
 SEALED = ".age"  # after the name of a file: its sealed form
 HEADER = b"age-encryption.org/v1\n"

@@ -2,43 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import hashlib
-import io
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from dpf_release.owner.vault.age import SEALED
-from dpf_release.owner.vault.age import decrypt
-from dpf_release.owner.vault.age import decrypt_file
-from dpf_release.owner.vault.age import encrypt
-from dpf_release.owner.vault.age import encrypt_file
-from dpf_release.owner.vault.age import is_sealed_form
-from dpf_release.owner.vault.age import sealed_form
-from dpf_release.bank.format import INDEX
-from dpf_release.bank.format import SplitName
-from dpf_release.errors import VaultError
-from dpf_release.owner.vault.permissions import refuse_others
-from dpf_release.owner.vault.permissions import refuse_tracked
-from dpf_release.core.files import PARTIAL
-from dpf_release.core.files import PRIVATE_FOLDER
-from dpf_release.core.files import flush_to_disk
-from dpf_release.core.files import json_text
-from dpf_release.core.files import make_folder
-from dpf_release.core.files import refuse_small_disk
-from dpf_release.core.files import remove_folder
-from dpf_release.core.files import replacing
-from dpf_release.core.files import sha256_of
-from dpf_release.core.files import write_json
-from dpf_release.core.files import write_text
+from collections.abc import Mapping
+from typing import Any
+
 from dpf_release.owner.vault.vault import Vault
-
-
 
 
 def releases(vault: Vault) -> list[dict[str, Any]]:

@@ -10,11 +10,9 @@ import subprocess
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+
+from dpf_release.core.files import PRIVATE_FILE, PRIVATE_FOLDER
 from dpf_release.errors import VaultError
-from dpf_release.core.files import PRIVATE_FILE
-from dpf_release.core.files import PRIVATE_FOLDER
-
-
 
 SHOWN = 5
 OTHERS = 0o077

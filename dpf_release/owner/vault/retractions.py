@@ -9,14 +9,12 @@ import hashlib
 import re
 from collections.abc import Collection
 from typing import Annotated, Any
+
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from dpf_release.bank.format import Digest
-from dpf_release.bank.format import SplitName
+
+from dpf_release.bank.format import RELEASED_SPLITS, Digest, SplitName
 from dpf_release.errors import VaultError
-from dpf_release.bank.format import RELEASED_SPLITS
 from dpf_release.owner.vault.vault import Vault
-
-
 
 RETRACTED = "retracted.json"
 RowId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]

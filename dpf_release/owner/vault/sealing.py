@@ -7,34 +7,25 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from dpf_release.owner.vault.age import SEALED
-from dpf_release.owner.vault.age import decrypt_file
-from dpf_release.owner.vault.age import encrypt_file
-from dpf_release.owner.vault.age import is_sealed_form
-from dpf_release.owner.vault.age import read_identity
-from dpf_release.owner.vault.age import read_recipients
-from dpf_release.owner.vault.age import sealed_form
+
 from dpf_release.bank.format import INDEX
-from dpf_release.errors import VaultError
+from dpf_release.core.files import PARTIAL, flush_to_disk, refuse_small_disk, write_json
+from dpf_release.core.locks import LOCK, locked
 from dpf_release.core.progress import Progress
-from dpf_release.owner.vault.retractions import read_retracted
-from dpf_release.owner.vault.staging import remove_unpublished
-from dpf_release.owner.vault.staging import unpublished_folder
-from dpf_release.core.locks import LOCK
-from dpf_release.core.files import PARTIAL
-from dpf_release.core.files import flush_to_disk
-from dpf_release.core.locks import locked
-from dpf_release.core.files import refuse_small_disk
-from dpf_release.core.files import write_json
-from dpf_release.owner.vault.vault import OPENED
-from dpf_release.owner.vault.vault import SEALS
-from dpf_release.owner.vault.vault import STAGED
-from dpf_release.owner.vault.vault import UNPUBLISHED
-from dpf_release.owner.vault.vault import Seals
-from dpf_release.owner.vault.vault import Vault
+from dpf_release.errors import VaultError
+from dpf_release.owner.vault.age import (
+    SEALED,
+    decrypt_file,
+    encrypt_file,
+    is_sealed_form,
+    read_identity,
+    read_recipients,
+    sealed_form,
+)
 from dpf_release.owner.vault.ledger import releases
-
-
+from dpf_release.owner.vault.retractions import read_retracted
+from dpf_release.owner.vault.staging import remove_unpublished, unpublished_folder
+from dpf_release.owner.vault.vault import OPENED, SEALS, STAGED, UNPUBLISHED, Seals, Vault
 
 FORGETTABLE = ("features", "candidates", "figures")
 DELETION = (

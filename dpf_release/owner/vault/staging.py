@@ -10,16 +10,10 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from dpf_release.core.files import PUBLIC_FOLDER, make_folder, remove_folder, sha256_of, write_json
+from dpf_release.owner.vault.vault import UNPUBLISHED, Vault
 from dpf_release.release.manifest import MANIFEST
-from dpf_release.core.files import PUBLIC_FOLDER
-from dpf_release.core.files import make_folder
-from dpf_release.core.files import remove_folder
-from dpf_release.core.files import sha256_of
-from dpf_release.core.files import write_json
-from dpf_release.owner.vault.vault import UNPUBLISHED
-from dpf_release.owner.vault.vault import Vault
-
-
 
 
 def build_beside(vault: Vault, place: Path) -> Path:

@@ -12,32 +12,34 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from dpf_release.owner.vault.age import SEALED
-from dpf_release.owner.vault.age import decrypt
-from dpf_release.owner.vault.age import decrypt_file
-from dpf_release.owner.vault.age import encrypt
-from dpf_release.owner.vault.age import encrypt_file
-from dpf_release.owner.vault.age import is_sealed_form
-from dpf_release.owner.vault.age import sealed_form
-from dpf_release.bank.format import INDEX
-from dpf_release.bank.format import SplitName
-from dpf_release.errors import VaultError
-from dpf_release.owner.vault.permissions import refuse_others
-from dpf_release.owner.vault.permissions import refuse_tracked
-from dpf_release.core.files import PARTIAL
-from dpf_release.core.files import PRIVATE_FOLDER
-from dpf_release.core.files import flush_to_disk
-from dpf_release.core.files import json_text
-from dpf_release.core.files import make_folder
-from dpf_release.core.files import refuse_small_disk
-from dpf_release.core.files import remove_folder
-from dpf_release.core.files import replacing
-from dpf_release.core.files import sha256_of
-from dpf_release.core.files import write_json
-from dpf_release.core.files import write_text
-from dpf_release.bank.format import SPLITS
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dpf_release.bank.format import INDEX, SPLITS
+from dpf_release.core.files import (
+    PARTIAL,
+    PRIVATE_FOLDER,
+    flush_to_disk,
+    json_text,
+    make_folder,
+    refuse_small_disk,
+    remove_folder,
+    replacing,
+    sha256_of,
+    write_json,
+    write_text,
+)
+from dpf_release.errors import VaultError
+from dpf_release.owner.vault.age import (
+    SEALED,
+    decrypt,
+    decrypt_file,
+    encrypt,
+    encrypt_file,
+    is_sealed_form,
+    sealed_form,
+)
+from dpf_release.owner.vault.permissions import refuse_others, refuse_tracked
 
 BANK = (INDEX, *SPLITS)  # what a bank has in its folder; beside it may lie what is never opened to the disk
 SEALS = "sealed.json"  # in the clear: for whom the vault is sealed, and the names of its sealed members

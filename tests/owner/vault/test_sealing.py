@@ -14,13 +14,11 @@ from typing import Any
 
 import h5py
 import pytest
-from conftest import killed, run_cli
 from safetensors.numpy import load_file, save_file
 from test_retract import files_with
 from typer.main import get_command
 
-from places import ROOT
-
+from conftest import killed, run_cli
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.cli import owner as cli
 from dpf_release.core.files import sha256_of
@@ -41,6 +39,7 @@ from dpf_release.publish.inspect import inspect
 from dpf_release.publish.leaks.private_facts import private_facts
 from dpf_release.publish.package import package
 from dpf_release.release.verify import verify
+from places import ROOT
 
 pyrage = age.load_pyrage()
 
