@@ -26,6 +26,7 @@ WITHOUT_TORCH = (
     "bank.format",
     "bank.hdf5_check",
     "bank.reader",
+    "bank.rows",
     "bank.writer",
     "core.arrays",
     "core.bounded_json",

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpf_release.attacks.toolkit.trained import seeded
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.targets import Target, planted_target
 from dpf_release.evaluation.truth import Suspects, bins_of
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.models.training import Recipe, fit
 from dpf_release.owner.project import Project
-from dpf_release.poisoning.interface import RowSource
 
 MEMORISER = "memorising-network"
 PICTURES, EPOCHS, BATCH = 400, 40, 32

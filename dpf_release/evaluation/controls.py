@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.poisoning.chain import Chain
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, RowSource, as_tensor
+from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, as_tensor
 from dpf_release.poisoning.recombine import Recombine
 from dpf_release.poisoning.stationary import GaussianNoise, Identity
 

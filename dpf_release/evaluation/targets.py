@@ -16,6 +16,7 @@ from torch import nn
 from dpf_release.attacks.threat_models import HeldRows
 from dpf_release.bank.format import ID_BYTES, INDEX, RELEASED_SPLITS
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import sha256_of
 from dpf_release.errors import NotGrantedError, VaultError
@@ -26,7 +27,7 @@ from dpf_release.owner.poison import changed_since_poison
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.poisoning.chain import Chain
-from dpf_release.poisoning.interface import FeatureSpec, Plan, RowSource
+from dpf_release.poisoning.interface import FeatureSpec, Plan
 
 
 @dataclass(frozen=True, eq=False)

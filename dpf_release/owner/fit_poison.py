@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpf_release.bank.format import RELEASED_SPLITS, SplitName
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder
 from dpf_release.errors import ConfigError, VaultError
@@ -32,7 +33,7 @@ from dpf_release.owner.project import Project
 from dpf_release.owner.train import TargetTask
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
-from dpf_release.poisoning.interface import FeatureSpec, Plan, RowSource
+from dpf_release.poisoning.interface import FeatureSpec, Plan
 from dpf_release.poisoning.objective import Objective
 
 

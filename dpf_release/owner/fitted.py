@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from dpf_release.bank.format import RELEASED_SPLITS, SplitName
+from dpf_release.bank.rows import RowSource
 from dpf_release.errors import VaultError
 from dpf_release.models.weights import parse_state
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
-from dpf_release.poisoning.interface import FeatureSpec, Plan, RowSource
+from dpf_release.poisoning.interface import FeatureSpec, Plan
 
 CANDIDATE = "candidate.json"  # beside a function: the plan that its candidate is written under
 PLAN = "plan.safetensors"

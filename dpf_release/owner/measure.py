@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpf_release.bank.format import INDEX, SplitName
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder, sha256_of
 from dpf_release.core.ranks import Ranks
@@ -28,7 +29,6 @@ from dpf_release.models.reconstructors import Reconstructor
 from dpf_release.owner.adversaries import attribute_classifier, attribute_of_rows, straw_man
 from dpf_release.owner.fitted import FittedFunction, load_function
 from dpf_release.owner.project import Project
-from dpf_release.poisoning.interface import RowSource
 from dpf_release.poisoning.objective import AttributeAttacker
 
 RECONSTRUCTED_ROWS = 2000

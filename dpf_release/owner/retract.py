@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from dpf_release.bank.drop_rows import BEFORE, drop_rows
 from dpf_release.bank.format import INDEX, RELEASED_SPLITS, SPLITS, SplitName, read_index
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import PARTIAL, sha256_of, write_json
 from dpf_release.errors import BankError, ConfigError, VaultError
@@ -28,7 +29,6 @@ from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.retractions import Retracted, Retraction, digest_of_name, next_version, write_retracted
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.poisoning.interface import RowSource
 
 RowsOfSplit = dict[SplitName, Rows]
 Line = dict[str, str]  # of ids.csv

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import FUNCTIONS, FeatureSpec, Plan, PoisonedRows, PoisoningFunction, RowSource
+from dpf_release.poisoning.interface import FUNCTIONS, FeatureSpec, Plan, PoisonedRows, PoisoningFunction
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, RowSource, register, whole
+from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, register, whole
 from dpf_release.poisoning.recombine import target_bins
 from dpf_release.poisoning.stationary import keyed_normal
 

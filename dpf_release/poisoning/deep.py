@@ -7,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, RowSource, register, whole
+from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, register, whole
 
 
 class _Bottleneck(nn.Module):

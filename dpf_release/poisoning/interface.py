@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import ConfigError
-
-
-class RowSource(Protocol):
-    """Rows of features with their targets and ids: a bank, or a bank seen through a poisoning function."""
-
-    @property
-    def ids(self) -> NDArray[np.uint8]:
-        """(N, 16) bytes."""
-
-    @property
-    def targets(self) -> NDArray[Any]:
-        """(N,) class indices or (N, K) regression targets."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, rows: Rows) -> NDArray[Any]:
-        """Rows by number, (n, C, H, W), any float type."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, RowSource, as_tensor, register, whole
+from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, as_tensor, register, whole
 
 
 @register("recombine")

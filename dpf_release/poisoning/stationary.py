@@ -9,17 +9,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torchvision.transforms.functional import gaussian_blur
 
+from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import (
-    FeatureSpec,
-    Plan,
-    PoisoningFunction,
-    RowSource,
-    as_tensor,
-    bounded,
-    register,
-)
+from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, as_tensor, bounded, register
 
 
 @register("identity")

@@ -11,18 +11,11 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from dpf_release.bank.rows import RowSource
 from dpf_release.errors import ConfigError
 from dpf_release.poisoning.chain import Chain, build_chain
 from dpf_release.poisoning.deep import DeepPoisoningFunction
-from dpf_release.poisoning.interface import (
-    FUNCTIONS,
-    FeatureSpec,
-    Plan,
-    PoisonedRows,
-    PoisoningFunction,
-    RowSource,
-    register,
-)
+from dpf_release.poisoning.interface import FUNCTIONS, FeatureSpec, Plan, PoisonedRows, PoisoningFunction, register
 
 SECRET, OTHER_SECRET = bytes(32), bytes([1] * 32)
 SHAPES = [(3, 8, 8), (5, 7, 3), (1, 5, 5)]
