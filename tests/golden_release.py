@@ -113,8 +113,9 @@ def digests(project: Project) -> dict[str, str]:
 
 def learned_weights(project: Project, name: str) -> dict[str, np.ndarray[Any, Any]]:
     """The weights of a fitted P, by the names that its network gives them."""
-    path = project.vault.function(name) / "dpf.safetensors"
-    return load(path.read_bytes()) if path.is_file() else {}
+    path = project.vault.function(name) / "state.safetensors"
+    tensors = load(path.read_bytes()) if path.is_file() else {}
+    return {key.partition("/")[2]: tensor for key, tensor in tensors.items()}  # without the number of the stage
 
 
 def _digest_of(tensors: dict[str, np.ndarray[Any, Any]]) -> str:

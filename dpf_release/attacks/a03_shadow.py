@@ -11,25 +11,35 @@ from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
 from dpf_release.attacks.toolkit.decoder import decode, train_decoder
-from dpf_release.attacks.toolkit.shadows import SHARE, STEP_COST, match_moments, shadow, shadow_recipe, union
+from dpf_release.attacks.toolkit.shadows import (
+    SHARE,
+    STEP_COST,
+    match_moments,
+    of_its_own_kind,
+    shadow,
+    shadow_recipe,
+    union,
+)
+from dpf_release.errors import ConfigError, NotGrantedError
 
 
 @register
 class ShadowFunctions(Attack):
     """m functions P' fitted on Q, and one decoder for them all, for clean features and for simple disturbances.
 
-    Labels of Q are what φ2 makes of it. Leakage against m, m = 1, 2, 4, ...
+    They are `dpf`, whatever P is. Where P is of another kind, there are as many of that kind, with P's parameters and
+    with others, and a decoder for them. Leakage against m, m = 1, 2, 4, ...
     """
 
-    code, title = "A3", "shadow functions"
+    code, title, version = "A3", "shadow functions", 2
     planted = ("weak-noise", "channel-affine")
 
     def trainings(self, budget: Budget) -> float:
-        """The shadow functions, on fewer pictures; and a decoder for each m."""
-        return budget.shadows * SHARE * STEP_COST + len(_counts(budget.shadows))
+        """The shadow functions, on fewer pictures; a decoder for each m, and one for those of P's own kind."""
+        return budget.shadows * SHARE * STEP_COST + len(_counts(budget.shadows)) + 1
 
     def members(self, view: ReleaseView) -> Mapping[str, nn.Module]:
-        """All its shadow functions."""
+        """Its `dpf` functions, which are known to be weak."""
         return {f"shadow {number + 1}": shadow(view, number) for number in range(view.budget.shadows)}
 
     def run(self, view: ReleaseView) -> Reconstructions:
@@ -51,6 +61,22 @@ class ShadowFunctions(Attack):
             series[f"{m} shadows"] = ("shadows", m)
             if m == len(shadows):
                 decoders[f"{m} shadows, moments"] = decode(view, network, match_moments(view))
+        try:
+            own_kind = of_its_own_kind(view)
+        except (ConfigError, NotGrantedError) as error:
+            return Reconstructions(decoders, series=series, lacks=f"no shadow function of P's own kind: {error}")
+        if own_kind is not None:
+            network = train_decoder(
+                view,
+                "A3 decoder for P's own kind",
+                own_kind,
+                architecture=DECODERS[0][1],
+                loss=DECODERS[0][2],
+                depends_on={"function": view.function, "shadows": len(shadows)},
+                start=straw_man(view).state_dict(),
+                shape=view.feature_shape,
+            )
+            decoders[f"{len(shadows)} shadows of its own kind"] = decode(view, network)
         return Reconstructions(decoders, series=series)
 
 

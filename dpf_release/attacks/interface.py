@@ -25,11 +25,13 @@ class Reconstructions:
         decoders: name → positions in `view.asked` → pictures (n, 3, H, W), floats in [0, 1].
         answered: the positions that there is an answer for, ascending; None: for all. No others are asked for then.
         series: name of a decoder → what it depends on, and how much of it there was: ("pairs", 100).
+        lacks: what the attacker should have tried and could not; then a failure to reconstruct proves nothing.
     """
 
     decoders: Mapping[str, Callable[[Rows], Tensor]]
     answered: Rows | None = None
     series: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    lacks: str = ""
 
 
 @dataclass(frozen=True)

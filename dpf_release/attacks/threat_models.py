@@ -151,6 +151,8 @@ class ReleaseView:
         subject: what a training on Q alone depends on: digests of φ1, φ2, Q.
         bank_subject: what one that uses the bank depends on too: a digest of it.
         kept: what was trained before.
+        function: of what kind P is, as its name with its parameters: `recombine:k=20`; neither its draws nor what it
+            learned. Empty: not known.
     """
 
     phi_1: nn.Module
@@ -169,6 +171,7 @@ class ReleaseView:
     subject: Mapping[str, Any]
     bank_subject: str
     kept: Kept
+    function: str = ""
 
     @property
     def feature_shape(self) -> tuple[int, int, int]:

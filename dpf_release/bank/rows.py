@@ -6,7 +6,7 @@ through: what needs rows of several splits reads a `Concat`, what needs some of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dpf_release.bank.format import ID_BYTES
 from dpf_release.core.arrays import Rows
 
 
@@ -101,3 +102,28 @@ class Select:
     def read(self, rows: Rows) -> NDArray[Any]:
         """Rows by number, (n, C, H, W)."""
         return self.source.read(self.rows[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class ComputedRows:
+    """Rows that are computed as they are read, of targets that are known.
+
+    Attributes:
+        targets: (N,) class indices or (N, K) regression targets.
+        compute: row numbers → features (n, C, H, W), any float type.
+    """
+
+    targets: NDArray[Any]
+    compute: Callable[[Rows], NDArray[Any]]
+
+    @cached_property
+    def ids(self) -> NDArray[np.uint8]:
+        """(N, 16) bytes, the same each time: these rows are nobody's, and go nowhere."""
+        return np.random.default_rng(0).integers(0, 256, (len(self), ID_BYTES), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        """Rows by number, (n, C, H, W)."""
+        return self.compute(rows)

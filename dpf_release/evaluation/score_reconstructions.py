@@ -81,6 +81,7 @@ def score_reconstructions(
         else pictures_of(truth, scores[best], lambda at: answer.decoders[best](places[at]), clean),
         rows=len(truth.asked),
         judged=int((truth.sizes >= LEAST_POOL).sum()),
+        lacks=answer.lacks,
     )
 
 

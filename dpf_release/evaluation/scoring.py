@@ -92,6 +92,8 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
             match = correlation.argmax(dim=1)
             own.append(made_of[places, match.numpy()])
             with_own, mine = correlation.where(torch.from_numpy(made_of[places]), -1).max(dim=1)
+            nobody = with_own < 0  # a row that belongs to no picture has its match for its own
+            with_own, mine = correlation.max(dim=1).values.where(nobody, with_own), match.where(nobody, mine)
             shown.append(pool.pictures[mine.numpy()])
             found = _measure(pictures, originals[mine])
             found["affine_ssim_matched"] = ssim(affine_fit(pictures, originals[match]), originals[match])

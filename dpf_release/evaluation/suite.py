@@ -217,6 +217,8 @@ class _Run:
             found.append(f"{rows} rows, the profile wants {least}")
         elif scored.judged is not None and scored.judged < least:
             found.append(f"{scored.judged} rows in pools of {LEAST_POOL} pictures or more, the profile wants {least}")
+        if scored.lacks:
+            found.append(scored.lacks)
         if not self.enough:
             found.append(
                 f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"

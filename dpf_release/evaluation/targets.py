@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dpf_release.attacks.threat_models import HeldRows
+from dpf_release.attacks.toolkit.shadows import poison_with
 from dpf_release.bank.format import ID_BYTES, INDEX, RELEASED_SPLITS
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.rows import RowSource
@@ -45,6 +46,7 @@ class Target:
             pieces of pieces.
         classifier: in the place of φ2, where a network is planted.
         suspects: the candidates, where they belong to a planted network.
+        function: of what kind it is, as its name with its parameters; empty: of none that has a name.
         known_by_name: whether who knows P's name can do the same to pictures of their own.
         second: the same pictures under another function, as they are released too, and a digest of that bank.
     """
@@ -58,6 +60,7 @@ class Target:
     pieces: Callable[[Rows], Rows | None] = lambda rows: None
     classifier: nn.Module | None = None
     suspects: Suspects | None = None
+    function: str = ""
     known_by_name: bool = False
     second: Callable[[Project], tuple[HeldRows, str]] = lambda project: _no_second()
 
@@ -135,8 +138,8 @@ def candidate_target(project: Project, name: str, function: FittedFunction) -> T
         found = []
         for number, split in enumerate(RELEASED_SPLITS):
             mine = np.flatnonzero((rows >= starts[number]) & (rows < starts[number + 1]))
-            at, members = function.chain.contributors(rows[mine] - starts[number], function.plans[split])
-            found.append((mine[at], members + starts[number]))
+            made = function.chain.contributors(rows[mine] - starts[number], function.plans[split])
+            found.append((mine[made.positions], made.members + starts[number]))
         return np.concatenate([at for at, _ in found]), np.concatenate([members for _, members in found])
 
     def pieces(rows: Rows) -> Rows | None:
@@ -150,7 +153,9 @@ def candidate_target(project: Project, name: str, function: FittedFunction) -> T
         found = np.empty(len(rows), np.int64)
         for number, split in enumerate(RELEASED_SPLITS):
             mine = (rows >= starts[number]) & (rows < starts[number + 1])
-            found[mine] = function.chain.foremost(rows[mine] - starts[number], function.plans[split]) + starts[number]
+            below = rows[mine] - starts[number]
+            made = function.chain.contributors(below, function.plans[split])
+            found[mine] = made.foremost(below) + starts[number]
         return found
 
     phi_2 = project.frozen(project.cut.split.classifier)
@@ -165,7 +170,8 @@ def candidate_target(project: Project, name: str, function: FittedFunction) -> T
         foremost,
         subject,
         pieces,
-        known_by_name=function.chain.known_by_name,
+        function=function.chain.spec,
+        known_by_name=not function.chain.learned_secret,
         second=second,
     )
 
@@ -198,7 +204,7 @@ def _released_too(project: Project, digest: str) -> tuple[HeldRows, str]:
 
 def _pieces(plans: Sequence[Plan]) -> Rows | None:
     """Of the one stage that puts rows together; None where there is none, or several."""
-    mixing = [plan.pieces for plan in plans if plan.pieces is not None]
+    mixing = [plan.arrays["pieces"] for plan in plans if "pieces" in plan.arrays]
     return mixing[0] if len(mixing) == 1 else None
 
 
@@ -214,8 +220,8 @@ def planted_target(project: Project, name: str, clean: RowSource, seed: int, mem
         name,
         held(chain.on(clean, plans)),
         poison_with(chain, phi_2, f"planted {seed}"),
-        lambda rows: chain.contributors(rows, plans),
-        lambda rows: chain.foremost(rows, plans),
+        lambda rows: chain.contributors(rows, plans)[:2],
+        lambda rows: chain.contributors(rows, plans).foremost(rows),
         subject,
         lambda rows: None if pieces is None else pieces[rows],
         second=lambda project: (
@@ -249,17 +255,6 @@ class _Source:
 def held_source(rows: HeldRows) -> RowSource:
     """A bank of an attacker's, as a poisoning function wants it."""
     return _Source(rows)
-
-
-def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Callable[[HeldRows], tuple[HeldRows, Rows]]:
-    """P on a bank of the attacker's, under a plan for that bank; learned weights and fixed numbers are P's own."""
-
-    def poison(rows: HeldRows) -> tuple[HeldRows, Rows]:
-        source = held_source(rows)
-        plans = chain.plan(source, phi_2, hashlib.sha256(seed.encode()).digest())
-        return held(chain.on(source, plans)), chain.foremost(np.arange(len(rows)), plans)
-
-    return poison
 
 
 def draw_truth(project: Project, target: Target, rows: int, seed: int) -> Truth:

@@ -55,6 +55,7 @@ class Scored:
         rows: how many were asked for, where it is not all of the truth's.
         judged: of how many it was told whether they are found; None: of all.
         pictures: for the report (`gallery.pictures_of`).
+        lacks: what the attacker could not try; see `Reconstructions`.
     """
 
     ways: dict[str, Way]
@@ -71,6 +72,7 @@ class Scored:
     rows: int | None = None
     judged: int | None = None
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    lacks: str = ""
 
     @property
     def re_identification_limit(self) -> float | None:

@@ -89,6 +89,7 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
         },
         "bank_subject": target.subject,
         "kept": setting.kept,
+        "function": target.function,
     }
     more = GRANTS[view](target, setting) if view in GRANTS else {}
     return view(**{**fields, **more})

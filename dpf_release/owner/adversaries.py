@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpf_release.bank.format import SPLITS, SplitName
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import ComputedRows, RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder
 from dpf_release.errors import ConfigError, ImageError
@@ -24,9 +25,9 @@ from dpf_release.models.reconstructors import Reconstructor, build_reconstructor
 from dpf_release.models.training import Recipe, fit
 from dpf_release.models.weights import parse_state, state_file
 from dpf_release.owner.project import Project
+from dpf_release.poisoning.fitting import VALIDATION_ROWS
 from dpf_release.poisoning.objective import AttributeAttacker
 
-VALIDATION_ROWS = 2000  # enough for the third digit of a loss; more would cost a share of each epoch
 # The identity classifier of the paper's section 4.4 is trained on people with enough pictures, none overrepresented.
 ATTRIBUTE_MIN_ROWS, ATTRIBUTE_MAX_ROWS = 10, 30
 
@@ -52,6 +53,21 @@ def straw_man(project: Project, name: str) -> Reconstructor:
     network.load_state_dict(parse_state(project.vault.read_bytes(path, "fit-poison"), path))
     project.frozen(network)
     return network
+
+
+def public_features(project: Project) -> RowSource:
+    """φ1(Q), computed as it is read, as rows of the `train` split of Q; targets where Q is labelled."""
+    images = project.public_images
+    rows = images.rows("train")
+    phi_1 = project.frozen(project.cut.split.featurizer)
+
+    def features(numbers: Rows) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            inputs = project.preprocess.normalise(images.pictures.read(rows[numbers]).to(project.device))
+            out: NDArray[np.float32] = phi_1(inputs.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
+        return out
+
+    return ComputedRows(images.table.targets[rows], features)
 
 
 def new_straw_man(project: Project, name: str) -> Reconstructor:

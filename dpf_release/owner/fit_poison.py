@@ -1,40 +1,35 @@
-"""`fit-poison`: P, fitted on S against the byproduct attackers, and as the vault keeps it."""
+"""`fit-poison`: P, fitted on S against its adversaries, and as the vault keeps it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from dpf_release.bank.format import RELEASED_SPLITS, SplitName
 from dpf_release.bank.reader import FeatureBank
-from dpf_release.bank.rows import RowSource
-from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder
 from dpf_release.errors import ConfigError, VaultError
-from dpf_release.models.training import Recipe, fit
+from dpf_release.models.training import Recipe
 from dpf_release.models.weights import state_file
 from dpf_release.owner.adversaries import (
-    VALIDATION_ROWS,
     attribute_classifier,
     attribute_of_rows,
     new_straw_man,
+    public_features,
     straw_man,
 )
-from dpf_release.owner.fitted import CANDIDATE, PLAN, read_plans, write_plans
+from dpf_release.owner.fitted import CANDIDATE, PLAN, STATE, read_plans, write_plans
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import TargetTask
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
-from dpf_release.poisoning.interface import FeatureSpec, Plan
-from dpf_release.poisoning.objective import Objective
+from dpf_release.poisoning.fitting import Material, Plans, Split, fit_chain
+from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.objective import Adversaries
 
 
 def fit_poison(project: Project, name: str = "default", restart: bool = False) -> dict[str, Any]:
@@ -58,45 +53,75 @@ def fit_poison(project: Project, name: str = "default", restart: bool = False) -
 
 
 def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
-    section, cut, vault = project.config.poison, project.cut, project.vault
+    section, vault = project.config.poison, project.vault
     folder = vault.function(name)
     banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
-    spec = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
+    spec = FeatureSpec(project.cut.record.feature_shape, project.cut.split.non_negative)
     _refuse_mistakes(project, spec)  # before anything that is there is given up
     wanted = section.model_dump(by_alias=True, mode="json")
-    subject = {"featurizer_sha256": cut.featurizer_sha256, "bank": project.bank_id}
+    subject = {"featurizer_sha256": project.cut.featurizer_sha256, "bank": project.bank_id}
     project.ranks.once(lambda: _begin(vault, folder, wanted, subject, restart))
     secret = bytes.fromhex(vault.read_record(folder / "function.json", "fit-poison")["secret"])
     seed = int.from_bytes(hashlib.sha256(secret + b"training").digest()[:8]) >> 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the start of P is as secret as P
         chain = build_chain(section.function, spec)
-    for straw in section.straw_men:
-        straw_man(project, straw)
-    phi_2 = project.frozen(cut.split.classifier)
-    project.ranks.once(lambda: _draw_plans(vault, chain, banks, phi_2, secret, folder))
-    plans = read_plans(vault, chain, secret, folder)
-    last: dict[str, Any] = {}
-    if chain.learned is not None:
-        last = _fit_learned(project, chain, plans, banks, seed, folder)
-    project.ranks.once(lambda: _finish(vault, chain, folder))
-    return last
+
+    def planned(plans: Plans) -> Plans:
+        project.ranks.once(lambda: write_plans(vault, folder, plans))
+        return read_plans(vault, chain, secret, folder)
+
+    known = read_plans(vault, chain, secret, folder) if vault.holds(folder / PLAN) else {}
+    _, facts, histories = fit_chain(chain, _material(project, banks, spec, secret, seed, folder), known, planned)
+    project.ranks.once(lambda: _finish(vault, chain, folder, histories))
+    return facts
 
 
-def _finish(vault: Vault, chain: Chain, folder: Path) -> None:
-    if chain.learned is not None:
-        vault.write_bytes(folder / "dpf.safetensors", state_file(chain.learned.state_dict()))
-    record = vault.read_record(folder / "function.json", "fit-poison")
-    vault.write_json(folder / "function.json", record | {"fitted": True})
-    vault.remove(folder / "checkpoint.safetensors")
+def _material(
+    project: Project, banks: dict[SplitName, FeatureBank], spec: FeatureSpec, secret: bytes, seed: int, folder: Path
+) -> Material:
+    """What P is fitted from: φ1(S), its images, and Q."""
+    section, vault = project.config.poison, project.vault
+    rows_of, _ = project.bank_order
+    images = project.private_images.pictures
+
+    def split(name: SplitName) -> Split:
+        return Split(banks[name], lambda rows: images.read(rows_of[name][rows]))
+
+    def checkpoint(training: str) -> Path | None:
+        return vault.checkpoint(folder / f"{'-'.join(filter(None, ['checkpoint', training]))}.safetensors")
+
+    return Material(
+        features=spec,
+        phi_1=project.frozen(project.cut.split.featurizer),
+        phi_2=project.frozen(project.cut.split.classifier),
+        task=TargetTask.of(project),
+        train=split("train"),
+        val=split("val"),
+        public=public_features(project) if section.straw_men else None,
+        adversaries=lambda: adversaries_of(project),
+        objective=section.objective,
+        lambda_=section.lambda_,
+        recipe=Recipe(
+            section.epochs, section.batch_size, section.learning_rate, seed=seed, bf16=project.config.compute.bf16
+        ),
+        secret=secret,
+        device=project.device,
+        title=f"Training the poisoning function {folder.name}",
+        subject=vault.read_bytes(folder / "function.json", "fit-poison").decode(),
+        ranks=project.ranks,
+        checkpoint=checkpoint,
+        row_bytes=banks["train"].index.row_bytes,
+    )
 
 
-def _draw_plans(
-    vault: Vault, chain: Chain, banks: Mapping[SplitName, RowSource], phi_2: nn.Module, secret: bytes, folder: Path
-) -> None:
-    """What the function draws before it sees a row, into the vault; a resume goes on under it."""
-    if not vault.holds(folder / PLAN):
-        write_plans(vault, folder, {split: chain.plan(bank, phi_2, secret) for split, bank in banks.items()})
+def adversaries_of(project: Project) -> Adversaries:
+    """Whom `[poison]` names; trained where the vault has none."""
+    section = project.config.poison
+    return Adversaries(
+        {name: straw_man(project, name) for name in section.straw_men},
+        {column: attribute_classifier(project, column) for column in section.confuse},
+    )
 
 
 def _refuse_mistakes(project: Project, spec: FeatureSpec) -> None:
@@ -107,7 +132,7 @@ def _refuse_mistakes(project: Project, spec: FeatureSpec) -> None:
         new_straw_man(project, name)
     for column in section.confuse:
         attribute_of_rows(project, column, "train")
-    if chain.learned is not None and not section.straw_men and not section.confuse:
+    if chain.needs_adversaries and not section.straw_men and not section.confuse:
         raise ConfigError(
             f"expected a byproduct attacker under [poison] straw_men or confuse, that {section.function} is trained "
             "against, found none."
@@ -127,92 +152,19 @@ def _begin(vault: Vault, folder: Path, recipe: dict[str, Any], subject: dict[str
         )
     make_folder(folder)
     # The record first: what lies beside no record is nobody's, also after a crash between these lines.
-    names = ("function.json", "checkpoint.safetensors", "dpf.safetensors", PLAN, CANDIDATE)
-    vault.remove(*[folder / name for name in names])
+    vault.remove(path, *_checkpoints(vault, folder), *(folder / name for name in (STATE, PLAN, CANDIDATE)))
     vault.write_json(path, {"recipe": recipe, "for": subject, "secret": os.urandom(32).hex(), "fitted": False})
 
 
-def _fit_learned(
-    project: Project,
-    chain: Chain,
-    plans: dict[SplitName, list[Plan]],
-    banks: dict[SplitName, FeatureBank],
-    seed: int,
-    folder: Path,
-) -> dict[str, Any]:
-    section = project.config.poison
-    network = chain.learned
-    assert network is not None
-    read = {split: batch_reader(project, chain, plans[split], split, bank) for split, bank in banks.items()}
-    objective = configured_objective(project)
-    val = np.arange(min(len(banks["val"]), VALIDATION_ROWS))
-
-    def validate() -> float:
-        total = 0.0
-        for start in range(0, len(val), 256):
-            rows = val[start : start + 256]
-            batch = tuple(tensor.to(project.device) for tensor in read["val"](rows))
-            total += float(objective(network, batch)["loss"]) * len(rows)
-        return total / len(val)
-
-    recipe = Recipe(
-        section.epochs, section.batch_size, section.learning_rate, seed=seed, bf16=project.config.compute.bf16
-    )
-    history = fit(
-        network,
-        len(banks["train"]),
-        lambda rows, _: read["train"](rows),
-        objective,
-        recipe,
-        title=f"Training the poisoning function {folder.name}",
-        device=project.device,
-        ranks=project.ranks,
-        validate=validate if len(val) else None,
-        checkpoint=project.vault.checkpoint(folder / "checkpoint.safetensors"),
-        subject=project.vault.read_bytes(folder / "function.json", "fit-poison").decode(),
-        row_bytes=banks["train"].index.row_bytes,
-    )
-    project.ranks.once(lambda: project.vault.write_json(folder / "history.json", asdict(history)))
-    return history.epochs[history.best_epoch]
+def _finish(vault: Vault, chain: Chain, folder: Path, histories: dict[str, Any]) -> None:
+    if state := chain.state():
+        vault.write_bytes(folder / STATE, state_file(state))
+    vault.write_json(folder / "history.json", histories)
+    record = vault.read_record(folder / "function.json", "fit-poison")
+    vault.write_json(folder / "function.json", record | {"fitted": True})
+    vault.remove(*_checkpoints(vault, folder))
 
 
-def batch_reader(
-    project: Project, chain: Chain, plans: list[Plan], split: SplitName, bank: FeatureBank
-) -> Callable[[Rows], tuple[Tensor, ...]]:
-    """Rows → (input of P, what φ2 should see, targets, positions, pictures of all contributors).
-
-    What φ2 should see is the row after the last stage that mixes rows: it *is* that other picture. An SPF before P is a
-    disturbance, which P learns to live with.
-    """
-    table_rows = project.bank_order[0][split]
-    pictures = project.private_images.pictures
-    inputs = chain.on(bank, plans, len(chain.stages) - 1)
-    goal = chain.on(bank, plans, chain.mixing_stages)
-    same = chain.mixing_stages == len(chain.stages) - 1
-
-    def read(rows: Rows) -> tuple[Tensor, ...]:
-        into = torch.from_numpy(np.asarray(inputs.read(rows), np.float32))
-        seen = into if same else torch.from_numpy(np.asarray(goal.read(rows), np.float32))
-        positions, members = chain.contributors(rows, plans)
-        return (
-            into,
-            seen,
-            torch.from_numpy(bank.targets[rows]),
-            torch.from_numpy(positions),
-            pictures.read(table_rows[members]),
-        )
-
-    return read
-
-
-def configured_objective(project: Project) -> Objective:
-    """What P minimises, as `[poison]` says; the byproduct attackers are trained where the vault has none."""
-    section = project.config.poison
-    return Objective(
-        project.frozen(project.cut.split.classifier),
-        TargetTask.of(project),
-        {name: straw_man(project, name) for name in section.straw_men},
-        {column: attribute_classifier(project, column) for column in section.confuse},
-        section.objective == "equivalence",
-        section.lambda_,
-    )
+def _checkpoints(vault: Vault, folder: Path) -> list[Path]:
+    """What trainings have kept to go on from."""
+    return [path for path in vault.members(folder) if path.name.startswith("checkpoint")]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
@@ -23,6 +24,7 @@ from dpf_release.poisoning.interface import FeatureSpec, Plan
 
 CANDIDATE = "candidate.json"  # beside a function: the plan that its candidate is written under
 PLAN = "plan.safetensors"
+STATE = "state.safetensors"  # what it learned; not there where it learned nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,7 @@ class FittedFunction:
     """
 
     chain: Chain
-    plans: dict[SplitName, list[Plan]]
+    plans: Mapping[str, list[Plan]]
     digest: str
     plan_sha256: str
 
@@ -49,7 +51,7 @@ class FittedFunction:
 def write_plans(
     vault: Vault,
     folder: Path,
-    plans: Mapping[SplitName, Sequence[Plan]],
+    plans: Mapping[str, Sequence[Plan]],
     more: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
     """A function's plans, for each split one a stage, into the vault; with what else is to be known of them."""
@@ -57,21 +59,22 @@ def write_plans(
         f"{split}/{stage}/{key}": array
         for split, stages in plans.items()
         for stage, plan in enumerate(stages)
-        for key, array in (plan.arrays | ({} if plan.pieces is None else {"pieces": plan.pieces})).items()
+        for key, array in plan.arrays.items()
     }
-    vault.write_bytes(folder / PLAN, save(arrays | dict(more or {})))
+    stages = {f"{split}/stages": np.array(len(of)) for split, of in plans.items()}
+    vault.write_bytes(folder / PLAN, save(arrays | stages | dict(more or {})))
 
 
-def read_plans(vault: Vault, chain: Chain, secret: bytes, folder: Path) -> dict[SplitName, list[Plan]]:
-    """For each released split, one plan a stage."""
+def read_plans(vault: Vault, chain: Chain, secret: bytes, folder: Path) -> dict[str, list[Plan]]:
+    """For each released split, one plan a stage; fewer where a run was cut off."""
     arrays = load(vault.read_bytes(folder / PLAN, "fit-poison"))
-    plans: dict[SplitName, list[Plan]] = {}
+    plans: dict[str, list[Plan]] = {}
     for split in RELEASED_SPLITS:
         plans[split] = []
-        for stage in range(len(chain.stages)):
+        for stage in range(int(arrays[f"{split}/stages"])):
             prefix = f"{split}/{stage}/"
             mine = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-            plans[split].append(Plan(chain.stage_secret(secret, stage), mine.pop("pieces", None), mine))
+            plans[split].append(Plan(chain.stage_secret(secret, stage), mine))
     return plans
 
 
@@ -92,12 +95,12 @@ def load_function(project: Project, name: str) -> FittedFunction:
         )
     spec = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
     chain = build_chain(record["recipe"]["function"], spec, allow_import=project.trusts_code)
-    if chain.learned is not None:
-        weights = folder / "dpf.safetensors"
-        chain.learned.load_state_dict(parse_state(vault.read_bytes(weights, f"fit-poison --name {name}"), weights))
-        project.frozen(chain.learned)
+    if vault.holds(folder / STATE):
+        chain.load(parse_state(vault.read_bytes(folder / STATE, f"fit-poison --name {name}"), folder / STATE))
+    for network in chain.networks():
+        project.frozen(network)
     plans = read_plans(vault, chain, bytes.fromhex(record["secret"]), folder)
-    learned = [vault.sha256(folder / "dpf.safetensors")] if chain.learned is not None else []
+    learned = [vault.sha256(folder / STATE)] if vault.holds(folder / STATE) else []
     plan_sha256 = vault.sha256(folder / PLAN)
     parts = [*learned, record.get("fitted_plan_sha256", plan_sha256)]
     digest = hashlib.sha256("".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *parts]).encode())

@@ -74,7 +74,7 @@ def _measure(project: Project, name: str) -> dict[str, Any]:
     clean = project.private_bank("val")
     report: dict[str, Any] = {
         "function": recipe["function"],
-        "objective": recipe["objective"] if function.chain.learned is not None else None,
+        "objective": recipe["objective"] if function.chain.needs_adversaries else None,
         "index_sha256": sha256_of(features / "index.json"),
         "val": judge.compare("val", clean, candidate),
         "test": _on_test(project, function, judge),

@@ -29,6 +29,7 @@ from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.retractions import Retracted, Retraction, digest_of_name, next_version, write_retracted
 from dpf_release.owner.vault.vault import Vault
+from dpf_release.poisoning.interface import Plan
 
 RowsOfSplit = dict[SplitName, Rows]
 Line = dict[str, str]  # of ids.csv
@@ -293,11 +294,12 @@ def _replan(project: Project, name: str, kept: RowsOfSplit, number: int) -> tupl
     secret = bytes.fromhex(project.vault.read_record(folder / "function.json", "fit-poison")["secret"])
     secret = hashlib.sha256(secret + b"retraction" + number.to_bytes(4)).digest()
     phi_2 = project.frozen(project.cut.split.classifier)
-    plans, rebuilt = {}, {}
+    plans: dict[str, list[Plan]] = {}
+    rebuilt: RowsOfSplit = {}
     for split in RELEASED_SPLITS:
         source = KeptRows(FeatureBank(project.vault.features, split), kept[split])
         try:
-            plans[split], rebuilt[split] = function.chain.replan(
+            plans[split], rebuilt[split] = function.chain.drop_rows(
                 function.plans[split], kept[split], source, phi_2, secret
             )
         except ConfigError as error:
@@ -307,7 +309,7 @@ def _replan(project: Project, name: str, kept: RowsOfSplit, number: int) -> tupl
 
 def _keep_plans(project: Project, name: str, function: FittedFunction, rebuilt: RowsOfSplit, number: int) -> None:
     folder = project.vault.function(name)
-    planned = any(plan.pieces is not None or plan.arrays for plans in function.plans.values() for plan in plans)
+    planned = any(plan.arrays for plans in function.plans.values() for plan in plans)
     if not planned or number in load_file(folder / PLAN).get("retraction", ()):
         return
     record = project.vault.read_record(folder / "function.json", "fit-poison")

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
+from dpf_release.core.parameters import parse_parameters
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import FUNCTIONS, FeatureSpec, Plan, PoisonedRows, PoisoningFunction
+from dpf_release.poisoning.interface import (
+    FUNCTIONS,
+    Contributors,
+    FeatureSpec,
+    Plan,
+    PoisonedRows,
+    PoisoningFunction,
+)
+
+ENTRY_POINTS = "dpf_release.functions"
 
 
 @dataclass(frozen=True)
@@ -26,47 +36,73 @@ class Chain:
     stages: tuple[PoisoningFunction, ...]
 
     @property
-    def learned(self) -> nn.Module | None:
-        """The network to be fitted; only the last stage can have one."""
-        return self.stages[-1].network
-
-    @property
     def poisons(self) -> bool:
         """Whether any stage changes anything."""
         return any(stage.poisons for stage in self.stages)
 
     @property
-    def known_by_name(self) -> bool:
-        """Whether who knows its name can do the same to pictures of their own."""
-        return all(stage.known_by_name for stage in self.stages)
+    def learned_secret(self) -> bool:
+        """Whether more than the draws for a bank is secret."""
+        return any(stage.learned_secret for stage in self.stages)
+
+    @property
+    def needs_adversaries(self) -> bool:
+        """Whether a stage is trained against adversaries."""
+        return any(stage.needs_adversaries for stage in self.stages)
+
+    def statement(self) -> str:
+        """What a row is made of, a sentence a stage; nothing secret is in it."""
+        return " ".join(stage.statement() for stage in self.stages)
+
+    def varied(self, generator: np.random.Generator) -> str:
+        """The name of a chain of the same kind, with other parameters: each halved to doubled, within its bounds."""
+        return "+".join(_varied(stage, generator) for stage in self.stages)
+
+    def networks(self) -> list[nn.Module]:
+        """Of all stages."""
+        return [network for stage in self.stages for network in stage.networks()]
+
+    def state(self) -> dict[str, Tensor]:
+        """What all stages learned, `STAGE/NAME` → tensor."""
+        return {
+            f"{number}/{name}": torch.as_tensor(value)
+            for number, stage in enumerate(self.stages)
+            for name, value in stage.state().items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what `state` gave."""
+        for number, stage in enumerate(self.stages):
+            prefix = f"{number}/"
+            mine = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            stage.load(mine)
 
     def plan(self, source: RowSource, phi_2: nn.Module, secret: bytes) -> list[Plan]:
         """One plan a stage, each made on the rows as the stage before leaves them."""
         plans: list[Plan] = []
         for number, stage in enumerate(self.stages):
-            plans.append(stage.plan(source, phi_2, self.stage_secret(secret, number)))
-            source = PoisonedRows(source, stage, plans[-1])
+            plans.append(stage.plan(self.on(source, plans), phi_2, self.stage_secret(secret, number)))
         return plans
 
-    def replan(
+    def drop_rows(
         self, plans: Sequence[Plan], kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
     ) -> tuple[list[Plan], Rows]:
-        """The stages' plans when rows have gone, as `PoisoningFunction.replan`.
+        """The stages' plans when rows have gone, as `PoisoningFunction.drop_rows`.
 
         Returns:
             One plan a stage, and the numbers of the rows that come out otherwise than before after all stages.
         """
-        replanned: list[Plan] = []
+        left: list[Plan] = []
         rebuilt = np.empty(0, np.int64)
         for number, (stage, plan) in enumerate(zip(self.stages, plans, strict=True)):
-            planned, drawn = stage.replan(plan, kept, source, phi_2, self.stage_secret(secret, number))
+            planned, drawn = stage.drop_rows(plan, kept, source, phi_2, self.stage_secret(secret, number))
             if len(rebuilt):  # what a stage before made otherwise goes into whatever is made of it
-                rows, members = planned.contributors(np.arange(len(source)))
-                rebuilt = rows[np.isin(members, rebuilt)]
+                made = stage.contributors(np.arange(len(source)), planned)
+                rebuilt = made.positions[np.isin(made.members, rebuilt)]
             rebuilt = np.union1d(rebuilt, drawn)
-            replanned.append(planned)
+            left.append(planned)
             source = PoisonedRows(source, stage, planned)
-        return replanned, rebuilt
+        return left, rebuilt
 
     @staticmethod
     def stage_secret(secret: bytes, stage: int) -> bytes:
@@ -74,79 +110,100 @@ class Chain:
         return hashlib.sha256(secret + stage.to_bytes(4)).digest()
 
     def on(self, source: RowSource, plans: Sequence[Plan], stages: int | None = None) -> RowSource:
-        """The source as the first `stages` stages (all by default) leave it."""
-        for stage, plan in list(zip(self.stages, plans, strict=True))[:stages]:
+        """The source as the first `stages` stages (all that have plans by default) leave it."""
+        for stage, plan in list(zip(self.stages, plans, strict=False))[:stages]:
             source = PoisonedRows(source, stage, plan)
         return source
 
-    def contributors(self, rows: Rows, plans: Sequence[Plan]) -> tuple[Rows, Rows]:
-        """Which bank rows are in which of `rows` after all stages: pairs (position in `rows`, bank row), each once.
+    def contributors(self, rows: Rows, plans: Sequence[Plan], stages: int | None = None) -> Contributors:
+        """Which rows of the source are in which of `rows` after the first `stages` stages (all by default).
 
-        After two stages that mix rows, those that may be in them: pieces are not followed through both.
+        After two stages that mix rows, those that may be in them: pieces are not followed through both, and each counts
+        as one.
         """
-        positions, members = np.arange(len(rows)), rows
-        for plan in reversed(plans):
-            below, members = plan.contributors(members)
-            pairs = np.unique(np.stack([positions[below], members], axis=1), axis=0)
-            positions, members = pairs[:, 0], pairs[:, 1]
-        return positions, members
+        found = Contributors.themselves(rows)
+        for stage, plan in reversed(list(zip(self.stages, plans, strict=False))[:stages]):
+            below = stage.contributors(found.members, plan)
+            pairs = np.stack([found.positions[below.positions], below.members], axis=1)
+            unique, first = np.unique(pairs, axis=0, return_index=True)
+            mixed_before = (found.pieces > 1).any()
+            pieces = np.ones(len(unique), np.int64) if mixed_before else below.pieces[first]
+            found = Contributors(unique[:, 0], unique[:, 1], pieces)
+        return found
 
-    def foremost(self, rows: Rows, plans: Sequence[Plan]) -> Rows:
-        """Of each of `rows`, the bank row that it has the most pieces of after all stages."""
-        for plan in reversed(plans):
-            rows = plan.foremost(rows)
-        return rows
-
-    @property
-    def mixing_stages(self) -> int:
-        """How many stages up to and with the last that mixes rows: what a row *is*, before it is disturbed."""
-        return max((number + 1 for number, stage in enumerate(self.stages) if stage.mixes_rows), default=0)
+    def mixing_stages(self, stages: int | None = None) -> int:
+        """Of the first `stages`, how many up to and with the last that mixes rows: what a row *is*."""
+        mixing = [number + 1 for number, stage in enumerate(self.stages[:stages]) if stage.mixes_rows]
+        return max(mixing, default=0)
 
 
 def build_chain(spec: str, features: FeatureSpec, *, allow_import: bool = True) -> Chain:
     """A poisoning function from its name: `dpf`, `recombine:k=20`, `gaussian-filter:sigma=2+dpf:depth=4,width=64`.
 
-    Without `allow_import` no `package.module.Class` is imported.
+    Args:
+        spec: names with their parameters; `package.module:Class` is a class of your own.
+        features: what a row is.
+        allow_import: whether code from outside this package is imported: `package.module:Class`, and what installed
+            packages have under the entry points `dpf_release.functions`.
 
     Raises:
-        ConfigError: no such function or parameter, or a learned function that is not the last.
+        ConfigError: no such function or parameter.
     """
-    stages = tuple(_build_stage(part.strip(), features, allow_import) for part in spec.split("+"))
-    if any(stage.network is not None for stage in stages[:-1]):
-        raise ConfigError(f"expected a learned function last in a chain, as in 'gaussian-filter+dpf', found {spec!r}.")
-    return Chain(spec, stages)
+    return Chain(spec, tuple(_build_stage(part.strip(), features, allow_import) for part in spec.split("+")))
 
 
 def _build_stage(text: str, features: FeatureSpec, allow_import: bool) -> PoisoningFunction:
-    name, _, rest = text.partition(":")
-    cls = FUNCTIONS.get(name) or _import_function(name, allow_import)
-    well_formed = re.fullmatch(r"\w+=[^,=]+(,\w+=[^,=]+)*", rest)
-    parameters = dict(pair.split("=") for pair in rest.split(",")) if well_formed else {}
-    if (rest or text.endswith(":")) and not parameters:
+    name, colon, rest = text.partition(":")
+    if "." in name and rest and "=" not in rest.partition(":")[0]:  # package.module:Class
+        attribute, colon, rest = rest.partition(":")
+        name = f"{name}:{attribute}"
+    cls = FUNCTIONS.get(name) or import_function(name, allow_import)
+    if colon and not rest:
         raise ConfigError(f"expected parameters as in 'recombine:k=20,patch=2', found {text!r}.")
-    known = [key for key in inspect.signature(cls).parameters if key != "features"]
-    values = {}
-    for key, value in parameters.items():
-        if key not in known:
-            raise ConfigError(f"{name} has the parameters {known or 'none'}, found {key!r} in {text!r}.")
-        try:
-            values[key] = int(value) if re.fullmatch(r"-?\d+", value) else float(value)
-        except ValueError:
-            raise ConfigError(f"expected a number for {name}:{key}, found {value!r}.") from None
-    return cls(features, **values)
+    return cls(features, **parse_parameters(name, rest, cls.parameters))
 
 
-def _import_function(name: str, allow_import: bool) -> type[PoisoningFunction]:
+def import_function(name: str, allow_import: bool = True) -> type[PoisoningFunction]:
+    """A class from outside this package, by its entry point's name or as `package.module:Class`.
+
+    Raises:
+        ConfigError: there is none, or nothing may be imported.
+    """
+    entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    known = ", ".join(sorted({*FUNCTIONS, *entries}))
+    if not (name in entries or "." in name):
+        raise ConfigError(f"expected a poisoning function, one of {known} or package.module:Class, found {name!r}.")
     if not allow_import:
         raise ConfigError(f"the poisoning function {name!r} is somebody's own code: say --trust-code to run it")
-    module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute) if module.strip(".") == module != "" else None
+        found = entries[name].load() if name in entries else imported(name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"the poisoning function {name!r} cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, PoisoningFunction)):
-        raise ConfigError(
-            f"expected a poisoning function, one of {', '.join(sorted(FUNCTIONS))} or package.module.Class, "
-            f"found {name!r}."
-        )
+        raise ConfigError(f"expected a poisoning function, one of {known} or package.module:Class, found {name!r}.")
+    found.name = found.name or name
     return found
+
+
+def imported(path: str) -> object:
+    """What `package.module:name` or `package.module.name` stands for.
+
+    Raises:
+        ImportError: there is no such module, or the path is none.
+        AttributeError: there is no such name in it.
+    """
+    module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    if not module or module.strip(".") != module:
+        raise ImportError(f"{path!r} is not package.module:name")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _varied(stage: PoisoningFunction, generator: np.random.Generator) -> str:
+    """A stage's name with other parameters; with its own where the class refuses the others."""
+    own = {parameter.name: getattr(stage, parameter.name) for parameter in stage.parameters}
+    others = {parameter.name: parameter.vary(own[parameter.name], generator) for parameter in stage.parameters}
+    try:
+        type(stage)(stage.features, **others)
+    except ConfigError:
+        others = own
+    return stage.name + ":" * bool(others) + ",".join(f"{name}={value}" for name, value in others.items())

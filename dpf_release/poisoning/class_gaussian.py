@@ -8,8 +8,9 @@ from torch import nn
 
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
+from dpf_release.core.parameters import Parameter
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, register, whole
+from dpf_release.poisoning.interface import Plan, PoisoningFunction, register
 from dpf_release.poisoning.recombine import target_bins
 from dpf_release.poisoning.stationary import keyed_normal
 
@@ -27,12 +28,17 @@ class ClassGaussian(PoisoningFunction):
     (near rows, an objective behind it, a scorer) is given the row that bears the same id.
     """
 
-    mixes_rows, known_by_name = True, True
+    mixes_rows = True
+    parameters = (
+        Parameter("k", 5, 2, 10_000, "rows that a class has at the least"),
+        Parameter("bins", 10, 1, 1000, "classes that regression targets are cut into"),
+    )
+    k: int
+    bins: int
 
-    def __init__(self, features: FeatureSpec, k: int = 5, bins: int = 10) -> None:
-        super().__init__(features)
-        self.k = whole("class-gaussian:k", k, 2, 10_000)
-        self.bins = whole("class-gaussian:bins", bins, 1, 1000)
+    def statement(self) -> str:
+        """See `PoisoningFunction.statement`."""
+        return f"Each row is drawn from the mean and spread of its class, which are those of {self.k} images or more."
 
     def plan(self, source: RowSource, phi_2: nn.Module, secret: bytes) -> Plan:
         """The class of each row, and the moments of each class.
@@ -43,7 +49,9 @@ class ClassGaussian(PoisoningFunction):
         classes = target_bins(source.targets, self.bins) if len(source) else np.empty(0, np.int64)
         return self._planned(secret, classes, source, secret)
 
-    def replan(self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes) -> tuple[Plan, Rows]:
+    def drop_rows(
+        self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
+    ) -> tuple[Plan, Rows]:
         """Where rows have gone, new moments and new draws: all rows are rebuilt.
 
         New draws: under the old ones the difference of two versions would be that of their moments, without any noise.
@@ -79,7 +87,7 @@ class ClassGaussian(PoisoningFunction):
             )
         mean, deviation = _moments(source, classes, self.features.shape[0])
         drawn = np.frombuffer(draw, np.uint8).copy()
-        return Plan(secret, None, {"class": classes, "mean": mean, "deviation": deviation, "draw": drawn})
+        return Plan(secret, {"class": classes, "mean": mean, "deviation": deviation, "draw": drawn})
 
 
 def _moments(source: RowSource, classes: Rows, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,7 +12,11 @@ from torch import Tensor, nn
 
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, register, whole
+from dpf_release.core.parameters import Parameter, Value
+from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, State, register
+
+if TYPE_CHECKING:
+    from dpf_release.poisoning.fitting import FitContext
 
 
 class _Bottleneck(nn.Module):
@@ -44,12 +51,35 @@ class DeepPoisoningFunction(PoisoningFunction):
     are themselves the output of one; elsewhere it would cut off what φ2 needs.
     """
 
-    def __init__(self, features: FeatureSpec, depth: int = 4, width: int = 0) -> None:
-        super().__init__(features)
-        depth = whole("dpf:depth", depth, 1, 64)
-        width = whole("dpf:width", width, 0, 65_536) or max(16, features.shape[0] // 4)
-        blocks = [_Bottleneck(features.shape[0], width, features.non_negative) for _ in range(depth)]
+    learned_secret, needs_adversaries = True, True
+    parameters = (
+        Parameter("depth", 4, 1, 64, "residual blocks"),
+        Parameter("width", 0, 0, 65_536, "inner channels of a block; 0: a quarter of the row's, at least 16"),
+    )
+    depth: int
+    width: int
+
+    def __init__(self, features: FeatureSpec, **values: Value) -> None:
+        super().__init__(features, **values)
+        width = self.width or max(16, features.shape[0] // 4)
+        blocks = [_Bottleneck(features.shape[0], width, features.non_negative) for _ in range(self.depth)]
         self.network: nn.Module = nn.Sequential(*blocks)
+
+    def fit(self, context: FitContext) -> dict[str, float]:
+        """Minimises the configured objective on S train; `val` chooses the epoch."""
+        return context.fit(self.network, context.objective())
+
+    def state(self) -> State:
+        """The weights."""
+        return self.network.state_dict()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the weights."""
+        self.network.load_state_dict(dict(state))
+
+    def statement(self) -> str:
+        """See `PoisoningFunction.statement`."""
+        return "Each row is the features of one image, changed by a network that was trained for it and is secret."
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Rows through the network as it was fitted (evaluation mode)."""

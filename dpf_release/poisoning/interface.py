@@ -1,10 +1,10 @@
-"""What a poisoning function is, and the registry of their names."""
+"""What a poisoning function is: one class, one file. It is fitted, then planned for a bank, then applied to rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
+from dpf_release.core.parameters import Parameter, Value
 from dpf_release.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dpf_release.poisoning.fitting import FitContext
+
+State = Mapping[str, Tensor | Value]  # named tensors and numbers
 
 
 @dataclass(frozen=True)
@@ -34,58 +40,112 @@ class Plan:
     """What one function drew for one bank, before any row was poisoned.
 
     Attributes:
-        arrays: named numbers, persisted in the vault; empty for a row-wise function without randomness.
-        pieces: (N, pieces) row numbers, which row each piece of a row comes from; `None`: all from the row itself.
         secret: 32 bytes, what noise is keyed by.
+        arrays: named numbers, persisted in the vault; empty for a row-wise function without randomness.
     """
 
     secret: bytes
-    pieces: Rows | None = None
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
-    def contributors(self, rows: Rows) -> tuple[Rows, Rows]:
-        """Every (position in `rows`, contributing row) pair, once, ordered by position."""
-        if self.pieces is None:
-            return np.arange(len(rows)), rows
-        pairs = [np.unique(self.pieces[row]) for row in rows]
-        positions = np.repeat(np.arange(len(rows)), [len(members) for members in pairs])
-        return positions, np.concatenate(pairs) if pairs else np.empty(0, np.int64)
+
+class Contributors(NamedTuple):
+    """Which rows of a source some rows are made of, each pair once, ordered by position.
+
+    A row that no pair names is made of nobody: it was drawn, and belongs to no image.
+
+    Attributes:
+        positions: (n,) places in the rows that were asked about.
+        members: (n,) numbers of the contributing rows.
+        pieces: (n,) how many pieces of the row each gave; 1 where rows have no pieces.
+    """
+
+    positions: Rows
+    members: Rows
+    pieces: Rows
+
+    @classmethod
+    def themselves(cls, rows: Rows) -> Contributors:
+        """Each row is made of itself."""
+        return cls(np.arange(len(rows)), rows, np.ones(len(rows), np.int64))
+
+    @classmethod
+    def nobody(cls) -> Contributors:
+        """No row is made of any."""
+        none = np.empty(0, np.int64)
+        return cls(none, none, none)
 
     def foremost(self, rows: Rows) -> Rows:
-        """Of each of `rows`, the row that it has the most pieces of; of equals, itself or else the first."""
-        if self.pieces is None:
-            return rows
-        found = []
-        for row in rows:
-            members, counts = np.unique(self.pieces[row], return_counts=True)
-            found.append(members[np.lexsort([members != row, -counts])[0]])
-        return np.array(found, np.int64)
+        """Of each of `rows`, the one that gave the most pieces; of equals, itself or else the first. Nobody: itself."""
+        order = np.lexsort([self.members, self.members != rows[self.positions], -self.pieces, self.positions])
+        named, first = np.unique(self.positions[order], return_index=True)
+        found = rows.copy()
+        found[named] = self.members[order[first]]
+        return found
 
 
 class PoisoningFunction:
-    """The interface: one stage of P.
+    """One stage of P. A class of your own fills in `apply`, and what else it needs (docs/functions.md).
+
+    Example:
+        >>> from dpf_release import PoisoningFunction, register_function
+        >>> @register_function("halve")
+        ... class Halve(PoisoningFunction):
+        ...     def apply(self, rows, source, plan):
+        ...         return source.read(rows).astype("float32") / 2
 
     Attributes:
-        network: what training fits, for a learned function; otherwise `None`.
-        mixes_rows: whether a row comes out as another picture, put together from several rows.
+        name: that it is registered under, or `package.module:Class`.
+        parameters: what can be set in its name (`halve:by=3`); each is an attribute of an instance.
         poisons: whether it changes anything; `package` refuses a bank that no stage poisoned.
-        known_by_name: whether who knows its name can do the same to pictures of their own: nothing but the draws for
-            this bank is secret. An attack with P at hand is then anybody's.
+        mixes_rows: whether a row comes out as another image, put together from several rows: φ2 should then see that.
+        learned_secret: whether more than the draws for a bank is secret, as weights are. Without, whoever knows the
+            name can do the same to images of their own, and an attack with P at hand (A0) is anybody's.
+        needs_adversaries: whether it is trained against adversaries, and cannot be without any.
     """
 
-    mixes_rows: ClassVar[bool] = False
+    name: ClassVar[str] = ""
+    parameters: ClassVar[tuple[Parameter, ...]] = ()
     poisons: ClassVar[bool] = True
-    known_by_name: ClassVar[bool] = False
-    network: nn.Module | None = None
+    mixes_rows: ClassVar[bool] = False
+    learned_secret: ClassVar[bool] = False
+    needs_adversaries: ClassVar[bool] = False
 
-    def __init__(self, features: FeatureSpec) -> None:
+    def __init__(self, features: FeatureSpec, **values: Value) -> None:
         self.features = features
+        declared = {parameter.name: parameter for parameter in self.parameters}
+        if unknown := sorted(values.keys() - declared.keys()):
+            raise ConfigError(f"{self.name} has the parameters {list(declared) or 'none'}, found {unknown[0]!r}.")
+        for name, parameter in declared.items():
+            setattr(self, name, parameter.check(self.name, values.get(name, parameter.default)))
+
+    def fit(self, context: FitContext) -> dict[str, float]:
+        """Learns what there is to learn: nothing, one network, or several in stages (`context.fit` each).
+
+        Networks are best made in `__init__`, which draws from secret randomness.
+
+        Returns:
+            What is worth telling of it, as losses by name.
+        """
+        return {}
+
+    def state(self) -> State:
+        """What `fit` learned; kept in the vault, encrypted where that is."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what `state` gave back, numbers as tensors without dimensions."""
+
+    def networks(self) -> list[nn.Module]:
+        """The networks in it, to be put on the device and frozen."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module)]
 
     def plan(self, source: RowSource, phi_2: nn.Module, secret: bytes) -> Plan:
         """Draws what `apply` needs for this source; by default nothing but the secret itself."""
         return Plan(secret)
 
-    def replan(self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes) -> tuple[Plan, Rows]:
+    def drop_rows(
+        self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
+    ) -> tuple[Plan, Rows]:
         """The plan when rows have gone; by default that of a function whose rows have nothing to do with each other.
 
         Args:
@@ -102,16 +162,25 @@ class PoisoningFunction:
         Raises:
             ConfigError: the function planned with several rows, and does not say how it does without some.
         """
-        if plan.pieces is not None or plan.arrays:
+        if plan.arrays:
             raise ConfigError(
-                f"{type(self).__name__} plans with the rows of a bank, and has no `replan` that does without some of "
-                "them. Write one (docs/functions.md), or write the features anew without these images and fit it again."
+                f"{type(self).__name__} plans with the rows of a bank, and has no `drop_rows` that does without some "
+                "of them. Write one (docs/functions.md), or write the features anew without these images and fit it "
+                "again."
             )
         return plan, np.empty(0, np.int64)
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """The poisoned rows, (n, C, H, W)."""
         raise NotImplementedError
+
+    def contributors(self, rows: Rows, plan: Plan) -> Contributors:
+        """Which rows of the source each of `rows` is made of; by default itself alone."""
+        return Contributors.themselves(rows)
+
+    def statement(self) -> str:
+        """What a row is made of, in one sentence for card and report; nothing secret is in it."""
+        return "Each row is the features of one image, changed by a function that is not published."
 
 
 @dataclass(frozen=True)
@@ -141,12 +210,22 @@ class PoisonedRows:
 
 
 FUNCTIONS: dict[str, type[PoisoningFunction]] = {}
+Function = TypeVar("Function", bound=PoisoningFunction)
 
 
-def register(name: str) -> Callable[[type[PoisoningFunction]], type[PoisoningFunction]]:
-    """Class decorator: makes a poisoning function known under a name (letters, digits, '-')."""
+def register(name: str) -> Callable[[type[Function]], type[Function]]:
+    """Class decorator: makes a poisoning function known under a name (letters, digits, '-').
 
-    def keep(cls: type[PoisoningFunction]) -> type[PoisoningFunction]:
+    Example:
+        >>> from dpf_release import PoisoningFunction, register_function
+        >>> @register_function("as-it-is")
+        ... class AsItIs(PoisoningFunction):
+        ...     def apply(self, rows, source, plan):
+        ...         return source.read(rows).astype("float32")
+    """
+
+    def keep(cls: type[Function]) -> type[Function]:
+        cls.name = name
         FUNCTIONS[name] = cls
         return cls
 
@@ -156,17 +235,3 @@ def register(name: str) -> Callable[[type[PoisoningFunction]], type[PoisoningFun
 def as_tensor(rows: NDArray[Any]) -> Tensor:
     """Rows as float32, on the CPU."""
     return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
-
-
-def bounded(name: str, value: float, low: float, high: float) -> float:
-    """The value, or a ConfigError that names the parameter and its bounds."""
-    if not low <= value <= high:
-        raise ConfigError(f"expected {name} from {low:g} to {high:g}, found {value:g}.")
-    return value
-
-
-def whole(name: str, value: float, low: int, high: int) -> int:
-    """A whole number within its bounds, or a ConfigError that names the parameter."""
-    if value != int(bounded(name, value, low, high)):
-        raise ConfigError(f"expected a whole number for {name}, found {value:g}.")
-    return int(value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,40 @@ class AttributeAttacker:
     values: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Adversaries:
+    """Whom a function is trained against.
+
+    Attributes:
+        reconstructors: ψ, frozen, by name.
+        classifiers: of attributes, by column.
+    """
+
+    reconstructors: Mapping[str, nn.Module] = field(default_factory=dict)
+    classifiers: Mapping[str, AttributeAttacker] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.reconstructors or self.classifiers)
+
+
+class PoisonBatch(NamedTuple):
+    """What the objective looks at.
+
+    Attributes:
+        features: (n, C, H, W), what goes into P.
+        seen: (n, C, H, W), what φ2 should make of it.
+        targets: (n,) or (n, K).
+        positions: (m,) of each pair of a row and an image that is in it, the row's place in the batch.
+        images: (m, 3, H, W) uint8, of each pair the image.
+    """
+
+    features: Tensor
+    seen: Tensor
+    targets: Tensor
+    positions: Tensor
+    images: Tensor
+
+
 class Objective:
     """What P minimises: its task term, and λ times the mean of the byproduct attackers' terms.
 
@@ -57,30 +92,20 @@ class Objective:
         self,
         phi_2: nn.Module,
         task: TaskLoss,
-        reconstructors: Mapping[str, nn.Module],
-        classifiers: Mapping[str, AttributeAttacker],
+        adversaries: Adversaries,
         equivalence: bool,
         lambda_: float,
     ) -> None:
-        self.phi_2, self.task, self.reconstructors, self.classifiers = (
-            phi_2,
-            task,
-            reconstructors,
-            classifiers,
-        )
+        self.phi_2, self.task, self.adversaries = phi_2, task, adversaries
         self.equivalence, self.lambda_ = equivalence, lambda_
 
     def __call__(self, network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The loss of a batch, with its parts.
-
-        The batch: input of P, what φ2 should see, targets; and for each pair of a row and a picture that is in it, the
-        row's position and the picture (uint8).
-        """
-        features, seen, targets, positions, pictures = batch
-        poisoned = network(features.contiguous(memory_format=torch.channels_last))
+        """The loss of a batch, a `PoisonBatch`, with its parts."""
+        of = PoisonBatch._make(batch)
+        poisoned = network(of.features.contiguous(memory_format=torch.channels_last))
         outputs = self.phi_2(poisoned).float()
-        task = self._task_term(outputs, seen, targets)
-        terms = dict(self._byproduct_terms(poisoned, positions, pictures))
+        task = self._task_term(outputs, of.seen, of.targets)
+        terms = dict(self._adversaries_terms(poisoned, of.positions, of.images))
         byproduct = torch.stack(list(terms.values())).mean()
         return {"loss": task + self.lambda_ * byproduct, "task": task, **terms}
 
@@ -94,12 +119,12 @@ class Objective:
         scale = self.task.scale.to(outputs.device)
         return F.mse_loss(outputs / scale, wanted / scale)
 
-    def _byproduct_terms(self, poisoned: Tensor, positions: Tensor, pictures: Tensor) -> Iterator[tuple[str, Tensor]]:
-        originals = pictures.float() / 255
-        for name, reconstructor in self.reconstructors.items():
+    def _adversaries_terms(self, poisoned: Tensor, positions: Tensor, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+        originals = images.float() / 255
+        for name, reconstructor in self.adversaries.reconstructors.items():
             likeness = ssim(reconstructor(poisoned).float()[positions], originals)  # one for each contributor
             yield f"ssim {name}", likeness.abs().mean() if self.equivalence else likeness.mean()
-        for column, attacker in self.classifiers.items():
+        for column, attacker in self.adversaries.classifiers.items():
             scores = attacker.network(poisoned).float()
             random = torch.randint(len(attacker.values), (len(scores),), device=scores.device)
             yield f"confusion {column}", F.cross_entropy(scores, random)

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
+from dpf_release.core.parameters import Parameter, Value
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, as_tensor, register, whole
+from dpf_release.poisoning.interface import (
+    Contributors,
+    FeatureSpec,
+    Plan,
+    PoisoningFunction,
+    as_tensor,
+    register,
+)
 
 
 @register("recombine")
@@ -25,13 +33,25 @@ class Recombine(PoisoningFunction):
     O(n²/k) a class.
     """
 
-    mixes_rows, known_by_name = True, True
+    mixes_rows = True
+    parameters = (
+        Parameter("k", 5, 2, 10_000, "rows of a group at the least"),
+        Parameter("patch", 2, 1, 1e6, "side of a piece in feature pixels"),
+        Parameter("bins", 10, 1, 1000, "classes that regression targets are cut into"),
+    )
+    k: int
+    patch: int
+    bins: int
 
-    def __init__(self, features: FeatureSpec, k: int = 5, patch: int = 2, bins: int = 10) -> None:
-        super().__init__(features)
-        self.k = whole("recombine:k", k, 2, 10_000)
-        self.patch = whole("recombine:patch", patch, 1, max(features.shape[1:]))
-        self.bins = whole("recombine:bins", bins, 1, 1000)
+    def __init__(self, features: FeatureSpec, **values: Value) -> None:
+        super().__init__(features, **values)
+        largest = max(features.shape[1:])
+        if self.patch > largest:
+            raise ConfigError(f"expected recombine:patch from 1 to {largest}, found {self.patch}.")
+
+    def statement(self) -> str:
+        """See `PoisoningFunction.statement`."""
+        return f"Each row is put together from pieces of the features of {self.k} or more images of its class."
 
     def plan(self, source: RowSource, phi_2: nn.Module, secret: bytes) -> Plan:
         """Groups, and for each piece of each row the member it comes from.
@@ -41,7 +61,7 @@ class Recombine(PoisoningFunction):
         """
         if not len(source):
             none = np.empty(0, np.int64)
-            return Plan(secret, np.empty((0, self._pieces), np.int64), {"class": none, "group": none})
+            return Plan(secret, {"pieces": np.empty((0, self._pieces), np.int64), "class": none, "group": none})
         generator = np.random.default_rng(list(secret))
         seen = _seen_by_classifier(source, phi_2, np.arange(len(source)))
         classes = target_bins(source.targets, self.bins)
@@ -56,9 +76,11 @@ class Recombine(PoisoningFunction):
         pieces = np.empty((len(source), self._pieces), np.int64)
         for group in groups:
             pieces[group] = generator.choice(group, size=(len(group), self._pieces))
-        return Plan(secret, pieces, {"class": classes, "group": group_of})
+        return Plan(secret, {"pieces": pieces, "class": classes, "group": group_of})
 
-    def replan(self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes) -> tuple[Plan, Rows]:
+    def drop_rows(
+        self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
+    ) -> tuple[Plan, Rows]:
         """Rows with a piece of one that has gone are drawn anew from what is left of their group, all their pieces.
 
         All: were only those replaced, the difference of two versions would be the pieces of the row that has gone.
@@ -67,25 +89,23 @@ class Recombine(PoisoningFunction):
         Raises:
             ConfigError: a class has some rows left, but fewer than `k`.
         """
-        assert plan.pieces is not None
-        number = np.full(len(plan.pieces), -1, np.int64)  # of a row that is left
+        number = np.full(len(plan.arrays["pieces"]), -1, np.int64)  # of a row that is left
         number[kept] = np.arange(len(kept))
         classes = plan.arrays["class"][kept]
         advice = "Retract the others of it in that split too; or fit another function."
         self._refuse_small_classes(classes, source, "that does not go as a whole", advice)
-        pieces = number[plan.pieces[kept]]  # (rows left, pieces)
+        pieces = number[plan.arrays["pieces"][kept]]  # (rows left, pieces)
         rebuilt = np.flatnonzero((pieces < 0).any(axis=1))
         group_of = _refill(plan.arrays["group"][kept], classes, source, phi_2, self.k)
         generator = np.random.default_rng(list(secret))
         for group in np.unique(group_of[rebuilt]):
             rows = rebuilt[group_of[rebuilt] == group]
             pieces[rows] = generator.choice(np.flatnonzero(group_of == group), size=(len(rows), self._pieces))
-        return Plan(plan.secret, pieces, {"class": classes, "group": group_of}), rebuilt
+        return Plan(plan.secret, {"pieces": pieces, "class": classes, "group": group_of}), rebuilt
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Recombined rows."""
-        assert plan.pieces is not None
-        members, where = np.unique(plan.pieces[rows], return_inverse=True)
+        members, where = np.unique(plan.arrays["pieces"][rows], return_inverse=True)
         where = where.reshape(len(rows), self._pieces)
         read = source.read(members).astype(np.float32)  # (members, C, H, W)
         channels, height, width = self.features.shape
@@ -95,6 +115,13 @@ class Recombine(PoisoningFunction):
             window = (slice(None), slice(y, y + self.patch), slice(x, x + self.patch))
             out[(slice(None), *window)] = read[(where[:, piece], *window)]
         return out
+
+    def contributors(self, rows: Rows, plan: Plan) -> Contributors:
+        """Those of the group that a piece came from, with how many of them did."""
+        chosen = plan.arrays["pieces"][rows]  # (n, pieces)
+        total = int(chosen.max(initial=0)) + 1
+        keys, counts = np.unique(np.arange(len(rows))[:, None] * total + chosen, return_counts=True)
+        return Contributors(keys // total, keys % total, counts.astype(np.int64))
 
     def _refuse_small_classes(self, classes: Rows, source: RowSource, which: str, advice: str) -> None:
         names, counts = np.unique(classes, return_counts=True)

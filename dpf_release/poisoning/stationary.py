@@ -11,15 +11,16 @@ from torchvision.transforms.functional import gaussian_blur
 
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
+from dpf_release.core.parameters import Parameter, Value
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, as_tensor, bounded, register
+from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, as_tensor, register
 
 
 @register("identity")
 class Identity(PoisoningFunction):
     """Leaves every row as it is: the control. `package` refuses it."""
 
-    poisons, known_by_name = False, True
+    poisons = False
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """The rows themselves."""
@@ -33,11 +34,12 @@ class GaussianNoise(PoisoningFunction):
     The noise of a row is keyed by (secret, id): it stays the same when other rows come or go.
     """
 
-    known_by_name = True
+    parameters = (Parameter("scale", 1.0, 0.0, 1e3, "standard deviations of the row that are added"),)
+    scale: float
 
-    def __init__(self, features: FeatureSpec, scale: float = 1.0) -> None:
-        super().__init__(features)
-        self.scale = bounded("gaussian-noise:scale", scale, 0.0, 1e3)
+    def statement(self) -> str:
+        """See `PoisoningFunction.statement`."""
+        return "Each row is the features of one image, with random noise added."
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Rows plus their noise."""
@@ -53,12 +55,20 @@ class GaussianNoise(PoisoningFunction):
 class GaussianFilter(PoisoningFunction):
     """Blurs each channel with a Gaussian of `sigma` feature pixels, `size` taps wide (the paper's GF)."""
 
-    known_by_name = True
+    parameters = (
+        Parameter("sigma", 1.0, 1e-3, 1e3, "width of the Gaussian in feature pixels"),
+        Parameter("size", 5, 1, 1e6, "taps of the Gaussian, an odd number"),
+    )
+    sigma: float
+    size: int
 
-    def __init__(self, features: FeatureSpec, sigma: float = 1.0, size: int = 5) -> None:
-        super().__init__(features)
-        self.sigma = bounded("gaussian-filter:sigma", sigma, 1e-3, 1e3)
-        self.size = _window("gaussian-filter:size", size, features)
+    def __init__(self, features: FeatureSpec, **values: Value) -> None:
+        super().__init__(features, **values)
+        _check_window("gaussian-filter:size", self.size, features)
+
+    def statement(self) -> str:
+        """See `PoisoningFunction.statement`."""
+        return "Each row is the features of one image, blurred."
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Blurred rows."""
@@ -72,11 +82,16 @@ class GaussianFilter(PoisoningFunction):
 class MeanFilter(PoisoningFunction):
     """Replaces each feature by the mean of the `size`×`size` window around it (the paper's MF)."""
 
-    known_by_name = True
+    parameters = (Parameter("size", 3, 1, 1e6, "side of the window, an odd number of feature pixels"),)
+    size: int
 
-    def __init__(self, features: FeatureSpec, size: int = 3) -> None:
-        super().__init__(features)
-        self.size = _window("mean-filter:size", size, features)
+    def __init__(self, features: FeatureSpec, **values: Value) -> None:
+        super().__init__(features, **values)
+        _check_window("mean-filter:size", self.size, features)
+
+    def statement(self) -> str:
+        """See `PoisoningFunction.statement`."""
+        return "Each row is the features of one image, blurred."
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Averaged rows."""
@@ -91,8 +106,7 @@ def keyed_normal(secret: bytes, row_id: NDArray[np.uint8], shape: tuple[int, int
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
 
 
-def _window(name: str, size: float, features: FeatureSpec) -> int:
+def _check_window(name: str, size: int, features: FeatureSpec) -> None:
     largest = 2 * min(features.shape[1:]) - 1  # mirrored borders are as wide as the map, less one, at the most
-    if size % 2 != 1 or not 1 <= size <= largest:
+    if size % 2 != 1 or size > largest:
         raise ConfigError(f"expected {name} odd, from 1 to {largest} for features {features.shape}, found {size:g}.")
-    return int(size)

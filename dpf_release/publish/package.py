@@ -290,7 +290,7 @@ def _released_beside(project: Project, function: FittedFunction) -> tuple[str, .
 
 def _views_that_apply(function: FittedFunction, beside: Sequence[str]) -> list[type[ReleaseView]]:
     """What an attacker of this release holds, although the attack that wants it is not always one on a release."""
-    held: list[type[ReleaseView]] = [LeakedVault] if function.chain.known_by_name else []
+    held: list[type[ReleaseView]] = [] if function.chain.learned_secret else [LeakedVault]
     return [*held, TwoReleases] if beside else held
 
 

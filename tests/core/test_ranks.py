@@ -154,7 +154,7 @@ def test_what_two_ranks_trained_and_fitted_is_of_use(project_folder: Path) -> No
     assert changed >= {
         "network/phi.safetensors",
         "reconstructors/px2s2.safetensors",
-        "functions/default/dpf.safetensors",
+        "functions/default/state.safetensors",
     }
     assert not [name for name in after if "checkpoint" in name]
     assert not leftovers(project_folder)

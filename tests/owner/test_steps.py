@@ -113,7 +113,7 @@ def test_networks_stay_byte_equal_while_the_function_is_fitted(project_folder: P
     fit_poison(project, "again")
     assert {name: state_bytes(network) for name, network in frozen.items()} == before
     assert sha256_of(project.vault.reconstructors / "px2s2.safetensors") == saved
-    weights = [load_state(project.vault.function(name) / "dpf.safetensors") for name in ("default", "again")]
+    weights = [load_state(project.vault.function(name) / "state.safetensors") for name in ("default", "again")]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])  # the control: P was trained
 
 

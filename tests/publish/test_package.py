@@ -152,7 +152,7 @@ def test_a_private_file_in_the_place_of_a_public_one_is_refused(project_folder: 
     vault = project_folder / "vault"
     source = {
         "features/train/shard-00000.h5": vault / "features" / "train" / "shard-00000.h5",
-        "model/classifier.safetensors": vault / "functions" / "default" / "dpf.safetensors",
+        "model/classifier.safetensors": vault / "functions" / "default" / "state.safetensors",
         "model/model.json": vault / "functions" / "default" / "function.json",
     }[target]
     before = digests(project_folder / "release")

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from dpf_release.attacks.threat_models import HeldPictures, ReleaseView, batches
+from dpf_release.attacks.interface import ATTACKS
+from dpf_release.attacks.threat_models import HeldPictures, HeldRows, ReleaseView, batches
 from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
 from dpf_release.attacks.toolkit.decoder import LEARNING_RATE, VALIDATION_PICTURES, Inputs
-from dpf_release.attacks.toolkit.trained import recipe_for, seeded, trained
+from dpf_release.attacks.toolkit.poisoned_public import Poison, poisoned_public, room_for
+from dpf_release.attacks.toolkit.trained import freeze_on, recipe_for, schedule, seeded
+from dpf_release.bank.rows import ComputedRows
 from dpf_release.core.arrays import Rows
-from dpf_release.poisoning.chain import build_chain
+from dpf_release.models.training import Recipe
+from dpf_release.poisoning.chain import Chain, build_chain
+from dpf_release.poisoning.fitting import Material, Split, fit_chain
 from dpf_release.poisoning.interface import FeatureSpec
-from dpf_release.poisoning.objective import Objective, TaskLoss
+from dpf_release.poisoning.objective import Adversaries, TaskLoss
 
 STEP_COST = 1.5  # a step of a shadow function, in steps of a decoder
 SHARE = 0.5  # of the pictures that a decoder is shown, those that a shadow function is
@@ -38,7 +46,7 @@ class ShadowRecipe:
 
 
 def shadow_recipe(number: int, decoders: int, seed: int) -> ShadowRecipe:
-    """The recipe of the shadow function of that number; the first has the tool's own defaults."""
+    """The recipe of the `dpf` shadow function of that number; the first has the tool's own defaults."""
     return ShadowRecipe(
         ("dpf", "dpf", "dpf:depth=2", "dpf")[number % 4],
         ("equivalence", "paper", "equivalence")[number % 3],
@@ -48,50 +56,96 @@ def shadow_recipe(number: int, decoders: int, seed: int) -> ShadowRecipe:
     )
 
 
+def own_kind_recipe(view: ReleaseView, number: int) -> ShadowRecipe:
+    """The recipe of the shadow function of that number of P's own kind: the first has P's parameters, others vary them.
+
+    Raises:
+        ConfigError: there is no such function any more.
+    """
+    recipe = shadow_recipe(number, view.budget.decoders, view.seed)
+    chain = build_chain(view.function, _features(view))
+    return replace(recipe, function=chain.varied(np.random.default_rng(recipe.seed)) if number else chain.spec)
+
+
 # --------------------------------------------------------------------------------------------- shadow functions
 
 
 def shadow(view: ReleaseView, number: int) -> nn.Module:
-    """P' of that number, fitted on Q as the owner fits P on S; frozen."""
+    """The `dpf` of that number, fitted on Q as the owner fits P on S; frozen: features → features."""
     recipe = shadow_recipe(number, view.budget.decoders, view.seed)
+    (network,) = fitted_on_public(view, f"A3 shadow {number}", recipe).networks()
+    return network
+
+
+def fitted_on_public(view: ReleaseView, name: str, recipe: ShadowRecipe) -> Chain:
+    """A function of any kind, fitted on Q as the owner fits P on S, its networks frozen; or as it was kept.
+
+    Labels of Q are what φ2 makes of it.
+
+    Raises:
+        ConfigError: it cannot be fitted on Q.
+    """
+    budget = max(1, round(view.budget.images * SHARE))
+    training, rows = recipe_for(view, budget, len(view.public), LEARNING_RATE)
+    subject = {
+        **view.subject,
+        "name": name,
+        "version": ATTACKS["A3"].version,
+        "rows": rows,
+        "epochs": training.epochs,
+        "depends_on": asdict(recipe),
+    }
     with seeded(recipe.seed):
-        network = build_chain(recipe.function, FeatureSpec(view.feature_shape, view.non_negative)).learned
-    assert network is not None
-    objective = Objective(
-        view.phi_2,
-        TaskLoss(_scale(view)),
-        {"psi": straw_man(view, recipe.straw_man)},
-        {},
-        recipe.objective == "equivalence",
-        recipe.lambda_,
+        chain = build_chain(recipe.function, _features(view))
+    kept = view.kept.load(name, subject)
+    if kept is not None:
+        chain.load(kept)
+    elif chain.networks() or chain.learned_secret:
+        fit_chain(chain, _material(view, name, recipe, replace(training, seed=recipe.seed), rows, subject))
+        if state := chain.state():
+            view.kept.save(name, subject, state)
+    for network in chain.networks():
+        freeze_on(network, view)
+    return chain
+
+
+def _material(
+    view: ReleaseView, name: str, recipe: ShadowRecipe, training: Recipe, rows: int, subject: Mapping[str, Any]
+) -> Material:
+    return Material(
+        features=_features(view),
+        phi_1=view.phi_1,
+        phi_2=view.phi_2,
+        task=TaskLoss(_scale(view)),
+        train=_labelled(view, view.public, rows),
+        val=_labelled(view, view.public_val, min(len(view.public_val), VALIDATION_PICTURES)),
+        public=_labelled(view, view.public, rows).rows,
+        adversaries=lambda: Adversaries({"psi": straw_man(view, recipe.straw_man)}),
+        objective=recipe.objective,
+        lambda_=recipe.lambda_,
+        recipe=training,
+        secret=hashlib.sha256(f"shadow {recipe.seed}".encode()).digest(),
+        device=view.device,
+        title=f"Training {name}",
+        subject=json.dumps(subject, sort_keys=True),
+        checkpoint=lambda training: view.kept.checkpoint(f"{name} {training}".strip(), subject),
     )
 
-    def batch_of(held: HeldPictures, rows: Rows) -> tuple[Tensor, ...]:
-        features = view.features_of(held, rows)
-        answers = view.answers(features)
-        labels = answers if view.task == "regression" else answers.argmax(1)
-        return features, features, labels, torch.arange(len(features)), held.read(rows)
 
-    def validate() -> float:
-        count, total = min(len(view.public_val), VALIDATION_PICTURES), 0.0
-        for some in batches(np.arange(count)):
-            batch = tuple(tensor.to(view.device) for tensor in batch_of(view.public_val, some))
-            total += float(objective(network, batch)["loss"]) * len(some)
-        return total / count
+def _labelled(view: ReleaseView, held: HeldPictures, count: int) -> Split:
+    """φ1 of pictures of Q, with the labels that φ2 gives them."""
 
-    fitting, rows = recipe_for(view, max(1, round(view.budget.images * SHARE)), len(view.public), LEARNING_RATE)
-    return trained(
-        view,
-        f"A3 shadow {number}",
-        network,
-        lambda chosen, _: batch_of(view.public, chosen),
-        objective,
-        replace(fitting, seed=recipe.seed),
-        rows,
-        title=f"Training the shadow function {number + 1}",
-        validate=validate,
-        depends_on=asdict(recipe),
-    )
+    def features(rows: Rows) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = view.features_of(held, rows).cpu().numpy()
+        return found
+
+    answers = torch.cat([view.answers(view.features_of(held, some)).cpu() for some in batches(np.arange(count))])
+    labels = answers if view.task == "regression" else answers.argmax(1)
+    return Split(ComputedRows(labels.numpy(), features), held.read)
+
+
+def _features(view: ReleaseView) -> FeatureSpec:
+    return FeatureSpec(view.feature_shape, view.non_negative)
 
 
 def _scale(view: ReleaseView) -> Tensor | None:
@@ -102,6 +156,49 @@ def _scale(view: ReleaseView) -> Tensor | None:
     numbers = np.arange(count)
     answers = torch.cat([view.answers(view.features_of(view.public, some)).cpu() for some in batches(numbers)])
     return answers.std(dim=0, correction=0) + 1e-6
+
+
+def of_its_own_kind(view: ReleaseView) -> Inputs | None:
+    """Rows of Q under shadow functions of P's own kind, each picture through one that is drawn; None where P is `dpf`.
+
+    Each of them is planned for Q as a bank of the attacker's, whose labels are φ2's answers.
+
+    Raises:
+        ConfigError: P's kind cannot be fitted on Q.
+        NotGrantedError: Q has no class that is large enough for it.
+    """
+    if not view.function or view.function.split(":")[0].split("+")[0] == "dpf" and "+" not in view.function:
+        return None
+    _, rows = schedule(view.budget.images, len(view.public))
+    count = room_for(view, rows, view.budget.shadows)
+    banks = []
+    for number in range(view.budget.shadows):
+        recipe = own_kind_recipe(view, number)
+        chain = fitted_on_public(view, f"A3 own kind {number}", recipe)
+        banks.append(poisoned_public(view, poison_with(chain, view.phi_2, f"shadow {recipe.seed}"), count))
+
+    def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
+        generator = generator or np.random.default_rng([view.seed, 4, int(rows[0])])
+        drawn = torch.from_numpy(generator.integers(len(banks), size=len(rows)))
+        out = banks[0].with_most_of(held, rows)
+        for number, bank in enumerate(banks[1:], start=1):
+            if (drawn == number).any():
+                out[drawn == number] = bank.with_most_of(held, rows[(drawn == number).numpy()])
+        return out
+
+    return inputs
+
+
+def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Poison:
+    """P on a bank of the attacker's, under a plan for that bank; what it learned, and fixed numbers, are P's own."""
+
+    def poison(rows: HeldRows) -> tuple[HeldRows, Rows]:
+        source, numbers = ComputedRows(rows.targets, rows.read), np.arange(len(rows))
+        plans = chain.plan(source, phi_2, hashlib.sha256(seed.encode()).digest())
+        poisoned = chain.on(source, plans)
+        return HeldRows(poisoned.targets, poisoned.read), chain.contributors(numbers, plans).foremost(numbers)
+
+    return poison
 
 
 # --------------------------------------------------------------------------------------------- what a decoder sees

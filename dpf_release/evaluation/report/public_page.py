@@ -11,27 +11,29 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpf_release.attacks.interface import ATTACKS, Reconstructions
 from dpf_release.attacks.threat_models import HeldPictures, HeldRows, ReleaseView, batches
+from dpf_release.attacks.toolkit.shadows import poison_with
 from dpf_release.attacks.toolkit.trained import seeded, weights_sha256
+from dpf_release.bank.rows import ComputedRows, Select
 from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.gallery import as_bytes, spread
 from dpf_release.evaluation.profiles import PROFILES
 from dpf_release.evaluation.query_images import public_rows
 from dpf_release.evaluation.report.headline import strongest
 from dpf_release.evaluation.report.page import refuse_inside_release, write_public_page
-from dpf_release.evaluation.targets import Target, held_source, poison_with
+from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import Pool, Truth
 from dpf_release.evaluation.views import Setting, grant, kept_in
-from dpf_release.models.training import Recipe, fit
+from dpf_release.models.training import Recipe
 from dpf_release.owner.adversaries import straw_man
 from dpf_release.owner.project import Project
-from dpf_release.owner.train import TargetTask
-from dpf_release.poisoning.chain import Chain, build_chain
+from dpf_release.poisoning.chain import build_chain
+from dpf_release.poisoning.fitting import Material, Split, fit_chain
 from dpf_release.poisoning.interface import FeatureSpec
-from dpf_release.poisoning.objective import Objective
+from dpf_release.poisoning.objective import Adversaries, TaskLoss
 from dpf_release.release.attack_report import AttackReport
 
 PICTURES = 1000  # of Q, as many as a function that mixes rows needs to choose among
@@ -125,9 +127,7 @@ def shadow_function(
     with seeded(int.from_bytes(hashlib.sha256(SEED.encode()).digest()[:4])):
         chain = build_chain(recipe["function"], spec)
     poison = poison_with(chain, view.phi_2, SEED)
-    if chain.learned is None:
-        return poison
-    if not recipe["straw_men"]:
+    if chain.needs_adversaries and not recipe["straw_men"]:
         return None
     straw_men = {name: straw_man(project, name) for name in recipe["straw_men"]}
     # A file's name is made of this, and can be seen: ψ's weights keep a guess of P's recipe from being checked.
@@ -140,55 +140,38 @@ def shadow_function(
         "seed": view.seed,
     }
     kept = view.kept.load(KEPT, subject)
-    if kept is None:
-        _fit(chain, view, pictures, recipe, straw_men)
-        view.kept.save(KEPT, subject, chain.learned.state_dict())
-    else:
-        chain.learned.load_state_dict(kept)
-    project.frozen(chain.learned)
+    if kept is not None:
+        chain.load(kept)
+    elif chain.networks() or chain.learned_secret:
+        fit_chain(chain, _material(view, pictures, recipe, Adversaries(straw_men)))
+        view.kept.save(KEPT, subject, chain.state())
+    for network in chain.networks():
+        project.frozen(network)
     return poison
 
 
-def _fit(
-    chain: Chain,
-    view: ReleaseView,
-    pictures: HeldPictures,
-    recipe: Mapping[str, Any],
-    straw_men: Mapping[str, nn.Module],
-) -> None:
-    """Fits the learned stage as `fit-poison` would, were Q the private images; attribute classifiers are left out."""
-    assert chain.learned is not None
-    source = held_source(view.bank)
-    plans = chain.plan(source, view.phi_2, hashlib.sha256(SEED.encode()).digest())
-    inputs = chain.on(source, plans, len(chain.stages) - 1)
-    goal = chain.on(source, plans, chain.mixing_stages)
-    objective = Objective(
-        view.phi_2,
-        _TaskOnQ(view.bank.targets),
-        straw_men,
-        {},
-        recipe["objective"] == "equivalence",
-        recipe["lambda"],
+def _material(
+    view: ReleaseView, pictures: HeldPictures, recipe: Mapping[str, Any], adversaries: Adversaries
+) -> Material:
+    """Q in the place of the private images; attribute classifiers, which are of S, are left out."""
+    bank = ComputedRows(view.bank.targets, view.bank.read)
+    training = Recipe(EPOCHS, min(TRAINING_BATCH, len(bank)), LEARNING_RATE, seed=view.seed, bf16=view.bf16)
+    return Material(
+        features=FeatureSpec(view.feature_shape, view.non_negative),
+        phi_1=view.phi_1,
+        phi_2=view.phi_2,
+        task=TaskLoss(torch.from_numpy(bank.targets.std(axis=0) + 1e-6) if bank.targets.ndim == 2 else None),
+        train=Split(bank, pictures.read),
+        val=Split(Select(bank, np.empty(0, np.int64)), pictures.read),
+        public=bank,
+        adversaries=lambda: adversaries,
+        objective=recipe["objective"],
+        lambda_=recipe["lambda"],
+        recipe=training,
+        secret=hashlib.sha256(SEED.encode()).digest(),
+        device=view.device,
+        title="Fitting a shadow function for the public page",
     )
-
-    def read_batch(rows: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
-        positions, members = chain.contributors(rows, plans)
-        into, seen = (torch.from_numpy(np.asarray(part.read(rows), np.float32)) for part in (inputs, goal))
-        targets = torch.from_numpy(view.bank.targets[rows])
-        return into, seen, targets, torch.from_numpy(positions), pictures.read(members)
-
-    size = min(TRAINING_BATCH, len(view.bank))
-    training = Recipe(EPOCHS, size, LEARNING_RATE, seed=view.seed, bf16=view.bf16)
-    title = "Fitting a shadow function for the public page"
-    fit(chain.learned, len(view.bank), read_batch, objective, training, title=title, device=view.device)
-
-
-class _TaskOnQ(TargetTask):
-    """The task with φ2's answers on Q as its targets: `TargetTask` takes those of S."""
-
-    def __init__(self, targets: NDArray[Any]) -> None:
-        self._targets = targets
-        self.scale = torch.from_numpy(targets.std(axis=0) + 1e-6) if targets.ndim == 2 else None
 
 
 def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:

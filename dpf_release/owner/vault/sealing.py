@@ -50,7 +50,7 @@ MEMBERS = re.compile(
             r"ids\.csv",
             r"(ledger|retracted)\.json",
             r"reconstructors/[^/]+\.(safetensors|json)",
-            rf"functions/{_NAME}/((dpf|plan|checkpoint)\.safetensors|(function|history|candidate)\.json)",
+            rf"functions/{_NAME}/((state|plan|checkpoint[-0-9a-z]*)\.safetensors|(function|history|candidate)\.json)",
             rf"candidates/{_NAME}/({_BANK}|model/((featurizer|classifier)\.safetensors|model\.json))",
             rf"reports/{_NAME}/.+",
             r"attackers/[^/]+\.(safetensors|checkpoint)",

@@ -60,7 +60,7 @@ def private_rows(release: Path, project: Project, name: str | None = None) -> li
     features = project.vault.opened(project.vault.features, *BANK)
     private = [FeatureBank(features, split) for split in read_index(features).splits]
     function = None if name is None else load_function(project, name)
-    contributors = _contributors(function) if function and function.chain.mixing_stages else None
+    contributors = _contributors(function) if function and function.chain.mixing_stages() else None
     public = public_banks(release)
     if {bank.shape for bank in public} - {bank.shape for bank in private}:
         raise VaultError(
@@ -78,6 +78,7 @@ def private_rows(release: Path, project: Project, name: str | None = None) -> li
 
 def _contributors(function: FittedFunction) -> Contributors:
     def contributors(split: SplitName, rows: Rows) -> tuple[Rows, Rows]:
-        return function.chain.contributors(rows, function.plans.get(split, []))
+        made = function.chain.contributors(rows, function.plans.get(split, []))
+        return made.positions, made.members
 
     return contributors

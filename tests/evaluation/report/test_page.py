@@ -357,7 +357,7 @@ def test_the_public_page_holds_nothing_of_s_or_p(
     folder = Path(shutil.copytree(folder, tmp_path / "shapes"))
     private = private_pictures(folder)
     shown = tiles(pictures_in((folder / "vault/reports/default/attack.html").read_text(encoding="utf-8")))
-    (folder / "vault" / "functions" / "default" / "dpf.safetensors").unlink()  # P is not even there
+    (folder / "vault" / "functions" / "default" / "state.safetensors").unlink()  # P is not even there
     shutil.rmtree(folder / "vault" / "candidates")
     shutil.rmtree(folder / "vault" / "features")
     monkeypatch.setattr("dpf_release.battery.public.EPOCHS", 2)

@@ -385,7 +385,7 @@ def test_the_vault_commands_do_what_their_help_says(project_folder: Path, key: P
         assert says in result.stdout
     kept = private(project_folder / "vault")
     assert kept.items() < before.items()
-    assert {"ids.csv", "features/plan.json", "functions/default/dpf.safetensors"} < set(kept)
+    assert {"ids.csv", "features/plan.json", "functions/default/state.safetensors"} < set(kept)
 
 
 def test_new_things_are_made_in_a_sealed_vault_as_in_an_open_one(sealed_folder: Path, key: Path) -> None:
@@ -555,7 +555,7 @@ def header_flipped(data: bytes) -> bytes:
     return data[:60] + bytes([data[60] ^ 1]) + data[61:]
 
 
-DAMAGED = ["ids.csv", "functions/default/dpf.safetensors", "features/train/shard-00001.h5", "features/plan.json"]
+DAMAGED = ["ids.csv", "functions/default/state.safetensors", "features/train/shard-00001.h5", "features/plan.json"]
 
 
 def test_a_damaged_member_is_named_and_nothing_else_is_lost(sealed_folder: Path, finished: Path, key: Path) -> None:
@@ -677,7 +677,7 @@ def test_private_facts_are_found_in_a_sealed_vault_as_in_an_open_one(project_fol
     weights, shard = release / "model" / "featurizer.safetensors", release / "features" / "val" / "shard-00000.h5"
     good = private_facts(release, opened(project_folder), "default")
     assert good == []
-    save_file(load_file(weights) | {"more": largest(vault.function("default") / "dpf.safetensors")}, weights)
+    save_file(load_file(weights) | {"more": largest(vault.function("default") / "state.safetensors")}, weights)
     with h5py.File(shard, "r+") as file:
         file["features"][0] = FeatureBank(vault.features, "val").read([0])[0]
         file["id"][1] = 7

@@ -140,7 +140,7 @@ def test_the_private_side_is_listed_with_the_release_that_it_belongs_to(finished
     assert set(artefacts) == {path.relative_to(vault).as_posix() for path in vault.rglob("*") if path.is_file()}
     assert all(artefact.mode == "0600" and artefact.passed == ("vault",) for artefact in artefacts.values())
     assert not [artefact.path for artefact in artefacts.values() if artefact.role == "unknown" or not artefact.holds]
-    for name in ("functions/default/dpf.safetensors", "features/plan.json", "ids.csv"):
+    for name in ("functions/default/state.safetensors", "features/plan.json", "ids.csv"):
         assert artefacts[name].releases == ("shapes 1.0.0",)
     assert artefacts[".gitignore"].releases == ()
     assert "not poisoned" in artefacts["features/train/shard-00000.h5"].holds
@@ -153,7 +153,7 @@ def test_a_function_fitted_anew_no_longer_belongs_to_the_release(project_folder:
     shutil.copy(vault / "ids.csv", vault / "ids.csv.age")
     (vault / "notes.txt").touch(0o600)
     artefacts = {artefact.path: artefact for artefact in audited(project_folder).of("private")}
-    assert artefacts["functions/default/dpf.safetensors"].releases == ()
+    assert artefacts["functions/default/state.safetensors"].releases == ()
     assert (artefacts["ids.csv.age"].sealed, artefacts["ids.csv"].sealed) == (True, False)
     assert artefacts["ids.csv.age"].holds == artefacts["ids.csv"].holds
     assert artefacts["notes.txt"].role == "unknown"

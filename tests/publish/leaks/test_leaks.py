@@ -293,7 +293,7 @@ STRAYS: dict[str, Callable[[Path, Path], Any]] = {
 @pytest.mark.parametrize("name", ["disc-portrait-012.txt", "model/more.safetensors"])
 def test_a_stray_file_is_a_finding_and_is_not_opened(project_folder: Path, what: str, name: str) -> None:
     release, vault = project_folder / "release", project_folder / "vault"
-    function = vault / "functions" / "default" / "dpf.safetensors"
+    function = vault / "functions" / "default" / "state.safetensors"
     STRAYS[what](release / name, function)
     project = Project.open(project_folder / "dpf.toml")
     kinds = [(problem.kind, problem.path) for problem in private_facts(release, project, "default")]
@@ -341,7 +341,7 @@ def largest(path: Path) -> torch.Tensor:
 def test_a_private_tensor_among_the_public_weights_is_found(project_folder: Path, wrap: str) -> None:
     vault, weights = project_folder / "vault", project_folder / "release" / "model" / "featurizer.safetensors"
     project, public = Project.open(project_folder / "dpf.toml"), tensors_of(weights)
-    for source in ("functions/default/dpf.safetensors", "reconstructors/px2s2.safetensors"):
+    for source in ("functions/default/state.safetensors", "reconstructors/px2s2.safetensors"):
         tensor = largest(vault / source)
         assert tensor.numel() >= 1024
         save_file(public | {"bn1.extra": WRAPS[wrap](tensor).contiguous()}, weights)
