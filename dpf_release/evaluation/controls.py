@@ -10,7 +10,8 @@ from torch import nn
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.poisoning.chain import Chain
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, as_tensor
+from dpf_release.poisoning.interface import PoisoningFunction, as_tensor
+from dpf_release.poisoning.plan import FeatureSpec, Plan
 from dpf_release.poisoning.recombine import Recombine
 from dpf_release.poisoning.stationary import GaussianNoise, Identity
 

@@ -28,7 +28,7 @@ from dpf_release.owner.poison import changed_since_poison
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.poisoning.chain import Chain
-from dpf_release.poisoning.interface import FeatureSpec, Plan
+from dpf_release.poisoning.plan import FeatureSpec, Plan
 
 
 @dataclass(frozen=True, eq=False)

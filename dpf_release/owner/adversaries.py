@@ -25,7 +25,7 @@ from dpf_release.models.reconstructors import Reconstructor, build_reconstructor
 from dpf_release.models.training import Recipe, fit
 from dpf_release.models.weights import parse_state, state_file
 from dpf_release.owner.project import Project
-from dpf_release.poisoning.fitting import VALIDATION_ROWS
+from dpf_release.poisoning.context import VALIDATION_ROWS
 from dpf_release.poisoning.objective import AttributeAttacker
 
 # The identity classifier of the paper's section 4.4 is trained on people with enough pictures, none overrepresented.

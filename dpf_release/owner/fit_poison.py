@@ -27,9 +27,10 @@ from dpf_release.owner.project import Project
 from dpf_release.owner.train import TargetTask
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
-from dpf_release.poisoning.fitting import Material, Plans, Split, fit_chain
-from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.context import Material, Split
+from dpf_release.poisoning.fitting import Plans, fit_chain
 from dpf_release.poisoning.objective import Adversaries
+from dpf_release.poisoning.plan import FeatureSpec
 
 
 def fit_poison(project: Project, name: str = "default", restart: bool = False) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dpf_release.models.weights import parse_state
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
-from dpf_release.poisoning.interface import FeatureSpec, Plan
+from dpf_release.poisoning.plan import FeatureSpec, Plan
 
 CANDIDATE = "candidate.json"  # beside a function: the plan that its candidate is written under
 PLAN = "plan.safetensors"

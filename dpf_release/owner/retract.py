@@ -29,7 +29,7 @@ from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.retractions import Retracted, Retraction, digest_of_name, next_version, write_retracted
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.poisoning.interface import Plan
+from dpf_release.poisoning.plan import Plan
 
 RowsOfSplit = dict[SplitName, Rows]
 Line = dict[str, str]  # of ids.csv

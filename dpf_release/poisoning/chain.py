@@ -16,14 +16,8 @@ from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.parameters import parse_parameters
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import (
-    FUNCTIONS,
-    Contributors,
-    FeatureSpec,
-    Plan,
-    PoisonedRows,
-    PoisoningFunction,
-)
+from dpf_release.poisoning.interface import FUNCTIONS, PoisonedRows, PoisoningFunction
+from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
 
 ENTRY_POINTS = "dpf_release.functions"
 
@@ -147,14 +141,18 @@ def build_chain(spec: str, features: FeatureSpec, *, allow_import: bool = True) 
             packages have under the entry points `dpf_release.functions`.
 
     Raises:
-        ConfigError: no such function or parameter.
+        ConfigError: no such function or parameter, or one that is learned and is not the last: what it learns by is
+            what φ2 makes of its own rows.
     """
-    return Chain(spec, tuple(_build_stage(part.strip(), features, allow_import) for part in spec.split("+")))
+    stages = tuple(_build_stage(part.strip(), features, allow_import) for part in spec.split("+"))
+    if any(stage.learned_secret for stage in stages[:-1]):
+        raise ConfigError(f"expected a learned function last in a chain, as in 'gaussian-filter+dpf', found {spec!r}.")
+    return Chain(spec, stages)
 
 
 def _build_stage(text: str, features: FeatureSpec, allow_import: bool) -> PoisoningFunction:
     name, colon, rest = text.partition(":")
-    if "." in name and rest and "=" not in rest.partition(":")[0]:  # package.module:Class
+    if name not in FUNCTIONS and rest and "=" not in rest.partition(":")[0]:  # package.module:Class
         attribute, colon, rest = rest.partition(":")
         name = f"{name}:{attribute}"
     cls = FUNCTIONS.get(name) or import_function(name, allow_import)
@@ -171,7 +169,7 @@ def import_function(name: str, allow_import: bool = True) -> type[PoisoningFunct
     """
     entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     known = ", ".join(sorted({*FUNCTIONS, *entries}))
-    if not (name in entries or "." in name):
+    if name not in entries and not {".", ":"} & set(name):
         raise ConfigError(f"expected a poisoning function, one of {known} or package.module:Class, found {name!r}.")
     if not allow_import:
         raise ConfigError(f"the poisoning function {name!r} is somebody's own code: say --trust-code to run it")

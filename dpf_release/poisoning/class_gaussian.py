@@ -10,7 +10,8 @@ from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.parameters import Parameter
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import Plan, PoisoningFunction, register
+from dpf_release.poisoning.interface import PoisoningFunction, register
+from dpf_release.poisoning.plan import Plan
 from dpf_release.poisoning.recombine import target_bins
 from dpf_release.poisoning.stationary import keyed_normal
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.parameters import Parameter, Value
-from dpf_release.poisoning.interface import FeatureSpec, Plan, PoisoningFunction, State, register
-
-if TYPE_CHECKING:
-    from dpf_release.poisoning.fitting import FitContext
+from dpf_release.poisoning.context import FitContext
+from dpf_release.poisoning.interface import PoisoningFunction, State, register
+from dpf_release.poisoning.plan import FeatureSpec, Plan
 
 
 class _Bottleneck(nn.Module):

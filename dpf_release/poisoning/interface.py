@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -15,72 +15,10 @@ from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.parameters import Parameter, Value
 from dpf_release.errors import ConfigError
-
-if TYPE_CHECKING:
-    from dpf_release.poisoning.fitting import FitContext
+from dpf_release.poisoning.context import FitContext
+from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
 
 State = Mapping[str, Tensor | Value]  # named tensors and numbers
-
-
-@dataclass(frozen=True)
-class FeatureSpec:
-    """What a function is built for.
-
-    Attributes:
-        shape: (C, H, W) of a row.
-        non_negative: whether φ1 ends in a ReLU, so that P must too.
-    """
-
-    shape: tuple[int, int, int]
-    non_negative: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one function drew for one bank, before any row was poisoned.
-
-    Attributes:
-        secret: 32 bytes, what noise is keyed by.
-        arrays: named numbers, persisted in the vault; empty for a row-wise function without randomness.
-    """
-
-    secret: bytes
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-
-
-class Contributors(NamedTuple):
-    """Which rows of a source some rows are made of, each pair once, ordered by position.
-
-    A row that no pair names is made of nobody: it was drawn, and belongs to no image.
-
-    Attributes:
-        positions: (n,) places in the rows that were asked about.
-        members: (n,) numbers of the contributing rows.
-        pieces: (n,) how many pieces of the row each gave; 1 where rows have no pieces.
-    """
-
-    positions: Rows
-    members: Rows
-    pieces: Rows
-
-    @classmethod
-    def themselves(cls, rows: Rows) -> Contributors:
-        """Each row is made of itself."""
-        return cls(np.arange(len(rows)), rows, np.ones(len(rows), np.int64))
-
-    @classmethod
-    def nobody(cls) -> Contributors:
-        """No row is made of any."""
-        none = np.empty(0, np.int64)
-        return cls(none, none, none)
-
-    def foremost(self, rows: Rows) -> Rows:
-        """Of each of `rows`, the one that gave the most pieces; of equals, itself or else the first. Nobody: itself."""
-        order = np.lexsort([self.members, self.members != rows[self.positions], -self.pieces, self.positions])
-        named, first = np.unique(self.positions[order], return_index=True)
-        found = rows.copy()
-        found[named] = self.members[order[first]]
-        return found
 
 
 class PoisoningFunction:

@@ -13,14 +13,8 @@ from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.parameters import Parameter, Value
 from dpf_release.errors import ConfigError
-from dpf_release.poisoning.interface import (
-    Contributors,
-    FeatureSpec,
-    Plan,
-    PoisoningFunction,
-    as_tensor,
-    register,
-)
+from dpf_release.poisoning.interface import PoisoningFunction, as_tensor, register
+from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
 
 
 @register("recombine")

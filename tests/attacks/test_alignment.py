@@ -36,7 +36,7 @@ from dpf_release.owner.fitted import load_function
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases, remember_release
-from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.plan import FeatureSpec
 from dpf_release.poisoning.recombine import Recombine
 
 

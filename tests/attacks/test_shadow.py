@@ -32,7 +32,7 @@ from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.metrics import ssim
 from dpf_release.owner.fitted import load_function
 from dpf_release.owner.project import Project
-from dpf_release.poisoning.interface import Plan
+from dpf_release.poisoning.plan import Plan
 from dpf_release.release.attack_report import AttackResult, Interval, Power, Way
 
 BUDGET = Budget(images=2500, decoders=1, shadows=2)

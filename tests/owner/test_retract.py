@@ -461,8 +461,7 @@ def test_rows_that_a_retracted_one_contributed_to_are_rebuilt_and_no_others(proj
     found = FeatureBank(features, "train")[:][0]
     assert np.allclose(made, found, atol=2e-3, rtol=2e-3)
     plan = function.plans["train"][0]
-    assert plan.pieces is not None
-    assert plan.pieces.max() < len(bank)
+    assert plan.arrays["pieces"].max() < len(bank)
     groups, counts = np.unique(plan.arrays["group"], return_counts=True)
     assert counts.min() >= 3
     assert all(len(set(bank.targets[plan.arrays["group"] == group])) == 1 for group in groups)
@@ -506,7 +505,7 @@ def test_a_plan_made_anew_has_nothing_of_the_rows_that_have_gone_and_the_rest_of
     chain, plans = planned(spec, source)
     kept = np.setdiff1d(np.arange(30), [4, 20])
     left = KeptRows(source, kept)
-    replanned, rebuilt = chain.replan(plans, kept, left, PHI_2, SECRET)
+    replanned, rebuilt = chain.drop_rows(plans, kept, left, PHI_2, SECRET)
     old = np.asarray(chain.on(source, plans).read(kept))
     new = np.asarray(chain.on(left, replanned).read(np.arange(28)))
     changed = np.flatnonzero((old != new).any(axis=(1, 2, 3)))
@@ -516,23 +515,26 @@ def test_a_plan_made_anew_has_nothing_of_the_rows_that_have_gone_and_the_rest_of
     assert touched <= set(rebuilt)
     assert 0 < len(rebuilt) < 28
     for plan in replanned:
-        if plan.pieces is not None:
-            assert 0 <= plan.pieces.min() <= plan.pieces.max() < 28
-    again, _ = chain.replan(plans, kept, left, PHI_2, SECRET)
-    assert all(np.array_equal(one.pieces, two.pieces) for one, two in zip(replanned, again, strict=True))
+        if "pieces" in plan.arrays:
+            assert 0 <= plan.arrays["pieces"].min() <= plan.arrays["pieces"].max() < 28
+    again, _ = chain.drop_rows(plans, kept, left, PHI_2, SECRET)
+    assert all(
+        np.array_equal(one.arrays.get("pieces", 0), two.arrays.get("pieces", 0))
+        for one, two in zip(replanned, again, strict=True)
+    )
 
 
 def test_a_rebuilt_row_is_drawn_anew_as_a_whole() -> None:
     source = rows_of(np.zeros(12), (1, 16, 16))
     chain, plans = planned("recombine:k=4", source)
     kept = np.arange(1, 12)
-    (plan,), rebuilt = chain.replan(plans, kept, KeptRows(source, kept), PHI_2, SECRET)
+    (plan,), rebuilt = chain.drop_rows(plans, kept, KeptRows(source, kept), PHI_2, SECRET)
     for row in rebuilt:
-        was = plans[0].pieces[kept[row]]
-        stayed = (plan.pieces[row] == was - 1)[was != 0].mean()
+        was = plans[0].arrays["pieces"][kept[row]]
+        stayed = (plan.arrays["pieces"][row] == was - 1)[was != 0].mean()
         assert stayed < 0.6  # by chance a quarter of them
     others = np.setdiff1d(np.arange(11), rebuilt)
-    assert np.array_equal(plan.pieces[others], plans[0].pieces[kept[others]] - 1)
+    assert np.array_equal(plan.arrays["pieces"][others], plans[0].arrays["pieces"][kept[others]] - 1)
 
 
 def test_a_function_of_ones_own_that_plans_with_rows_must_say_how_it_does_without(
@@ -541,10 +543,10 @@ def test_a_function_of_ones_own_that_plans_with_rows_must_say_how_it_does_withou
     monkeypatch.setitem(FUNCTIONS, "recorder", Recorder)
     source, kept = rows_of(np.zeros(4)), np.arange(3)
     chain, plans = planned("recorder", source)
-    with pytest.raises(ConfigError, match="Recorder plans with the rows of a bank, and has no `replan`"):
-        chain.replan(plans, kept, KeptRows(source, kept), PHI_2, SECRET)
+    with pytest.raises(ConfigError, match="Recorder plans with the rows of a bank, and has no `drop_rows`"):
+        chain.drop_rows(plans, kept, KeptRows(source, kept), PHI_2, SECRET)
     chain, plans = planned("gaussian-noise", source)
-    assert chain.replan(plans, kept, KeptRows(source, kept), PHI_2, SECRET)[1].tolist() == []
+    assert chain.drop_rows(plans, kept, KeptRows(source, kept), PHI_2, SECRET)[1].tolist() == []
 
 
 # --------------------------------------------------------------------------------------------- cut off

@@ -15,7 +15,8 @@ from dpf_release.bank.rows import RowSource
 from dpf_release.errors import ConfigError
 from dpf_release.poisoning.chain import Chain, build_chain
 from dpf_release.poisoning.deep import DeepPoisoningFunction
-from dpf_release.poisoning.interface import FUNCTIONS, FeatureSpec, Plan, PoisonedRows, PoisoningFunction, register
+from dpf_release.poisoning.interface import FUNCTIONS, PoisonedRows, PoisoningFunction, register
+from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
 
 SECRET, OTHER_SECRET = bytes(32), bytes([1] * 32)
 SHAPES = [(3, 8, 8), (5, 7, 3), (1, 5, 5)]
@@ -105,8 +106,7 @@ def test_dpf_keeps_negative_features_only_where_the_featurizer_has_them() -> Non
 
 @pytest.mark.parametrize(("spec", "blocks", "width"), [("dpf", 4, 16), ("dpf:depth=2,width=5", 2, 5)])
 def test_dpf_has_the_depth_and_width_asked_for(spec: str, blocks: int, width: int) -> None:
-    network = build_chain(spec, FeatureSpec((8, 4, 4), True)).learned
-    assert network is not None
+    network = build_chain(spec, FeatureSpec((8, 4, 4), True)).networks()[0]
     inner = [module for module in network.modules() if getattr(module, "kernel_size", None) == (3, 3)]
     assert [module.out_channels for module in inner] == [width] * blocks
 
@@ -114,11 +114,11 @@ def test_dpf_has_the_depth_and_width_asked_for(spec: str, blocks: int, width: in
 def test_dpf_is_applied_as_fitted_whatever_else_is_in_the_batch() -> None:
     source = rows_of(np.zeros(6))
     chain, plans = planned("dpf:depth=1", source)
-    nn.init.ones_(chain.learned[0].residual[-1].weight)
-    chain.learned.train()
+    nn.init.ones_(chain.networks()[0][0].residual[-1].weight)
+    chain.networks()[0].train()
     alone, together = (chain.on(source, plans).read(np.arange(count)) for count in (1, 6))
     np.testing.assert_allclose(alone[0], together[0], atol=1e-6)
-    mixed = chain.learned.train()(torch.from_numpy(source.features)).detach().numpy()
+    mixed = chain.networks()[0].train()(torch.from_numpy(source.features)).detach().numpy()
     assert np.abs(mixed[0] - alone[0]).max() > 1e-3
 
 
@@ -228,23 +228,25 @@ def test_each_window_of_a_row_comes_whole_from_a_member_of_its_group(shape: tupl
     across = -(-shape[2] // patch)
     for position, row in enumerate(rows):
         group = np.flatnonzero(plan.arrays["group"] == plan.arrays["group"][row])
-        assert np.isin(plan.pieces[row], group).all()
+        assert np.isin(plan.arrays["pieces"][row], group).all()
         for y, x in np.ndindex(shape[1:]):
-            member = plan.pieces[row, (y // patch) * across + x // patch]
+            member = plan.arrays["pieces"][row, (y // patch) * across + x // patch]
             assert np.array_equal(recombined[position, :, y, x], source.features[member, :, y, x])
-    assert plan.pieces.shape == (12, across * -(-shape[1] // patch))
+    assert plan.arrays["pieces"].shape == (12, across * -(-shape[1] // patch))
     assert not np.array_equal(recombined, source.features[rows])
 
 
 def test_contributors_are_the_members_of_a_row_each_once() -> None:
     source = rows_of(np.repeat([0, 1], 10))
-    _, (plan,) = planned("recombine:k=4", source)
+    chain, (plan,) = planned("recombine:k=4", source)
     rows = np.array([13, 2, 5])
-    positions, members = plan.contributors(rows)
-    wanted = [(position, member) for position, row in enumerate(rows) for member in sorted({*plan.pieces[row]})]
+    positions, members, _ = chain.contributors(rows, [plan])
+    wanted = [
+        (position, member) for position, row in enumerate(rows) for member in sorted({*plan.arrays["pieces"][row]})
+    ]
     assert list(zip(positions.tolist(), members.tolist(), strict=True)) == wanted
     assert len(wanted) > len(rows)
-    assert [part.tolist() for part in Plan(SECRET).contributors(rows)] == [[0, 1, 2], [13, 2, 5]]
+    assert [part.tolist() for part in Contributors.themselves(rows)[:2]] == [[0, 1, 2], [13, 2, 5]]
 
 
 def test_a_class_with_fewer_than_k_rows_is_refused_by_name() -> None:
@@ -288,8 +290,8 @@ def test_two_regression_targets_make_joint_bins() -> None:
 def test_the_secret_alone_decides_the_plan() -> None:
     source = rows_of(np.repeat([0, 1], 12))
     plan, again, other = (planned("recombine:k=3", source, secret)[1][0] for secret in (SECRET, SECRET, OTHER_SECRET))
-    assert np.array_equal(plan.pieces, again.pieces)
-    assert not np.array_equal(plan.pieces, other.pieces)
+    assert np.array_equal(plan.arrays["pieces"], again.arrays["pieces"])
+    assert not np.array_equal(plan.arrays["pieces"], other.arrays["pieces"])
     assert groups_of(plan) != groups_of(other)
 
 
@@ -318,7 +320,7 @@ def registry() -> Iterator[dict[str, type[PoisoningFunction]]]:
 def test_a_chain_applies_its_first_stage_first() -> None:
     source = rows_of(np.zeros(4))
     chain, plans = planned("gaussian-filter+dpf:depth=1", source)
-    nn.init.ones_(chain.learned[0].residual[-1].weight)
+    nn.init.ones_(chain.networks()[0][0].residual[-1].weight)
     everything = np.arange(4)
     blur, learned = chain.stages
     wanted, reversed_ = (
@@ -345,7 +347,7 @@ def test_each_stage_plans_on_the_one_before_with_a_secret_of_its_own() -> None:
 def test_a_learned_function_is_refused_but_at_the_end(spec: str) -> None:
     with pytest.raises(ConfigError, match="learned function last"):
         build_chain(spec, FeatureSpec((3, 8, 8), True))
-    assert build_chain("mean-filter+identity+dpf", FeatureSpec((3, 8, 8), True)).learned is not None
+    assert build_chain("mean-filter+identity+dpf", FeatureSpec((3, 8, 8), True)).networks()
 
 
 @pytest.mark.parametrize("spec", ["recombine:k=3+recombine:k=3", "recombine:k=3,patch=1+mean-filter+recombine:k=2"])
@@ -353,7 +355,7 @@ def test_a_row_depends_on_its_contributors_through_all_stages_and_on_nothing_els
     source = rows_of(np.repeat([0, 1], 9))
     chain, plans = planned(spec, source)
     rows = np.array([10, 1])
-    positions, members = chain.contributors(rows, plans)
+    positions, members, _ = chain.contributors(rows, plans)
     assert len({*zip(positions, members, strict=True)}) == len(positions)
     before = chain.on(source, plans).read(rows)
     depends = set()
@@ -362,7 +364,7 @@ def test_a_row_depends_on_its_contributors_through_all_stages_and_on_nothing_els
         features[row] += 1
         after = chain.on(replace(source, features=features), plans).read(rows)
         depends |= {(position, row) for position in range(2) if not np.array_equal(after[position], before[position])}
-    last = {*zip(*(part.tolist() for part in plans[-1].contributors(rows)), strict=True)}
+    last = {*zip(*(part.tolist() for part in chain.stages[-1].contributors(rows, plans[-1])[:2]), strict=True)}
     assert depends <= {*zip(positions.tolist(), members.tolist(), strict=True)}
     assert not depends <= last  # what the last stage draws on is not enough
 
@@ -372,7 +374,7 @@ def test_a_row_depends_on_its_contributors_through_all_stages_and_on_nothing_els
     [("dpf", 0), ("recombine+dpf", 1), ("recombine+mean-filter+dpf", 1), ("mean-filter+recombine+dpf", 2)],
 )
 def test_mixing_stages_end_with_the_last_that_mixes(spec: str, mixing: int) -> None:
-    assert build_chain(spec, FeatureSpec((3, 8, 8), True)).mixing_stages == mixing
+    assert build_chain(spec, FeatureSpec((3, 8, 8), True)).mixing_stages() == mixing
 
 
 # --------------------------------------------------------------------------------------------- names
@@ -434,15 +436,16 @@ def test_a_registered_class_is_known_by_its_name(registry: dict[str, type[Poison
 
 def test_a_class_of_the_users_own_module_is_found_by_its_path(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owners_functions.py").write_text(
+        "from dpf_release.core.parameters import Parameter\n"
         "from dpf_release.poisoning.interface import PoisoningFunction\n"
         "class Scaled(PoisoningFunction):\n"
-        "    def __init__(self, features, factor=2.0):\n"
-        "        super().__init__(features)\n"
-        "        self.factor = factor\n"
+        "    parameters = (Parameter('factor', 2.0, 0.0, 9.0, 'of each value'),)\n"
         "    def apply(self, rows, source, plan):\n"
         "        return source.read(rows) * self.factor\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     source = rows_of(np.zeros(2))
     assert np.array_equal(poisoned("owners_functions.Scaled:factor=3", source), source.features * 3)
+    assert np.array_equal(poisoned("owners_functions:Scaled:factor=3", source), source.features * 3)
     assert np.array_equal(poisoned("owners_functions.Scaled", source), source.features * 2)
+    assert np.array_equal(poisoned("owners_functions:Scaled", source), source.features * 2)

@@ -17,8 +17,8 @@ from dpf_release.models.training import Recipe, fit
 from dpf_release.models.weights import freeze, state_bytes
 from dpf_release.owner.train import TargetTask
 from dpf_release.poisoning.deep import DeepPoisoningFunction
-from dpf_release.poisoning.interface import FeatureSpec
-from dpf_release.poisoning.objective import AttributeAttacker, Objective
+from dpf_release.poisoning.objective import Adversaries, AttributeAttacker, Objective
+from dpf_release.poisoning.plan import FeatureSpec
 
 SHAPE = (3, 16, 16)  # features that are pictures: ψ can be the identity, or its negative
 UNCHANGED = nn.Identity()
@@ -73,8 +73,7 @@ def objective(phi_2: nn.Module, kind: str = "equivalence", **given: Any) -> Obje
     return Objective(
         phi_2,
         given.get("task", task("classification")),
-        reconstructors,
-        given.get("classifiers", {}),
+        Adversaries(reconstructors, given.get("classifiers", {})),
         kind == "equivalence",
         given.get("lambda_", 1.0),
     )

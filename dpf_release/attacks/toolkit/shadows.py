@@ -25,9 +25,10 @@ from dpf_release.bank.rows import ComputedRows
 from dpf_release.core.arrays import Rows
 from dpf_release.models.training import Recipe
 from dpf_release.poisoning.chain import Chain, build_chain
-from dpf_release.poisoning.fitting import Material, Split, fit_chain
-from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.context import Material, Split
+from dpf_release.poisoning.fitting import fit_chain
 from dpf_release.poisoning.objective import Adversaries, TaskLoss
+from dpf_release.poisoning.plan import FeatureSpec
 
 STEP_COST = 1.5  # a step of a shadow function, in steps of a decoder
 SHARE = 0.5  # of the pictures that a decoder is shown, those that a shadow function is

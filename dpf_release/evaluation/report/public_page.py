@@ -31,9 +31,10 @@ from dpf_release.models.training import Recipe
 from dpf_release.owner.adversaries import straw_man
 from dpf_release.owner.project import Project
 from dpf_release.poisoning.chain import build_chain
-from dpf_release.poisoning.fitting import Material, Split, fit_chain
-from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.context import Material, Split
+from dpf_release.poisoning.fitting import fit_chain
 from dpf_release.poisoning.objective import Adversaries, TaskLoss
+from dpf_release.poisoning.plan import FeatureSpec
 from dpf_release.release.attack_report import AttackReport
 
 PICTURES = 1000  # of Q, as many as a function that mixes rows needs to choose among
