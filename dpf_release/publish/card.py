@@ -78,7 +78,7 @@ def write_card(
         task=record.task + (f", in {record.unit}" if record.unit else ""),
         names_label="targets" if regression else "classes",
         names=_cell(", ".join(record.targets if regression else record.classes)),
-        rows=", ".join(f"{split}: {sum(s.rows for s in shards)}" for split, shards in index.splits.items()),
+        rows=", ".join(f"{split}: {rows}" for split, rows in index.rows.items()),
         shape=" x ".join(map(str, record.feature_shape)),
         size=" x ".join(map(str, record.preprocess.size)),
         mean=list(record.preprocess.mean),

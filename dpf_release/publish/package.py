@@ -35,11 +35,15 @@ from dpf_release.publish.card_text import NO_DESCRIPTION
 from dpf_release.publish.gate import pass_gate
 from dpf_release.publish.leaks.private_facts import private_facts
 from dpf_release.publish.swap import recover, swap
-from dpf_release.release.contents import verify_deep
+from dpf_release.release.contents import shards_of, verify_deep
 from dpf_release.release.croissant import CROISSANT, croissant
 from dpf_release.release.manifest import (
     ATTACK_REPORT,
+    BANK_INDEX,
+    CLASSIFIER,
+    FEATURIZER,
     MANIFEST,
+    MODEL,
     UNLISTED,
     Claims,
     FileRecord,
@@ -106,7 +110,7 @@ def _package(
     _refuse_unpoisoned(index, poisons=function.chain.poisons)
     _refuse_retracted(project, candidate, index)
     reason = _reason_for_function(project.vault, function, second_function)
-    digest, steps = sha256_of(candidate / "features" / "index.json"), _retraction_steps(project, name)
+    digest, steps = sha256_of(candidate / BANK_INDEX), _retraction_steps(project, name)
     beside = _released_beside(project, function)
     passage = pass_gate(project, name, digest, steps, accept_risk, _views_that_apply(function, beside), beside)
     config = _next_version(project)
@@ -190,9 +194,7 @@ def _refuse_unknown_releases(out: Path, project: Project) -> None:
 
 def _refuse_strangers(candidate: Path, index: BankIndex) -> None:
     """That the candidate holds the files of a release, each of them, and nothing else."""
-    expected = {f"model/{name}" for name in ("model.json", "featurizer.safetensors", "classifier.safetensors")}
-    expected |= {"features/index.json"}
-    expected |= {f"features/{shard.file}" for shards in index.splits.values() for shard in shards}
+    expected = {MODEL, FEATURIZER, CLASSIFIER, BANK_INDEX, *shards_of(index)}
     found = {
         path.relative_to(candidate).as_posix(): path.is_file() and not path.is_symlink()
         for path in candidate.rglob("*")
@@ -211,13 +213,12 @@ def _refuse_strangers(candidate: Path, index: BankIndex) -> None:
 
 def _refuse_other_origin(project: Project, candidate: Path, name: str, function: FittedFunction) -> None:
     """That the candidate was made by today's function from today's features and network, and is as it was made."""
-    model = candidate / "model"
-    weights = (model / "featurizer.safetensors").read_bytes() + (model / "classifier.safetensors").read_bytes()
-    problems = changed_since_poison(project, name, function, candidate / "features" / "index.json")
+    weights = (candidate / FEATURIZER).read_bytes() + (candidate / CLASSIFIER).read_bytes()
+    problems = changed_since_poison(project, name, function, candidate / BANK_INDEX)
     if candidate_origin(project, function)["model"] != hashlib.sha256(weights).hexdigest():
         problems.append("weights changed since")
-    if read_model_record(model / "model.json") != project.cut.public_record:
-        problems.append("model/model.json changed since")
+    if read_model_record(candidate / MODEL) != project.cut.public_record:
+        problems.append(f"{MODEL} changed since")
     if problems:
         raise RefusedError(
             f"the candidate {name!r} is not of today: {'; '.join(problems)}. Nothing was published. Run "
@@ -229,7 +230,7 @@ def _scores(project: Project, candidate: Path, name: str) -> dict[str, Any]:
     """What `measure` found for exactly this candidate: the `task` part of `val` and `test`; empty where it did not."""
     vault, path = project.vault, project.vault.reports(name) / "measurements.json"
     report = vault.read_record(path, f"poison --name {name}") if vault.holds(path) else {}
-    if report.get("index_sha256") != sha256_of(candidate / "features" / "index.json"):
+    if report.get("index_sha256") != sha256_of(candidate / BANK_INDEX):
         return {}
     return {split: report[split]["task"] for split in ("val", "test") if "task" in report[split]}
 
@@ -376,7 +377,7 @@ def _manifest(
         task=record.task,
         classes=record.classes,
         targets=record.targets,
-        splits={split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()},
+        splits=index.rows,
         claims=claims,
         files=files,
     )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpf_release.core.files import PUBLIC_FILE, sha256_of, write_json, write_text
 
-ATTACK_REPORT = "reports/attack.json"
+ATTACK_REPORT, BANK_INDEX = "reports/attack.json", "features/index.json"
+MODEL, FEATURIZER, CLASSIFIER = "model/model.json", "model/featurizer.safetensors", "model/classifier.safetensors"
 MANIFEST, SUMS, SIGNATURE, SIGNER = "manifest.json", "SHA256SUMS", "manifest.sig", "signer.pub.pem"
 UNLISTED = frozenset({MANIFEST, SUMS, SIGNATURE, SIGNER})  # by the manifest, whose bytes they depend on
 
-Role = Literal["card", "croissant", "model-record", "featurizer", "classifier", "bank-index", "attack-report", "shard"]
+# In the order in which files are looked at: records before what they describe.
+Role = Literal["card", "croissant", "model-record", "bank-index", "attack-report", "featurizer", "classifier", "shard"]
+ROLE_ORDER: tuple[Role, ...] = get_args(Role)
 # The whole of what a release may hold: a path that fits none of these is never published.
 ROLES: dict[str, Role] = {
     r"README\.md": "card",
@@ -32,6 +35,12 @@ ReleasePath = Annotated[str, Field(pattern=r"^(?:" + "|".join(ROLES) + r")$")]
 def role_of(path: str) -> Role | None:
     """The role of a path inside a release, `None` for one that has no place there."""
     return next((role for pattern, role in ROLES.items() if re.fullmatch(pattern, path)), None)
+
+
+def role_in_release(path: str) -> str:
+    """As `role_of`, also for the files that the manifest does not list; `none` where a path has no place."""
+    unlisted = {MANIFEST: "manifest", SUMS: "checksums", SIGNATURE: "signature", SIGNER: "signature"}
+    return unlisted.get(path) or role_of(path) or "none"
 
 
 class _Record(BaseModel):
@@ -75,6 +84,10 @@ class Manifest(_Record):
     splits: dict[Literal["train", "val"], int]
     claims: Claims = Claims()
     files: tuple[FileRecord, ...]
+
+    def of_role(self, *roles: Role) -> dict[str, FileRecord]:
+        """The files of these roles by path: role by role, as they are named here, by default all in `ROLE_ORDER`."""
+        return {file.path: file for role in roles or ROLE_ORDER for file in self.files if file.role == role}
 
 
 def describe_files(folder: Path) -> tuple[FileRecord, ...]:

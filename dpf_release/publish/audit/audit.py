@@ -23,9 +23,9 @@ from dpf_release.owner.vault.age import SEALED, refuse_other_identity
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.audit.checks import CHECKS, vault_entries
-from dpf_release.publish.audit.describe import public_contents, role_in_release, role_in_vault
+from dpf_release.publish.audit.describe import public_contents, role_in_vault
 from dpf_release.publish.audit.engine import Finding, Result, Side, Status, Subject, lineage, run_check
-from dpf_release.release.manifest import MANIFEST, Claims, Manifest
+from dpf_release.release.manifest import MANIFEST, Claims, Manifest, role_in_release
 from dpf_release.release.tree import Tree
 from dpf_release.release.verify import read_manifest
 
