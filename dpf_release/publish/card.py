@@ -73,14 +73,14 @@ def write_card(
         scores: split → `task` of the measurements of this candidate; empty where none were made.
         passage: what the release promises and what not, and what attacks reached.
         second_function: why the same images are published once more, under another function; empty where they are not.
-        retractions: as `describe_retractions` says it.
+        retractions: as `retractions_section` says it.
     """
     text = CARD.format(
         **_facts(release, record, index),
         scores="\n".join(f"| {label} | {value} |" for label, value in score_rows(scores, record.unit)),
         claims_made=", ".join(passage.claims.made) or NO_CLAIM,
         claims=_claims(passage.claims, passage.attribute),
-        attacks=NO_ATTACKS if passage.report is None else describe_attacks(passage.report),
+        attacks=NO_ATTACKS if passage.report is None else attacks_section(passage.report),
         accepted_risk=_accepted_risk(passage),
         second_function=SECOND_FUNCTION.format(reason=second_function) if second_function else "",
         retractions=retractions,
@@ -111,7 +111,7 @@ def _facts(release: ReleaseSection, record: ModelRecord, index: BankIndex) -> di
     }
 
 
-def describe_retractions(retracted: Retracted, steps: Sequence[Mapping[str, Any]]) -> str:
+def retractions_section(retracted: Retracted, steps: Sequence[Mapping[str, Any]]) -> str:
     """The section on what was retracted since a version was published; empty where nothing was.
 
     Args:
@@ -143,7 +143,7 @@ def _claims(claims: Claims, attribute: str) -> str:
     return "".join(f"\n{line}" for line in lines) + "\n"
 
 
-def describe_attacks(report: AttackReport) -> str:
+def attacks_section(report: AttackReport) -> str:
     """The table of what attacks reached: one row an attack, and one for each that does not apply."""
     rows = [_attack_row(result) for result in report.attacks]
     rows += [(code, *[""] * 7, NOT_APPLICABLE) for code in sorted(report.not_applicable)]

@@ -32,7 +32,7 @@ from dpf_release.owner.vault.ledger import forget_release, releases, remember_re
 from dpf_release.owner.vault.retractions import Retracted
 from dpf_release.owner.vault.staging import build_beside, remove_unpublished, removed_manifest
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.publish.card import describe_retractions, write_card
+from dpf_release.publish.card import retractions_section, write_card
 from dpf_release.publish.card_text import NO_DESCRIPTION
 from dpf_release.publish.gate import Passage, pass_gate
 from dpf_release.publish.leaks.private_facts import private_facts
@@ -180,7 +180,7 @@ def _build(staging: Path, project: Project, candidate: Candidate, passage: Passa
     record, release = project.cut.public_record, _next_version(project.config.release, project.retracted)
     _copy_public(candidate.folder, staging)
     scores = _scores(project.vault, candidate)
-    retractions = describe_retractions(project.retracted, candidate.retractions)
+    retractions = retractions_section(project.retracted, candidate.retractions)
     write_card(staging / "README.md", release, record, candidate.index, scores, passage, reason, retractions)
     if passage.report is not None:
         make_folder((staging / ATTACK_REPORT).parent, PUBLIC_FOLDER)

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from dpf_release.core.bounded_json import Record
 from dpf_release.core.files import PUBLIC_FILE, sha256_of, write_json, write_text
 
 ATTACK_REPORT, BANK_INDEX = "reports/attack.json", "features/index.json"
@@ -43,11 +44,7 @@ def role_in_release(path: str) -> str:
     return unlisted.get(path) or role_of(path) or "none"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     """One public file."""
 
     path: ReleasePath
@@ -62,14 +59,14 @@ class FileRecord(_Record):
         return self
 
 
-class Claims(_Record):
+class Claims(Record):
     """What a release promises, and what it does not; made claims have passed the gate."""
 
     made: tuple[str, ...] = ()
     not_made: tuple[str, ...] = ("reconstruction", "linkage", "attribute")
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """`manifest.json`: every other file but its sums and signature, and what the release is."""
 
     format: Literal["dpf-release"] = "dpf-release"
