@@ -82,6 +82,11 @@ class BankIndex(BaseModel):
         """Bytes of one row's features."""
         return 2 * math.prod(self.feature_shape)
 
+    @property
+    def rows(self) -> dict[SplitName, int]:
+        """How many rows each split has."""
+        return {split: sum(shard.rows for shard in shards) for split, shards in self.splits.items()}
+
 
 def read_index(folder: Path) -> BankIndex:
     """The index of a bank.

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from dpf_release.errors import VerificationError
-
-if TYPE_CHECKING:
-    pass
 from dpf_release.cli.app import IdentityOption, TrustCodeOption, app
 from dpf_release.cli.printing import print_table
+from dpf_release.errors import VerificationError
 
 
 @app.command()
@@ -35,9 +32,9 @@ def verify(
     """
     from dpf_release.release.contents import verify_deep
     from dpf_release.release.signing import fingerprint, read_public_key
-    from dpf_release.release.verify import verify as compare
+    from dpf_release.release.verify import verify as run
 
-    problems = (verify_deep if deep else compare)(release, public_key)
+    problems = (verify_deep if deep else run)(release, public_key)
     signer = None if public_key is None or problems else fingerprint(read_public_key(public_key, release))
     if as_json:
         found = [asdict(problem) for problem in problems]

@@ -7,17 +7,23 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpf_release.core.files import read_at_most
 
-Record = TypeVar("Record", bound=BaseModel)
+Schema = TypeVar("Schema", bound=BaseModel)
 
 # A file that a manifest lists takes 200 bytes of JSON and 5 values: 50,000 shards, or 50 TB at 1 GiB each, are let in.
 # A parser takes up to some 300 bytes a value, and an error of the schema more: 16 MiB of "[[[[" could take gigabytes.
 MAX_BYTES = 16 * 2**20
 MAX_VALUES = 2**18
 SHOWN = 5
+
+
+class Record(BaseModel):
+    """What a JSON file of ours holds, or a part of it: its fields and no other, finite numbers, never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RepeatedKeyError(ValueError):
@@ -66,7 +72,7 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number")
 
 
-def read_json(path: Path, schema: type[Record]) -> Record:
+def read_json(path: Path, schema: type[Schema]) -> Schema:
     """What a JSON file says.
 
     Raises:
@@ -76,7 +82,7 @@ def read_json(path: Path, schema: type[Record]) -> Record:
     return parse_json(read_at_most(path, MAX_BYTES), schema)
 
 
-def parse_json(content: bytes, schema: type[Record]) -> Record:
+def parse_json(content: bytes, schema: type[Schema]) -> Schema:
     """What the content of a JSON file says.
 
     Raises:

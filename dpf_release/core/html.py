@@ -1,32 +1,34 @@
-"""How the HTML pages of `audit` and `attack` are made: one template each, and the style that they share."""
+"""How the HTML pages of `audit` and `attack` are made: each fills the blocks of one base, with the same style."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.resources import files
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
-from markupsafe import Markup
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 
-def page_template(
-    package: str, filters: dict[str, Callable[..., Any]], finalize: Callable[[Any], Any] | None = None
-) -> Template:
-    """The template `page.html` of a package: everything is escaped, a name that is not there is an error.
+def render_page(
+    package: str,
+    values: Mapping[str, Any],
+    filters: Mapping[str, Callable[..., Any]],
+    finalize: Callable[[Any], Any] | None = None,
+) -> str:
+    """The `page.html` of a package, filled in: everything is escaped, a name that is not there is an error.
 
     Args:
-        package: as `dpf_release.audit`.
+        package: as `dpf_release.publish.audit`; its page extends `core/base.html`, and may import `core/parts.html`.
+        values: by the names that the page has for them; `base.html` says which it wants of each page.
         filters: by name.
         finalize: what is done to every value before it is written.
     """
     environment = Environment(
-        autoescape=True, finalize=finalize, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("dpf_release.core", "")]),
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= filters
-    environment.globals["style"] = Markup(_text("dpf_release.core", "page.css"))
-    return environment.from_string(_text(package, "page.html"))
-
-
-def _text(package: str, name: str) -> str:
-    return files(package).joinpath(name).read_text(encoding="utf-8")
+    return environment.get_template("page.html").render(values)

@@ -10,27 +10,38 @@ from typing import Any
 from dpf_release.bank.format import BankIndex
 from dpf_release.core.files import PUBLIC_FILE, write_text
 from dpf_release.evaluation.report.headline import strongest
-from dpf_release.owner.config import Config
+from dpf_release.owner.config import ReleaseSection
 from dpf_release.owner.vault.retractions import Retracted
 from dpf_release.publish.card_text import (
     ACCEPTED_RISK,
+    AMONG,
     ANEW,
     ATTACKS,
     BANK_BEFORE,
     CARD,
     CATEGORIES,
+    CLAIMED,
     CLAIMS,
+    CUT_SHORT,
     DROPPED,
+    IN_UNIT,
+    LIMIT,
+    NAMES,
     NO_ATTACKS,
+    NO_CLAIM,
     NO_DESCRIPTION,
+    NO_LIMIT,
     NOT_APPLICABLE,
+    NOT_CLAIMED,
     NOT_DEFINED,
     NOT_GATED,
     NOT_MEASURED,
     NOT_RUN,
+    OF_ATTRIBUTE,
     POWER,
     REBUILT,
     REBUILT_TOO,
+    RETRACTED_SINCE,
     RETRACTIONS,
     SECOND_FUNCTION,
     THIS_BANK,
@@ -44,7 +55,7 @@ from dpf_release.release.model_record import ModelRecord
 
 def write_card(
     path: Path,
-    config: Config,
+    release: ReleaseSection,
     record: ModelRecord,
     index: BankIndex,
     scores: Mapping[str, Any],
@@ -56,37 +67,20 @@ def write_card(
 
     Args:
         path: the file.
-        config: for the `[release]` section.
+        release: the `[release]` section.
         record: the public model record.
         index: the public bank's.
         scores: split → `task` of the measurements of this candidate; empty where none were made.
         passage: what the release promises and what not, and what attacks reached.
         second_function: why the same images are published once more, under another function; empty where they are not.
-        retractions: as `describe_retractions` says it.
+        retractions: as `retractions_section` says it.
     """
-    regression = record.task == "regression"
     text = CARD.format(
-        name=json.dumps(config.release.name),
-        licence=json.dumps(config.release.licence.lower()),
-        licence_text=config.release.licence,
-        category=CATEGORIES[record.task],
-        title=config.release.name,
-        version=config.release.version,
-        description=config.release.description.strip() or NO_DESCRIPTION,
-        arch=record.arch,
-        hook=record.hook,
-        task=record.task + (f", in {record.unit}" if record.unit else ""),
-        names_label="targets" if regression else "classes",
-        names=_cell(", ".join(record.targets if regression else record.classes)),
-        rows=", ".join(f"{split}: {sum(s.rows for s in shards)}" for split, shards in index.splits.items()),
-        shape=" x ".join(map(str, record.feature_shape)),
-        size=" x ".join(map(str, record.preprocess.size)),
-        mean=list(record.preprocess.mean),
-        std=list(record.preprocess.std),
+        **_facts(release, record, index),
         scores="\n".join(f"| {label} | {value} |" for label, value in score_rows(scores, record.unit)),
-        claims_made=", ".join(passage.claims.made) or "none",
+        claims_made=", ".join(passage.claims.made) or NO_CLAIM,
         claims=_claims(passage.claims, passage.attribute),
-        attacks=NO_ATTACKS if passage.report is None else describe_attacks(passage.report),
+        attacks=NO_ATTACKS if passage.report is None else attacks_section(passage.report),
         accepted_risk=_accepted_risk(passage),
         second_function=SECOND_FUNCTION.format(reason=second_function) if second_function else "",
         retractions=retractions,
@@ -94,7 +88,30 @@ def write_card(
     write_text(path, text, PUBLIC_FILE)
 
 
-def describe_retractions(retracted: Retracted, steps: Sequence[Mapping[str, Any]]) -> str:
+def _facts(release: ReleaseSection, record: ModelRecord, index: BankIndex) -> dict[str, Any]:
+    """What the card says of the release, its network and its rows, by the places in `CARD`."""
+    return {
+        "name": json.dumps(release.name),
+        "licence": json.dumps(release.licence.lower()),
+        "licence_text": release.licence,
+        "category": CATEGORIES[record.task],
+        "title": release.name,
+        "version": release.version,
+        "description": release.description.strip() or NO_DESCRIPTION,
+        "arch": record.arch,
+        "hook": record.hook,
+        "task": record.task + (IN_UNIT.format(unit=record.unit) if record.unit else ""),
+        "names_label": NAMES[record.task],
+        "names": _cell(", ".join(record.targets if record.task == "regression" else record.classes)),
+        "rows": ", ".join(f"{split}: {rows}" for split, rows in index.rows.items()),
+        "shape": " x ".join(map(str, record.feature_shape)),
+        "size": " x ".join(map(str, record.preprocess.size)),
+        "mean": list(record.preprocess.mean),
+        "std": list(record.preprocess.std),
+    }
+
+
+def retractions_section(retracted: Retracted, steps: Sequence[Mapping[str, Any]]) -> str:
     """The section on what was retracted since a version was published; empty where nothing was.
 
     Args:
@@ -115,18 +132,18 @@ def describe_retractions(retracted: Retracted, steps: Sequence[Mapping[str, Any]
         count += step["rebuilt"]
     others = (REBUILT if count else DROPPED).format(base=base, count=count) if base else ANEW
     shown = REBUILT_TOO if base and count else ""
-    told = ", ".join(f"{number} retracted since {version}" for version, number in rows.items())
+    told = ", ".join(RETRACTED_SINCE.format(count=count, version=version) for version, count in rows.items())
     return RETRACTIONS.format(rows=told, others=others, shown=shown)
 
 
 def _claims(claims: Claims, attribute: str) -> str:
-    of = f", of `{attribute}`" if attribute else ""
-    lines = [f"- claimed (`{name}`{of if name == 'attribute' else ''}): {CLAIMS[name]}" for name in claims.made]
-    lines += [f"- not claimed (`{name}`): {CLAIMS[name]}" for name in claims.not_made]
+    of = {"attribute": OF_ATTRIBUTE.format(attribute=attribute)} if attribute else {}
+    lines = [CLAIMED.format(name=name, of=of.get(name, ""), claim=CLAIMS[name]) for name in claims.made]
+    lines += [NOT_CLAIMED.format(name=name, claim=CLAIMS[name]) for name in claims.not_made]
     return "".join(f"\n{line}" for line in lines) + "\n"
 
 
-def describe_attacks(report: AttackReport) -> str:
+def attacks_section(report: AttackReport) -> str:
     """The table of what attacks reached: one row an attack, and one for each that does not apply."""
     rows = [_attack_row(result) for result in report.attacks]
     rows += [(code, *[""] * 7, NOT_APPLICABLE) for code in sorted(report.not_applicable)]
@@ -137,7 +154,7 @@ def describe_attacks(report: AttackReport) -> str:
         bank=BANK_BEFORE.format(count=dropped) if dropped else THIS_BANK,
         file=ATTACK_REPORT,
         rows="\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in rows),
-        limits=", ".join(f"{name} {limit:g}" for name, limit in sorted(report.limits.items())) or "none",
+        limits=", ".join(f"{name} {limit:g}" for name, limit in sorted(report.limits.items())) or NO_LIMIT,
     )
 
 
@@ -158,9 +175,9 @@ def _attack_row(result: AttackResult) -> tuple[str, ...]:
 def _re_identified(result: AttackResult) -> str:
     if result.re_identification is None:
         return NOT_MEASURED
-    text = f"{_interval(result.re_identification, '{:.1%}')}, of {result.among}"
+    text = AMONG.format(share=_interval(result.re_identification, "{:.1%}"), count=result.among)
     limit = result.re_identification_limit if result.claim else None
-    return text if limit is None else f"{text}, limit {limit:.1%}"
+    return text if limit is None else text + LIMIT.format(limit=limit)
 
 
 def reached(result: AttackResult) -> float | None:
@@ -187,4 +204,4 @@ def _accepted_risk(passage: Passage) -> str:
 def _cell(text: str, limit: int = 500) -> str:
     """Text that stays within its table cell."""
     text = text.replace("|", "\\|").replace("\n", " ")
-    return text if len(text) <= limit else text[:limit] + " ... (all in model/model.json)"
+    return text if len(text) <= limit else text[:limit] + CUT_SHORT

@@ -64,6 +64,8 @@ CLAIMS: dict[str, str] = {
     "linkage": "that nobody who holds a picture can tell that it is in here",
     "attribute": "that no attribute of a person can be read from a row",
 }
+CLAIMED, NOT_CLAIMED = "- claimed (`{name}`{of}): {claim}", "- not claimed (`{name}`): {claim}"
+OF_ATTRIBUTE, NO_CLAIM = ", of `{attribute}`", "none"
 
 NO_ATTACKS = "Attacks measured: **none**; no attack battery was run on this bank.\n"
 ATTACKS = """\
@@ -85,7 +87,8 @@ BANK_BEFORE = "on this bank as it was before {count} rows were dropped; all othe
 POWER = {True: "yes", False: "no", None: "not tried"}
 NOT_APPLICABLE, NOT_RUN = "not applicable", "not run"
 NOT_DEFINED, NOT_MEASURED = "not defined", "not measured"
-NOT_GATED = "none: reported only"
+NOT_GATED, NO_LIMIT = "none: reported only", "none"
+AMONG, LIMIT = "{share}, of {count}", ", limit {limit:.1%}"
 
 ACCEPTED_RISK = """
 ## A risk that was accepted
@@ -104,6 +107,8 @@ Of the same images another release was made before, with another poisoning funct
 attacker: what one hides, the other may show. The owner's reason: {reason}
 """
 
+NAMES = {"classification": "classes", "regression": "targets"}
+IN_UNIT, CUT_SHORT = ", in {unit}", " ... (all in model/model.json)"
 CATEGORIES = {"classification": "image-classification", "regression": "other"}
 SCORES = {"top1": ("top-1", "{:.2%}"), "mae": ("mean absolute error", "{:.3g} {unit}")}
 
@@ -114,6 +119,7 @@ RETRACTIONS = """
 Rows that an earlier version has are not in this one: {rows}. {others} Comparing two versions shows which rows were
 retracted{shown}. Who has a copy of an earlier version still has them.
 """
+RETRACTED_SINCE = "{count} retracted since {version}"
 DROPPED = (
     "All other rows are, bit for bit, those of {base}; rows were only dropped, and what attacks on {base} showed, "
     "where they were run, holds for this version."
@@ -143,18 +149,9 @@ def score_rows(scores: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
 def fixed_card_text() -> str:
     """All that the words of a card are made of, but for what is the owner's."""
     scores = [*(label for label, _ in SCORES.values()), str(score_rows({}, ""))]
-    attacks = [
-        NO_ATTACKS,
-        ATTACKS,
-        THIS_BANK,
-        BANK_BEFORE,
-        NOT_APPLICABLE,
-        NOT_RUN,
-        NOT_DEFINED,
-        NOT_MEASURED,
-        NOT_GATED,
-        ACCEPTED_RISK,
-        *POWER.values(),
-    ]
-    sections = [CARD, NO_DESCRIPTION, *attacks, SECOND_FUNCTION, RETRACTIONS, DROPPED, REBUILT, REBUILT_TOO, ANEW]
-    return "\n".join([*sections, *CATEGORIES.values(), *CLAIMS, *CLAIMS.values(), *scores])
+    claims = [*CLAIMS, *CLAIMS.values(), CLAIMED, NOT_CLAIMED, OF_ATTRIBUTE, NO_CLAIM]
+    attacks = [NO_ATTACKS, ATTACKS, THIS_BANK, BANK_BEFORE, *POWER.values(), NOT_APPLICABLE, NOT_RUN, NOT_DEFINED]
+    attacks += [NOT_MEASURED, NOT_GATED, NO_LIMIT, AMONG, LIMIT]
+    retractions = [RETRACTIONS, RETRACTED_SINCE, DROPPED, REBUILT, REBUILT_TOO, ANEW]
+    facts = [NO_DESCRIPTION, *NAMES.values(), IN_UNIT, CUT_SHORT, *CATEGORIES.values()]
+    return "\n".join([CARD, *facts, *scores, *claims, *attacks, ACCEPTED_RISK, SECOND_FUNCTION, *retractions])

@@ -8,17 +8,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpf_release.attacks.interface import Claim, registered
+from dpf_release.attacks.interface import Attack, Claim, registered
 from dpf_release.attacks.threat_models import ReleaseView, TwoReleases
 from dpf_release.errors import RefusedError, VaultError
 from dpf_release.evaluation.failed_attacks import failed_in, failures
 from dpf_release.evaluation.suite import report_file
 from dpf_release.owner.config import ClaimsSection, GateSection
 from dpf_release.owner.project import Project
-from dpf_release.release.attack_report import PROFILE_ORDER, SCORER, AttackReport, public_report
+from dpf_release.release.attack_report import PROFILE_ORDER, SCORER, AttackReport, AttackResult, public_report
 from dpf_release.release.manifest import Claims
 
 CLAIMS: tuple[Claim, ...] = ("reconstruction", "linkage", "attribute")
+NO_ATTACK = "no attack was run on this bank"
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,27 @@ def pass_gate(
     wanted, gate = project.config.claims, project.config.gate
     ancestors = same_but_for_dropped_rows(index_sha256, retracted)
     report = _speaking(_reports_of(project, name, ancestors), gate)
-    why_not = "no attack was run on this bank"
-    found = {
-        claim: [why_not] if report is None else objections(claim, report, wanted, gate, required, beside)
+    against = {
+        claim: [NO_ATTACK] if report is None else objections(claim, report, wanted, gate, required, beside)
         for claim in wanted.made
     }
     told = [] if report is None else failed_in(report)
     for failure in failures(project.vault, name):
         counts = failure.index_sha256 in ancestors and failure.holds(gate.limits)
-        if counts and failure.claim in found and failure not in told:
-            found[failure.claim].append(str(failure))
-    against = tuple(f"{claim}: {objection}" for claim, of in found.items() for objection in of)
-    reason = " ".join(accept_risk.split()) if against else ""
+        if counts and failure.claim in against and failure not in told:
+            against[failure.claim].append(str(failure))
+    listed = tuple(f"{claim}: {objection}" for claim, of in against.items() for objection in of)
+    reason = _reason_for_risk(accept_risk, listed, name, gate)
+    made = tuple(claim for claim in CLAIMS if claim in against and not against[claim])
+    claims = Claims(made=made, not_made=tuple(claim for claim in CLAIMS if claim not in made))
+    if report is not None:
+        report = public_report(report).model_copy(update={"claims_not_made": claims.not_made})
+    return Passage(claims, report, wanted.attribute or "" if "attribute" in made else "", reason, listed)
+
+
+def _reason_for_risk(given: str, against: Sequence[str], name: str, gate: GateSection) -> str:
+    """Why to publish although something speaks against the claims; empty where nothing does."""
+    reason = " ".join(given.split()) if against else ""
     if against and not reason:
         raise RefusedError(
             "attacks do not bear out what [claims] in dpf.toml promises. Nothing was published.\n"
@@ -87,11 +97,7 @@ def pass_gate(
             "attack breaks the function, fit another. Or promise less under [claims]; or publish without these claims "
             'with --accept-risk "REASON" (it will be on the card, with all this).'
         )
-    made = tuple(claim for claim in CLAIMS if claim in found and not found[claim])
-    claims = Claims(made=made, not_made=tuple(claim for claim in CLAIMS if claim not in made))
-    if report is not None:
-        report = public_report(report).model_copy(update={"claims_not_made": claims.not_made})
-    return Passage(claims, report, wanted.attribute or "" if "attribute" in made else "", reason, against)
+    return reason
 
 
 def objections(
@@ -108,6 +114,33 @@ def objections(
     version of the attack that there is today. Each attack of the gate's profile has to be there, unless it does not
     apply; one that fails counts whatever its profile.
     """
+    found = _run_otherwise(claim, report, wanted, gate)
+    results = {result.code: result for result in report.attacks}
+    passed, needed = 0, set()
+    for attack in registered():
+        of = "reconstruction" if attack.view in required else attack.claim
+        if of != claim or PROFILE_ORDER.index(attack.profile) > PROFILE_ORDER.index(gate.profile):
+            continue
+        needed.add(attack.code)
+        result = results.get(attack.code)
+        if result is None:
+            missing = attack.code not in report.not_applicable or attack.view in required
+            problem = "was not run" if missing else ""
+        else:
+            problem = _objection(attack, result, beside)
+            passed += not problem
+        if problem:
+            found.append(f"{attack.code} {attack.title}: {problem}")
+    for code, result in results.items():
+        if result.claim == claim and result.verdict == "fail" and code not in needed:
+            found.append(f"{code} {result.title}: {_verdict(result)}")
+    if not passed and not found:
+        found.append(f"no attack of profile {gate.profile} that applies here speaks of it")
+    return found
+
+
+def _run_otherwise(claim: Claim, report: AttackReport, wanted: ClaimsSection, gate: GateSection) -> list[str]:
+    """In what the attacks were run otherwise than the gate wants it today."""
     found = []
     if PROFILE_ORDER.index(report.profile) < PROFILE_ORDER.index(gate.profile):
         found.append(f"attacks of profile {report.profile} were run, those of {gate.profile} are wanted")
@@ -118,31 +151,20 @@ def objections(
             found.append(f"verdicts were given under a limit for {key} of {report.limits.get(key)}, today's is {limit}")
     if claim == "attribute" and report.attribute != wanted.attribute:
         found.append("attacks were run for another attribute, or for none")
-    results = {result.code: result for result in report.attacks}
-    passed, needed = 0, []
-    for attack in registered():
-        of = "reconstruction" if attack.view in required else attack.claim
-        if of != claim or PROFILE_ORDER.index(attack.profile) > PROFILE_ORDER.index(gate.profile):
-            continue
-        needed.append(attack.code)
-        result = results.get(attack.code)
-        if result is None:
-            if attack.code not in report.not_applicable or attack.view in required:
-                found.append(f"{attack.code} {attack.title}: was not run")
-        elif result.version != attack.version:
-            found.append(f"{attack.code} {attack.title}: version {result.version} was run, today's is {attack.version}")
-        elif attack.view is TwoReleases and tuple(beside) != ((result.beside,) if result.beside else ()):
-            found.append(f"{attack.code} {attack.title}: was not run beside each of the {len(beside)} other releases")
-        elif result.verdict == "pass":
-            passed += 1
-        else:
-            found.append(f"{attack.code} {attack.title}: {result.verdict}, {'; '.join(result.reasons)}")
-    for code, result in results.items():
-        if result.claim == claim and result.verdict == "fail" and code not in needed:
-            found.append(f"{code} {result.title}: fail, {'; '.join(result.reasons)}")
-    if not passed and not found:
-        found.append(f"no attack of profile {gate.profile} that applies here speaks of it")
     return found
+
+
+def _objection(attack: Attack, result: AttackResult, beside: Sequence[str]) -> str:
+    """Why the result of an attack is not the `pass` that is wanted; empty where it is."""
+    if result.version != attack.version:
+        return f"version {result.version} was run, today's is {attack.version}"
+    if attack.view is TwoReleases and tuple(beside) != ((result.beside,) if result.beside else ()):
+        return f"was not run beside each of the {len(beside)} other releases"
+    return "" if result.verdict == "pass" else _verdict(result)
+
+
+def _verdict(result: AttackResult) -> str:
+    return f"{result.verdict}, {'; '.join(result.reasons)}"
 
 
 def _speaking(reports: Sequence[AttackReport], gate: GateSection) -> AttackReport | None:

@@ -85,8 +85,8 @@ def _hooks(title: str, points: list[HookPoint]) -> Table:
 
 def _bank(title: str, index: BankIndex) -> Table:
     rows = [
-        (split, str(sum(s.rows for s in shards)), str(len(shards)), str(sum(s.bytes for s in shards)))
-        for split, shards in index.splits.items()
+        (split, str(rows), str(len(index.splits[split])), str(sum(shard.bytes for shard in index.splits[split])))
+        for split, rows in index.rows.items()
     ]
     state = "poisoned" if index.poisoned else "NOT poisoned: private"
     shape = " x ".join(map(str, index.feature_shape))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,25 +24,29 @@ from dpf_release.core.files import (
     write_json,
 )
 from dpf_release.errors import RefusedError, VaultError
-from dpf_release.owner.config import Config
+from dpf_release.owner.config import Config, ReleaseSection
 from dpf_release.owner.fitted import CANDIDATE, FittedFunction, load_function
 from dpf_release.owner.poison import candidate_origin, changed_since_poison
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import forget_release, releases, remember_release
+from dpf_release.owner.vault.retractions import Retracted
 from dpf_release.owner.vault.staging import build_beside, remove_unpublished, removed_manifest
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.publish.card import describe_retractions, write_card
+from dpf_release.publish.card import retractions_section, write_card
 from dpf_release.publish.card_text import NO_DESCRIPTION
-from dpf_release.publish.gate import pass_gate
+from dpf_release.publish.gate import Passage, pass_gate
 from dpf_release.publish.leaks.private_facts import private_facts
 from dpf_release.publish.swap import recover, swap
-from dpf_release.release.contents import verify_deep
+from dpf_release.release.contents import shards_of, verify_deep
 from dpf_release.release.croissant import CROISSANT, croissant
 from dpf_release.release.manifest import (
     ATTACK_REPORT,
+    BANK_INDEX,
+    CLASSIFIER,
+    FEATURIZER,
     MANIFEST,
+    MODEL,
     UNLISTED,
-    Claims,
     FileRecord,
     Manifest,
     describe_file,
@@ -89,41 +94,47 @@ def package(
         return _package(project, name, out, sign, second_function, accept_risk)
 
 
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A bank and a network that may be published, as they lie in the vault.
+
+    Attributes:
+        name: of the fitted function.
+        folder: `model/` and `features/`, in the clear.
+        index: of the bank.
+        index_sha256: of its file.
+        function: that made it.
+        retractions: by which rows were taken out of it, the first first.
+    """
+
+    name: str
+    folder: Path
+    index: BankIndex
+    index_sha256: str
+    function: FittedFunction
+    retractions: list[dict[str, Any]]
+
+
 def _package(
     project: Project, name: str, out: Path, sign: Path | None, second_function: str, accept_risk: str
 ) -> Manifest:
+    vault, config = project.vault, project.config
     recover(out)
-    _settle_ledger(project)
+    _settle_ledger(vault, config.folder)
     # First of all: a key in the release's folder is also a file that has no place there, and has to be named as a key.
-    key = None if sign is None else read_private_key(sign, outside=(out, project.vault.candidate(name)))
+    key = None if sign is None else read_private_key(sign, outside=(out, vault.candidate(name)))
     _refuse_place(out, project)
-    _refuse_unknown_releases(out, project)
-    candidate = project.vault.opened(project.vault.candidate(name))
-    index = read_index(candidate / "features")
-    function = load_function(project, name)
-    _refuse_strangers(candidate, index)
-    _refuse_other_origin(project, candidate, name, function)
-    _refuse_unpoisoned(index, poisons=function.chain.poisons)
-    _refuse_retracted(project, candidate, index)
-    reason = _reason_for_function(project.vault, function, second_function)
-    digest, steps = sha256_of(candidate / "features" / "index.json"), _retraction_steps(project, name)
-    beside = _released_beside(project, function)
-    passage = pass_gate(project, name, digest, steps, accept_risk, _views_that_apply(function, beside), beside)
-    config = _next_version(project)
+    _refuse_unknown_releases(out, vault, config)
+    candidate = _checked_candidate(project, name)
+    reason = _reason_for_function(vault, candidate.function, second_function)
+    beside = _released_beside(vault, project.bank_id, candidate.function)
+    required = _views_that_apply(candidate.function, beside)
+    index_sha256, retractions = candidate.index_sha256, candidate.retractions
+    passage = pass_gate(project, name, index_sha256, retractions, accept_risk, required, beside)
 
     staging = build_beside(project.vault, out)
     try:
-        _copy_public(candidate, staging)
-        record = project.cut.public_record
-        card = staging / "README.md"
-        scores = _scores(project, candidate, name)
-        retractions = describe_retractions(project.retracted, steps)
-        write_card(card, config, record, index, scores, passage, reason, retractions)
-        if passage.report is not None:
-            make_folder((staging / ATTACK_REPORT).parent, PUBLIC_FOLDER)
-            write_json(staging / ATTACK_REPORT, passage.report.model_dump(mode="json"), PUBLIC_FILE)
-        manifest = _manifest(project, config, index, passage.claims, _describe(staging, config))
-        write_manifest(staging, manifest)
+        manifest = _build(staging, project, candidate, passage, reason)
         if key is not None:
             write_signature(staging, key)
         # As any reader can, in a limited child; only then are its files opened here, for what only the owner can see.
@@ -137,21 +148,66 @@ def _package(
         "name": manifest.name,
         "version": manifest.version,
         "function": name,
-        "function_digest": function.digest,
+        "function_digest": candidate.function.digest,
         "bank": project.bank_id,
         "second_function": reason,
         "accepted_risk": passage.accepted_risk,
-        "index_sha256": digest,
+        "index_sha256": candidate.index_sha256,
         "manifest_sha256": sha256_of(staging / MANIFEST),
-        "place": os.path.relpath(out, project.config.folder),
+        "place": os.path.relpath(out, config.folder),
     }
-    # Before the swap, so that nothing is public that the ledger does not know; `published` only when it is.
-    remember_release(project.vault, entry | {"published": False})
+    _publish(vault, staging, out, entry)
+    return manifest
+
+
+def _checked_candidate(project: Project, name: str) -> Candidate:
+    """A candidate that is whole, of today, poisoned, and has no retracted row."""
+    vault = project.vault
+    folder = vault.opened(vault.candidate(name))
+    index, function = read_index(folder / "features"), load_function(project, name)
+    made = vault.read_record(vault.function(name) / CANDIDATE, f"poison --name {name}")
+    digest = sha256_of(folder / BANK_INDEX)
+    candidate = Candidate(name, folder, index, digest, function, made.get("retracted", []))
+    _refuse_strangers(candidate)
+    _refuse_other_origin(project, candidate)
+    _refuse_unpoisoned(candidate)
+    _refuse_retracted(candidate, project.retracted.ids)
+    return candidate
+
+
+def _build(staging: Path, project: Project, candidate: Candidate, passage: Passage, reason: str) -> Manifest:
+    """All files of the release but a signature, in a folder that nobody sees yet."""
+    record, release = project.cut.public_record, _next_version(project.config.release, project.retracted)
+    _copy_public(candidate.folder, staging)
+    scores = _scores(project.vault, candidate)
+    retractions = retractions_section(project.retracted, candidate.retractions)
+    write_card(staging / "README.md", release, record, candidate.index, scores, passage, reason, retractions)
+    if passage.report is not None:
+        make_folder((staging / ATTACK_REPORT).parent, PUBLIC_FOLDER)
+        write_json(staging / ATTACK_REPORT, passage.report.model_dump(mode="json"), PUBLIC_FILE)
+    manifest = Manifest(
+        name=release.name,
+        version=release.version,
+        previous=_previous(project.vault, release),
+        licence=release.licence,
+        task=record.task,
+        classes=record.classes,
+        targets=record.targets,
+        splits=candidate.index.rows,
+        claims=passage.claims,
+        files=_describe(staging, release),
+    )
+    write_manifest(staging, manifest)
+    return manifest
+
+
+def _publish(vault: Vault, staging: Path, out: Path, entry: dict[str, Any]) -> None:
+    """Noted before the swap, so that nothing is public that the ledger does not know; `published` only when it is."""
+    remember_release(vault, entry | {"published": False})
     staging.chmod(PUBLIC_FOLDER)
     swap(staging, out)
-    remember_release(project.vault, entry | {"published": True})
-    remove_unpublished(project.vault)
-    return manifest
+    remember_release(vault, entry | {"published": True})
+    remove_unpublished(vault)
 
 
 def _refuse_place(out: Path, project: Project) -> None:
@@ -175,27 +231,25 @@ def _refuse_place(out: Path, project: Project) -> None:
         )
 
 
-def _refuse_unknown_releases(out: Path, project: Project) -> None:
+def _refuse_unknown_releases(out: Path, vault: Vault, config: Config) -> None:
     """That the ledger knows the releases that stand here: where it was lost, any function would pass for the first."""
-    name, known = project.config.release.name, {entry["manifest_sha256"] for entry in releases(project.vault)}
-    for place in (out, project.config.folder / "release"):
+    name, known = config.release.name, {entry["manifest_sha256"] for entry in releases(vault)}
+    for place in (out, config.folder / "release"):
         there = read_manifest(place)
         if isinstance(there, Manifest) and there.name == name and _manifest_digest(place) not in known:
             raise VaultError(
-                f"{place} is a release named {name!r} that {project.vault.ledger} does not know: which function made "
+                f"{place} is a release named {name!r} that {vault.ledger} does not know: which function made "
                 "it cannot be told. Bring back the ledger, or the vault that it was made from. If that is lost, move "
                 "the release away, and package its function before any other. Nothing was published."
             )
 
 
-def _refuse_strangers(candidate: Path, index: BankIndex) -> None:
+def _refuse_strangers(candidate: Candidate) -> None:
     """That the candidate holds the files of a release, each of them, and nothing else."""
-    expected = {f"model/{name}" for name in ("model.json", "featurizer.safetensors", "classifier.safetensors")}
-    expected |= {"features/index.json"}
-    expected |= {f"features/{shard.file}" for shards in index.splits.values() for shard in shards}
+    expected = {MODEL, FEATURIZER, CLASSIFIER, BANK_INDEX, *shards_of(candidate.index)}
     found = {
-        path.relative_to(candidate).as_posix(): path.is_file() and not path.is_symlink()
-        for path in candidate.rglob("*")
+        path.relative_to(candidate.folder).as_posix(): path.is_file() and not path.is_symlink()
+        for path in candidate.folder.rglob("*")
         if path.is_symlink() or not path.is_dir()
     }
     strangers = sorted({name for name, plain in found.items() if not plain} | (set(found) - expected))
@@ -204,20 +258,20 @@ def _refuse_strangers(candidate: Path, index: BankIndex) -> None:
     if strangers or missing:
         raise RefusedError(
             f"the candidate is not what a release holds. No place in a release: {', '.join(strangers[:10]) or 'none'}. "
-            f"Missing: {', '.join(missing[:10]) or 'none'}. Nothing was published. Look at {candidate}, and run "
+            f"Missing: {', '.join(missing[:10]) or 'none'}. Nothing was published. Look at {candidate.folder}, and run "
             "`dpf-release poison` again."
         )
 
 
-def _refuse_other_origin(project: Project, candidate: Path, name: str, function: FittedFunction) -> None:
+def _refuse_other_origin(project: Project, candidate: Candidate) -> None:
     """That the candidate was made by today's function from today's features and network, and is as it was made."""
-    model = candidate / "model"
-    weights = (model / "featurizer.safetensors").read_bytes() + (model / "classifier.safetensors").read_bytes()
-    problems = changed_since_poison(project, name, function, candidate / "features" / "index.json")
+    name, folder, function = candidate.name, candidate.folder, candidate.function
+    weights = (folder / FEATURIZER).read_bytes() + (folder / CLASSIFIER).read_bytes()
+    problems = changed_since_poison(project, name, function, folder / BANK_INDEX)
     if candidate_origin(project, function)["model"] != hashlib.sha256(weights).hexdigest():
         problems.append("weights changed since")
-    if read_model_record(model / "model.json") != project.cut.public_record:
-        problems.append("model/model.json changed since")
+    if read_model_record(folder / MODEL) != project.cut.public_record:
+        problems.append(f"{MODEL} changed since")
     if problems:
         raise RefusedError(
             f"the candidate {name!r} is not of today: {'; '.join(problems)}. Nothing was published. Run "
@@ -225,26 +279,24 @@ def _refuse_other_origin(project: Project, candidate: Path, name: str, function:
         )
 
 
-def _scores(project: Project, candidate: Path, name: str) -> dict[str, Any]:
+def _scores(vault: Vault, candidate: Candidate) -> dict[str, Any]:
     """What `measure` found for exactly this candidate: the `task` part of `val` and `test`; empty where it did not."""
-    vault, path = project.vault, project.vault.reports(name) / "measurements.json"
-    report = vault.read_record(path, f"poison --name {name}") if vault.holds(path) else {}
-    if report.get("index_sha256") != sha256_of(candidate / "features" / "index.json"):
+    path = vault.reports(candidate.name) / "measurements.json"
+    report = vault.read_record(path, f"poison --name {candidate.name}") if vault.holds(path) else {}
+    if report.get("index_sha256") != candidate.index_sha256:
         return {}
     return {split: report[split]["task"] for split in ("val", "test") if "task" in report[split]}
 
 
-def _next_version(project: Project) -> Config:
-    """The configuration; with the next version where the one that it says was published with rows since retracted."""
-    release = project.config.release
-    version = project.retracted.version_after(release.version)
-    return project.config.model_copy(update={"release": release.model_copy(update={"version": version})})
+def _next_version(release: ReleaseSection, retracted: Retracted) -> ReleaseSection:
+    """`[release]`; with the next version where the one that it says was published with rows since retracted."""
+    return release.model_copy(update={"version": retracted.version_after(release.version)})
 
 
-def _refuse_retracted(project: Project, candidate: Path, index: BankIndex) -> None:
-    gone = project.retracted.ids
+def _refuse_retracted(candidate: Candidate, gone: Set[bytes]) -> None:
+    features = candidate.folder / "features"
     if gone and any(
-        row_id.tobytes() in gone for split in index.splits for row_id in FeatureBank(candidate / "features", split).ids
+        row_id.tobytes() in gone for split in candidate.index.splits for row_id in FeatureBank(features, split).ids
     ):
         raise RefusedError(
             "the candidate has rows that were retracted. Nothing was published. Write it anew: `dpf-release poison "
@@ -252,25 +304,17 @@ def _refuse_retracted(project: Project, candidate: Path, index: BankIndex) -> No
         )
 
 
-def _retraction_steps(project: Project, name: str) -> list[dict[str, Any]]:
-    """By which retractions rows were taken out of the candidate, the first first."""
-    made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
-    steps: list[dict[str, Any]] = made.get("retracted", [])
-    return steps
-
-
 # --------------------------------------------------------------------------------------------- the ledger
 
 
-def _settle_ledger(project: Project) -> None:
+def _settle_ledger(vault: Vault, folder: Path) -> None:
     """After a crash around the swap: a release that stands in its place is published, one removed before it is not.
 
     One that is in neither stays, unsettled, and counts as published: it may have been taken elsewhere.
     """
-    vault = project.vault
     for entry in releases(vault):
         if not entry.get("published", True):
-            place = project.config.folder / entry["place"]
+            place = folder / entry["place"]
             if _manifest_digest(place) == entry["manifest_sha256"]:
                 remember_release(vault, entry | {"published": True})
             elif removed_manifest(vault) == entry["manifest_sha256"]:
@@ -281,9 +325,9 @@ def _manifest_digest(folder: Path) -> str | None:
     return sha256_of(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
 
 
-def _released_beside(project: Project, function: FittedFunction) -> tuple[str, ...]:
+def _released_beside(vault: Vault, bank: str, function: FittedFunction) -> tuple[str, ...]:
     """Digests of the indexes of the last release of each other function on these features."""
-    mine = [entry for entry in releases(project.vault) if entry["bank"] == project.bank_id]
+    mine = [entry for entry in releases(vault) if entry["bank"] == bank]
     others = {entry["function_digest"]: entry["index_sha256"] for entry in mine}
     return tuple(index for digest, index in others.items() if digest != function.digest)
 
@@ -313,8 +357,8 @@ def _reason_for_function(vault: Vault, function: FittedFunction, given: str) -> 
 # --------------------------------------------------------------------------------------------- is anything private?
 
 
-def _refuse_unpoisoned(index: BankIndex, *, poisons: bool) -> None:
-    if not (index.poisoned and poisons):
+def _refuse_unpoisoned(candidate: Candidate) -> None:
+    if not (candidate.index.poisoned and candidate.function.chain.poisons):
         raise RefusedError(
             "this bank is not poisoned: its function changes nothing, and a reconstructor shows the pictures in it. "
             "Nothing was published. Fit a function with `dpf-release fit-poison`."
@@ -354,36 +398,17 @@ def _copy_public(candidate: Path, staging: Path) -> None:
                 shutil.copyfile(path, partial)
 
 
-def _describe(staging: Path, config: Config) -> tuple[FileRecord, ...]:
+def _describe(staging: Path, release: ReleaseSection) -> tuple[FileRecord, ...]:
     """All files, with a `croissant.json` that lists the data among them, for the manifest to list; each read once."""
     files = describe_files(staging)
-    release = config.release
     description = release.description.strip() or NO_DESCRIPTION
     tree = croissant(release.name, release.version, release.licence, description, files)
     write_json(staging / CROISSANT, tree, PUBLIC_FILE)
     return tuple(sorted((*files, describe_file(staging, CROISSANT)), key=lambda record: record.path))
 
 
-def _manifest(
-    project: Project, config: Config, index: BankIndex, claims: Claims, files: tuple[FileRecord, ...]
-) -> Manifest:
-    record = project.cut.public_record
-    return Manifest(
-        name=config.release.name,
-        version=config.release.version,
-        previous=_previous(project.vault, config),
-        licence=config.release.licence,
-        task=record.task,
-        classes=record.classes,
-        targets=record.targets,
-        splits={split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()},
-        claims=claims,
-        files=files,
-    )
-
-
-def _previous(vault: Vault, config: Config) -> str | None:
+def _previous(vault: Vault, release: ReleaseSection) -> str | None:
     """The release before the first of this version: packaged again, wherever to, it has the same predecessor."""
-    made = [entry for entry in releases(vault) if entry["name"] == config.release.name]
-    before = list(takewhile(lambda entry: entry["version"] != config.release.version, made))
+    made = [entry for entry in releases(vault) if entry["name"] == release.name]
+    before = list(takewhile(lambda entry: entry["version"] != release.version, made))
     return str(before[-1]["manifest_sha256"]) if before else None

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from dpf_release.core.bounded_json import read_json
+from dpf_release.core.bounded_json import Record, read_json
 from dpf_release.errors import VerificationError
 
 Verdict = Literal["pass", "fail", "inconclusive", "reported"]
@@ -26,11 +26,7 @@ DECIMALS = 4  # of public numbers
 SCORER = 3  # raised whenever the same answers of attacks would be scored otherwise
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Interval(_Record):
+class Interval(Record):
     """A mean over images, with its 95 % interval."""
 
     value: float
@@ -38,7 +34,7 @@ class Interval(_Record):
     high: float
 
 
-class Way(_Record):
+class Way(Record):
     """One decoder, probe or way of looking of an attack.
 
     Attributes:
@@ -50,7 +46,7 @@ class Way(_Record):
     leakage: Interval | None = None
 
 
-class Power(_Record):
+class Power(Record):
     """Whether the attack breaks what it must break, or its result proves nothing.
 
     Attributes:
@@ -64,7 +60,7 @@ class Power(_Record):
     surpassed: Annotated[dict[Short, Interval], Few] = {}
 
 
-class AttackResult(_Record):
+class AttackResult(Record):
     """One attack on one bank.
 
     Attributes:
@@ -107,7 +103,7 @@ class AttackResult(_Record):
         return min((int(number) for number, found in values.items() if found.value > limit), default=None)
 
 
-class Utility(_Record):
+class Utility(Record):
     """What a downstream user can do with the bank: U1, U2, U3.
 
     Attributes:
@@ -123,7 +119,7 @@ class Utility(_Record):
         return dict(sorted(self.measures.items(), key=lambda item: re.sub(r"\d+", lambda m: m[0].zfill(9), item[0])))
 
 
-class AttackReport(_Record):
+class AttackReport(Record):
     """`attack.json`; in a release it is what `public_report` leaves of it.
 
     Attributes:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import h5py
 import numpy as np
@@ -38,7 +38,16 @@ from dpf_release.errors import BankError, DPFReleaseError
 from dpf_release.release.attack_report import AttackReport, public_report, read_attack_report
 from dpf_release.release.child_process import confine, run_limited
 from dpf_release.release.croissant import croissant
-from dpf_release.release.manifest import ATTACK_REPORT, MANIFEST, Manifest, Role
+from dpf_release.release.manifest import (
+    ATTACK_REPORT,
+    BANK_INDEX,
+    CLASSIFIER,
+    FEATURIZER,
+    MANIFEST,
+    ROLE_ORDER,
+    Manifest,
+    Role,
+)
 from dpf_release.release.model_record import ModelRecord, read_model_record
 from dpf_release.release.safetensors_check import not_finite, read_tensor_file
 from dpf_release.release.verify import Kind, Problem, read_manifest, verify
@@ -52,7 +61,6 @@ MAX_PROBLEMS, MAX_DETAIL = 1000, 500
 UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Processor time: a start and the structures of a small release; bytes to decode in a second, at the least.
 SECONDS, BYTES_A_SECOND, SHARDS_A_SECOND = 8, 10_000_000, 20
-MODEL, FEATURIZER, CLASSIFIER = "model/model.json", "model/featurizer.safetensors", "model/classifier.safetensors"
 
 Finding = tuple[Kind, str]
 
@@ -88,8 +96,7 @@ def _bytes_to_decode(folder: Path, manifest: Manifest) -> int:
         index = read_index(folder / "features")
     except BankError:
         return stored
-    rows = sum(shard.rows for shards in index.splits.values() for shard in shards)
-    return stored + min(rows * index.row_bytes, stored * MOST_COMPRESSED[index.compression])
+    return stored + min(sum(index.rows.values()) * index.row_bytes, stored * MOST_COMPRESSED[index.compression])
 
 
 def problems_of(answers: list[Any], died_of: str) -> list[Problem]:
@@ -125,8 +132,7 @@ def answers_to(request: dict[str, Any]) -> Iterator[str | tuple[str, str, str]]:
         yield "structure", MANIFEST, text
     release = _Release(folder, manifest, request["deep"])
     found = 0
-    # Records before what they describe.
-    for record in sorted(manifest.files, key=lambda file: ROLES_IN_ORDER.index(file.role)):
+    for record in manifest.of_role().values():
         yield record.path
         for kind, detail in _checked(release, record.role, record.path):
             yield kind, record.path, UNSEEN.sub("?", detail[:MAX_DETAIL])
@@ -154,6 +160,7 @@ class _Release:
         deep: whether data are looked at.
         model: what `model.json` says, once it is read.
         index: what `index.json` says, once it is read.
+        shards: of it, by path.
         report: of attacks, once it is read.
         ids: (rows,) of each shard that was looked at, 16 bytes each; data, so only when deep.
     """
@@ -163,6 +170,7 @@ class _Release:
     deep: bool
     model: ModelRecord | None = None
     index: BankIndex | None = None
+    shards: dict[str, tuple[SplitName, ShardRecord]] = field(default_factory=dict)
     report: AttackReport | None = None
     ids: list[NDArray[np.void]] = field(default_factory=list)
 
@@ -187,28 +195,32 @@ def _checked(release: _Release, role: Role, path: str) -> Iterator[Finding]:
 
 def absences(manifest: Manifest) -> list[str]:
     """What a release needs and its manifest does not list."""
-    roles = {file.role for file in manifest.files}
-    filled = {file.path.split("/")[1] for file in manifest.files if file.role == "shard"}
-    roles.add("attack-report")  # where no attack was run there is none, and no claim
-    lacks = [f"a file of the role {role}" for role in ROLES_IN_ORDER if role not in roles]
+    needed = [role for role in ROLE_ORDER if role != "attack-report"]  # where no attack was run there is no claim
+    lacks = [f"a file of the role {role}" for role in needed if not manifest.of_role(role)]
+    filled = {path.split("/")[1] for path in manifest.of_role("shard")}
     lacks += [f"a shard of {split}" for split in manifest.splits if split not in filled]
     return [f"expected {what}, found none" for what in lacks]
+
+
+def shards_of(index: BankIndex) -> dict[str, tuple[SplitName, ShardRecord]]:
+    """Split and record of each shard of a bank, by its path in the release."""
+    return {f"features/{shard.file}": (split, shard) for split, shards in index.splits.items() for shard in shards}
 
 
 def contradictions(manifest: Manifest, model: ModelRecord, index: BankIndex) -> list[str]:
     """What manifest, model and bank say of each other that is not so."""
     digests = {entry.path: entry.sha256 for entry in manifest.files}
-    shards = {f"features/{shard.file}": shard.sha256 for shards in index.splits.values() for shard in shards}
-    rows = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
     checks = {
         "the bank was made by another featurizer": index.featurizer_sha256 == digests.get(FEATURIZER),
         "the bank's rows have another shape than the model's features": index.feature_shape == model.feature_shape,
         "bank and model differ in their targets": index.targets == model.target_columns,
         "manifest and model differ in their classes": manifest.classes == model.classes,
         "manifest and model differ in their task": (manifest.task, manifest.targets) == (model.task, model.targets),
-        "manifest and bank differ in their rows": manifest.splits == rows,
-        "the bank lists other shards than the manifest": shards
-        == {entry.path: entry.sha256 for entry in manifest.files if entry.role == "shard"},
+        "manifest and bank differ in their rows": manifest.splits == index.rows,
+        "the bank lists other shards than the manifest": {
+            path: shard.sha256 for path, (_, shard) in shards_of(index).items()
+        }
+        == {path: file.sha256 for path, file in manifest.of_role("shard").items()},
     }
     return [text for text, holds in checks.items() if not holds]
 
@@ -220,7 +232,7 @@ def unfounded_claims(manifest: Manifest, report: AttackReport | None) -> list[st
     if report is not None:
         if report.featurizer_sha256 != digests.get(FEATURIZER):
             problems.append(f"{ATTACK_REPORT} is of another featurizer")
-        if (report.index_sha256 == digests.get("features/index.json")) == bool(report.dropped_since):
+        if (report.index_sha256 == digests.get(BANK_INDEX)) == bool(report.dropped_since):
             problems.append(f"{ATTACK_REPORT} is of another bank")
         if report.claims_not_made != manifest.claims.not_made:
             problems.append(f"{ATTACK_REPORT} and the manifest differ in the claims that are not made")
@@ -262,6 +274,7 @@ def _model_record(release: _Release, path: str) -> Iterator[Finding]:
 
 def _bank_index(release: _Release, path: str) -> Iterator[Finding]:
     release.index = read_index((release.folder / path).parent)
+    release.shards = shards_of(release.index)
     yield from ()
 
 
@@ -301,9 +314,9 @@ def _shard(release: _Release, path: str) -> Iterator[Finding]:
     if index is None:
         yield "structure", "without a right features/index.json it cannot be looked at"
         return
-    split, record = _record_of(index, path)
-    if record is None:
+    if path not in release.shards:
         return  # told as a contradiction
+    split, record = release.shards[path]
     file_path = release.folder / path
     layout = read_layout(file_path)
     with file_path.open("rb") as file:
@@ -318,14 +331,6 @@ def _shard(release: _Release, path: str) -> Iterator[Finding]:
             yield from _targets(shard, release)
     if release.deep:
         yield from _rows(release.folder, index, split, record)
-
-
-def _record_of(index: BankIndex, path: str) -> tuple[SplitName, ShardRecord | None]:
-    for split, shards in index.splits.items():
-        for record in shards:
-            if f"features/{record.file}" == path:
-                return split, record
-    return "train", None
 
 
 def _stored_whole(dataset: h5py.Dataset) -> bool:
@@ -370,8 +375,7 @@ CHECKERS: dict[Role, Callable[[_Release, str], Iterator[Finding]]] = {
     "classifier": _weights,
     "shard": _shard,
 }
-ROLES_IN_ORDER = list(CHECKERS)
-assert set(CHECKERS) == set(get_args(Role))
+assert set(CHECKERS) == set(ROLE_ORDER)
 
 if __name__ == "__main__":
     main()

@@ -86,11 +86,10 @@ def featurize_new(
         StorageError: another run works in the folder, or the disk has not enough room.
     """
     ranks, where = Ranks.of_torchrun(), pick_device(device)
-    plan = out / NEW_PLAN
     table = _own_splits(images, release.record)
     make_folder(out)
     with ranks.holding(out):
-        if (out / INDEX).exists() and not plan.exists():
+        if (out / INDEX).exists() and not (out / NEW_PLAN).exists():
             raise BankError(f"{out} holds a bank already. Name another folder with --out, or remove it.")
         pictures = Pictures(table, release.preprocess)
         bad = survey_together(pictures, ranks, "Reading images")
@@ -103,11 +102,7 @@ def featurize_new(
             "batch_size": batch_size,
             **machine_facts(where, "none"),
         }
-        new = facts | {"ids": secrets.token_hex(32)}
-        ranks.once(lambda: None if plan.exists() else write_json(plan, new))
-        known = json.loads(plan.read_text(encoding="utf-8"))
-        refuse_other_plan(f"the bank in {out}", changed_facts(known, facts), "remove the folder", BankError)
-        generator = np.random.default_rng(list(bytes.fromhex(known["ids"])))
+        generator = np.random.default_rng(_planned_ids(out, facts, ranks))
         rows_of = {name: np.setdiff1d(table.rows_of(name), [image.row for image in bad]) for name in SPLITS}
         rows = {
             name: SplitRows(table.targets[rows], generator.integers(0, 256, (len(rows), ID_BYTES), np.uint8))
@@ -121,11 +116,24 @@ def featurize_new(
         )
         writer = BankWriter(out, header, parse_size(shard_size), batch_size)
         phi_1 = release.featurizer().to(where).to(memory_format=torch.channels_last)
-        index = write_bank(
-            writer, rows, featurized(phi_1, pictures, rows_of, where), ranks, "Writing features", "images"
-        )
-        ranks.once(plan.unlink)  # its ids are in the bank now, and nobody else's business
+        compute = featurized(phi_1, pictures, rows_of, where)
+        index = write_bank(writer, rows, compute, ranks, "Writing features", "images")
+        ranks.once((out / NEW_PLAN).unlink)  # its ids are in the bank now, and nobody else's business
     return index, bad
+
+
+def _planned_ids(out: Path, facts: dict[str, Any], ranks: Ranks) -> list[int]:
+    """The seed of the new bank's ids, kept in its plan until it is written.
+
+    Raises:
+        BankError: the plan of a run that was cut off is of something else.
+    """
+    plan = out / NEW_PLAN
+    new = facts | {"ids": secrets.token_hex(32)}
+    ranks.once(lambda: None if plan.exists() else write_json(plan, new))
+    known = json.loads(plan.read_text(encoding="utf-8"))
+    refuse_other_plan(f"the bank in {out}", changed_facts(known, facts), "remove the folder", BankError)
+    return list(bytes.fromhex(known["ids"]))
 
 
 def _own_splits(images: Path, record: ModelRecord) -> ImageTable:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from dpf_release.core.bounded_json import Record
 from dpf_release.core.files import PUBLIC_FILE, sha256_of, write_json, write_text
 
-ATTACK_REPORT = "reports/attack.json"
+ATTACK_REPORT, BANK_INDEX = "reports/attack.json", "features/index.json"
+MODEL, FEATURIZER, CLASSIFIER = "model/model.json", "model/featurizer.safetensors", "model/classifier.safetensors"
 MANIFEST, SUMS, SIGNATURE, SIGNER = "manifest.json", "SHA256SUMS", "manifest.sig", "signer.pub.pem"
 UNLISTED = frozenset({MANIFEST, SUMS, SIGNATURE, SIGNER})  # by the manifest, whose bytes they depend on
 
-Role = Literal["card", "croissant", "model-record", "featurizer", "classifier", "bank-index", "attack-report", "shard"]
+# In the order in which files are looked at: records before what they describe.
+Role = Literal["card", "croissant", "model-record", "bank-index", "attack-report", "featurizer", "classifier", "shard"]
+ROLE_ORDER: tuple[Role, ...] = get_args(Role)
 # The whole of what a release may hold: a path that fits none of these is never published.
 ROLES: dict[str, Role] = {
     r"README\.md": "card",
@@ -34,11 +38,13 @@ def role_of(path: str) -> Role | None:
     return next((role for pattern, role in ROLES.items() if re.fullmatch(pattern, path)), None)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def role_in_release(path: str) -> str:
+    """As `role_of`, also for the files that the manifest does not list; `none` where a path has no place."""
+    unlisted = {MANIFEST: "manifest", SUMS: "checksums", SIGNATURE: "signature", SIGNER: "signature"}
+    return unlisted.get(path) or role_of(path) or "none"
 
 
-class FileRecord(_Record):
+class FileRecord(Record):
     """One public file."""
 
     path: ReleasePath
@@ -53,14 +59,14 @@ class FileRecord(_Record):
         return self
 
 
-class Claims(_Record):
+class Claims(Record):
     """What a release promises, and what it does not; made claims have passed the gate."""
 
     made: tuple[str, ...] = ()
     not_made: tuple[str, ...] = ("reconstruction", "linkage", "attribute")
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """`manifest.json`: every other file but its sums and signature, and what the release is."""
 
     format: Literal["dpf-release"] = "dpf-release"
@@ -75,6 +81,10 @@ class Manifest(_Record):
     splits: dict[Literal["train", "val"], int]
     claims: Claims = Claims()
     files: tuple[FileRecord, ...]
+
+    def of_role(self, *roles: Role) -> dict[str, FileRecord]:
+        """The files of these roles by path: role by role, as they are named here, by default all in `ROLE_ORDER`."""
+        return {file.path: file for role in roles or ROLE_ORDER for file in self.files if file.role == role}
 
 
 def describe_files(folder: Path) -> tuple[FileRecord, ...]:

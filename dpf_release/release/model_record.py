@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from dpf_release.core.bounded_json import parse_json, read_json
+from dpf_release.core.bounded_json import Record, parse_json, read_json
 from dpf_release.errors import VerificationError
 
 CUSTOM = "custom"  # the public name of an owner's own network; the record never names an import
@@ -17,11 +17,7 @@ Side = Annotated[int, Field(ge=8, le=4096)]
 Extent = Annotated[int, Field(ge=1, le=2**20)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class PreprocessRecord(_Record):
+class PreprocessRecord(Record):
     """Resize of the shorter side (`None`: none), centre crop to `size` (H, W), then (x - mean) / std on [0, 1]."""
 
     size: tuple[Side, Side]
@@ -34,7 +30,7 @@ class PreprocessRecord(_Record):
     ]
 
 
-class ModelRecord(_Record):
+class ModelRecord(Record):
     """`model.json` of a release, and `network.json` of a vault (there `arch` may be an import of the owner's)."""
 
     format: Literal["dpf-release-model"] = "dpf-release-model"

@@ -18,12 +18,11 @@ from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import freeze, load_state
 from dpf_release.models.zoo import build_network, is_public_architecture, network_on_paper
 from dpf_release.release.checked_files import CheckedDigests
-from dpf_release.release.contents import CLASSIFIER, FEATURIZER, MODEL, check_structure, contradictions
 from dpf_release.release.contents import VERSION as STRUCTURE
-from dpf_release.release.manifest import MANIFEST, Manifest
+from dpf_release.release.contents import check_structure, contradictions
+from dpf_release.release.manifest import CLASSIFIER, FEATURIZER, MANIFEST, MODEL, Manifest
 from dpf_release.release.model_record import CUSTOM, ModelRecord, read_model_record
-from dpf_release.release.verify import Problem, read_manifest
-from dpf_release.release.verify import verify as compare
+from dpf_release.release.verify import Problem, read_manifest, verify
 
 Builder = Callable[[int], nn.Module]
 Level = Literal["full", "sizes", "none"]
@@ -157,7 +156,7 @@ class Release:
 def _problems(folder: Path, level: Level) -> list[Problem]:
     """What is wrong with the files of a release; what is known of them from before is taken for granted."""
     with CheckedDigests.open(folder) as memory:
-        problems = compare(folder, digest=memory.sha256 if level == "full" else None)
+        problems = verify(folder, digest=memory.sha256 if level == "full" else None)
         manifest = read_manifest(folder)
         if problems or isinstance(manifest, Problem):
             return problems

@@ -62,17 +62,12 @@ def fit_classifier(
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
         return rows.read(chosen)
 
-    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        outputs = network(batch[0].float().contiguous(memory_format=torch.channels_last)).float()
-        regression = batch[1].is_floating_point()
-        return {"loss": F.smooth_l1_loss(outputs, batch[1]) if regression else F.cross_entropy(outputs, batch[1])}
-
     recipe = Recipe(epochs, min(batch_size, len(rows)), learning_rate, "sgd", 5e-4, seed, bf16="off")
     return fit(
         network,
         len(rows),
         read_batch,
-        loss,
+        _loss,
         recipe,
         title=title,
         device=pick_device(device),
@@ -80,6 +75,14 @@ def fit_classifier(
         subject=subject,
         row_bytes=rows.row_bytes,
     )
+
+
+def _loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Of features (n, C, H, W) with their targets."""
+    features, targets = batch
+    outputs = network(features.float().contiguous(memory_format=torch.channels_last)).float()
+    regression = targets.is_floating_point()
+    return {"loss": F.smooth_l1_loss(outputs, targets) if regression else F.cross_entropy(outputs, targets)}
 
 
 def score(network: nn.Module, rows: TargetedRows) -> float:

@@ -23,6 +23,7 @@ from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.publish import package as package_module
+from dpf_release.publish import swap as swap_module
 from dpf_release.publish.leaks.near_rows import find_near_rows
 from dpf_release.publish.package import package
 from dpf_release.release import contents as structure
@@ -302,7 +303,7 @@ def test_a_crash_while_packaging_leaves_the_old_release(
 
 
 def test_the_swap_works_where_the_system_cannot_exchange(project_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package_module, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(swap_module, "_exchange", lambda one, other: False)
     package(Project.open(project_folder / "dpf.toml", {"release.version": "2.0.0"}))
     assert verify(project_folder / "release") == []
     assert sorted(path.name for path in project_folder.glob("*release*")) == ["release"]

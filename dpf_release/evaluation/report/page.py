@@ -6,17 +6,15 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Template
 from PIL import Image
 from torch import Tensor
 
 from dpf_release.core.files import PUBLIC_FILE, make_folder, write_text
-from dpf_release.core.html import page_template
+from dpf_release.core.html import render_page
 from dpf_release.errors import ConfigError
 from dpf_release.evaluation.gallery import Pictures, read_pictures
 from dpf_release.evaluation.report.frontier_points import FRONTIER, Frontier, frontier_plots
@@ -40,6 +38,13 @@ WORST = {
     "worst clean": "From the unprotected row",
     "worst attack": "The attack",
     "worst fitted": "The attack, colours fitted",
+}
+FILTERS: dict[str, Callable[..., Any]] = {
+    "number": number,
+    "interval": interval,
+    "share": share,
+    "power": power,
+    "planted": of_planted,
 }
 
 
@@ -118,24 +123,24 @@ def page(report: AttackReport, pictures: Pictures, frontier: Frontier, *, privat
         frontier: of several candidates; without points, no such section.
         private: whether the pictures are of S.
     """
-    return _template().render(
-        report=report,
-        verdict=verdict_in_words(report),
-        private=private,
-        granted=granted_to,
-        notes=notes(report),
-        measures=MEASURES,
-        strongest={result.code: strongest(result) for result in report.attacks},
-        leakage=data_uri(leakage_plot(report.attacks)) if any(result.leakage for result in report.attacks) else "",
-        series=[
-            (result, data_uri(series_plot(result.series))) for result in report.attacks if any(result.series.values())
-        ],
-        typical=typical_strips(report.attacks, pictures),
-        worst=[(result, strips) for result in report.attacks if (strips := worst_strips(result, pictures))],
-        not_pictured=[result.code for result in report.attacks if f"{result.code}/attack" not in pictures],
-        frontier=frontier,
-        scatters=[(what, data_uri(plot)) for what, plot in frontier_plots(frontier)],
-    )
+    attacks = report.attacks
+    values = {
+        **vars(verdict_in_words(report)),
+        "report": report,
+        "private": private,
+        "granted": granted_to,
+        "notes": notes(report),
+        "measures": MEASURES,
+        "strongest": {result.code: strongest(result) for result in attacks},
+        "leakage": data_uri(leakage_plot(attacks)) if any(result.leakage for result in attacks) else "",
+        "series": [(result, data_uri(series_plot(result.series))) for result in attacks if any(result.series.values())],
+        "typical": typical_strips(attacks, pictures),
+        "worst": [(result, strips) for result in attacks if (strips := worst_strips(result, pictures))],
+        "not_pictured": [result.code for result in attacks if f"{result.code}/attack" not in pictures],
+        "frontier": frontier,
+        "scatters": [(what, data_uri(plot)) for what, plot in frontier_plots(frontier)],
+    }
+    return render_page("dpf_release.evaluation.report", values, FILTERS)
 
 
 def typical_strips(results: Sequence[AttackResult], pictures: Pictures) -> list[list[Strip]]:
@@ -179,15 +184,3 @@ def strip(label: str, pictures: Tensor, code: str = "") -> Strip:
 def data_uri(svg: str) -> str:
     """An SVG as the source of an image."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-
-
-@cache
-def _template() -> Template:
-    filters: dict[str, Callable[..., Any]] = {
-        "number": number,
-        "interval": interval,
-        "share": share,
-        "power": power,
-        "planted": of_planted,
-    }
-    return page_template("dpf_release.evaluation.report", filters)

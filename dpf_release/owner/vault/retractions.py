@@ -10,9 +10,10 @@ import re
 from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from dpf_release.bank.format import RELEASED_SPLITS, Digest, SplitName
+from dpf_release.core.bounded_json import Record
 from dpf_release.errors import VaultError
 from dpf_release.owner.vault.vault import Vault
 
@@ -20,11 +21,7 @@ RETRACTED = "retracted.json"
 RowId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Retraction(_Record):
+class Retraction(Record):
     """One retraction.
 
     Attributes:
@@ -49,7 +46,7 @@ class Retraction(_Record):
         return sum(self.rows.get(split, 0) for split in RELEASED_SPLITS)
 
 
-class Retracted(_Record):
+class Retracted(Record):
     """All retractions of a vault, and what S and φ1(S) are since.
 
     Attributes:

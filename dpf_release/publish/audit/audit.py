@@ -23,9 +23,9 @@ from dpf_release.owner.vault.age import SEALED, refuse_other_identity
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.audit.checks import CHECKS, vault_entries
-from dpf_release.publish.audit.describe import public_contents, role_in_release, role_in_vault
-from dpf_release.publish.audit.engine import Finding, Result, Side, Subject, lineage, run_check
-from dpf_release.release.manifest import MANIFEST, Claims, Manifest
+from dpf_release.publish.audit.describe import public_contents, role_in_vault
+from dpf_release.publish.audit.engine import Finding, Result, Side, Status, Subject, lineage, run_check
+from dpf_release.release.manifest import MANIFEST, Claims, Manifest, role_in_release
 from dpf_release.release.tree import Tree
 from dpf_release.release.verify import read_manifest
 
@@ -111,6 +111,11 @@ class Audit:
     def complete(self) -> bool:
         """Whether every check was run, but for the signature's, which says nothing of what the files hold."""
         return {result.check.name for result in self.results if result.reason} <= {"signature"}
+
+    @property
+    def status(self) -> Status:
+        """As of a check: of all of them together."""
+        return "failed" if self.findings else "passed" if self.complete else "not run"
 
     @property
     def verdict(self) -> str:

@@ -31,7 +31,7 @@ from dpf_release.publish.leaks.private_facts import private_rows
 from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.leaks.text import private_words
 from dpf_release.release.contents import check_structure
-from dpf_release.release.manifest import MANIFEST
+from dpf_release.release.manifest import CLASSIFIER, FEATURIZER, MANIFEST, MODEL
 from dpf_release.release.model_record import read_model_record
 from dpf_release.release.release import Release
 from dpf_release.release.tree import Tree
@@ -86,10 +86,10 @@ def _ledger(subject: Subject) -> Iterable[Finding]:
 
 
 def _network(subject: Subject) -> list[Finding]:
-    cut, record = subject.opened.cut, "model/model.json"
+    cut = subject.opened.cut
     expected = {
-        "model/featurizer.safetensors": cut.featurizer_sha256,
-        "model/classifier.safetensors": hashlib.sha256(cut.classifier_file).hexdigest(),
+        FEATURIZER: cut.featurizer_sha256,
+        CLASSIFIER: hashlib.sha256(cut.classifier_file).hexdigest(),
     }
     detail = "not the bytes that the vault's network gives at its hook point"
     found = [
@@ -97,10 +97,10 @@ def _network(subject: Subject) -> list[Finding]:
         for path, digest in expected.items()
         if subject.is_sound(path) and subject.files[path].sha256 != digest
     ]
-    if subject.is_sound(record) and read_model_record(subject.release / record) != cut.public_record:
-        found.append(Finding("foreign record", record, "does not say what the vault's network is"))
+    if subject.is_sound(MODEL) and read_model_record(subject.release / MODEL) != cut.public_record:
+        found.append(Finding("foreign record", MODEL, "does not say what the vault's network is"))
     if not found:
-        subject.refuse_gaps([*expected, record])
+        subject.refuse_gaps([*expected, MODEL])
     return found
 
 

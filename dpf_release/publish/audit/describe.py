@@ -10,15 +10,9 @@ from pathlib import Path
 from dpf_release.bank.format import open_shard, read_index
 from dpf_release.owner.vault.age import SEALED
 from dpf_release.release.attack_report import read_attack_report
-from dpf_release.release.manifest import MANIFEST, SIGNATURE, SIGNER, SUMS, Manifest, role_of
+from dpf_release.release.manifest import SIGNER, Manifest, role_in_release
 from dpf_release.release.model_record import read_model_record
 from dpf_release.release.safetensors_check import read_tensor_file
-
-
-def role_in_release(path: str) -> str:
-    """The role of a public path, also of the files that carry none; `none` where it has no place in a release."""
-    unlisted = {MANIFEST: "manifest", SUMS: "checksums", SIGNATURE: "signature", SIGNER: "signature"}
-    return unlisted.get(path) or role_of(path) or "none"
 
 
 def public_contents(release: Path, path: str, manifest: Manifest) -> str:
@@ -63,8 +57,7 @@ def _weights(part: str) -> Callable[[Path], str]:
 def _bank_index(file: Path) -> str:
     index = read_index(file.parent)
     splits = ", ".join(
-        f"{split}: {sum(shard.rows for shard in shards):,} rows in {len(shards)} shards"
-        for split, shards in index.splits.items()
+        f"{split}: {rows:,} rows in {len(index.splits[split])} shards" for split, rows in index.rows.items()
     )
     return f"{splits}; {_extents(index.feature_shape)} {index.encoding}, poisoned: {_yes(index.poisoned)}"
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
-from dpf_release.bank.format import INDEX, BankIndex, read_index
+from dpf_release.bank.format import BankIndex, read_index
 from dpf_release.errors import (
     ConfigError,
     DPFReleaseError,
@@ -19,7 +19,8 @@ from dpf_release.errors import (
     WeightsError,
 )
 from dpf_release.owner.project import Project
-from dpf_release.release.manifest import FileRecord, Manifest
+from dpf_release.release.contents import shards_of
+from dpf_release.release.manifest import BANK_INDEX, FileRecord, Manifest
 
 Side = Literal["public", "private"]
 Status = Literal["passed", "failed", "not run"]
@@ -97,7 +98,7 @@ class Subject:
     @cached_property
     def files(self) -> dict[str, FileRecord]:
         """The files that the manifest lists, by path."""
-        return {record.path: record for record in self.manifest.files} if self.manifest else {}
+        return self.manifest.of_role() if self.manifest else {}
 
     @property
     def owners(self) -> Project:
@@ -143,10 +144,10 @@ class Subject:
         """
         if not self.structured:
             raise NotRunError("what the files hold was not looked at (structure), and the bank is not opened")
-        shards = {path for path, record in self.files.items() if record.role == "shard"}
-        self.refuse_gaps([f"features/{INDEX}", *sorted(shards)])
+        shards = self.manifest.of_role("shard") if self.manifest else {}
+        self.refuse_gaps([BANK_INDEX, *sorted(shards)])
         index = read_index(self.release / "features")
-        if {f"features/{shard.file}" for part in index.splits.values() for shard in part} != shards:
+        if shards_of(index).keys() != shards.keys():
             raise NotRunError("the bank's index lists other shards than the manifest")
         return index
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
 from markupsafe import Markup
 
 from dpf_release.core.files import PRIVATE_FILE, PUBLIC_FILE, write_text
-from dpf_release.core.html import page_template
+from dpf_release.core.html import render_page
 from dpf_release.core.sizes import readable_size
 from dpf_release.errors import ConfigError
 from dpf_release.publish.audit.audit import Audit
 from dpf_release.release.manifest import Claims
 
 SHORT_DIGEST = 12
+TONES = {"passed": "good", "failed": "bad", "not run": "open"}
 LONGEST_SHOWN = 5000  # a path has 4,096 bytes at the most
 CLAIMS = {
     "reconstruction": "no picture can be reconstructed from its row",
@@ -51,7 +51,18 @@ def write_page(audit: Audit, path: Path, release: Path) -> None:
 
 def page(audit: Audit) -> str:
     """The page as text; it says nothing that is not in the audit."""
-    return _template().render(audit=audit, claims=CLAIMS, not_measured=NOT_MEASURED, short=SHORT_DIGEST)
+    values = {
+        "audit": audit,
+        "private": audit.private,
+        "tone": TONES[audit.status],
+        "headline": audit.headline,
+        "detail": audit.verdict,
+        "claims": CLAIMS,
+        "not_measured": NOT_MEASURED,
+        "short": SHORT_DIGEST,
+    }
+    filters: dict[str, Callable[..., Any]] = {"size": readable_size, "code": _with_code}
+    return render_page("dpf_release.publish.audit", values, filters, finalize=_shown)
 
 
 def claims_in_words(claims: Claims) -> list[str]:
@@ -79,8 +90,3 @@ def _with_code(text: str) -> Markup:
     """Words between backticks as code."""
     parts = printable(text).split("`")
     return Markup("").join(Markup("<code>{}</code>" if i % 2 else "{}").format(part) for i, part in enumerate(parts))
-
-
-@cache
-def _template() -> Template:
-    return page_template("dpf_release.publish.audit", {"size": readable_size, "code": _with_code}, _shown)

@@ -22,8 +22,7 @@ def print_audit(audit: Audit, console: Console | None = None) -> None:
     console = console or Console()
     if audit.private:
         console.print(Text("Made with the vault: private, like the vault.", "bold"))
-    style = STYLES["failed" if audit.findings else "passed" if audit.complete else "not run"]
-    console.print(Text(printable(f"{audit.headline}. {audit.verdict}"), style))
+    console.print(Text(printable(f"{audit.headline}. {audit.verdict}"), STYLES[audit.status]))
     for result in audit.results:
         if result.findings:
             console.print()
