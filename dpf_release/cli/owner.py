@@ -38,10 +38,8 @@ def init(
     """
     from dpf_release.owner.init import init as run
 
-    vault = run(folder, from_release)
-    print(
-        f"Wrote {folder / 'dpf.toml'} and {vault.root}. Next: edit dpf.toml, then `dpf-release featurize` in {folder}"
-    )
+    made = run(folder, from_release=from_release)
+    print(f"Wrote {made.config} and {made.vault}. Next: edit dpf.toml, then `dpf-release featurize` in {folder}")
 
 
 @app.command()
