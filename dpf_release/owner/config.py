@@ -212,6 +212,16 @@ class Config(_Section):
         """A path of the configuration, absolute."""
         return (self.folder / path.expanduser()).resolve()
 
+    def with_options(self, options: Mapping[str, Any]) -> Config:
+        """The configuration with options laid over it, by dotted keys as `read_config` takes them.
+
+        Raises:
+            ConfigError: options that do not fit, all of them.
+        """
+        tree = self.model_dump(by_alias=True)
+        _lay_over(tree, options)
+        return parse_config(tree, self.folder, str(self.folder / CONFIG_NAME))
+
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """`dpf.toml` with options laid over it.
@@ -239,9 +249,7 @@ def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
         raise ConfigError(f"{path} is not a configuration: it is nested too deeply. Correct it.") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}. Correct that line.") from error
-    for dotted, value in (overrides or {}).items():
-        if value is not None:
-            _lay_over(tree, dotted, value)
+    _lay_over(tree, overrides or {})
     return parse_config(tree, path.parent.resolve(), str(path))
 
 
@@ -272,10 +280,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
-def _lay_over(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, key = dotted.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"`{dotted}` is given, but the configuration has no section [{section}].")
-    tree[key] = value
+def _lay_over(tree: dict[str, Any], options: Mapping[str, Any]) -> None:
+    for dotted, value in options.items():
+        if value is None:
+            continue
+        *sections, key = dotted.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"`{dotted}` is given, but the configuration has no section [{section}].")
+        place[key] = value
