@@ -84,9 +84,9 @@ def cifar10(args: argparse.Namespace, folder: Path) -> dict[str, Features]:
     config.write_text(CIFAR10_CONFIG.read_text().replace("IMAGES", str(args.images.resolve())))
     sections = ("train", "reconstructor", "poison")
     project = Project.open(config, {f"{section}.epochs": args.epochs for section in sections})
-    print("Φ:", train(project))
+    print("Φ:", train(project).scores)
     featurize(project)
-    print("P:", fit_poison(project))
+    print("P:", fit_poison(project).last)
     write_candidate(project)
     banks = {"clean": project.vault.features, "poisoned": project.vault.candidate("default") / "features"}
     opened = {name: FeatureBank(bank, "train") for name, bank in banks.items()}

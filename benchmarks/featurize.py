@@ -151,7 +151,7 @@ def measure_featurize(args: argparse.Namespace) -> dict[str, Any]:
             again = Project.open(root / "dpf.toml")
             _ = again.private_images, again.cut
             began = time.perf_counter()
-            index = featurize(again)
+            index = featurize(again).index
             rates["featurize"].append(args.rows / (time.perf_counter() - began))
             again.private_images.pictures.close()
             print(f"{repeat + 1} of {args.repeats} rounds done", file=sys.stderr)

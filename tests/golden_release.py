@@ -94,7 +94,7 @@ def golden_project(folder: Path) -> Project:
             overrides = {"poison.function": function, "poison.objective": objective}
             project = Project.open(folder / "dpf.toml", overrides)
             torch.manual_seed(0)  # of ψ, which is drawn from torch's own generator
-            fit_poison(project, name)
+            fit_poison(project, name=name)
             write_candidate(project, name)
     return Project.open(folder / "dpf.toml")
 

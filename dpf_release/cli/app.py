@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -55,10 +55,9 @@ CONFIG = Path("dpf.toml")
 
 
 def open_project(
-    config: Path, identity: Path | None = None, fix_permissions: bool = False, **overrides: Any
+    config: Path, identity: Path | None = None, fix_permissions: bool = False, device: str | None = None
 ) -> Project:
-    """A project with options over its configuration; `poison__epochs=3` is the key `poison.epochs`."""
+    """The project of a configuration."""
     from dpf_release.owner.project import Project
 
-    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-    return Project.open(config, dotted, identity, fix_permissions=fix_permissions)
+    return Project.open(config, {"compute.device": device}, identity, fix_permissions=fix_permissions)

@@ -17,8 +17,7 @@ from dpf_release.evaluation.suite import attack
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.init import init
-from dpf_release.owner.measure import measure
-from dpf_release.owner.poison import write_candidate
+from dpf_release.owner.poison import poison
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import train
 from dpf_release.publish.package import package
@@ -112,8 +111,7 @@ def demo(out: Path) -> DemoResult:
     train(project)
     featurize(project)
     fit_poison(project)
-    write_candidate(project)
-    measurements = measure(project)
+    candidate = poison(project)
     report = attack(project, profile="quick", images=ATTACK_IMAGES)
     refusal = _refusal(project)
     manifest = package(project, accept_risk=ACCEPTED_RISK)
@@ -121,7 +119,7 @@ def demo(out: Path) -> DemoResult:
     if problems := verify(release):
         raise AssertionError(f"the demo's own release does not verify: {problems}")
     return DemoResult(
-        measurements=measurements,
+        measurements=candidate.measurements,
         public_files=sorted([file.path for file in manifest.files] + ["SHA256SUMS", "manifest.json"]),
         attacks=[
             f"{result.code} {result.title}: {', '.join([result.verdict, *result.reasons])}" for result in report.attacks

@@ -21,7 +21,7 @@ from dpf_release.cli.app import (
     app,
     open_project,
 )
-from dpf_release.cli.printing import print_measurements, print_unreadable
+from dpf_release.cli.printing import print_bank, print_measurements, print_unreadable
 
 
 @app.command()
@@ -38,10 +38,8 @@ def init(
     """
     from dpf_release.owner.init import init as run
 
-    vault = run(folder, from_release)
-    print(
-        f"Wrote {folder / 'dpf.toml'} and {vault.root}. Next: edit dpf.toml, then `dpf-release featurize` in {folder}"
-    )
+    made = run(folder, from_release=from_release)
+    print(f"Wrote {made.config} and {made.vault}. Next: edit dpf.toml, then `dpf-release featurize` in {folder}")
 
 
 @app.command()
@@ -59,11 +57,11 @@ def train(
     """
     from dpf_release.owner.train import train as run
 
-    project = open_project(config, identity, fix_permissions, train__epochs=epochs, compute__device=device)
-    scores = run(project, restart)
-    print_unreadable(project.private_images.bad)
+    project = open_project(config, identity, fix_permissions)
+    trained = run(project, epochs=epochs, device=device, restart=restart)
+    print_unreadable(trained.unreadable)
     unit = project.config.task.unit
-    for split, score in scores.items():
+    for split, score in trained.scores.items():
         print(f"{split}: " + (f"MAE {score:.4g} {unit}" if project.config.task.targets else f"top-1 {score:.2%}"))
 
 
@@ -106,16 +104,13 @@ def featurize(
             max_bad=max_bad,
             device=device or "auto",
         )
-        where = out
+        print_bank(index, out, unreadable)
     else:
         from dpf_release.owner.featurize import featurize as run
 
-        project = open_project(config, identity, fix_permissions, compute__device=device, bank__shard_size=shard_size)
-        index, where = run(project, restart), project.vault.features
-        unreadable = list(project.private_images.bad)
-    print_unreadable(unreadable)
-    counts = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
-    print(f"Wrote {where}: {counts}, {index.row_bytes} bytes a row")
+        project = open_project(config, identity, fix_permissions)
+        written = run(project, device=device, shard_size=shard_size, restart=restart)
+        print_bank(written.index, written.folder, written.unreadable)
 
 
 @app.command("fit-poison")
@@ -140,18 +135,19 @@ def fit_poison(
     """
     from dpf_release.owner.fit_poison import fit_poison as run
 
-    poison = {
-        "poison.function": function,
-        "poison.objective": objective,
-        "poison.lambda": lambda_,
-        "poison.epochs": epochs,
-    }
-    overrides = {key.replace(".", "__"): value for key, value in poison.items()}
-    project = open_project(config, identity, fix_permissions, compute__device=device, **overrides)
-    last = run(project, name, restart)
-    if project.config.poison.straw_men:
-        print_unreadable(project.public_images.bad)
-    facts = ", ".join(f"{key} {value:.4g}" for key, value in last.items()) or "a stationary function: nothing to train"
+    fitted = run(
+        open_project(config, identity, fix_permissions),
+        name=name,
+        function=function,
+        objective=objective,
+        lambda_=lambda_,
+        epochs=epochs,
+        device=device,
+        restart=restart,
+    )
+    print_unreadable(fitted.unreadable)
+    facts = ", ".join(f"{key} {value:.4g}" for key, value in fitted.last.items())
+    facts = facts or "a stationary function: nothing to train"
     print(f"Fitted {name}: {facts}. Next: dpf-release poison --name {name}")
 
 
@@ -171,15 +167,13 @@ def poison(
 
     On several processes: torchrun --nproc-per-node 2 -m dpf_release poison --name paper
     """
-    from dpf_release.owner.measure import measure
-    from dpf_release.owner.poison import write_candidate
+    from dpf_release.owner.poison import poison as run
 
-    project = open_project(config, identity, fix_permissions, compute__device=device, bank__shard_size=shard_size)
-    write_candidate(project, name, restart)
-    print_measurements(measure(project, name))
-    pictures = project.vault.reports(name) / "reconstructions.png"
-    if pictures.is_file():
-        print(f"Pictures: {pictures} (private)")
+    project = open_project(config, identity, fix_permissions)
+    candidate = run(project, name=name, device=device, shard_size=shard_size, restart=restart)
+    print_measurements(candidate.measurements)
+    if candidate.pictures:
+        print(f"Pictures: {candidate.pictures} (private)")
 
 
 @app.command()
@@ -223,7 +217,7 @@ def attack(
     from dpf_release.evaluation.report.terminal import print_attacks
     from dpf_release.evaluation.suite import attack as run
 
-    project = open_project(config, identity, fix_permissions, compute__device=device)
+    project = open_project(config, identity, fix_permissions, device)
     if budget is not None and images is not None:
         raise typer.BadParameter("expected one of --budget and --images, found both: each says how much is trained")
     codes = [code.strip() for code in only.split(",") if code.strip()]
@@ -260,7 +254,7 @@ def compare(
     from dpf_release.evaluation.frontier import compare as run
     from dpf_release.evaluation.report.terminal import print_frontier
 
-    project = open_project(config, identity, fix_permissions, compute__device=device)
+    project = open_project(config, identity, fix_permissions, device)
     frontier = run(project, names or (), profile, budget_minutes=budget, seed=seed)
     if as_json:
         print(json.dumps(frontier.model_dump(mode="json"), indent=2, sort_keys=True))
@@ -340,7 +334,7 @@ def retract(
     from dpf_release.owner.retract import retract as run
 
     sources = [*(source or []), *(read_names(source_file) if source_file else [])]
-    project = open_project(config, identity, fix_permissions, compute__device=device)
+    project = open_project(config, identity, fix_permissions, device)
     report = run(project, row_id or [], sources)
     if not report.rows:
         print("Nothing to retract: these rows have gone before.")
@@ -350,7 +344,7 @@ def retract(
     for name in report.lost:
         print(f"{name}: its candidate was not whole, and is removed. Write it: dpf-release poison --name {name}")
     for name, count in report.rebuilt.items():
-        print_measurements(measure(open_project(config, identity, compute__device=device), name))
+        print_measurements(measure(open_project(config, identity, device=device), name))
         print(f"{name}: {count} rows rebuilt. Next: dpf-release package --name {name}, as version {report.version}")
     if not report.released_rows:
         print("All of them were in test, which is never released: the release stays as it is.")

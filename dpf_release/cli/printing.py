@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dpf_release.bank.format import BankIndex
     from dpf_release.images.dataset import BadImage
 
 
@@ -13,6 +16,13 @@ def print_unreadable(images: Sequence[BadImage]) -> None:
     """A line for each image that has no row."""
     for bad in images:
         print(f"left out, unreadable: {bad.name}: {bad.reason}")
+
+
+def print_bank(index: BankIndex, folder: Path, unreadable: Sequence[BadImage]) -> None:
+    """What was written where, after a line for each image that has no row."""
+    print_unreadable(unreadable)
+    counts = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
+    print(f"Wrote {folder}: {counts}, {index.row_bytes} bytes a row")
 
 
 def print_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

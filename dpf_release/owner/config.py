@@ -1,4 +1,4 @@
-"""`dpf.toml`, the owner's configuration: its schema, its reader and its commented template."""
+"""`dpf.toml`, the owner's configuration: its schema and its reader."""
 
 from __future__ import annotations
 
@@ -212,6 +212,16 @@ class Config(_Section):
         """A path of the configuration, absolute."""
         return (self.folder / path.expanduser()).resolve()
 
+    def with_options(self, options: Mapping[str, Any]) -> Config:
+        """The configuration with options laid over it, by dotted keys as `read_config` takes them.
+
+        Raises:
+            ConfigError: options that do not fit, all of them.
+        """
+        tree = self.model_dump(by_alias=True)
+        _lay_over(tree, options)
+        return parse_config(tree, self.folder, str(self.folder / CONFIG_NAME))
+
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """`dpf.toml` with options laid over it.
@@ -239,9 +249,7 @@ def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
         raise ConfigError(f"{path} is not a configuration: it is nested too deeply. Correct it.") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}. Correct that line.") from error
-    for dotted, value in (overrides or {}).items():
-        if value is not None:
-            _lay_over(tree, dotted, value)
+    _lay_over(tree, overrides or {})
     return parse_config(tree, path.parent.resolve(), str(path))
 
 
@@ -272,76 +280,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
-def _lay_over(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, key = dotted.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"`{dotted}` is given, but the configuration has no section [{section}].")
-    tree[key] = value
-
-
-TEMPLATE = """\
-# dpf-release: the owner's configuration. Paths are relative to this file.
-# Order of work: (train) -> featurize -> fit-poison -> poison -> package.
-
-[release]                        # all of this section becomes public
-name = "{name}"
-version = "1.0.0"
-licence = "other"                # an SPDX or Hugging Face licence id, e.g. "cc-by-nc-4.0"
-description = ""
-
-[task]
-kind = "classification"          # or "regression", with the columns of the CSV table:
-# targets = ["yaw_deg"]
-# unit = "degrees"
-
-[images.private]                 # S: never leaves this machine
-path = "images/private"          # a tree train/CLASS/*.jpg val/... test/..., CLASS/*.jpg, or a table.csv
-# classes = ["cat", "dog"]       # only these, in this order
-# group = "person"               # CSV column: no value of it in two splits
-# max_bad = 0.001                # share of unreadable images above which the work stops
-
-[images.public]                  # Q: images that anyone can have; only these train the straw man
-path = "images/public"
-
-[model]
-arch = "{arch}"               # a torchvision classification network, resnet20_cifar, resnet56_cifar,
-                                 # or your own "package.module:function", beside this file
-{weights}
-hook = "{hook}"                 # `dpf-release inspect ARCH` lists the hook points
-size = {size}
-resize = {resize}                     # shorter side before the centre crop; 0: not resized
-mean = {mean}
-std = {std}
-{arguments}
-[train]                          # for `dpf-release train`; not needed with [model] weights
-epochs = 30
-batch_size = 128
-learning_rate = 0.1
-flip = true                      # random horizontal flips (not where left and right matter)
-shift = 0                        # random shifts of up to this many pixels
-
-[reconstructor]                  # the straw man, trained on Q
-epochs = 10
-
-[poison]                         # the poisoning function, trained on S
-function = "dpf"                 # also: gaussian-noise, gaussian-filter, mean-filter, recombine:k=20,
-                                 # class-gaussian, or a chain such as "gaussian-filter+dpf"
-objective = "equivalence"        # or "paper" (Eq. 7)
-lambda = 1.0                     # weight of the byproduct attacker's term
-straw_men = ["px2s2"]
-epochs = 10
-
-[bank]
-shard_size = "1 GiB"
-compression = "none"             # or gzip, blosc2: smaller files, slower to read (docs/banks.md)
-
-[claims]                         # what the release promises; `package` refuses what attacks do not bear out
-reconstruction = true            # that no picture can be reconstructed from a row
-linkage = false                  # that nobody who holds a picture can tell that it is in here
-# attribute = "person"           # that this column of the table cannot be read from a row
-
-[gate]
-profile = "standard"             # the attacks that a claim must pass: quick, standard or full
-"""
+def _lay_over(tree: dict[str, Any], options: Mapping[str, Any]) -> None:
+    for dotted, value in options.items():
+        if value is None:
+            continue
+        *sections, key = dotted.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"`{dotted}` is given, but the configuration has no section [{section}].")
+        place[key] = value

@@ -1,8 +1,10 @@
-"""`featurize` and the writing half of `poison`: φ1(S) and P(φ1(S)), on disk."""
+"""`featurize`: φ1(S), on disk."""
 
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from dpf_release.bank.build import changed_facts, refuse_other_plan, write_bank
 from dpf_release.bank.format import ID_BYTES, INDEX, SPLITS, BankIndex, read_index
 from dpf_release.bank.writer import SplitRows
 from dpf_release.core.files import make_folder
+from dpf_release.images.dataset import BadImage
 from dpf_release.owner.banks import bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import import_network
@@ -18,35 +21,69 @@ from dpf_release.owner.vault.vault import BANK
 from dpf_release.release.featurize import featurized
 
 
-def featurize(project: Project, restart: bool = False) -> BankIndex:
+@dataclass(frozen=True)
+class FeaturizeResult:
+    """The private bank.
+
+    Attributes:
+        index: of φ1(S).
+        folder: where it lies, in the vault.
+        unreadable: images of S that have no row.
+    """
+
+    index: BankIndex
+    folder: Path
+    unreadable: tuple[BadImage, ...]
+
+
+def featurize(
+    project: Project, *, device: str | None = None, shard_size: str | None = None, restart: bool = False
+) -> FeaturizeResult:
     """Splits Φ and writes the private bank φ1(S), all three splits, rows in a secret random order.
 
     What the bank depends on is drawn and written before row 0; a run that was cut off goes on under that plan. Under
     `torchrun` the shards are divided among the ranks.
 
+    Args:
+        project: the owner's.
+        device: where φ1 computes, as `"cuda:1"`; by default as the configuration says.
+        shard_size: of the bank's files at the most, as `"500 MB"`; by default as the configuration says.
+        restart: write it anew, under a new plan; the bank that is there is lost.
+
     Raises:
         VaultError: the folder holds a bank, or half of one, made under another plan, and `restart` is not set.
         StorageError: another run works in the vault, or the disk has not enough room.
+
+    Example:
+        >>> from dpf_release import Project, featurize
+        >>> written = featurize(Project.open("my-release/dpf.toml"))
+        >>> written.index.poisoned, [image.name for image in written.unreadable]
+        (False, ['disc/disc-portrait-007.png'])
     """
+    project.forget("cut", "source_facts", "bank_order")
+    project = project.with_options({"compute.device": device, "bank.shard_size": shard_size})
     with project.working():
-        project.ranks.once(lambda: import_network(project, restart))
-        cut, images, vault = project.cut, project.private_images, project.vault
-        facts = project.source_facts | bank_facts(project)
-        project.ranks.once(lambda: _draw_plan(project, facts, restart))
-        project.forget("bank_order")
-        known = project.bank_plan
-        changed = changed_facts(known, facts) + ["ids.csv"] * (vault.sha256(vault.ids) != known["ids_sha256"])
-        anew = "start anew with --restart (new ids; functions fitted on the old bank are void)"
-        refuse_other_plan(str(vault.features), changed, anew)
-        if project.rows_were_retracted and vault.holds(vault.features / INDEX):
-            # Whole; its shards are not those that would be written now, after it was forgotten.
-            return read_index(vault.opened(vault.features, INDEX))
-        rows_of, ids_of = project.bank_order
-        rows = {name: SplitRows(images.table.targets[rows_of[name]], ids_of[name]) for name in SPLITS}
-        compute = featurized(project.frozen(cut.split.featurizer), images.pictures, rows_of, project.device)
-        with vault.changing(vault.features, *BANK) as folder:
-            writer = bank_writer(project, folder, poisoned=False)
-            return write_bank(writer, rows, compute, project.ranks, "Writing features", "images")
+        return FeaturizeResult(_featurize(project, restart), project.vault.features, project.private_images.bad)
+
+
+def _featurize(project: Project, restart: bool) -> BankIndex:
+    project.ranks.once(lambda: import_network(project, restart))
+    cut, images, vault = project.cut, project.private_images, project.vault
+    facts = project.source_facts | bank_facts(project)
+    project.ranks.once(lambda: _draw_plan(project, facts, restart))
+    known = project.bank_plan
+    changed = changed_facts(known, facts) + ["ids.csv"] * (vault.sha256(vault.ids) != known["ids_sha256"])
+    anew = "start anew with --restart (new ids; functions fitted on the old bank are void)"
+    refuse_other_plan(str(vault.features), changed, anew)
+    if project.rows_were_retracted and vault.holds(vault.features / INDEX):
+        # Whole; its shards are not those that would be written now, after it was forgotten.
+        return read_index(vault.opened(vault.features, INDEX))
+    rows_of, ids_of = project.bank_order
+    rows = {name: SplitRows(images.table.targets[rows_of[name]], ids_of[name]) for name in SPLITS}
+    compute = featurized(project.frozen(cut.split.featurizer), images.pictures, rows_of, project.device)
+    with vault.changing(vault.features, *BANK) as folder:
+        writer = bank_writer(project, folder, poisoned=False)
+        return write_bank(writer, rows, compute, project.ranks, "Writing features", "images")
 
 
 def _draw_plan(project: Project, facts: dict[str, Any], restart: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dpf_release.bank.format import RELEASED_SPLITS, SplitName
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.files import make_folder
 from dpf_release.errors import ConfigError, VaultError
+from dpf_release.images.dataset import BadImage
 from dpf_release.models.training import Recipe
 from dpf_release.models.weights import state_file
 from dpf_release.owner.adversaries import (
@@ -33,7 +35,30 @@ from dpf_release.poisoning.objective import Adversaries
 from dpf_release.poisoning.plan import FeatureSpec
 
 
-def fit_poison(project: Project, name: str = "default", restart: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FitPoisonResult:
+    """A fitted poisoning function.
+
+    Attributes:
+        last: the entry of the training's history that was kept; empty for a stationary function.
+        unreadable: images of Q that the straw men were trained without.
+    """
+
+    last: dict[str, Any]
+    unreadable: tuple[BadImage, ...]
+
+
+def fit_poison(
+    project: Project,
+    *,
+    name: str = "default",
+    function: str | None = None,
+    objective: str | None = None,
+    lambda_: float | None = None,
+    epochs: int | None = None,
+    device: str | None = None,
+    restart: bool = False,
+) -> FitPoisonResult:
     """Fits the configured poisoning function and keeps it in the vault under a name.
 
     The straw men, and the attribute classifiers of `confuse`, are trained first where the vault has none. A stationary
@@ -41,16 +66,39 @@ def fit_poison(project: Project, name: str = "default", restart: bool = False) -
 
     Under `torchrun` the ranks share each batch.
 
-    Returns:
-        The last entry of the training's history; empty for a stationary function.
+    Args:
+        project: the owner's.
+        name: under which the vault keeps it; several live side by side.
+        function: as `"recombine:k=20"` or `"gaussian-filter+dpf"`; this and the next four by default as the
+            configuration says.
+        objective: `"equivalence"` or `"paper"`.
+        lambda_: weight of the byproduct attackers' term.
+        epochs: passes over φ1(S train).
+        device: where it is trained, as `"cuda:1"`.
+        restart: fit it anew; the function of that name is lost.
 
     Raises:
         VaultError: a function of that name is fitted already and `restart` is not set, or there is no φ1(S).
         ConfigError: no such function, parameter or reconstructor.
         StorageError: another run works in the vault.
+
+    Example:
+        >>> from dpf_release import Project, fit_poison
+        >>> project = Project.open("my-release/dpf.toml")
+        >>> fit_poison(project, name=name="mixed", function="recombine:k=4").last
+        {}
     """
-    with project.working(public=bool(project.config.poison.straw_men)):
-        return _fit_poison(project, name, restart)
+    options = {
+        "poison.function": function,
+        "poison.objective": objective,
+        "poison.lambda": lambda_,
+        "poison.epochs": epochs,
+        "compute.device": device,
+    }
+    project = project.with_options(options)
+    public = bool(project.config.poison.straw_men)
+    with project.working(public=public):
+        return FitPoisonResult(_fit_poison(project, name, restart), project.public_images.bad if public else ())
 
 
 def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,76 @@ from dpf_release.bank.build import changed_facts, refuse_other_plan, write_bank
 from dpf_release.bank.format import INDEX, RELEASED_SPLITS, BankIndex, read_index
 from dpf_release.bank.writer import Span, SplitRows
 from dpf_release.core.files import make_folder, sha256_of
+from dpf_release.images.dataset import BadImage
 from dpf_release.owner.banks import bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
 from dpf_release.owner.fitted import CANDIDATE, FittedFunction, load_function
+from dpf_release.owner.measure import measure
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import BANK, Vault
+
+
+@dataclass(frozen=True)
+class PoisonResult:
+    """A candidate, and what it keeps and hides.
+
+    Attributes:
+        index: of P(φ1(S)).
+        folder: where it lies, in the vault.
+        unreadable: images of S that have no row.
+        measurements: as `measure` returns them; of several ranks only the first has them.
+        pictures: originals and reconstructions side by side, private; None where there are none in the clear.
+    """
+
+    index: BankIndex
+    folder: Path
+    unreadable: tuple[BadImage, ...]
+    measurements: dict[str, Any]
+    pictures: Path | None
+
+
+def poison(
+    project: Project,
+    *,
+    name: str = "default",
+    device: str | None = None,
+    shard_size: str | None = None,
+    restart: bool = False,
+) -> PoisonResult:
+    """Writes the candidate P(φ1(S)) into the vault, and measures it.
+
+    A run that was cut off goes on. Under `torchrun` the shards are divided among the ranks.
+
+    Args:
+        project: the owner's.
+        name: which fitted function.
+        device: where P computes, as `"cuda:1"`; by default as the configuration says.
+        shard_size: of the bank's files at the most, as `"500 MB"`; by default as the configuration says.
+        restart: write it anew; the candidate that is there is lost.
+
+    Raises:
+        VaultError: no function of that name is fitted, or it was fitted for another bank or featurizer; or the folder
+            holds a candidate, or half of one, made under another plan, and `restart` is not set.
+        StorageError: another run works in the vault, or the disk has not enough room.
+
+    Example:
+        >>> from dpf_release import Project, poison
+        >>> candidate = poison(Project.open("my-release/dpf.toml"), name="default")
+        >>> candidate.index.poisoned, candidate.folder.relative_to(candidate.folder.parents[1]).as_posix()
+        (True, 'candidates/default')
+        >>> round(candidate.measurements["val"]["task"]["top1_clean"], 2) > 0.5
+        True
+    """
+    project = project.with_options({"compute.device": device, "bank.shard_size": shard_size})
+    index = write_candidate(project, name, restart)
+    measurements = measure(project, name)
+    pictures = project.vault.reports(name) / "reconstructions.png"
+    return PoisonResult(
+        index,
+        project.vault.candidate(name),
+        project.private_images.bad,
+        measurements,
+        pictures if pictures.is_file() else None,
+    )
 
 
 def write_candidate(project: Project, name: str = "default", restart: bool = False) -> BankIndex:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -42,20 +42,34 @@ from dpf_release.release.model_record import ModelRecord, PreprocessRecord, pars
 
 @dataclass(frozen=True, eq=False)
 class Project:
-    """What the owner's commands work on; one instance serves one run.
+    """What the owner's steps work on: configuration, vault and ranks, and what it remembers of what these describe.
 
     Under `torchrun` all ranks run the same lines, and the first alone writes what there is one of.
+
+    Attributes:
+        config: `dpf.toml`, with options laid over it.
+        vault: beside it.
+        ranks: the processes that work together.
+        trusts_code: whether networks and functions of the owner's own are imported and run.
+
+    Example:
+        >>> from dpf_release import Project
+        >>> project = Project.open("my-release/dpf.toml")
+        >>> project.config.release.name
+        'shapes'
+        >>> sorted(project.vault.root.glob("candidates/*/features/index.json"))[0].parts[-3]
+        'default'
     """
 
     config: Config
     vault: Vault
     ranks: Ranks = Ranks()
-    trusts_code: bool = True  # whether networks and functions of the owner's own are imported and run
+    trusts_code: bool = True
 
     @classmethod
     def open(
         cls,
-        config: Path = Path(CONFIG_NAME),
+        config: Path | str = CONFIG_NAME,
         overrides: Mapping[str, Any] | None = None,
         identity: Path | None = None,
         *,
@@ -72,11 +86,26 @@ class Project:
         Raises:
             ConfigError: the configuration does not fit.
             VaultError: no vault beside it, or one that is not its owner's alone.
+
+        Example:
+            >>> from dpf_release import Project
+            >>> Project.open("my-release/dpf.toml", {"poison.epochs": 3}).config.poison.epochs
+            3
         """
-        read = read_config(config, overrides)
+        read = read_config(Path(config), overrides)
         import_from(read.folder)
         vault = Vault.open(read.folder / "vault", identity, fix_permissions=fix_permissions)
         return cls(read, vault, Ranks.of_torchrun())
+
+    def with_options(self, options: Mapping[str, Any]) -> Project:
+        """The project with options laid over its configuration: dotted keys, as `"poison.epochs"`; None: as it is.
+
+        Raises:
+            ConfigError: options that do not fit, all of them.
+        """
+        if all(value is None for value in options.values()):
+            return self
+        return replace(self, config=self.config.with_options(options))
 
     @contextlib.contextmanager
     def working(self, *, public: bool = False, together: bool = True, retracting: bool = False) -> Iterator[None]:
@@ -130,7 +159,7 @@ class Project:
         return found
 
     def forget(self, *names: str) -> None:
-        """Lets the named properties be read from the vault again: a step calls it for what it has just replaced."""
+        """Lets the named properties be read from the vault again: a step calls it for what it is about to replace."""
         for name in names:
             self.__dict__.pop(name, None)
 
@@ -287,7 +316,6 @@ class Project:
         make_folder(self.vault.network)
         self.vault.write_bytes(self.vault.network / "phi.safetensors", state_file(network.state_dict()))
         self.vault.write_json(self.vault.network / "network.json", record.model_dump(mode="json"))
-        self.forget("cut", "source_facts")
         return record
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder, sha256_of
 from dpf_release.errors import VaultError
+from dpf_release.images.dataset import BadImage
 from dpf_release.images.survey import ImageSet
 from dpf_release.models.hooks import split
 from dpf_release.models.metrics import mean_absolute_error, topk_correct
@@ -23,20 +25,47 @@ from dpf_release.poisoning.objective import TaskLoss
 IMPORTED = "imported.json"  # beside an imported network: the digest of the weights file it came from
 
 
-def train(project: Project, restart: bool = False) -> dict[str, float]:
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained Φ.
+
+    Attributes:
+        scores: on `val` and `test`, accuracy (0 to 1) or mean absolute error in the target's unit; of several ranks
+            only the first knows them.
+        unreadable: images of S that it was trained without.
+    """
+
+    scores: dict[str, float]
+    unreadable: tuple[BadImage, ...]
+
+
+def train(
+    project: Project, *, epochs: int | None = None, device: str | None = None, restart: bool = False
+) -> TrainResult:
     """Trains Φ on S train; `val` chooses the epoch. Weights named under [model] are where it starts.
 
-    Returns:
-        Accuracies on `val` and `test` (0 to 1), or mean absolute errors in the target's unit.
+    Under `torchrun` the ranks share each batch.
 
-    Under `torchrun` the ranks share each batch; only the first knows the scores, the others return none.
+    Args:
+        project: the owner's.
+        epochs: passes over S train; by default as the configuration says.
+        device: where it is trained, as `"cuda:1"`; by default as the configuration says.
+        restart: train anew; the network that is there is lost.
 
     Raises:
         VaultError: the vault has a network already, and `restart` is not set.
         StorageError: another run works in the vault.
+
+    Example:
+        >>> from dpf_release import Project, train
+        >>> project = Project.open("my-release/dpf.toml")
+        >>> sorted(train(project, epochs=1, restart=True).scores)
+        ['test', 'val']
     """
+    project.forget("cut", "source_facts")
+    project = project.with_options({"train.epochs": epochs, "compute.device": device})
     with project.working():
-        return _train(project, restart)
+        return TrainResult(_train(project, restart), project.private_images.bad)
 
 
 def _train(project: Project, restart: bool) -> dict[str, float]:

@@ -278,7 +278,7 @@ def test_a_second_release_is_one_that_the_ledger_says_was_published_under_anothe
     setting = Setting(project, truth, Budget(1000, 1, 0), 0, Memory())  # type: ignore[arg-type]
     with pytest.raises(NotGrantedError, match="no other release"):
         grant(TwoReleases, target, setting)
-    fit_poison(project, "noise")
+    fit_poison(project, name="noise")
     write_candidate(project, "noise")
     other = candidate_target(project, "noise", load_function(project, "noise"))
     known, digest = releases(project.vault)[0], load_function(project, "noise").digest

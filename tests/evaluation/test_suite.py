@@ -85,7 +85,7 @@ def test_who_knows_the_label_alone_gets_nothing_out_of_rows_that_are_made_of_man
 
     monkeypatch.setattr(Harness, "_ceiling", perfect)
     project = Project.open(project_folder / "dpf.toml", {"poison.function": "recombine:k=5"})
-    fit_poison(project, "mixed")
+    fit_poison(project, name="mixed")
     write_candidate(project, "mixed")
     report = attack(project, "mixed", "quick", only=["X1"])
     (result,) = report.attacks
@@ -154,7 +154,7 @@ def test_a_candidate_of_another_function_than_todays_is_not_attacked(project_fol
     project = Project.open(project_folder / "dpf.toml", {"poison.function": "gaussian-noise"})
     record = project.vault.function("default") / "candidate.json"
     made = record.read_bytes()
-    fit_poison(project, "default", restart=True)
+    fit_poison(project, name="default", restart=True)
     with pytest.raises(VaultError, match="found none. Run `dpf-release poison --name default` first"):
         attack(project, "default", "quick", only=["A1"])
     record.write_bytes(made)

@@ -119,7 +119,7 @@ def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("compared") / "shapes"))
     for name, function in (("clean", "identity"), ("noise", "gaussian-noise:scale=1000")):
         project = Project.open(folder / "dpf.toml", {"poison.function": function})
-        fit_poison(project, name)
+        fit_poison(project, name=name)
         write_candidate(project, name)
     return folder
 

@@ -421,7 +421,7 @@ def mixed(folder: Path, spec: str) -> str:
     shutil.rmtree(folder / "release")
     (folder / "vault" / "ledger.json").unlink()
     project = open_project(folder, poison__function=spec, poison__epochs=1)
-    fit_poison(project, "mixed")
+    fit_poison(project, name="mixed")
     write_candidate(project, "mixed")
     package(project, "mixed")
     return "mixed"
@@ -584,7 +584,7 @@ def test_a_retraction_cut_off_at_any_step_is_finished_with_the_same_bytes(
     project_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = open_project(project_folder, poison__function="recombine:k=3")
-    fit_poison(project, "mixed")
+    fit_poison(project, name="mixed")
     write_candidate(project, "mixed")
     ids = [lines_of(project_folder)[20]["id"], lines_of(project_folder, "val")[2]["id"]]
     whole = _with_the_same_images(project_folder, tmp_path / "whole")

@@ -49,7 +49,7 @@ def open_project(folder: Path, **overrides: object) -> Project:
 def test_the_learned_function_ruins_the_reconstruction_and_identity_does_not(project_folder: Path) -> None:
     learned = measurements(project_folder)["val"]["reconstruction"]["px2s2"]
     project = open_project(project_folder, poison__function="identity")
-    fit_poison(project, "control")
+    fit_poison(project, name="control")
     write_candidate(project, "control")
     control = measure(project, "control")["val"]["reconstruction"]["px2s2"]
     assert learned["abs_ssim_poisoned"] < learned["abs_ssim_clean"] / 3
@@ -110,7 +110,7 @@ def test_networks_stay_byte_equal_while_the_function_is_fitted(project_folder: P
     }
     before = {name: state_bytes(network) for name, network in frozen.items()}
     saved = sha256_of(project.vault.reconstructors / "px2s2.safetensors")
-    fit_poison(project, "again")
+    fit_poison(project, name="again")
     assert {name: state_bytes(network) for name, network in frozen.items()} == before
     assert sha256_of(project.vault.reconstructors / "px2s2.safetensors") == saved
     weights = [load_state(project.vault.function(name) / "state.safetensors") for name in ("default", "again")]
@@ -120,7 +120,7 @@ def test_networks_stay_byte_equal_while_the_function_is_fitted(project_folder: P
 @pytest.mark.parametrize("spec", ["gaussian-noise", "gaussian-filter", "mean-filter", "recombine:k=3"])
 def test_stationary_functions_make_candidates_side_by_side(project_folder: Path, spec: str) -> None:
     project = open_project(project_folder, poison__function=spec)
-    fit_poison(project, "other")
+    fit_poison(project, name="other")
     index = write_candidate(project, "other")
     assert index.poisoned
     report = measure(project, "other")
@@ -140,7 +140,7 @@ def test_stationary_functions_make_candidates_side_by_side(project_folder: Path,
 
 def test_a_learned_function_after_recombine_is_penalised_for_every_contributor(project_folder: Path) -> None:
     project = open_project(project_folder, poison__function="recombine:k=3+dpf", poison__epochs=1)
-    fit_poison(project, "chain")
+    fit_poison(project, name="chain")
     function = load_function(project, "chain")
     bank = project.private_bank("train")
     positions, members = function.chain.contributors(np.arange(4), function.plans["train"])
@@ -195,7 +195,7 @@ def test_another_plan_is_refused_and_named(project_folder: Path) -> None:
 def test_another_hook_point_voids_features_and_functions(project_folder: Path) -> None:
     project = open_project(project_folder, model__hook="conv3_1")
     with pytest.raises(VaultError, match="featurizer_sha256"):
-        fit_poison(project, "other")
+        fit_poison(project, name="other")
     with pytest.raises(VaultError, match="another featurizer or hook point"):
         load_function(project, "default")
 
@@ -238,12 +238,12 @@ def test_one_project_sees_what_its_own_steps_replace(project_folder: Path) -> No
 
 def test_features_written_anew_void_the_functions_fitted_before(project_folder: Path) -> None:
     project = open_project(project_folder, poison__function="recombine:k=3")
-    fit_poison(project, "groups")
+    fit_poison(project, name="groups")
     write_candidate(project, "groups")
     featurize(open_project(project_folder), restart=True)
     with pytest.raises(VaultError, match="since written anew"):
         write_candidate(open_project(project_folder), "groups")
-    fit_poison(open_project(project_folder, poison__function="recombine:k=3"), "groups", restart=True)
+    fit_poison(open_project(project_folder, poison__function="recombine:k=3"), name="groups", restart=True)
     write_candidate(open_project(project_folder), "groups")
 
 
@@ -332,14 +332,14 @@ def test_too_many_broken_images_stop_the_run_with_their_list(tmp_path: Path) -> 
 
 def test_an_unknown_function_or_objective_is_refused_before_anything_is_trained(project_folder: Path) -> None:
     with pytest.raises(ConfigError, match="expected a poisoning function"):
-        fit_poison(open_project(project_folder, poison__function="nonsense"), "x")
+        fit_poison(open_project(project_folder, poison__function="nonsense"), name="x")
     with pytest.raises(ConfigError, match="objective"):
         open_project(project_folder, poison__objective="nonsense")
     with pytest.raises(ConfigError, match="byproduct attacker"):
-        fit_poison(open_project(project_folder, poison__straw_men=[]), "y")
+        fit_poison(open_project(project_folder, poison__straw_men=[]), name="y")
     # What learns nothing has nobody to be trained against.
     unopposed = open_project(project_folder, poison__straw_men=[], poison__function="recombine:k=3")
-    fit_poison(unopposed, "y")
+    fit_poison(unopposed, name="y")
     write_candidate(unopposed, "y")
     measure(unopposed, "y")
 
@@ -386,7 +386,7 @@ def test_a_second_owner_shares_the_network_of_a_release(finished: Path, tmp_path
     init(tmp_path / "second", from_release=finished / "release")
     write_shapes(tmp_path / "second" / "images" / "private", ("disc", "square"), 20, seed=5)
     project = Project.open(tmp_path / "second" / "dpf.toml")
-    index = featurize(project)
+    index = featurize(project).index
     assert index.featurizer_sha256 == Release.open(finished / "release").index.featurizer_sha256
     assert project.cut.record.classes == ("disc", "square")
     with pytest.raises(ConfigError, match="is there already"):

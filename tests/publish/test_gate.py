@@ -409,7 +409,7 @@ def test_a_weak_function_is_attacked_and_refused_with_the_reasons(
     monkeypatch.setattr(straw_men, "DECODERS", straw_men.DECODERS[1:2])  # it learns with the least
     monkeypatch.setattr(trained, "TRAINING_BATCH", 16)
     project = promising(project_folder, poison__function="gaussian-noise:scale=0.1")
-    fit_poison(project, "weak")
+    fit_poison(project, name="weak")
     write_candidate(project, "weak")
     report = attack(project, "weak", "quick", only=["A1"])
     assert report.limits == LIMITS

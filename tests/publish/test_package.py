@@ -87,7 +87,7 @@ def test_packaging_twice_gives_the_same_bytes(project_folder: Path) -> None:
 
 def test_an_unpoisoned_candidate_is_refused_by_its_flag(project_folder: Path) -> None:
     project = Project.open(project_folder / "dpf.toml", {"poison.function": "identity"})
-    fit_poison(project, "control")
+    fit_poison(project, name="control")
     write_candidate(project, "control")
     with pytest.raises(RefusedError, match="is not poisoned"):
         package(project, "control")
@@ -96,7 +96,7 @@ def test_an_unpoisoned_candidate_is_refused_by_its_flag(project_folder: Path) ->
 
 def test_private_rows_are_refused_even_where_the_flag_says_poisoned(project_folder: Path) -> None:
     project = Project.open(project_folder / "dpf.toml", {"poison.function": "gaussian-noise:scale=0.001"})
-    fit_poison(project, "weak")
+    fit_poison(project, name="weak")
     assert write_candidate(project, "weak").poisoned
     before = digests(project_folder / "release")
     with pytest.raises(RefusedError, match=r"rows of φ1\(S\)"):

@@ -32,7 +32,7 @@ def opened(folder: Path, **overrides: str) -> Project:
 def with_second_function(folder: Path) -> Project:
     """The project, with another function and its candidate under the name `other`."""
     project = opened(folder, poison__function="gaussian-filter")
-    fit_poison(project, "other")
+    fit_poison(project, name="other")
     write_candidate(project, "other")
     return project
 

@@ -100,7 +100,7 @@ def _no_umask() -> Iterator[None]:
 @pytest.mark.usefixtures("_no_umask")
 def test_whatever_the_umask_no_one_else_has_a_right(project_folder: Path, key: Path) -> None:
     project = opened(project_folder, **{"poison.function": "gaussian-noise"})
-    fit_poison(project, "noise")
+    fit_poison(project, name="noise")
     write_candidate(project, "noise")
     measure(project, "noise")
     assert wrong_modes(project_folder / "vault") == []
@@ -391,7 +391,7 @@ def test_the_vault_commands_do_what_their_help_says(project_folder: Path, key: P
 def test_new_things_are_made_in_a_sealed_vault_as_in_an_open_one(sealed_folder: Path, key: Path) -> None:
     noise = {"poison.function": "gaussian-noise:scale=2"}
     project = opened(sealed_folder, key, **noise)
-    fit_poison(project, "noise")
+    fit_poison(project, name="noise")
     write_candidate(project, "noise")
     assert in_the_clear(sealed_folder / "vault") == []
     write_candidate(opened(sealed_folder, key, **noise), "noise")  # all there: nothing to write
@@ -704,7 +704,7 @@ def test_a_retraction_in_a_sealed_vault_writes_what_it_writes_in_an_open_one(
     project_folder: Path, key: Path, tmp_path: Path
 ) -> None:
     project = opened(project_folder, **{"poison.function": "recombine:k=3"})
-    fit_poison(project, "mixed")
+    fit_poison(project, name="mixed")
     write_candidate(project, "mixed")
     vault, row = Vault(project_folder / "vault", key), some_train_row(project.vault)
     never_sealed = Path(shutil.copytree(project_folder, tmp_path / "open"))

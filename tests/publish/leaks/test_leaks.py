@@ -485,7 +485,7 @@ def test_a_function_that_scales_is_refused_and_one_that_mixes_noise_in_is_not(
     monkeypatch.setitem(FUNCTIONS, "times", Times)
     for name, parameters in (("double", "by=2"), ("noisy", "by=2,noise=1")):
         project = Project.open(project_folder / "dpf.toml", {"poison.function": f"times:{parameters}"})
-        fit_poison(project, name)
+        fit_poison(project, name=name)
         write_candidate(project, name)
     with pytest.raises(RefusedError, match=r"private row: features/train/shard-00000\.h5: \d+ rows are, but for"):
         package(project, "double", second_function="for a test")
@@ -512,7 +512,7 @@ def test_a_recombined_release_is_compared_with_all_that_is_in_its_rows(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = Project.open(project_folder / "dpf.toml", {"poison.function": "recombine:k=3"})
-    fit_poison(project, "mixed")
+    fit_poison(project, name="mixed")
     write_candidate(project, "mixed")
     package(project, "mixed", second_function="for a test")
     monkeypatch.setattr(near_rows, "PROJECTED_COSINE", 2.0)
