@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.core.arrays import Rows
+from dpf_release.core.own_code import imported, installed
+from dpf_release.errors import ConfigError
 
 Claim = Literal["reconstruction", "linkage", "attribute"]
 Profile = Literal["quick", "standard", "full"]
@@ -108,6 +111,7 @@ class Attack:
         raise NotImplementedError
 
 
+ENTRY_POINTS = "dpf_release.attacks"
 ATTACKS: dict[str, type[Attack]] = {}
 
 
@@ -118,8 +122,30 @@ def register(attack: type[Attack]) -> type[Attack]:
 
 
 def registered() -> list[Attack]:
-    """One of each, A1 before A10."""
+    """One of each, A1 before A10; those of installed packages (entry points `dpf_release.attacks`) too."""
+    for name in installed(ENTRY_POINTS):
+        load_attack(name)
     return [ATTACKS[code]() for code in sorted(ATTACKS, key=lambda code: (code.rstrip("0123456789"), _number(code)))]
+
+
+@cache
+def load_attack(name: str) -> type[Attack]:
+    """An attack from outside this package, known to the suite from then on.
+
+    Args:
+        name: `package.module:Class`, or that of an entry point.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    entries = installed(ENTRY_POINTS)
+    try:
+        found = entries[name].load() if name in entries else imported(name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"the attack {name!r} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, Attack)):
+        raise ConfigError(f"expected an attack, package.module:Class, found {name!r}.")
+    return register(found)
 
 
 def _number(code: str) -> int:

@@ -100,14 +100,7 @@ def demo(out: Path) -> DemoResult:
         ConfigError: the folder is there and is not empty.
     """
     started = time.monotonic()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"expected a new or empty folder for the demo, found files in {out}. Name another with --out."
-        )
-    init(out)
-    write_text(out / "dpf.toml", CONFIG, 0o644)
-    _write_digits(out / "images")
-    project = Project.open(out / "dpf.toml")
+    project = new_project(out)
     train(project)
     featurize(project)
     fit_poison(project)
@@ -135,6 +128,22 @@ def demo(out: Path) -> DemoResult:
         release=release,
         seconds=time.monotonic() - started,
     )
+
+
+def new_project(out: Path) -> Project:
+    """The digits as images, a configuration and an empty vault; nothing is trained.
+
+    Raises:
+        ConfigError: the folder is there and is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"expected a new or empty folder for the demo, found files in {out}. Name another with --out."
+        )
+    init(out)
+    write_text(out / "dpf.toml", CONFIG, 0o644)
+    _write_digits(out / "images")
+    return Project.open(out / "dpf.toml")
 
 
 def _refusal(project: Project) -> str:

@@ -18,10 +18,11 @@ from dpf_release.cli.app import (
     NameOption,
     RestartOption,
     ShardSizeOption,
+    TrustCodeOption,
     app,
     open_project,
 )
-from dpf_release.cli.printing import print_bank, print_measurements, print_unreadable
+from dpf_release.cli.printing import print_bank, print_measurements, print_table, print_unreadable
 
 
 @app.command()
@@ -113,6 +114,18 @@ def featurize(
         print_bank(written.index, written.folder, written.unreadable)
 
 
+@app.command()
+def functions() -> None:
+    """List the poisoning functions, with their parameters, bounds and defaults.
+
+    Example: dpf-release functions
+    """
+    from dpf_release.poisoning.reference import TABLE_HEADER, table_rows
+
+    print_table("Poisoning functions", TABLE_HEADER, table_rows())
+    print("In dpf.toml, or with fit-poison --function: NAME, NAME:PARAMETER=VALUE,..., or a chain NAME+NAME.")
+
+
 @app.command("fit-poison")
 def fit_poison(
     config: ConfigOption = CONFIG,
@@ -200,6 +213,13 @@ def attack(
         Path | None,
         typer.Option("--public", help="Also write a page that anyone may see: its numbers, and pictures of Q only."),
     ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--attack", help="Also an attack of your own, package.module:Class; repeatable. Needs --trust-code."
+        ),
+    ] = None,
+    trust_code: TrustCodeOption = False,
     device: DeviceOption = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Attack anew; networks that attackers trained, and what failed, are kept.")
@@ -213,6 +233,7 @@ def attack(
 
     Example: dpf-release attack --name default --profile quick
     """
+    from dpf_release.attacks.interface import load_attack
     from dpf_release.evaluation.report.public_page import publish_page
     from dpf_release.evaluation.report.terminal import print_attacks
     from dpf_release.evaluation.suite import attack as run
@@ -220,6 +241,10 @@ def attack(
     project = open_project(config, identity, fix_permissions, device)
     if budget is not None and images is not None:
         raise typer.BadParameter("expected one of --budget and --images, found both: each says how much is trained")
+    if own and not trust_code:
+        raise typer.BadParameter("--attack imports and runs code that is not ours: say --trust-code too")
+    for path in own or ():
+        load_attack(path)
     codes = [code.strip() for code in only.split(",") if code.strip()]
     report = run(project, name, profile, only=codes, budget_minutes=budget, images=images, seed=seed, restart=restart)
     if public:

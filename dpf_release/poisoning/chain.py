@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
+from dpf_release.core.own_code import imported, installed
 from dpf_release.core.parameters import parse_parameters
 from dpf_release.errors import ConfigError
 from dpf_release.poisoning.interface import FUNCTIONS, PoisonedRows, PoisoningFunction
@@ -161,13 +160,18 @@ def _build_stage(text: str, features: FeatureSpec, allow_import: bool) -> Poison
     return cls(features, **parse_parameters(name, rest, cls.parameters))
 
 
+def known_functions() -> dict[str, type[PoisoningFunction]]:
+    """All functions that can be named: ours, and those of installed packages (`dpf_release.functions`)."""
+    return FUNCTIONS | {name: import_function(name) for name in installed(ENTRY_POINTS)}
+
+
 def import_function(name: str, allow_import: bool = True) -> type[PoisoningFunction]:
     """A class from outside this package, by its entry point's name or as `package.module:Class`.
 
     Raises:
         ConfigError: there is none, or nothing may be imported.
     """
-    entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    entries = installed(ENTRY_POINTS)
     known = ", ".join(sorted({*FUNCTIONS, *entries}))
     if name not in entries and not {".", ":"} & set(name):
         raise ConfigError(f"expected a poisoning function, one of {known} or package.module:Class, found {name!r}.")
@@ -181,19 +185,6 @@ def import_function(name: str, allow_import: bool = True) -> type[PoisoningFunct
         raise ConfigError(f"expected a poisoning function, one of {known} or package.module:Class, found {name!r}.")
     found.name = found.name or name
     return found
-
-
-def imported(path: str) -> object:
-    """What `package.module:name` or `package.module.name` stands for.
-
-    Raises:
-        ImportError: there is no such module, or the path is none.
-        AttributeError: there is no such name in it.
-    """
-    module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
-    if not module or module.strip(".") != module:
-        raise ImportError(f"{path!r} is not package.module:name")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _varied(stage: PoisoningFunction, generator: np.random.Generator) -> str:
