@@ -87,7 +87,7 @@ def fit_poison(
     Example:
         >>> from dpf_release import Project, fit_poison
         >>> project = Project.open("my-release/dpf.toml")
-        >>> fit_poison(project, name=name="mixed", function="recombine:k=4").last
+        >>> fit_poison(project, name="mixed", function="recombine:k=4").last
         {}
     """
     settings = {"function": function, "objective": objective, "lambda": lambda_, "epochs": epochs}

@@ -71,15 +71,6 @@ class PoisoningFunction:
         poisons: whether it changes anything; `package` refuses a bank that no stage poisoned.
         known_by_name: whether who knows its name can do the same to pictures of their own: nothing but the draws for
             this bank is secret. An attack with P at hand is then anybody's.
-
-    Example:
-        >>> from dpf_release import PoisoningFunction, register_function
-        >>> @register_function("half")
-        ... class Half(PoisoningFunction):
-        ...     def apply(self, rows, source, plan):
-        ...         return source.read(rows).astype("float32") / 2
-        >>> Half.poisons
-        True
     """
 
     mixes_rows: ClassVar[bool] = False
@@ -153,17 +144,7 @@ FUNCTIONS: dict[str, type[PoisoningFunction]] = {}
 
 
 def register(name: str) -> Callable[[type[PoisoningFunction]], type[PoisoningFunction]]:
-    """Class decorator: makes a poisoning function known under a name (letters, digits, '-').
-
-    Example:
-        >>> from dpf_release import PoisoningFunction, Project, fit_poison, register_function
-        >>> @register_function("half")
-        ... class Half(PoisoningFunction):
-        ...     def apply(self, rows, source, plan):
-        ...         return source.read(rows).astype("float32") / 2
-        >>> fit_poison(Project.open("my-release/dpf.toml"), name="half", function="half").last
-        {}
-    """
+    """Class decorator: makes a poisoning function known under a name (letters, digits, '-')."""
 
     def keep(cls: type[PoisoningFunction]) -> type[PoisoningFunction]:
         FUNCTIONS[name] = cls
