@@ -2,9 +2,9 @@
 
     python examples/own_function.py --out /tmp/own-function
 
-On scikit-learn's digits it goes from `fit-poison` to `package`, and is attacked on the way, also by shadow functions of its
-own kind (A3), which the attacker fits on the public digits. In a project of your own, lay this file beside `dpf.toml`, and say
-`function = "own_function:Squeezed"` or `dpf-release fit-poison --function own_function:Squeezed:channels=4`.
+On scikit-learn's digits it goes from `fit-poison` to `package`, and is attacked on the way, also by shadow functions of
+its own kind (A3), which the attacker fits on the public digits. In a project of your own, lay this file beside
+`dpf.toml`, and name it there: `function = "own_function:Squeezed:channels=4"`.
 """
 
 from __future__ import annotations

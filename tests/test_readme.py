@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +31,7 @@ def blocks(text: str, language: str) -> list[str]:
 def test_the_downstream_example_of_the_readme_runs(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = blocks(README, "python")
+    _, code = blocks(README, "python")
     (tmp_path / "release").symlink_to(finished / "release")
     (tmp_path / "my-picture.jpg").write_bytes(
         (finished / "images" / "private" / "disc" / "disc-portrait-001.png").read_bytes()
@@ -40,6 +42,16 @@ def test_the_downstream_example_of_the_readme_runs(
     assert names["features_of_mine"].shape == (1, *names["release"].record.feature_shape)
     features, targets = next(iter(names["loader"]))
     assert len(features) == len(targets) > 1
+
+
+def test_the_owner_s_example_of_the_readme_runs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = blocks(README, "python")
+    shutil.copytree(finished, tmp_path / "my-release")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(json.loads(capsys.readouterr().out)) == 2
 
 
 def test_every_command_and_option_that_the_readme_shows_exists() -> None:

@@ -83,6 +83,17 @@ class Attack:
         of_bank: whether it trains anew for each bank, a planted one too.
         sets_ceiling: whether what it reaches on clean rows counts for the ceiling.
         rows: for how many rows it answers, where each costs it much; None: for all. They are evidence enough.
+
+    Example:
+        >>> from dpf_release import Attack, register_attack
+        >>> @register_attack
+        ... class Blank(Attack):
+        ...     code, title, profile = "X9", "a grey picture", "quick"
+        ...
+        ...     def run(self, view):
+        ...         raise NotImplementedError("see examples/own_attack.py")
+        >>> Blank().trainings(None)
+        0.0
     """
 
     code: ClassVar[str]
@@ -116,7 +127,16 @@ ATTACKS: dict[str, type[Attack]] = {}
 
 
 def register(attack: type[Attack]) -> type[Attack]:
-    """Class decorator: the battery knows it from then on, in the order of codes."""
+    """Class decorator: the battery knows it from then on, in the order of codes.
+
+    Example:
+        >>> from dpf_release import Attack, register_attack
+        >>> @register_attack
+        ... class Blank(Attack):
+        ...     code, title = "X9", "a grey picture"
+        >>> Blank.version
+        1
+    """
     ATTACKS[attack.code] = attack
     return attack
 

@@ -161,6 +161,13 @@ def concat(datasets: Sequence[BankDataset]) -> BankDataset:
 
     Raises:
         BankError: the banks are of different featurizers, or their classes or targets differ.
+
+    Example:
+        >>> from dpf_release import Release, concat
+        >>> release = Release.open("my-release/release")
+        >>> bank = concat([release.bank("train"), release.bank("val")])
+        >>> len(bank) == len(release.bank("train")) + len(release.bank("val"))
+        True
     """
     if not datasets:
         raise BankError("expected at least one bank to combine, found none.")

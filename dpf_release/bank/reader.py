@@ -180,6 +180,14 @@ class FeatureBank:
     Attributes:
         index: the bank's index.
         split: which split.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from dpf_release import FeatureBank
+        >>> bank = FeatureBank(Path("my-release/release/features"), "train")
+        >>> features, targets = bank[:10]
+        >>> features.dtype.name, len(targets)
+        ('float16', 10)
     """
 
     def __init__(self, folder: Path, split: SplitName, index: BankIndex | None = None) -> None:

@@ -26,6 +26,10 @@ from dpf_release.release.verify import verify
 # What training the attackers may take: enough to show what they do, not enough for a pass.
 ATTACK_IMAGES = 3000
 ACCEPTED_RISK = "A demonstration: the pictures are public, and only a short attack was run."
+NOT_CLAIMED = """\
+Not claimed: that no picture can be reconstructed, that nobody who holds a picture can tell that it
+is in the release, or that no attribute can be read from a row. The table shows one attacker,
+which P was trained against, on toy images; the attacks of profile quick were cut short."""
 SIDE = 32  # the digits are 8 x 8; networks and SSIM's window want more
 
 CONFIG = """\
@@ -119,11 +123,7 @@ def demo(out: Path) -> DemoResult:
         ],
         refusal=refusal,
         accepted_risk=ACCEPTED_RISK,
-        not_claimed=(
-            "Not claimed: that no picture can be reconstructed, that nobody who holds a picture can tell that it\n"
-            "is in the release, or that no attribute can be read from a row. The table shows one attacker,\n"
-            "which P was trained against, on toy images; the attacks of profile quick were cut short."
-        ),
+        not_claimed=NOT_CLAIMED,
         figure=project.vault.reports("default") / "reconstructions.png",
         release=release,
         seconds=time.monotonic() - started,
@@ -140,10 +140,10 @@ def new_project(out: Path) -> Project:
         raise ConfigError(
             f"expected a new or empty folder for the demo, found files in {out}. Name another with --out."
         )
-    init(out)
-    write_text(out / "dpf.toml", CONFIG, 0o644)
+    config = init(out).config
+    write_text(config, CONFIG, 0o644)
     _write_digits(out / "images")
-    return Project.open(out / "dpf.toml")
+    return Project.open(config)
 
 
 def _refusal(project: Project) -> str:

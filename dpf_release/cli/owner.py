@@ -22,7 +22,29 @@ from dpf_release.cli.app import (
     app,
     open_project,
 )
-from dpf_release.cli.printing import print_bank, print_measurements, print_table, print_unreadable
+from dpf_release.cli.printing import print_bank, print_measurements, print_published, print_table, print_unreadable
+
+BudgetOption = Annotated[
+    float | None,
+    typer.Option("--budget", min=0.01, help="Minutes of training; with less than it takes no claim passes."),
+]
+ImagesOption = Annotated[
+    int | None,
+    typer.Option("--images", min=1, help="Pictures a training is shown; or say --budget, which reckons them."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of all that is drawn.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON (docs/attacks.md) in the place of tables.")]
+AttackAnewOption = Annotated[
+    bool, typer.Option("--restart", help="Attack anew; networks that attackers trained, and what failed, are kept.")
+]
+PublicOption = Annotated[
+    Path | None,
+    typer.Option("--public", help="Also write a page that anyone may see: its numbers, and pictures of Q only."),
+]
+OwnAttackOption = Annotated[
+    list[str] | None,
+    typer.Option("--attack", help="Also run an attack of your own, package.module:Class; with --trust-code."),
+]
 
 
 @app.command()
@@ -94,24 +116,23 @@ def featurize(
             raise typer.BadParameter(
                 "--restart is the owner's; to begin a bank of your own anew, remove --out's folder"
             )
-        from dpf_release.release.featurize import featurize_new
-        from dpf_release.release.release import Release
+        _featurize_downstream(release, images, out, shard_size or "1 GiB", max_bad, device or "auto")
+        return
+    from dpf_release.owner.featurize import featurize as run
 
-        index, unreadable = featurize_new(
-            Release.open(release),
-            images,
-            out,
-            shard_size=shard_size or "1 GiB",
-            max_bad=max_bad,
-            device=device or "auto",
-        )
-        print_bank(index, out, unreadable)
-    else:
-        from dpf_release.owner.featurize import featurize as run
+    project = open_project(config, identity, fix_permissions)
+    written = run(project, device=device, shard_size=shard_size, restart=restart)
+    print_bank(written.index, written.folder, written.unreadable)
 
-        project = open_project(config, identity, fix_permissions)
-        written = run(project, device=device, shard_size=shard_size, restart=restart)
-        print_bank(written.index, written.folder, written.unreadable)
+
+def _featurize_downstream(release: Path, images: Path, out: Path, shard_size: str, max_bad: float, device: str) -> None:
+    from dpf_release.release.featurize import featurize_new
+    from dpf_release.release.release import Release
+
+    index, unreadable = featurize_new(
+        Release.open(release), images, out, shard_size=shard_size, max_bad=max_bad, device=device
+    )
+    print_bank(index, out, unreadable)
 
 
 @app.command()
@@ -197,33 +218,15 @@ def attack(
     only: Annotated[
         str, typer.Option("--only", help="Codes of attacks and utilities, as A1,A5,U3; default: all of the profile.")
     ] = "",
-    budget: Annotated[
-        float | None,
-        typer.Option("--budget", min=0.01, help="Minutes of training; with less than it takes no claim passes."),
-    ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option("--images", min=1, help="Pictures a training is shown; or say --budget, which reckons them."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON (docs/attacks.md) in the place of tables.")
-    ] = False,
-    public: Annotated[
-        Path | None,
-        typer.Option("--public", help="Also write a page that anyone may see: its numbers, and pictures of Q only."),
-    ] = None,
-    own: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--attack", help="Also an attack of your own, package.module:Class; repeatable. Needs --trust-code."
-        ),
-    ] = None,
+    budget: BudgetOption = None,
+    images: ImagesOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    public: PublicOption = None,
+    own: OwnAttackOption = None,
     trust_code: TrustCodeOption = False,
     device: DeviceOption = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Attack anew; networks that attackers trained, and what failed, are kept.")
-    ] = False,
+    restart: AttackAnewOption = False,
     identity: IdentityOption = None,
     fix_permissions: FixPermissionsOption = False,
 ) -> None:
@@ -264,8 +267,8 @@ def compare(
     budget: Annotated[
         float | None, typer.Option("--budget", min=0.01, help="Minutes of training for the attacks on each function.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")] = False,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
     device: DeviceOption = None,
     identity: IdentityOption = None,
     fix_permissions: FixPermissionsOption = False,
@@ -323,15 +326,7 @@ def package(
 
     project = open_project(config, identity, fix_permissions)
     manifest = run(project, name, out, sign, second_function, accept_risk)
-    print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
-    for file in manifest.files:
-        print(f"  {file.path}  {file.bytes} bytes  {file.role}")
-    if manifest.version != (said := project.config.release.version):
-        print(f"As {manifest.version}, and not as {said}, which was published with rows that are retracted since.")
-    made, not_made = (", ".join(claims) or "none" for claims in (manifest.claims.made, manifest.claims.not_made))
-    print(f"Claims made: {made}. Claims not made: {not_made}.")
-    if not any(file.role == "attack-report" for file in manifest.files):
-        print("No attack battery was run on it.")
+    print_published(manifest, out or project.config.folder / "release", project.config.release.version)
 
 
 @app.command()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from dpf_release.bank.format import BankIndex
     from dpf_release.images.dataset import BadImage
+    from dpf_release.release.manifest import Manifest
 
 
 def print_unreadable(images: Sequence[BadImage]) -> None:
@@ -23,6 +24,19 @@ def print_bank(index: BankIndex, folder: Path, unreadable: Sequence[BadImage]) -
     print_unreadable(unreadable)
     counts = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
     print(f"Wrote {folder}: {counts}, {index.row_bytes} bytes a row")
+
+
+def print_published(manifest: Manifest, folder: Path, version: str) -> None:
+    """A release's files and claims, and its version where that is not the one that was asked for."""
+    print(f"Published {manifest.name} {manifest.version} in {folder}:")
+    for file in manifest.files:
+        print(f"  {file.path}  {file.bytes} bytes  {file.role}")
+    if manifest.version != version:
+        print(f"As {manifest.version}, and not as {version}, which was published with rows that are retracted since.")
+    made, not_made = (", ".join(claims) or "none" for claims in (manifest.claims.made, manifest.claims.not_made))
+    print(f"Claims made: {made}. Claims not made: {not_made}.")
+    if not any(file.role == "attack-report" for file in manifest.files):
+        print("No attack battery was run on it.")
 
 
 def print_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

@@ -63,6 +63,11 @@ def attack(
     Raises:
         ConfigError: no such profile or attack.
         VaultError: there is no such candidate.
+
+    Example:
+        >>> from dpf_release import Project, attack
+        >>> attack(Project.open("my-release/dpf.toml"), profile="quick", only=["U2"], images=100).profile
+        'quick'
     """
     with project.working(public=True, together=False), keeping_large_blocks():
         return _Run.begin(project, name, profile, only, budget_minutes, images, seed).go(restart)

@@ -1,17 +1,25 @@
-"""Φ cut in two, as files and as they are published."""
+"""Φ: new, into the vault and out of it; cut in two, as files and as they are published."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dpf_release.models.hooks import Split
-from dpf_release.models.weights import state_file
-from dpf_release.models.zoo import is_public_architecture
-from dpf_release.release.model_record import CUSTOM, ModelRecord
+import torch
+from torch import nn
+
+from dpf_release.core.files import make_folder
+from dpf_release.errors import VaultError
+from dpf_release.images.decode import Preprocess
+from dpf_release.models.hooks import Split, split
+from dpf_release.models.weights import parse_state, state_file
+from dpf_release.models.zoo import build_network, is_public_architecture
+from dpf_release.owner.config import Config, ModelSection
+from dpf_release.owner.vault.vault import Vault
+from dpf_release.release.model_record import CUSTOM, ModelRecord, PreprocessRecord, parse_model_record
 
 
 def import_from(folder: Path) -> None:
@@ -58,3 +66,68 @@ class CutNetwork:
     def featurizer_sha256(self) -> str:
         """Of φ1's file: what a bank, an attacker and a function name as the featurizer that they are for."""
         return hashlib.sha256(self.featurizer_file).hexdigest()
+
+
+def preprocess_of(model: ModelSection) -> Preprocess:
+    """From an image file to the input of Φ."""
+    return Preprocess(model.size, model.resize or None, model.mean, model.std)
+
+
+def new_network(model: ModelSection, outputs: int, trusts_code: bool, seed: int = 0) -> nn.Module:
+    """Φ with random weights, drawn from a fixed seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_network(model.arch, outputs, model.arguments, allow_import=trusts_code)
+
+
+def save_network(network: nn.Module, output_names: tuple[str, ...], config: Config, vault: Vault) -> None:
+    """Φ into the vault, with the record that rebuilds it.
+
+    Raises:
+        HookError: it cannot be cut at the configured hook point.
+    """
+    model, task = config.model, config.task
+    hook = split(network.cpu(), model.hook, model.size).hook
+    record = ModelRecord(
+        arch=model.arch,
+        arguments=model.arguments,
+        outputs=len(output_names),
+        hook=hook.name,
+        feature_shape=hook.shape,
+        preprocess=PreprocessRecord(**asdict(preprocess_of(model))),
+        task=task.kind,
+        classes=() if task.targets else output_names,
+        targets=task.targets,
+        unit=task.unit,
+    )
+    make_folder(vault.network)
+    vault.write_bytes(vault.network / "phi.safetensors", state_file(network.state_dict()))
+    vault.write_json(vault.network / "network.json", record.model_dump(mode="json"))
+
+
+def read_cut(vault: Vault, model: ModelSection, trusts_code: bool) -> CutNetwork:
+    """Φ from the vault, cut at the configured hook point.
+
+    Raises:
+        VaultError: no network in the vault, or one of another architecture or preprocessing.
+        HookError: it cannot be cut there.
+    """
+    path, weights = vault.network / "network.json", vault.network / "phi.safetensors"
+    if not vault.holds(path):
+        raise VaultError(
+            f"expected a network in {vault.network}, found none. Run `dpf-release train`, or name "
+            "your weights under [model] weights and run `dpf-release featurize`."
+        )
+    record = parse_model_record(vault.read_bytes(path, "train"), path.name)
+    preprocess = PreprocessRecord(**asdict(preprocess_of(model))).model_dump(mode="json")
+    wanted = {"arch": model.arch, "arguments": model.arguments, "preprocess": preprocess}
+    found = record.model_dump(mode="json", include=set(wanted))
+    if found != wanted:
+        raise VaultError(
+            f"the vault's network is {found}, but [model] asks for {wanted}. Set [model] back, or run "
+            "`dpf-release train --restart` for a new network."
+        )
+    network = build_network(record.arch, record.outputs, record.arguments, allow_import=trusts_code)
+    network.load_state_dict(parse_state(vault.read_bytes(weights, "train"), weights))
+    parts = split(network, model.hook, model.size)
+    return CutNetwork(record.model_copy(update={"hook": parts.hook.name, "feature_shape": parts.hook.shape}), parts)

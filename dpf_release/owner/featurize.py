@@ -15,6 +15,7 @@ from dpf_release.bank.writer import SplitRows
 from dpf_release.core.files import make_folder
 from dpf_release.images.dataset import BadImage
 from dpf_release.owner.banks import bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
+from dpf_release.owner.private_bank import bank_plan, rows_were_retracted, source_facts
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import import_network
 from dpf_release.owner.vault.vault import BANK
@@ -60,7 +61,7 @@ def featurize(
         >>> written.index.poisoned, [image.name for image in written.unreadable]
         (False, ['disc/disc-portrait-007.png'])
     """
-    project.forget("cut", "source_facts", "bank_order")
+    project.forget("cut", "bank_order")
     project = project.with_options({"compute.device": device, "bank.shard_size": shard_size})
     with project.working():
         return FeaturizeResult(_featurize(project, restart), project.vault.features, project.private_images.bad)
@@ -69,13 +70,13 @@ def featurize(
 def _featurize(project: Project, restart: bool) -> BankIndex:
     project.ranks.once(lambda: import_network(project, restart))
     cut, images, vault = project.cut, project.private_images, project.vault
-    facts = project.source_facts | bank_facts(project)
+    facts = source_facts(images, cut, project.output_names) | bank_facts(project)
     project.ranks.once(lambda: _draw_plan(project, facts, restart))
-    known = project.bank_plan
+    known = bank_plan(vault, project.retracted)
     changed = changed_facts(known, facts) + ["ids.csv"] * (vault.sha256(vault.ids) != known["ids_sha256"])
     anew = "start anew with --restart (new ids; functions fitted on the old bank are void)"
     refuse_other_plan(str(vault.features), changed, anew)
-    if project.rows_were_retracted and vault.holds(vault.features / INDEX):
+    if rows_were_retracted(vault, project.retracted) and vault.holds(vault.features / INDEX):
         # Whole; its shards are not those that would be written now, after it was forgotten.
         return read_index(vault.opened(vault.features, INDEX))
     rows_of, ids_of = project.bank_order

@@ -69,8 +69,7 @@ def fit_poison(
     Args:
         project: the owner's.
         name: under which the vault keeps it; several live side by side.
-        function: as `"recombine:k=20"` or `"gaussian-filter+dpf"`; this and the next four by default as the
-            configuration says.
+        function: and the next four, in the place of what the configuration says: as `"recombine:k=20"`.
         objective: `"equivalence"` or `"paper"`.
         lambda_: weight of the byproduct attackers' term.
         epochs: passes over φ1(S train).
@@ -85,17 +84,12 @@ def fit_poison(
     Example:
         >>> from dpf_release import Project, fit_poison
         >>> project = Project.open("my-release/dpf.toml")
-        >>> fit_poison(project, name=name="mixed", function="recombine:k=4").last
+        >>> fit_poison(project, name="mixed", function="recombine:k=4").last
         {}
     """
-    options = {
-        "poison.function": function,
-        "poison.objective": objective,
-        "poison.lambda": lambda_,
-        "poison.epochs": epochs,
-        "compute.device": device,
-    }
-    project = project.with_options(options)
+    settings = {"function": function, "objective": objective, "lambda": lambda_, "epochs": epochs}
+    options = {f"poison.{key}": value for key, value in settings.items()}
+    project = project.with_options(options | {"compute.device": device})
     public = bool(project.config.poison.straw_men)
     with project.working(public=public):
         return FitPoisonResult(_fit_poison(project, name, restart), project.public_images.bad if public else ())

@@ -69,22 +69,15 @@ def poison(
     Example:
         >>> from dpf_release import Project, poison
         >>> candidate = poison(Project.open("my-release/dpf.toml"), name="default")
-        >>> candidate.index.poisoned, candidate.folder.relative_to(candidate.folder.parents[1]).as_posix()
-        (True, 'candidates/default')
-        >>> round(candidate.measurements["val"]["task"]["top1_clean"], 2) > 0.5
-        True
+        >>> candidate.index.poisoned, candidate.measurements["val"]["task"]["top1_clean"] > 0.5
+        (True, True)
     """
     project = project.with_options({"compute.device": device, "bank.shard_size": shard_size})
     index = write_candidate(project, name, restart)
     measurements = measure(project, name)
     pictures = project.vault.reports(name) / "reconstructions.png"
-    return PoisonResult(
-        index,
-        project.vault.candidate(name),
-        project.private_images.bad,
-        measurements,
-        pictures if pictures.is_file() else None,
-    )
+    shown = pictures if pictures.is_file() else None
+    return PoisonResult(index, project.vault.candidate(name), project.private_images.bad, measurements, shown)
 
 
 def write_candidate(project: Project, name: str = "default", restart: bool = False) -> BankIndex:

@@ -25,6 +25,8 @@ from dpf_release.images.table import ImageTable
 from dpf_release.owner.banks import remove_bank
 from dpf_release.owner.fitted import CANDIDATE, PLAN, FittedFunction, load_function, write_plans
 from dpf_release.owner.poison import forget_measurements
+from dpf_release.owner.private_bank import bank_plan
+from dpf_release.owner.private_images import splitting, table_without
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.retractions import Retracted, Retraction, digest_of_name, next_version, write_retracted
@@ -102,8 +104,14 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
         VaultError: φ1(S) is not of today's images and network, or the vault is sealed and does not open.
         StorageError: another run works in the vault, or the disk takes no more.
         RankError: there are several ranks.
+
+    Example:
+        >>> from dpf_release import Project, retract
+        >>> report = retract(Project.open("my-release/dpf.toml"), sources=["disc-portrait-000.png"])
+        >>> sum(report.rows.values()), report.version
+        (1, '1.0.1')
     """
-    project.forget("retracted", "private_images", "source_facts", "bank_order")
+    project.forget("retracted", "private_images", "bank_order")
     with project.working(together=False, retracting=True), project.vault.changing(project.vault.root) as root:
         project = replace(project, vault=Vault(root))  # of a sealed vault, a copy: shards and plans are read by paths
         report = None if project.retracted.unfinished is None else _finish(project)
@@ -178,12 +186,12 @@ def _begin(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> Non
         published_index=made[-1].get("index_sha256") if made else None,
         version=next_version(_version(project), published),
     )
-    names = tuple(project.bank_plan["names"])
+    names = tuple(bank_plan(project.vault, project.retracted)["names"])
     after = Retracted(
         retractions=(*before.retractions, retraction),
         sources=tuple(sorted({*before.sources, *(digest_of_name(line["source"]) for line in lines)})),
         classes=() if project.config.task.targets else names,
-        splitting=project.splitting,
+        splitting=splitting(project.config),
         bank=project.bank_id,
         unfinished={split: tuple(rows) for split, rows in gone.items()},
     )
@@ -194,7 +202,7 @@ def _begin(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> Non
     _keep_survey(project, table)
     (vault.features / BEFORE).unlink(missing_ok=True)  # of an earlier one that ended with this line undone
     write_retracted(vault, after.model_copy(update={"facts": {"source_sha256": table.digest()}}))
-    project.forget("retracted", "private_table", "private_images", "source_facts", "bank_order")
+    project.forget("retracted", "private_table", "private_images", "bank_order")
 
 
 def _version(project: Project) -> str:
@@ -228,10 +236,10 @@ def _table_after(project: Project, after: Retracted, lines: Sequence[Line], kept
     Raises:
         VaultError: φ1(S) was made of something else than S is today.
     """
-    plan, vault = project.bank_plan, project.vault
-    table, _ = project.table_without(after)
+    plan, vault = bank_plan(project.vault, project.retracted), project.vault
+    table, _ = table_without(project.config, project.vault, after)
     if all((table.root / line["source"]).is_file() for line in lines):
-        same = project.table_without(project.retracted)[0].digest() == plan["source_sha256"]
+        same = table_without(project.config, project.vault, project.retracted)[0].digest() == plan["source_sha256"]
     else:  # deleted before they were retracted: all others are there as they were, as far as can be seen without them
         same = _has_rows(project, table, {line["id"] for line in lines}, kept)
     changed = ["the images or their labels"] * (not same)
@@ -257,7 +265,7 @@ def _has_rows(project: Project, table: ImageTable, gone: Set[str], kept: RowsOfS
             return False
         rows[line["split"]].append(row)
     banks = {split: FeatureBank(project.vault.features, split) for split in kept}
-    return set(row_of) <= {bad["name"] for bad in project.bank_plan["undecodable"]} and all(
+    return set(row_of) <= {bad["name"] for bad in bank_plan(project.vault, project.retracted)["undecodable"]} and all(
         np.array_equal(table.targets[rows[split]], bank.targets[kept[split]]) for split, bank in banks.items()
     )
 
@@ -266,7 +274,7 @@ def _keep_survey(project: Project, table: ImageTable) -> None:
     """Which of the images that stay cannot be read is known: they need not be looked at again."""
     path = project.vault.survey("private")
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if known.get("digest") == project.bank_plan["source_sha256"]:
+    if known.get("digest") == bank_plan(project.vault, project.retracted)["source_sha256"]:
         there = set(table.paths)
         write_json(path, {"digest": table.digest(), "bad": [bad for bad in known["bad"] if bad["name"] in there]})
 
@@ -342,7 +350,7 @@ def _finish(project: Project) -> RetractionReport:
     facts = retracted.facts | {"ids_sha256": sha256_of(vault.ids)}
     write_retracted(vault, retracted.model_copy(update={"facts": facts, "unfinished": None}))
     (vault.features / BEFORE).unlink()
-    project.forget("retracted", "private_table", "private_images", "source_facts", "bank_order")
+    project.forget("retracted", "private_table", "private_images", "bank_order")
     rebuilt = _rebuilt(vault, len(retracted.retractions))
     rows = {split: retracted.retractions[-1].rows[split] for split in SPLITS}
     return RetractionReport(rows, _version(project), rebuilt, tuple(lost))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from dpf_release.models.hooks import split
 from dpf_release.models.metrics import mean_absolute_error, topk_correct
 from dpf_release.models.training import Recipe, fit
 from dpf_release.models.weights import load_weights
+from dpf_release.owner.cut_network import new_network, save_network
 from dpf_release.owner.project import Project
 from dpf_release.poisoning.objective import TaskLoss
 
@@ -62,74 +64,83 @@ def train(
         >>> sorted(train(project, epochs=1, restart=True).scores)
         ['test', 'val']
     """
-    project.forget("cut", "source_facts")
+    project.forget("cut")
     project = project.with_options({"train.epochs": epochs, "compute.device": device})
     with project.working():
         return TrainResult(_train(project, restart), project.private_images.bad)
 
 
 def _train(project: Project, restart: bool) -> dict[str, float]:
-    vault, section = project.vault, project.config.train
+    vault, section, images = project.vault, project.config.train, project.private_images
     if vault.holds(vault.network / "network.json") and not restart:
         raise VaultError(f"{vault.network} holds a network already. Use it, or train anew with --restart.")
     project.ranks.refuse_uneven(train=section.batch_size)
-    images = project.private_images
-    rows = {name: images.rows(name) for name in ("train", "val", "test")}
-    network = project.new_network()
-    if project.config.model.weights:
-        load_weights(network, project.config.locate(project.config.model.weights))
+    network, task = _first_network(project), TargetTask.of(project)
     checkpoint = make_folder(vault.network) / "checkpoint.safetensors"
     project.ranks.once(lambda: vault.remove(checkpoint) if restart else None)
     # A wrong hook point is refused now, not after hours of training.
     split(network, project.config.model.hook, project.config.model.size)
-    task = TargetTask.of(project)
+    rate, decay, bf16 = section.learning_rate, section.weight_decay, project.config.compute.bf16
+    history = fit(
+        network,
+        len(images.rows("train")),
+        _augmented_batches(images, section.flip, section.shift),
+        _task_loss(project, task),
+        Recipe(section.epochs, section.batch_size, rate, "sgd", decay, bf16=bf16),
+        title="Training the network",
+        device=project.device,
+        ranks=project.ranks,
+        validate=(lambda: _judged(project, network, "val", task.error)) if len(images.rows("val")) else None,
+        checkpoint=vault.checkpoint(checkpoint),
+        subject=json.dumps([images.digest, section.model_dump(), project.config.model.model_dump(mode="json")]),
+    )
+    scores = {}
+    if project.ranks.is_first:
+        judges = [name for name in ("val", "test") if len(images.rows(name))]
+        scores = {name: _judged(project, network, name, task.score) for name in judges}
+        save_network(network.to(memory_format=torch.contiguous_format), project.output_names, project.config, vault)
+        kept = {"epochs": history.epochs, "bf16": history.bf16, "scores": scores}
+        vault.write_json(vault.network / "history.json", kept)
+        vault.remove(checkpoint, vault.network / IMPORTED)
+    project.ranks.wait()
+    return scores
+
+
+def _first_network(project: Project) -> nn.Module:
+    """Φ where its training starts: random, or with the weights that the configuration names."""
+    model = project.config.model
+    network = new_network(model, len(project.output_names), project.trusts_code)
+    if model.weights:
+        load_weights(network, project.config.locate(model.weights))
+    return network
+
+
+def _augmented_batches(
+    images: ImageSet, flip: bool, shift: int
+) -> Callable[[Rows, np.random.Generator], tuple[Tensor, ...]]:
+    """Positions in S train → (pictures, targets)."""
+    train = images.rows("train")
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
-        chosen = rows["train"][chosen]
-        pictures = augment(images.pictures.read(chosen), generator, section.flip, section.shift)
-        return pictures, torch.from_numpy(images.table.targets[chosen])
+        pictures = augment(images.pictures.read(train[chosen]), generator, flip, shift)
+        return pictures, torch.from_numpy(images.table.targets[train[chosen]])
 
+    return read_batch
+
+
+def _task_loss(project: Project, task: TargetTask) -> Callable[[nn.Module, tuple[Tensor, ...]], dict[str, Tensor]]:
     def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         pictures, targets = batch
         outputs = network(project.preprocess.normalise(pictures))
         return {"loss": task.loss(outputs.float(), targets)}
 
-    recipe = Recipe(
-        section.epochs,
-        section.batch_size,
-        section.learning_rate,
-        "sgd",
-        section.weight_decay,
-        bf16=project.config.compute.bf16,
-    )
-    history = fit(
-        network,
-        len(rows["train"]),
-        read_batch,
-        loss,
-        recipe,
-        title="Training the network",
-        device=project.device,
-        ranks=project.ranks,
-        validate=(lambda: task.error(_answers(project, network, rows["val"]), rows["val"]))
-        if len(rows["val"])
-        else None,
-        checkpoint=vault.checkpoint(checkpoint),
-        subject=json.dumps([images.digest, section.model_dump(), project.config.model.model_dump(mode="json")]),
-    )
-    if not project.ranks.is_first:
-        project.ranks.wait()
-        return {}
-    scores = {
-        name: task.score(_answers(project, network, rows[name]), rows[name])
-        for name in ("val", "test")
-        if len(rows[name])
-    }
-    project.save_network(network.to(memory_format=torch.contiguous_format))
-    vault.write_json(vault.network / "history.json", {"epochs": history.epochs, "bf16": history.bf16, "scores": scores})
-    vault.remove(checkpoint, vault.network / IMPORTED)
-    project.ranks.wait()
-    return scores
+    return loss
+
+
+def _judged(project: Project, network: nn.Module, split_name: str, judge: Callable[[Tensor, Rows], float]) -> float:
+    """What `judge` makes of Φ's answers on a split of S."""
+    rows = project.private_images.rows(split_name)
+    return judge(_answers(project, network, rows), rows)
 
 
 def import_network(project: Project, restart: bool = False) -> None:
@@ -157,9 +168,7 @@ def import_network(project: Project, restart: bool = False) -> None:
             f"{path} is not the file that the vault's network came from. Put that back, or take over the new one with "
             "`dpf-release featurize --restart`."
         )
-    network = project.new_network()
-    load_weights(network, path)
-    project.save_network(network)
+    save_network(_first_network(project), project.output_names, project.config, vault)
     vault.write_json(came_from, digest)
 
 

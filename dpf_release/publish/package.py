@@ -36,7 +36,7 @@ from dpf_release.publish.card import retractions_section, write_card
 from dpf_release.publish.card_text import NO_DESCRIPTION
 from dpf_release.publish.gate import Passage, pass_gate
 from dpf_release.publish.leaks.private_facts import private_facts
-from dpf_release.publish.swap import recover, swap
+from dpf_release.publish.swap import nested_with, recover, swap
 from dpf_release.release.contents import shards_of, verify_deep
 from dpf_release.release.croissant import CROISSANT, croissant
 from dpf_release.release.manifest import (
@@ -88,6 +88,13 @@ def package(
         SigningError: others can read the private key, or it lies where the release or the candidate does.
         StorageError: another run works in the vault, or the disk does not take the release.
         RankError: there are several ranks.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from dpf_release import Project, package
+        >>> project = Project.open("my-release/dpf.toml", {"release.version": "1.1.0"})
+        >>> package(project, out=Path("published")).version
+        '1.1.0'
     """
     with project.working(together=False):
         out = (out or project.config.folder / "release").resolve()
@@ -212,7 +219,7 @@ def _publish(vault: Vault, staging: Path, out: Path, entry: dict[str, Any]) -> N
 
 def _refuse_place(out: Path, project: Project) -> None:
     config = project.config
-    if nested := project.nested_with(out):
+    if nested := nested_with(out, project.config, project.vault.root):
         raise VaultError(f"{out} is no place for a release: {'; '.join(nested)}. Name another place with --out.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

@@ -1,4 +1,4 @@
-"""A release folder takes its place as a whole, or not at all."""
+"""A release folder takes its place as a whole, or not at all; and which place is none."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dpf_release.core.files import (
-    flush_to_disk,
-)
+from dpf_release.core.files import flush_to_disk
+from dpf_release.owner.config import Config
 
 
 def swap(staging: Path, out: Path) -> None:
@@ -49,3 +48,18 @@ def _exchange(one: Path, other: Path) -> bool:
     at_cwd, exchange = -100, 2
     call: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return call is not None and call(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+
+
+def nested_with(release: Path, config: Config, vault: Path) -> list[str]:
+    """Why a folder, resolved, is no place for a release: vault, S or Q lie in it, or it lies in the vault."""
+    images, vault = config.images, vault.resolve()
+    found = ["it lies inside the vault: who copies one copies the other"] if release.is_relative_to(vault) else []
+    private = {
+        "the vault": vault,
+        "the private images": config.locate(images.private.path),
+        "the public images": config.locate(images.public.path),
+    }
+    for what, path in private.items():
+        if path.is_relative_to(release):
+            found.append(f"{what} lie inside the release folder: who uploads it uploads them")
+    return found

@@ -37,6 +37,13 @@ class Release:
         record: what rebuilds φ1 and φ2.
         index: the bank's index.
         preprocess: from images to φ1's input.
+
+    Example:
+        >>> from dpf_release import Release
+        >>> release = Release.open("my-release/release")
+        >>> features, target = release.bank("train")[0]
+        >>> features.shape == release.record.feature_shape
+        True
     """
 
     def __init__(self, folder: Path, manifest: Manifest, record: ModelRecord, index: BankIndex) -> None:

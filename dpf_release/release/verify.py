@@ -92,6 +92,12 @@ def verify(folder: Path, public_key: Path | None = None, digest: Digest | None =
 
     Raises:
         SigningError: `public_key` is no Ed25519 key, or lies in the release.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from dpf_release import verify
+        >>> verify(Path("my-release/release"))
+        []
     """
     trusted = None if public_key is None else read_public_key(public_key, folder)
     with contextlib.ExitStack() as stack:

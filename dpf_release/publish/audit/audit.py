@@ -195,6 +195,12 @@ def audit(release: Path, project: Project | None = None, public_key: Path | None
     Raises:
         VaultError: a name in the vault's ledger cannot be a function's, or the identity does not open the vault.
         StorageError: the vault is sealed, and another run works in it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from dpf_release import audit
+        >>> audit(Path("my-release/release")).findings
+        ()
     """
     with _readable(project):
         return _audit(release.resolve(), project, public_key)

@@ -30,6 +30,7 @@ from dpf_release.publish.leaks.order import source_order
 from dpf_release.publish.leaks.private_facts import private_rows
 from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.leaks.text import private_words
+from dpf_release.publish.swap import nested_with
 from dpf_release.release.contents import check_structure
 from dpf_release.release.manifest import CLASSIFIER, FEATURIZER, MANIFEST, MODEL
 from dpf_release.release.model_record import read_model_record
@@ -137,7 +138,9 @@ def _compared(find: Callable[[Path, Project], list[Problem]]) -> Callable[[Subje
 
 
 def _place(subject: Subject) -> Iterable[Finding]:
-    return [Finding("place", ".", reason) for reason in subject.owners.nested_with(subject.release)]
+    owners = subject.owners
+    reasons = nested_with(subject.release, owners.config, owners.vault.root)
+    return [Finding("place", ".", reason) for reason in reasons]
 
 
 def vault_entries(root: Path) -> tuple[dict[str, os.stat_result], dict[str, str]]:
