@@ -98,7 +98,7 @@ class Subject:
     @cached_property
     def files(self) -> dict[str, FileRecord]:
         """The files that the manifest lists, by path."""
-        return self.manifest.of_role() if self.manifest else {}
+        return {record.path: record for record in self.manifest.files} if self.manifest else {}
 
     @property
     def owners(self) -> Project:
