@@ -151,6 +151,17 @@ class Subject:
             raise NotRunError("the bank's index lists other shards than the manifest")
         return index
 
+    @property
+    def comparable(self) -> Project:
+        """As `opened`, for a comparison with the whole release, whose parser trusts the structure of what it reads.
+
+        Raises:
+            NotRunError: also where something of the release is missing or failed a check.
+        """
+        project, _ = self.opened, self.bank
+        self.refuse_gaps(self.files)
+        return project
+
     def without_folders(self, text: str) -> str:
         """A message without the places of release, vault and project on this machine, in one line of bounded length."""
         text = text.replace(str(self.release), "the release")
