@@ -8,9 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dpf_release.core.files import (
-    flush_to_disk,
-)
+from dpf_release.core.files import flush_to_disk
 
 
 def swap(staging: Path, out: Path) -> None:

@@ -14,10 +14,7 @@ from pathlib import Path
 
 from dpf_release.bank.format import INDEX, read_index
 from dpf_release.core.files import sha256_of
-from dpf_release.errors import (
-    VaultError,
-    VerificationError,
-)
+from dpf_release.errors import VaultError, VerificationError
 from dpf_release.owner.fitted import load_function
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.permissions import problem_of, refuse_tracked
