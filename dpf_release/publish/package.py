@@ -134,10 +134,7 @@ def _package(
     _refuse_unknown_releases(out, vault, config)
     candidate = _checked_candidate(project, name)
     reason = _reason_for_function(vault, candidate.function, second_function)
-    beside = _released_beside(vault, project.bank_id, candidate.function)
-    required = _views_that_apply(candidate.function, beside)
-    index_sha256, retractions = candidate.index_sha256, candidate.retractions
-    passage = pass_gate(project, name, index_sha256, retractions, accept_risk, required, beside)
+    passage = _ask_gate(project, candidate, accept_risk)
 
     staging = build_beside(project.vault, out)
     try:
@@ -180,6 +177,13 @@ def _checked_candidate(project: Project, name: str) -> Candidate:
     _refuse_unpoisoned(candidate)
     _refuse_retracted(candidate, project.retracted.ids)
     return candidate
+
+
+def _ask_gate(project: Project, candidate: Candidate, accept_risk: str) -> Passage:
+    beside = _released_beside(project.vault, project.bank_id, candidate.function)
+    required = _views_that_apply(candidate.function, beside)
+    index_sha256, retractions = candidate.index_sha256, candidate.retractions
+    return pass_gate(project, candidate.name, index_sha256, retractions, accept_risk, required, beside)
 
 
 def _build(staging: Path, project: Project, candidate: Candidate, passage: Passage, reason: str) -> Manifest:

@@ -9,21 +9,18 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from dpf_release.bank.format import INDEX, read_index
 from dpf_release.core.files import sha256_of
-from dpf_release.errors import (
-    VaultError,
-    VerificationError,
-)
+from dpf_release.errors import VaultError, VerificationError
 from dpf_release.owner.fitted import load_function
-from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.permissions import problem_of, refuse_tracked
 from dpf_release.owner.vault.vault import OPENED
 from dpf_release.publish.audit.engine import Check, Finding, NotRunError, Subject
+from dpf_release.publish.leaks.findings import Sources
 from dpf_release.publish.leaks.ids import telling_ids
 from dpf_release.publish.leaks.near_rows import SAME_ROW_COSINE
 from dpf_release.publish.leaks.order import source_order
@@ -126,15 +123,22 @@ def _function(subject: Subject) -> str | None:
     return None
 
 
-def _compared(find: Callable[[Path, Project], list[Problem]]) -> Callable[[Subject], list[Problem]]:
-    """A comparison of the whole release with the vault, whose parser trusts the structure of what it reads."""
+def _words(subject: Subject) -> list[Problem]:
+    return private_words(subject.release, subject.comparable)
 
-    def run(subject: Subject) -> list[Problem]:
-        project, _ = subject.opened, subject.bank
-        subject.refuse_gaps(subject.files)
-        return find(subject.release, project)
 
-    return run
+def _tensors(subject: Subject) -> list[Problem]:
+    return private_tensors(subject.release, subject.comparable.vault)
+
+
+def _ids(subject: Subject) -> list[Problem]:
+    project = subject.comparable
+    return telling_ids(subject.release, Sources.of(project.vault, project.private_table))
+
+
+def _order(subject: Subject) -> list[Problem]:
+    project = subject.comparable
+    return source_order(subject.release, Sources.of(project.vault, project.private_table))
 
 
 def _place(subject: Subject) -> Iterable[Finding]:
@@ -245,7 +249,7 @@ CHECKS: tuple[Check, ...] = (
         "No public text says the name of a source file, of the owner, of the machine or of a folder.",
         "Words of fewer than six letters, other languages' forms of a name, what the pictures show.",
         "Take the release down, change [release] in dpf.toml, and package again.",
-        _compared(private_words),
+        _words,
         ("card", "croissant", "model-record", "attack-report", *WEIGHTS, *BANK),
     ),
     Check(
@@ -253,7 +257,7 @@ CHECKS: tuple[Check, ...] = (
         "No public tensor or row equals one of P, ψ or another private member of the vault.",
         "A tensor that was changed, if only by its last bit in float16.",
         "Take the release down: with P, or enough of it, the poisoning is undone.",
-        _compared(private_tensors),
+        _tensors,
         (*WEIGHTS, *BANK),
     ),
     Check(
@@ -261,7 +265,7 @@ CHECKS: tuple[Check, ...] = (
         "The ids are those that the vault's plan drew, in its order; they look random and are no digest of an image.",
         "A derivation that it does not try.",
         "Take the release down: who guesses an image finds its row.",
-        _compared(telling_ids),
+        _ids,
         ("shard",),
     ),
     Check(
@@ -270,7 +274,7 @@ CHECKS: tuple[Check, ...] = (
         "steps through it.",
         "Orders by something else than the image table; other orders that can be reckoned.",
         "Take the release down, and write the features anew with `dpf-release featurize --restart`.",
-        _compared(source_order),
+        _order,
         ("shard",),
     ),
     Check(

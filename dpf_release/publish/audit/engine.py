@@ -98,7 +98,7 @@ class Subject:
     @cached_property
     def files(self) -> dict[str, FileRecord]:
         """The files that the manifest lists, by path."""
-        return self.manifest.of_role() if self.manifest else {}
+        return {record.path: record for record in self.manifest.files} if self.manifest else {}
 
     @property
     def owners(self) -> Project:
@@ -150,6 +150,17 @@ class Subject:
         if shards_of(index).keys() != shards.keys():
             raise NotRunError("the bank's index lists other shards than the manifest")
         return index
+
+    @property
+    def comparable(self) -> Project:
+        """As `opened`, for a comparison with the whole release, whose parser trusts the structure of what it reads.
+
+        Raises:
+            NotRunError: also where something of the release is missing or failed a check.
+        """
+        project, _ = self.opened, self.bank
+        self.refuse_gaps(self.files)
+        return project
 
     def without_folders(self, text: str) -> str:
         """A message without the places of release, vault and project on this machine, in one line of bounded length."""

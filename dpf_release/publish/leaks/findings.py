@@ -16,7 +16,8 @@ from dpf_release.bank.format import ID_BYTES, BankIndex, SplitName, read_index
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import VerificationError
-from dpf_release.owner.project import Project
+from dpf_release.images.table import ImageTable
+from dpf_release.owner.vault.vault import Vault
 from dpf_release.release.manifest import MANIFEST, SUMS
 from dpf_release.release.tree import Tree
 from dpf_release.release.verify import Problem, read_manifest
@@ -60,33 +61,36 @@ class Sources:
     """The vault's `ids.csv`, in bank order.
 
     Attributes:
+        table: of the images.
         ids: of each split, (N, 16).
         rows: of each split, (N,) rows of the image table; -1 where the image is no longer in it.
         gone: names of the images that are no longer in the table.
     """
 
+    table: ImageTable
     ids: dict[str, NDArray[np.uint8]]
     rows: dict[str, Rows]
     gone: tuple[str, ...]
 
     @classmethod
-    def of(cls, project: Project) -> Sources:
+    def of(cls, vault: Vault, table: ImageTable) -> Sources:
         """Read from the vault.
 
         Raises:
             VaultError: there is no `ids.csv`.
         """
-        row_of = {source: row for row, source in enumerate(project.private_table.paths)}
+        row_of = {source: row for row, source in enumerate(table.paths)}
         ids: dict[str, bytearray] = {}
         rows: dict[str, array[int]] = {}
         gone = []
-        for line in project.vault.read_ids():
+        for line in vault.read_ids():
             split, row = line["split"], row_of.get(line["source"], -1)
             ids.setdefault(split, bytearray()).extend(bytes.fromhex(line["id"]))
             rows.setdefault(split, array("q")).append(row)
             if row < 0:
                 gone.append(line["source"])
         return cls(
+            table,
             {split: np.frombuffer(data, np.uint8).reshape(-1, ID_BYTES) for split, data in ids.items()},
             {split: np.frombuffer(numbers, np.int64) for split, numbers in rows.items()},
             tuple(gone),

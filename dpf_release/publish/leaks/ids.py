@@ -15,7 +15,6 @@ from dpf_release.bank.format import ID_BYTES
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.arrays import Rows
 from dpf_release.images.table import ImageTable
-from dpf_release.owner.project import Project
 from dpf_release.publish.leaks.findings import Sources, public_banks
 from dpf_release.release.verify import Problem
 
@@ -27,14 +26,12 @@ _NAMESPACES = [
 ]
 
 
-def telling_ids(release: Path, project: Project, sources: Sources | None = None) -> list[Problem]:
+def telling_ids(release: Path, sources: Sources) -> list[Problem]:
     """Ids that the vault's `ids.csv` does not have in this order, that come twice, are not random or are derived.
 
     Derived: the first 16 bytes of a common digest, a UUID of version 3 or 5, or the text itself, of the name, stem,
-    path or row of the image; for some rows of each split, also the digest of its file. `sources`: where they are read
-    already.
+    path or row of the image; for some rows of each split, also the digest of its file.
     """
-    sources, table = sources or Sources.of(project), project.private_table
     problems, seen = [], 0
     banks = public_banks(release)
     for bank in banks:
@@ -46,7 +43,7 @@ def telling_ids(release: Path, project: Project, sources: Sources | None = None)
             problems.append(Problem("telling id", path, "ids stand in another order than in ids.csv"))
         if _chance_of_bits(bank.ids) < CHANCE:
             problems.append(Problem("telling id", path, "ids are not random: some of their bits are 0 or 1 too often"))
-        if derived := _derived(bank, sources.table_rows(bank), table):
+        if derived := _derived(bank, sources.table_rows(bank), sources.table):
             told = f"{len(derived)} ids are derived from their images, as that of row {derived[0]}"
             problems.append(Problem("telling id", path, told))
     if len({row_id.tobytes() for bank in banks for row_id in bank.ids}) < seen:

@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpf_release.core.arrays import Rows
-from dpf_release.owner.project import Project
 from dpf_release.publish.leaks.findings import Sources, public_banks
 from dpf_release.release.verify import Problem
 
 CHANCE = 1e-6  # how often a bank in truly random order may be refused
 
 
-def source_order(release: Path, project: Project, sources: Sources | None = None) -> list[Problem]:
+def source_order(release: Path, sources: Sources) -> list[Problem]:
     """Splits whose rows stand in an order that goes with the order of the image table, as a whole or in a class.
 
     Spearman's rank correlation ρ of n rows in random order has the mean 0 and the variance 1 / (n - 1); its tail is
@@ -26,7 +25,7 @@ def source_order(release: Path, project: Project, sources: Sources | None = None
     correlation, nor have rows that were dealt out in turn or by i·k mod n; but from one row to the next they take the
     same step of the source too often.
     """
-    sources, problems = sources or Sources.of(project), []
+    problems = []
     for bank in public_banks(release):
         rows = sources.table_rows(bank)
         known = np.flatnonzero(rows >= 0)

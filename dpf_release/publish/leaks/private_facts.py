@@ -40,12 +40,12 @@ def private_facts(release: Path, project: Project, name: str | None = None) -> l
         VerificationError: the release has no manifest, or a text is longer than any of a release.
         WeightsError: a safetensors file is damaged.
     """
-    sources = Sources.of(project)
+    sources = Sources.of(project.vault, project.private_table)
     return [
         *private_words(release, project, sources),
-        *private_tensors(release, project),
-        *telling_ids(release, project, sources),
-        *source_order(release, project, sources),
+        *private_tensors(release, project.vault),
+        *telling_ids(release, sources),
+        *source_order(release, sources),
         *private_rows(release, project, name),
     ]
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dpf_release.errors import WeightsError
 from dpf_release.models.weights import parse_state
-from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.leaks.findings import public_banks, public_files, shard_of
 from dpf_release.release.verify import Problem
@@ -21,7 +20,7 @@ from dpf_release.release.verify import Problem
 LEAST_VALUES = 1024
 
 
-def private_tensors(release: Path, project: Project) -> list[Problem]:
+def private_tensors(release: Path, vault: Vault) -> list[Problem]:
     """Public tensors that equal one of the vault's, Φ's own excepted, and public rows that do.
 
     Equal: as canonical float16, flattened, so in whatever shape and type. Tensors of fewer than 1,024 values, and
@@ -32,7 +31,6 @@ def private_tensors(release: Path, project: Project) -> list[Problem]:
         WeightsError: a safetensors file, public or private, is damaged.
         VaultError: the vault is sealed, and does not open.
     """
-    vault = project.vault
     own = {digest for _, digest, _ in _private_digests(vault, vault.network / "phi.safetensors")}
     private: dict[bytes, str] = {}
     sizes = set()

@@ -72,7 +72,7 @@ def private_words(release: Path, project: Project, sources: Sources | None = Non
     for file, text in public_texts(release):
         texts.setdefault(file, set()).add(_plain(text))
     if sources is None and project.vault.holds(project.vault.ids):
-        sources = Sources.of(project)
+        sources = Sources.of(project.vault, project.private_table)
     names = {words: "a source file's name" for words in _said_names(project, sources, set().union(*texts.values()))}
     digits = _private_digits(project.vault)
     names |= _accounts(project) | _places(project)

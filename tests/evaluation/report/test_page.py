@@ -360,7 +360,7 @@ def test_the_public_page_holds_nothing_of_s_or_p(
     (folder / "vault" / "functions" / "default" / "state.safetensors").unlink()  # P is not even there
     shutil.rmtree(folder / "vault" / "candidates")
     shutil.rmtree(folder / "vault" / "features")
-    monkeypatch.setattr("dpf_release.battery.public.EPOCHS", 2)
+    monkeypatch.setattr("dpf_release.evaluation.report.public_page.EPOCHS", 2)
     project = Project.open(folder / "dpf.toml")
     reads = Pictures.read
 

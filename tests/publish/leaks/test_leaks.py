@@ -38,6 +38,7 @@ from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.audit.audit import audit, project_of
 from dpf_release.publish.leaks import near_rows
 from dpf_release.publish.leaks import order as order_module
+from dpf_release.publish.leaks.findings import Sources
 from dpf_release.publish.leaks.ids import _chance_of_bits, _from_texts, telling_ids
 from dpf_release.publish.leaks.near_rows import find_near_rows
 from dpf_release.publish.leaks.order import CHANCE, _commonest_step, _deviations, _scores, _unlikely_times, source_order
@@ -53,6 +54,10 @@ FILTER = {"poison.function": "gaussian-filter"}  # nothing to train
 def said(folder: Path) -> list[str]:
     """Findings in the texts of a project's release."""
     return [str(problem) for problem in private_words(folder / "release", Project.open(folder / "dpf.toml"))]
+
+
+def sources_of(project: Project) -> Sources:
+    return Sources.of(project.vault, project.private_table)
 
 
 def write_card(folder: Path, text: str) -> None:
@@ -303,7 +308,7 @@ def test_a_stray_file_is_a_finding_and_is_not_opened(project_folder: Path, what:
     (release / name).unlink()
     weights = release / "model" / "classifier.safetensors"  # the control: what the manifest lists is read
     weights.write_bytes(function.read_bytes())
-    assert {problem.kind for problem in private_tensors(release, project)} == {"private tensor"}
+    assert {problem.kind for problem in private_tensors(release, project.vault)} == {"private tensor"}
 
 
 def test_the_list_of_ids_is_read_once(project_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +318,11 @@ def test_the_list_of_ids_is_read_once(project_folder: Path, monkeypatch: pytest.
     project = Project.open(project_folder / "dpf.toml")
     assert private_facts(project_folder / "release", project, "default") == []
     assert len(reads) == 1
-    assert telling_ids(project_folder / "release", project) == source_order(project_folder / "release", project) == []
+    assert (
+        telling_ids(project_folder / "release", sources_of(project))
+        == source_order(project_folder / "release", sources_of(project))
+        == []
+    )
     assert len(reads) == 3  # the control: alone, each reads them
 
 
@@ -345,7 +354,7 @@ def test_a_private_tensor_among_the_public_weights_is_found(project_folder: Path
         tensor = largest(vault / source)
         assert tensor.numel() >= 1024
         save_file(public | {"bn1.extra": WRAPS[wrap](tensor).contiguous()}, weights)
-        (problem,) = private_tensors(project_folder / "release", project)
+        (problem,) = private_tensors(project_folder / "release", project.vault)
         assert (problem.kind, problem.path) == ("private tensor", "model/featurizer.safetensors")
         assert source in problem.detail
         changed = tensor.clone()
@@ -354,7 +363,7 @@ def test_a_private_tensor_among_the_public_weights_is_found(project_folder: Path
         save_file(public | {"changed": changed, "constant": constant, "few": tensor.flatten()[:1000].clone()}, weights)
         more = {"constant": constant, "few": tensor.flatten()[:1000].clone()}
         save_file(more, vault / "network" / "more.safetensors")
-        assert private_tensors(project_folder / "release", project) == []
+        assert private_tensors(project_folder / "release", project.vault) == []
 
 
 def test_a_public_row_that_is_a_private_tensor_is_found(project_folder: Path) -> None:
@@ -363,9 +372,9 @@ def test_a_public_row_that_is_a_private_tensor_is_found(project_folder: Path) ->
     row = torch.from_numpy(bank.read([1])).float()
     assert row.numel() >= 1024
     save_file({"one": row + 1}, project_folder / "vault" / "functions" / "default" / "mask.safetensors")
-    assert private_tensors(release, project) == []
+    assert private_tensors(release, project.vault) == []
     save_file({"one": row}, project_folder / "vault" / "functions" / "default" / "mask.safetensors")
-    assert [problem.path for problem in private_tensors(release, project)] == ["features/val/shard-00000.h5"]
+    assert [problem.path for problem in private_tensors(release, project.vault)] == ["features/val/shard-00000.h5"]
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -622,11 +631,11 @@ def test_ids_that_can_be_had_from_an_image_are_found(project_folder: Path, what:
     ids = _derived(project_folder, DERIVATIONS[what])
     _set_ids(project_folder, ids)
     release, project = project_folder / "release", Project.open(project_folder / "dpf.toml")
-    assert {problem.path for problem in telling_ids(release, project)} == {"features/train", "features/val"}
+    assert {problem.path for problem in telling_ids(release, sources_of(project))} == {"features/train", "features/val"}
     counts = {split: len(rows) for split, rows in ids.items()}
     secret = np.random.default_rng()
     _set_ids(project_folder, {split: secret.integers(0, 256, (n, 16), np.uint8) for split, n in counts.items()})
-    assert telling_ids(release, Project.open(project_folder / "dpf.toml")) == []
+    assert telling_ids(release, sources_of(Project.open(project_folder / "dpf.toml"))) == []
 
 
 def test_uuids_are_reckoned_as_the_library_does() -> None:
@@ -650,7 +659,7 @@ def test_ids_of_another_plan_in_another_order_or_twice_are_found(project_folder:
     ):
         with h5py.File(shard, "r+") as file:
             file["id"][:] = changed
-        found = [problem.detail for problem in telling_ids(release, project)]
+        found = [problem.detail for problem in telling_ids(release, sources_of(project))]
         assert any(text in detail for detail in found) if text else found == []
 
 
@@ -746,11 +755,11 @@ def test_a_bank_that_is_dealt_out_in_turn_is_found(project_folder: Path) -> None
             with h5py.File(release / "features" / record.file, "r+") as shard:
                 shard["id"][:] = in_order[order][start : start + record.rows]
             start += record.rows
-        assert {problem.path for problem in source_order(release, project)} == found
+        assert {problem.path for problem in source_order(release, sources_of(project))} == found
 
 
 def test_an_order_is_looked_at_in_each_split_of_a_release(finished: Path) -> None:
-    assert source_order(finished / "release", Project.open(finished / "dpf.toml")) == []
+    assert source_order(finished / "release", sources_of(Project.open(finished / "dpf.toml"))) == []
 
 
 def test_pictures_added_since_are_no_business_of_a_release(project_folder: Path) -> None:
@@ -759,4 +768,4 @@ def test_pictures_added_since_are_no_business_of_a_release(project_folder: Path)
     for path in more.iterdir():
         path.rename(project_folder / "images" / "private" / "disc" / f"new-{path.name}")
     shutil.rmtree(more.parent)
-    assert telling_ids(project_folder / "release", Project.open(project_folder / "dpf.toml")) == []
+    assert telling_ids(project_folder / "release", sources_of(Project.open(project_folder / "dpf.toml"))) == []

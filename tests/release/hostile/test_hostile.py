@@ -275,7 +275,7 @@ def test_none_still_reads_records_with_bounds_and_compares_them(release: Path) -
 
 def test_a_structure_that_was_found_right_is_not_checked_again(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("dpf_release.digests.SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("dpf_release.release.checked_files.SETTLED_SECONDS", 0.0)
     monkeypatch.setattr(structure, "run_limited", lambda *request: (calls.append("") or [], ""))
     for _ in range(3):
         Release.open(release)
