@@ -143,7 +143,7 @@ class BankSection(_Section):
     """How feature banks are written."""
 
     shard_size: str = "1 GiB"
-    compression: Literal["none", "gzip", "blosc2"] = "none"
+    compression: Literal["none", "gzip"] = "none"
     batch_size: BatchSize = 128
 
     @field_validator("shard_size")
@@ -335,7 +335,7 @@ epochs = 10
 
 [bank]
 shard_size = "1 GiB"
-compression = "none"             # or gzip, blosc2: smaller files, slower to read (docs/banks.md)
+compression = "none"             # or gzip: smaller files, far slower to read (docs/banks.md)
 
 [claims]                         # what the release promises; `package` refuses what attacks do not bear out
 reconstruction = true            # that no picture can be reconstructed from a row

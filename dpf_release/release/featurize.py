@@ -101,7 +101,7 @@ def featurize_new(
             "undecodable": [image.row for image in bad],
             "shard_size": parse_size(shard_size),
             "batch_size": batch_size,
-            **machine_facts(where, "none"),
+            **machine_facts(where),
         }
         new = facts | {"ids": secrets.token_hex(32)}
         ranks.once(lambda: None if plan.exists() else write_json(plan, new))

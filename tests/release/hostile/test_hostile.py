@@ -303,7 +303,8 @@ def test_a_child_that_dies_is_a_problem_and_not_an_error(
         "much": "while True: print('\"' + 'x' * 10000 + '\"', flush=True)",
     }
     (tmp_path / f"dying_{name}.py").write_text(
-        "import os, sys\nfrom dpf_release.release.child_process import confine\nconfine(1)\nprint('\"features\"', flush=True)\n"
+        "import os, sys\nfrom dpf_release.release.child_process import confine\nconfine(1)\n"
+        + "print('\"features\"', flush=True)\n"
         + doing[name]
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -354,7 +355,7 @@ def test_a_module_in_the_release_is_not_imported_by_the_child(release: Path, mon
     assert not (release.parent / "marker").exists()
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip", "blosc2"])
+@pytest.mark.parametrize("compression", ["none", "gzip"])
 def test_a_release_of_each_compression_passes_every_check(release: Path, compression: str) -> None:
     write_features(release, compression)
     resign(release)
@@ -365,9 +366,6 @@ def test_a_release_of_each_compression_passes_every_check(release: Path, compres
 
 
 def _not_a_number(shard: h5py.File, release: Path) -> None:
-    if shard["features"].id.get_create_plist().get_nfilters():
-        import hdf5plugin  # noqa: F401
-
     shard["features"][2, 1, 2, 3] = np.nan
 
 
