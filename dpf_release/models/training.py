@@ -47,7 +47,7 @@ class Recipe:
         optimizer: SGD with Nesterov momentum 0.9, or Adam.
         weight_decay: decoupled from nothing: as the optimizer defines it.
         seed: of the order of rows and of what the batches draw. For P it comes from the vault's secret.
-        bf16: autocast to bfloat16: `auto` measures on the first batch and takes the faster.
+        bf16: autocast to bfloat16; `auto`: where the device has instructions for it.
     """
 
     epochs: int
@@ -89,6 +89,22 @@ def pick_device(wanted: str = "auto") -> torch.device:
     if torch.cuda.is_available():  # under torchrun each process of a machine takes its own
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def uses_bf16(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool:
+    """Whether a training on a device autocasts to bfloat16: always the same on the same machine.
+
+    `auto` is on where the device has instructions for it, which make it faster: a GPU of 2020 or later, a CPU with
+    AVX-512 BF16 or AMX. Where torch does not say (older ones do not of a CPU), it is off.
+    """
+    if wanted != "auto":
+        return wanted == "on"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def fit(
@@ -166,7 +182,7 @@ def fit(
                 batch = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
                 if step == done:
                     if done == 0:
-                        history.bf16 = _use_bf16(recipe, network, loss, batch, device, ranks)
+                        history.bf16 = bool(ranks.from_first(np.array([uses_bf16(recipe.bf16, device)]))[0])
                     autocast = torch.autocast(device.type, torch.bfloat16, enabled=history.bf16)
                 network.train()
                 optimizer.zero_grad(set_to_none=True)
@@ -246,36 +262,6 @@ def _batches(
             first = step * recipe.batch_size + ranks.rank * size  # of a step's rows, each rank has its run
             draws = [recipe.seed, epoch, step] + [ranks.rank] * (not ranks.is_first)
             yield read_batch(order[first : first + size], np.random.default_rng(draws))
-
-
-def _use_bf16(
-    recipe: Recipe,
-    network: nn.Module,
-    loss: Loss,
-    batch: Batch,
-    device: torch.device,
-    ranks: Ranks,
-) -> bool:
-    if recipe.bf16 != "auto":
-        return recipe.bf16 == "on"
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for bf16 in (False, True) * 4:
-        started = time.monotonic()
-        network.train()
-        network.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            result = loss(network, batch)
-        result["loss"].backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[bf16].append(time.monotonic() - started)
-    network.load_state_dict(before)  # batch statistics moved
-    there = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    faster = there and min(seconds[True]) < 0.9 * min(
-        seconds[False]
-    )  # the best of each: other work on the machine only adds
-    return bool(ranks.from_first(np.array([faster]))[0])
 
 
 class _State:

@@ -185,7 +185,10 @@ class GateSection(_Section):
 
 
 class ComputeSection(_Section):
-    """The machine: `auto` takes a GPU where there is one; `workers` processes decode (0: threads of this one)."""
+    """The machine: `auto` takes a GPU where there is one, and bfloat16 where that has instructions for it.
+
+    `workers` processes decode (0: threads of this one).
+    """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
