@@ -153,16 +153,8 @@ def fit(
     if rows < ranks.world_size:
         raise ConfigError(f"{title}: expected a row for each of {ranks.world_size} ranks, found {rows}. Start fewer.")
     network.to(device).to(memory_format=torch.channels_last)
-    optimizer = _optimizer(network, recipe)
     steps = max(1, rows // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        recipe.learning_rate,
-        total_steps=recipe.epochs * steps + 1,
-        pct_start=0.2 if recipe.epochs * steps != 4 else 0.25,  # a rise that ends at its first step divides by zero
-        cycle_momentum=False,
-    )
-    state = _State(network, optimizer, schedule, {**asdict(recipe), "rows": rows, "subject": subject})
+    state = _State(network, recipe, steps, {**asdict(recipe), "rows": rows, "subject": subject})
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         done = state.load(checkpoint) if checkpoint else 0  # steps of earlier runs
@@ -170,8 +162,9 @@ def fit(
             torch.manual_seed(_seed_of(recipe.seed, done, ranks.rank))  # a checkpoint has the first rank's state alone
         history = state.history
         history.device, started, saved = str(device), time.monotonic() - history.seconds, time.monotonic()
-        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        trained = _shared(network, ranks, device)
+        if done == 0:
+            history.bf16 = bool(ranks.from_first(np.array([uses_bf16(recipe.bf16, device)]))[0])
+        run = _Run(title, state, _shared(network, ranks, device), loss, device, ranks)
         with (
             keeping_large_blocks(),
             Progress(title, recipe.epochs * steps * recipe.batch_size, shown=ranks.is_first) as progress,
@@ -179,22 +172,7 @@ def fit(
         ):
             progress.skip(done * recipe.batch_size)
             for step, batch in enumerate(batches, start=done):
-                batch = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
-                if step == done:
-                    if done == 0:
-                        history.bf16 = bool(ranks.from_first(np.array([uses_bf16(recipe.bf16, device)]))[0])
-                    autocast = torch.autocast(device.type, torch.bfloat16, enabled=history.bf16)
-                network.train()
-                optimizer.zero_grad(set_to_none=True)
-                with together():
-                    with autocast:
-                        facts = loss(trained, batch)
-                    shown = ranks.mean({name: float(value.detach()) for name, value in facts.items()})
-                    _refuse_divergence(title, shown["loss"])
-                    facts["loss"].backward()
-                optimizer.step()
-                schedule.step()
-                state.add(shown)
+                shown = run.step(batch)
                 progress.advance(recipe.batch_size, epoch=step // steps + 1, **shown)
                 last_of_epoch = (step + 1) % steps == 0
                 if last_of_epoch:
@@ -208,6 +186,44 @@ def fit(
     state.take_best()
     network.eval()
     return history
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The steps of one rank.
+
+    Attributes:
+        title: of the training.
+        state: what each step changes.
+        trained: what the loss runs, as `_shared` says.
+        loss: as for `fit`.
+        device: where.
+        ranks: who takes part.
+    """
+
+    title: str
+    state: _State
+    trained: nn.Module
+    loss: Loss
+    device: torch.device
+    ranks: Ranks
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One update of the network; returns what the loss says, means over all ranks."""
+        state = self.state
+        batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        state.network.train()
+        state.optimizer.zero_grad(set_to_none=True)
+        with together():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=state.history.bf16):
+                facts = self.loss(self.trained, batch)
+            shown = self.ranks.mean({name: float(value.detach()) for name, value in facts.items()})
+            _refuse_divergence(self.title, shown["loss"])
+            facts["loss"].backward()
+        state.optimizer.step()
+        state.schedule.step()
+        state.add(shown)
+        return shown
 
 
 def _shared(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
@@ -240,6 +256,17 @@ def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
 
 
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """One cycle over all steps."""
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        recipe.learning_rate,
+        total_steps=total + 1,
+        pct_start=0.2 if total != 4 else 0.25,  # a rise that ends at its first step divides by zero
+        cycle_momentum=False,
+    )
+
+
 def _batches(
     rows: int,
     row_bytes: int,
@@ -267,14 +294,9 @@ def _batches(
 class _State:
     """All that a resumed training needs; on disk as safetensors, so that nothing is unpickled."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        facts: dict[str, Any],
-    ) -> None:
-        self.network, self.optimizer, self.schedule = network, optimizer, schedule
+    def __init__(self, network: nn.Module, recipe: Recipe, steps: int, facts: dict[str, Any]) -> None:
+        self.network, self.optimizer = network, _optimizer(network, recipe)
+        self.schedule = _schedule(self.optimizer, recipe, recipe.epochs * steps)
         shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
         self.fingerprint = facts | {"shapes": shapes}  # a checkpoint of anything else is not gone on from
         self.history = History()
