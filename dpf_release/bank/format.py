@@ -2,7 +2,7 @@
 
 A shard `SPLIT/shard-NNNNN.h5` holds `/features` (N, C, H, W) float16 with one row a chunk, `/label` (N,) int64
 or `/target` (N, K) float32, `/id` (N, 16) uint8, and six attributes. `index.json` is written last, so a folder
-without one is unfinished. `bank_writer` writes them.
+without one is unfinished. `writer` writes them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import h5py
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dpf_release.bank.hdf5_check import read_layout
 from dpf_release.core.bounded_json import read_json
@@ -23,13 +23,12 @@ SplitName = Literal["train", "val", "test"]
 INDEX = "index.json"
 VERSION: Literal[1] = 1
 ID_BYTES = 16
-Compression = Literal["none", "gzip", "blosc2"]
-# HDF5's numbers of the filters that `/features` has, in order: byte shuffle, deflate; Blosc2 does both itself.
-FILTERS: dict[Compression, tuple[int, ...]] = {"none": (), "gzip": (2, 1), "blosc2": (32026,)}
-# A file claims at most so many times its size: 1,032 is deflate's limit; Blosc2 has a row of zeros in some 500 bytes.
-MOST_COMPRESSED: dict[Compression, int] = {"none": 1, "gzip": 1100, "blosc2": 100_000}
+Compression = Literal["none", "gzip"]
+# HDF5's numbers of the filters that `/features` has, in order: byte shuffle, deflate.
+FILTERS: dict[Compression, tuple[int, ...]] = {"none": (), "gzip": (2, 1)}
+# A file claims at most so many times its size; 1,032 is deflate's limit.
+MOST_COMPRESSED: dict[Compression, int] = {"none": 1, "gzip": 1100}
 HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError)  # what h5py raises on a damaged file
-BLOSC2_HEAD_BYTES, BLOSC2_BLOCK_BYTES = 62, 2**16
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -61,6 +60,13 @@ class BankIndex(BaseModel):
     feature_shape: tuple[Size, Size, Size]
     targets: Annotated[int, Field(ge=0, le=2**20)]  # columns of `/target`; 0: the shards hold `/label`
     splits: dict[SplitName, tuple[ShardRecord, ...]] = {}
+
+    @field_validator("compression", mode="before")
+    @classmethod
+    def _is_not_of_an_earlier_version(cls, compression: Any) -> Any:
+        if compression == "blosc2":
+            raise ValueError("Blosc2, which an earlier version wrote, is not read any more. Write the bank again")
+        return compression
 
     @model_validator(mode="after")
     def _has_rows_of_a_possible_size(self) -> BankIndex:
@@ -186,21 +192,6 @@ def _differences(shard: h5py.File, path: Path, header: BankIndex, split: str, ro
 def _filters(dataset: h5py.Dataset) -> tuple[int, ...]:
     create = dataset.id.get_create_plist()
     return tuple(create.get_filter(number)[0] for number in range(create.get_nfilters()))
-
-
-def load_blosc2() -> Any:
-    """The package that teaches HDF5 to read and write Blosc2.
-
-    Raises:
-        BankError: it is not installed.
-    """
-    try:
-        import hdf5plugin
-    except ImportError as error:
-        raise BankError(
-            "expected the package hdf5plugin, which reads and writes Blosc2, found none. Install dpf-release[blosc2]."
-        ) from error
-    return hdf5plugin
 
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")

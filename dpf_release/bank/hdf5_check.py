@@ -46,9 +46,8 @@ TRUTH = bytes.fromhex("3802000001000000" + "100800000100000000000800") + b"FALSE
 ONE_VALUE = bytes.fromhex("02000000")
 NO_HEAP = bytes.fromhex("0000") + b"\xff" * 16  # links, or attributes, are in the header itself
 NO_GROUP_INFO = bytes.fromhex("0000")
-# Filters, with the numbers that they are given: shuffle's bytes of a value, deflate's level, Blosc2's of a row.
-SHUFFLE, DEFLATE, BLOSC2 = 2, 1, 32026
-BLOSC2_NAME, BLOSC2_NUMBERS = b"blosc2\0", 12
+# Filters; the numbers that they are given are shuffle's bytes of a value and deflate's level.
+SHUFFLE, DEFLATE = 2, 1
 
 
 @dataclass(frozen=True)
@@ -326,8 +325,8 @@ class _Walk:
                 self._refuse(f"{what} takes {count} bytes, not those of its values")
             self._piece(name, start, count)
         elif layout[:2] == bytes([4, CHUNKED]):
-            sides = self._chunks(name, shape, item, layout)
-            if FILTERS in found and not _are_filters(found[FILTERS], item, sides):
+            self._chunks(name, shape, item, layout)
+            if FILTERS in found and not _is_gzip(found[FILTERS], item):
                 self._refuse(f"{what} has filters that are not those of format 1")
         else:
             self._refuse(f"{what} is not a data set stored in this file, as format 1 stores it")
@@ -346,8 +345,8 @@ class _Walk:
             self._claim(start, count, f"/{name}")
             self.begins[name] = start
 
-    def _chunks(self, name: str, shape: tuple[int, ...], item: int, layout: bytes) -> tuple[int, ...]:
-        """The shape of a chunk; notes where they lie, by one of the three indexes of HDF5 1.10 for a fixed shape."""
+    def _chunks(self, name: str, shape: tuple[int, ...], item: int, layout: bytes) -> None:
+        """Notes where the chunks lie, by one of the three indexes of HDF5 1.10 for a fixed shape."""
         flags, rank, width = layout[2], layout[3], layout[4]
         sides = [int.from_bytes(layout[5 + i * width : 5 + (i + 1) * width], "little") for i in range(rank)]
         chunk_bytes = math.prod(sides)
@@ -364,7 +363,6 @@ class _Walk:
             self._fixed_array(name, struct.unpack("<Q", rest[1:])[0], count, chunk_bytes)
         else:
             self._refuse(f"the chunks of /{name} are indexed in another way than format 1's")
-        return tuple(sides[:-1])
 
     def _fixed_array(self, name: str, address: int, count: int, chunk_bytes: int) -> None:
         """One entry a chunk: address and, where there are filters, stored size and mask; in pages where many."""
@@ -414,27 +412,14 @@ def _pieces(content: bytes, *lengths: int) -> list[bytes]:
     return [*pieces, content]
 
 
-def _are_filters(body: bytes, item: int, sides: tuple[int, ...]) -> bool:
-    """Whether a message says nothing but one of format 1's chains of filters, for chunks of these sides."""
-    if len(body) == 22:
-        level = body[-4:]
-        gzip = (
-            b"\2\2"
-            + struct.pack("<HHHI", SHUFFLE, body[4], 1, item)
-            + struct.pack("<HHH", DEFLATE, body[14], 1)
-            + level
-        )
-        return body == gzip and {body[4], body[14]} <= {0, 1} and int.from_bytes(level, "little") <= 9
-    head = struct.pack("<BBHHHH", 2, 1, BLOSC2, len(BLOSC2_NAME), 0, BLOSC2_NUMBERS) + BLOSC2_NAME
-    if not body.startswith(head) or len(body) != len(head) + 4 * BLOSC2_NUMBERS:
+def _is_gzip(body: bytes, item: int) -> bool:
+    """Whether a message says nothing but format 1's chain of filters: shuffle, then deflate."""
+    if len(body) != 22:
         return False
-    numbers = struct.unpack_from(f"<{BLOSC2_NUMBERS}I", body, len(head))
-    # Its version, level, shuffle and codec are numbers of its own; the rest is the chunk's.
-    return (
-        max(numbers[:2] + numbers[4:7]) < 256
-        and numbers[2:4] == (item, item * math.prod(sides))
-        and numbers[7:] == (len(sides), *sides)
-    )
+    shuffle_flag, deflate_flag, level = body[4], body[14], body[-4:]
+    expected = b"\2\2" + struct.pack("<HHHI", SHUFFLE, shuffle_flag, 1, item)
+    expected += struct.pack("<HHH", DEFLATE, deflate_flag, 1) + level
+    return body == expected and {shuffle_flag, deflate_flag} <= {0, 1} and int.from_bytes(level, "little") <= 9
 
 
 def _named(kind: int) -> str:

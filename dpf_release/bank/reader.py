@@ -16,14 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpf_release.bank.format import (
-    BLOSC2_BLOCK_BYTES,
-    BLOSC2_HEAD_BYTES,
     HDF5_ERRORS,
     ID_BYTES,
     BankIndex,
     SplitName,
     check_shard,
-    load_blosc2,
     open_shard,
     read_index,
 )
@@ -33,7 +30,7 @@ from dpf_release.errors import BankError
 
 LARGE_ROW_BYTES = 2**15
 DEFLATE_LEFT_OUT = 0b10  # HDF5 does so where a row would grow by it
-LARGEST_FRAME = 2**10  # what Blosc2 puts around a row
+DEFLATE_BYTES = 2**6  # that deflate takes for itself, and a little of the row
 # Each open shard is a file handle; 1,024 is what a process commonly may have.
 MAX_OPEN_SHARDS = 256
 
@@ -100,54 +97,6 @@ class _GzipShard:
         return np.ascontiguousarray(shuffled.T).view("<f2")[:, 0]
 
 
-class _Blosc2Shard:
-    """The rows of a shard compressed with Blosc2, read through HDF5, neighbours together."""
-
-    def __init__(self, path: Path, stored: StoredRows, dataset: h5py.Dataset) -> None:
-        self.name, self.stored, self.dataset = path.name, stored, dataset
-        self.row_bytes = 2 * math.prod(dataset.shape[1:])
-        self.handle = dataset.file.id.get_vfd_handle()  # open as long as the data set is
-
-    def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
-        """All `rows` into `out`."""
-        if not len(rows):
-            return
-        for row in rows:
-            self._refuse_bomb(int(row))
-        order = np.argsort(rows, kind="stable")
-        ascending = rows[order]
-        begins = np.flatnonzero(np.diff(ascending, prepend=-2) != 1)
-        for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True):
-            first = int(ascending[begin])
-            try:
-                out[order[begin:end]] = self.dataset[first : first + int(end - begin)]
-            except HDF5_ERRORS as error:
-                raise BankError(f"rows of {self.name} cannot be unpacked: {error}. Fetch it again.") from error
-
-    def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
-        """Those of `rows` that are at `places`, to the same places of `out`."""
-        part = np.empty((len(places), *out.shape[1:]), np.float16)
-        self.read(rows[places], part)
-        out[places] = part
-
-    def _refuse_bomb(self, row: int) -> None:
-        """That a row says itself that it unpacks to its size: the filter makes as much room as it says."""
-        offset = int(self.stored.offsets[row])
-        frame = os.pread(self.handle, BLOSC2_HEAD_BYTES, offset)
-        said = [0]
-        if len(frame) == BLOSC2_HEAD_BYTES and frame[2:9] == b"b2frame" and self.stored.masks[row] == 0:
-            # A frame says how long its header is, what it and its chunk unpack to, and how long the packed chunk is.
-            header, unpacked, packed, chunk_bytes = (
-                int.from_bytes(frame[a:b], "big") for a, b in ((11, 15), (30, 38), (39, 47), (58, 62))
-            )
-            said = [unpacked, chunk_bytes]
-            if packed:  # not where all values are zero; then comes the chunk, and says so too
-                said.append(int.from_bytes(os.pread(self.handle, 8, offset + header)[4:8], "little"))
-        # Each of C, H and W is padded to whole blocks.
-        if len(set(said)) != 1 or not self.row_bytes <= said[0] <= 8 * self.row_bytes + BLOSC2_BLOCK_BYTES:
-            raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
-
-
 def _mapped(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
@@ -156,7 +105,7 @@ def _mapped(path: Path) -> mmap.mmap:
         raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
 
 
-_OpenShard = _MappedShard | _GzipShard | _Blosc2Shard
+_OpenShard = _MappedShard | _GzipShard
 
 
 def row_numbers(rows: Rows | Sequence[int]) -> Rows:
@@ -293,10 +242,8 @@ class FeatureBank:
             record = self._shards[number]
             return _MappedShard(self.folder / record.file, self._offsets[number], (record.rows, *self.shape))
         file, path = self._file(number)
-        layout = read_layout(path)
-        if self.index.compression == "blosc2":
-            return _Blosc2Shard(path, self._stored(layout, path), file["features"])
         file.close()
+        layout = read_layout(path)
         if self.index.compression == "gzip":
             return _GzipShard(path, self._stored(layout, path), self.index.row_bytes)
         if "features" not in layout.begins:
@@ -309,15 +256,13 @@ class FeatureBank:
         stored = layout.rows.get("features")
         if stored is None or (stored.offsets == NOWHERE).any():
             raise BankError(f"{path.name} lacks rows. Write or fetch it again.")
-        if (stored.sizes > 2 * self.index.row_bytes + LARGEST_FRAME).any():
+        if (stored.sizes > self.index.row_bytes + DEFLATE_BYTES + self.index.row_bytes // 100).any():
             raise BankError(f"{path.name} has rows that take more room compressed than they have bytes.")
         return stored
 
     def _file(self, number: int) -> tuple[h5py.File, Path]:
         record = self._shards[number]
         path = self.folder / record.file
-        if self.index.compression == "blosc2":
-            load_blosc2()
         file = open_shard(path)
         try:
             check_shard(file, path, self.index, self.split, record.rows)

@@ -21,7 +21,6 @@ from dpf_release.bank.format import (
     SplitName,
     attributes_of,
     check_shard,
-    load_blosc2,
     open_shard,
 )
 from dpf_release.bank.hdf5_check import MAX_CHUNKS
@@ -245,11 +244,8 @@ def _empty_features(file: h5py.File, rows: int, shape: tuple[int, int, int], com
     create.set_obj_track_times(False)
     if compression == "none":
         create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    elif compression == "gzip":
+    else:
         create.set_shuffle()
         create.set_deflate(GZIP_LEVEL)
-    else:
-        blosc2 = load_blosc2().Blosc2(cname="zstd", clevel=1, filters=load_blosc2().Blosc2.SHUFFLE)
-        create.set_filter(blosc2.filter_id, h5py.h5z.FLAG_MANDATORY, tuple(blosc2.filter_options))
     space = h5py.h5s.create_simple((rows, *shape))
     return h5py.Dataset(h5py.h5d.create(file.id, b"features", h5py.h5t.IEEE_F16LE, space, create))

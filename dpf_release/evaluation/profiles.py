@@ -15,6 +15,7 @@ from dpf_release.attacks.toolkit.clean_decoders import disturb
 from dpf_release.attacks.toolkit.decoder import decoder_loss
 from dpf_release.attacks.toolkit.trained import TRAINING_BATCH
 from dpf_release.models.reconstructors import build_reconstructor
+from dpf_release.models.training import uses_bf16
 from dpf_release.release.attack_report import PROFILE_ORDER, ProfileName
 
 PLANTED_SHARE = 0.5  # of a training's pictures, on a planted function: an attack that breaks it so, breaks it
@@ -49,12 +50,8 @@ PROFILES: dict[str, Profile] = {
 
 
 def decoder_rate(view: ReleaseView, seconds: float = 1.0) -> float:
-    """Pictures a second that a decoder is shown in training here, in the faster precision. A short trial."""
-    precisions = {"on": [True], "off": [False], "auto": [False, True]}[view.bf16]
-    return max(_rate(view, bf16, seconds) for bf16 in precisions)
-
-
-def _rate(view: ReleaseView, bf16: bool, seconds: float) -> float:
+    """Pictures a second that a decoder is shown in training here. A short trial."""
+    bf16 = uses_bf16(view.bf16, view.device)
     chosen = np.arange(min(TRAINING_BATCH, len(view.public)))
     batch = view.public.read(chosen)
     network = build_reconstructor("rx2s2-c", view.feature_shape, (batch.shape[-2], batch.shape[-1])).to(view.device)

@@ -47,7 +47,7 @@ class Recipe:
         optimizer: SGD with Nesterov momentum 0.9, or Adam.
         weight_decay: decoupled from nothing: as the optimizer defines it.
         seed: of the order of rows and of what the batches draw. For P it comes from the vault's secret.
-        bf16: autocast to bfloat16: `auto` measures on the first batch and takes the faster.
+        bf16: autocast to bfloat16; `auto`: where the device has instructions for it.
     """
 
     epochs: int
@@ -89,6 +89,22 @@ def pick_device(wanted: str = "auto") -> torch.device:
     if torch.cuda.is_available():  # under torchrun each process of a machine takes its own
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def uses_bf16(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool:
+    """Whether a training on a device autocasts to bfloat16: always the same on the same machine.
+
+    `auto` is on where the device has instructions for it, which make it faster: a GPU of 2020 or later, a CPU with
+    AVX-512 BF16 or AMX. Where torch does not say (older ones do not of a CPU), it is off.
+    """
+    if wanted != "auto":
+        return wanted == "on"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def fit(
@@ -137,16 +153,8 @@ def fit(
     if rows < ranks.world_size:
         raise ConfigError(f"{title}: expected a row for each of {ranks.world_size} ranks, found {rows}. Start fewer.")
     network.to(device).to(memory_format=torch.channels_last)
-    optimizer = _optimizer(network, recipe)
     steps = max(1, rows // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        recipe.learning_rate,
-        total_steps=recipe.epochs * steps + 1,
-        pct_start=0.2 if recipe.epochs * steps != 4 else 0.25,  # a rise that ends at its first step divides by zero
-        cycle_momentum=False,
-    )
-    state = _State(network, optimizer, schedule, {**asdict(recipe), "rows": rows, "subject": subject})
+    state = _State(network, recipe, steps, {**asdict(recipe), "rows": rows, "subject": subject})
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         done = state.load(checkpoint) if checkpoint else 0  # steps of earlier runs
@@ -154,8 +162,9 @@ def fit(
             torch.manual_seed(_seed_of(recipe.seed, done, ranks.rank))  # a checkpoint has the first rank's state alone
         history = state.history
         history.device, started, saved = str(device), time.monotonic() - history.seconds, time.monotonic()
-        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        trained = _shared(network, ranks, device)
+        if done == 0:
+            history.bf16 = bool(ranks.from_first(np.array([uses_bf16(recipe.bf16, device)]))[0])
+        run = _Run(title, state, _shared(network, ranks, device), loss, device, ranks)
         with (
             keeping_large_blocks(),
             Progress(title, recipe.epochs * steps * recipe.batch_size, shown=ranks.is_first) as progress,
@@ -163,22 +172,7 @@ def fit(
         ):
             progress.skip(done * recipe.batch_size)
             for step, batch in enumerate(batches, start=done):
-                batch = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
-                if step == done:
-                    if done == 0:
-                        history.bf16 = _use_bf16(recipe, network, loss, batch, device, ranks)
-                    autocast = torch.autocast(device.type, torch.bfloat16, enabled=history.bf16)
-                network.train()
-                optimizer.zero_grad(set_to_none=True)
-                with together():
-                    with autocast:
-                        facts = loss(trained, batch)
-                    shown = ranks.mean({name: float(value.detach()) for name, value in facts.items()})
-                    _refuse_divergence(title, shown["loss"])
-                    facts["loss"].backward()
-                optimizer.step()
-                schedule.step()
-                state.add(shown)
+                shown = run.step(batch)
                 progress.advance(recipe.batch_size, epoch=step // steps + 1, **shown)
                 last_of_epoch = (step + 1) % steps == 0
                 if last_of_epoch:
@@ -192,6 +186,44 @@ def fit(
     state.take_best()
     network.eval()
     return history
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The steps of one rank.
+
+    Attributes:
+        title: of the training.
+        state: what each step changes.
+        trained: what the loss runs, as `_shared` says.
+        loss: as for `fit`.
+        device: where.
+        ranks: who takes part.
+    """
+
+    title: str
+    state: _State
+    trained: nn.Module
+    loss: Loss
+    device: torch.device
+    ranks: Ranks
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One update of the network; returns what the loss says, means over all ranks."""
+        state = self.state
+        batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        state.network.train()
+        state.optimizer.zero_grad(set_to_none=True)
+        with together():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=state.history.bf16):
+                facts = self.loss(self.trained, batch)
+            shown = self.ranks.mean({name: float(value.detach()) for name, value in facts.items()})
+            _refuse_divergence(self.title, shown["loss"])
+            facts["loss"].backward()
+        state.optimizer.step()
+        state.schedule.step()
+        state.add(shown)
+        return shown
 
 
 def _shared(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
@@ -224,6 +256,17 @@ def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
 
 
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """One cycle over all steps."""
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        recipe.learning_rate,
+        total_steps=total + 1,
+        pct_start=0.2 if total != 4 else 0.25,  # a rise that ends at its first step divides by zero
+        cycle_momentum=False,
+    )
+
+
 def _batches(
     rows: int,
     row_bytes: int,
@@ -248,47 +291,12 @@ def _batches(
             yield read_batch(order[first : first + size], np.random.default_rng(draws))
 
 
-def _use_bf16(
-    recipe: Recipe,
-    network: nn.Module,
-    loss: Loss,
-    batch: Batch,
-    device: torch.device,
-    ranks: Ranks,
-) -> bool:
-    if recipe.bf16 != "auto":
-        return recipe.bf16 == "on"
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for bf16 in (False, True) * 4:
-        started = time.monotonic()
-        network.train()
-        network.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            result = loss(network, batch)
-        result["loss"].backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[bf16].append(time.monotonic() - started)
-    network.load_state_dict(before)  # batch statistics moved
-    there = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    faster = there and min(seconds[True]) < 0.9 * min(
-        seconds[False]
-    )  # the best of each: other work on the machine only adds
-    return bool(ranks.from_first(np.array([faster]))[0])
-
-
 class _State:
     """All that a resumed training needs; on disk as safetensors, so that nothing is unpickled."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        facts: dict[str, Any],
-    ) -> None:
-        self.network, self.optimizer, self.schedule = network, optimizer, schedule
+    def __init__(self, network: nn.Module, recipe: Recipe, steps: int, facts: dict[str, Any]) -> None:
+        self.network, self.optimizer = network, _optimizer(network, recipe)
+        self.schedule = _schedule(self.optimizer, recipe, recipe.epochs * steps)
         shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
         self.fingerprint = facts | {"shapes": shapes}  # a checkpoint of anything else is not gone on from
         self.history = History()

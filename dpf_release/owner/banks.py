@@ -20,7 +20,7 @@ def bank_facts(project: Project) -> dict[str, Any]:
     """How a bank is written, as its plan keeps it."""
     section = project.config.bank
     written = section.model_dump() | {"shard_size": parse_size(section.shard_size)}
-    return written | machine_facts(project.device, section.compression)
+    return written | machine_facts(project.device)
 
 
 def bank_writer(project: Project, folder: Path, poisoned: bool) -> BankWriter:

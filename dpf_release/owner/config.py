@@ -143,7 +143,7 @@ class BankSection(_Section):
     """How feature banks are written."""
 
     shard_size: str = "1 GiB"
-    compression: Literal["none", "gzip", "blosc2"] = "none"
+    compression: Literal["none", "gzip"] = "none"
     batch_size: BatchSize = 128
 
     @field_validator("shard_size")
@@ -185,7 +185,10 @@ class GateSection(_Section):
 
 
 class ComputeSection(_Section):
-    """The machine: `auto` takes a GPU where there is one; `workers` processes decode (0: threads of this one)."""
+    """The machine: `auto` takes a GPU where there is one, and bfloat16 where that has instructions for it.
+
+    `workers` processes decode (0: threads of this one).
+    """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
     workers: Annotated[int, Field(ge=0, le=256)] | None = None

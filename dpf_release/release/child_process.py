@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MEMORY_BYTES = 2**30  # beside what Python and its libraries take
+MEMORY_BYTES = 2**30  # beside what Python and its libraries take, and the files that are mapped
 OPEN_FILES = 64
 MOST_ANSWER_BYTES = 2**23
 WAITING_SECONDS = 120  # beside processor time: for a disk, or a machine with other work
@@ -29,7 +29,7 @@ ENVIRONMENT = {
     "HDF5_PLUGIN_PRELOAD": "::",  # HDF5's word for: load none
     "HDF5_PLUGIN_PATH": "",
     "HDF5_USE_FILE_LOCKING": "FALSE",  # a release may lie where nothing can be written
-    "OMP_NUM_THREADS": "1",  # each thread takes address space
+    "OMP_NUM_THREADS": "1",  # each thread takes memory for its stack
     "OPENBLAS_NUM_THREADS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONIOENCODING": "utf-8",
@@ -122,7 +122,7 @@ def confine(seconds: int) -> None:
     """
     used = 0
     with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # noqa: PTH123
-        used = int(file.read().split()[0]) * resource.getpagesize()
+        used = int(file.read().split()[5]) * resource.getpagesize()
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
@@ -130,7 +130,8 @@ def confine(seconds: int) -> None:
         resource.RLIMIT_CPU: seconds,
     }
     if used:  # elsewhere than on Linux, what is in use is not known
-        limits[resource.RLIMIT_AS] = used + MEMORY_BYTES
+        # What the process writes to. The whole address space would count a shard of 1 GiB that is mapped to be read.
+        limits[resource.RLIMIT_DATA] = used + MEMORY_BYTES
     for kind, most in limits.items():
         hard = resource.getrlimit(kind)[1]
         limit = most if hard == resource.RLIM_INFINITY else min(most, hard)

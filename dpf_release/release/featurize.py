@@ -100,7 +100,7 @@ def featurize_new(
             "undecodable": [image.row for image in bad],
             "shard_size": parse_size(shard_size),
             "batch_size": batch_size,
-            **machine_facts(where, "none"),
+            **machine_facts(where),
         }
         generator = np.random.default_rng(_planned_ids(out, facts, ranks))
         rows_of = {name: np.setdiff1d(table.rows_of(name), [image.row for image in bad]) for name in SPLITS}

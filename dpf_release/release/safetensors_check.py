@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from dpf_release.core.bounded_json import MAX_BYTES as MAX_HEADER_BYTES
 from dpf_release.core.bounded_json import bounded_json
 from dpf_release.errors import WeightsError
 
-MAX_VALUES, MAX_RANK = 2**20, 8
-# Bytes of a value, by safetensors' name of its type.
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-# The bits that are all set in a value that is infinite or not a number.
-EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
+MAX_VALUES = 2**20
+# Types of values, by safetensors' names; of a float the bits that are all set where it is infinite or not a number.
+EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
+    "F64": np.uint64(0x7FF << 52),
+    "F32": np.uint32(0xFF << 23),
+    "F16": np.uint16(0x1F << 10),
+    "BF16": np.uint16(0xFF << 7),
+}
+WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
 PIECE_BYTES = 2**24
 
 
@@ -41,7 +44,7 @@ class TensorFile:
 
     Attributes:
         metadata: of the file.
-        tensors: in the order of their bytes, which fill the file.
+        tensors: as the header lists them; their bytes fill the file.
     """
 
     metadata: dict[str, str]
@@ -51,66 +54,52 @@ class TensorFile:
 def read_tensor_file(path: Path) -> TensorFile:
     """The header of a safetensors file, which must be as `safetensors` itself writes it.
 
+    That shapes are possible and that tensors fill the file, without holes or overlap, safetensors checks. It does not
+    bound what it takes to read a header, takes the last of repeated keys, and reads over fields that it does not know.
+
     Raises:
-        WeightsError: it is missing, no safetensors, or its header has repeated keys, unknown types, impossible shapes,
-            tensors that overlap, leave holes or do not fill the file, or blanks in which something could hide.
+        WeightsError: it is missing, no safetensors, or its header is long, has repeated keys, types that are not those
+            of weights, or more than safetensors writes: blanks and fields in which something could hide.
     """
     try:
         with path.open("rb") as file:
-            return _parsed(file, path.name)
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                _refuse(path, f"its header would take {length} bytes, at most {MAX_HEADER_BYTES} are read")
+            text = file.read(length)
+        with safe_open(path, "np"):
+            return _parsed(path, text)
     except OSError as error:
         raise WeightsError(f"{path.name} cannot be read: {error.strerror}. Fetch it again.") from error
+    except (SafetensorError, ValueError) as error:
+        _refuse(path, f"its header: {str(error)[:200]}")
 
 
-def _parsed(file: BinaryIO, name: str) -> TensorFile:
-    size = os.fstat(file.fileno()).st_size
-    head = file.read(8)
-    length = int.from_bytes(head, "little")
-    if len(head) < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
-        _refuse(name, f"its header would take {length} bytes of {size}, at most {MAX_HEADER_BYTES} are read")
-    text = file.read(length)
-    try:
-        tree = bounded_json(text, MAX_VALUES)
-    except ValueError as error:
-        _refuse(name, f"its header: {error}")
-    if not isinstance(tree, dict):
-        _refuse(name, "its header is no object")
-    canonical = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode("utf-8", errors="replace")
+def _parsed(path: Path, text: bytes) -> TensorFile:
+    """What a header says that safetensors has found to be right."""
+    tree = bounded_json(text, MAX_VALUES)
+    known = {
+        key: entry if key == "__metadata__" else {field: entry[field] for field in ("dtype", "shape", "data_offsets")}
+        for key, entry in tree.items()
+    }
+    canonical = json.dumps(known, separators=(",", ":"), ensure_ascii=False).encode("utf-8", errors="replace")
     if text != canonical.ljust(-(-len(canonical) // 8) * 8):
-        _refuse(name, "its header is not written as safetensors writes it: something may hide in its blanks")
-    metadata = tree.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _refuse(name, "its metadata are no texts")
-    tensors, end = [], 0
-    for number, (key, entry) in enumerate(tree.items()):
-        dtype, shape, start, stop = _entry(name, number, entry)
-        if start != end or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
-            _refuse(
-                name, f"tensor {number} does not begin where the one before ends, or is not as long as its shape says"
-            )
-        end = stop
-        tensors.append(StoredTensor(key, dtype, shape, 8 + length + start, 8 + length + stop))
-    if 8 + length + end != size:
-        _refuse(name, f"its tensors end at byte {8 + length + end} of {size}")
-    return TensorFile(metadata, tuple(tensors))
+        _refuse(path, "its header is not written as safetensors writes it: something may hide in it")
+    metadata = known.pop("__metadata__", {})
+    if not {entry["dtype"] for entry in known.values()} <= EXPONENTS.keys() | WHOLE_NUMBERS:
+        _refuse(path, "a tensor is of a type that weights do not have")
+    begin = 8 + len(text)
+    return TensorFile(
+        metadata or {},
+        tuple(
+            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *(begin + at for at in entry["data_offsets"]))
+            for name, entry in known.items()
+        ),
+    )
 
 
-def _entry(name: str, number: int, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Type, shape, begin and end of a tensor."""
-    if isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}:
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        known = isinstance(dtype, str) and dtype in ITEM_BYTES
-        if known and _counts(shape) and len(shape) <= MAX_RANK and _counts(offsets) and len(offsets) == 2:
-            return dtype, tuple(shape), offsets[0], offsets[1]
-    return _refuse(name, f"tensor {number} has no known type, no possible shape, or no place")
-
-
-def _counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _refuse(name: str, what: str) -> NoReturn:
-    raise WeightsError(f"{name} is not a whole safetensors file: {what}. Fetch it again.")
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise WeightsError(f"{path.name} is not a whole safetensors file: {what}. Fetch it again.")
 
 
 def not_finite(path: Path, tensors: tuple[StoredTensor, ...]) -> Iterator[str]:
@@ -122,16 +111,11 @@ def not_finite(path: Path, tensors: tuple[StoredTensor, ...]) -> Iterator[str]:
     with path.open("rb") as file:
         for tensor in tensors:
             exponent = EXPONENTS.get(tensor.dtype)
-            if exponent is not None and _has_exponent(file, tensor, exponent):
-                yield tensor.name
-
-
-def _has_exponent(file: BinaryIO, tensor: StoredTensor, exponent: int) -> bool:
-    kind = np.dtype(f"<u{ITEM_BYTES[tensor.dtype]}")
-    mask = kind.type(exponent)
-    for start in range(tensor.start, tensor.stop, PIECE_BYTES):
-        file.seek(start)
-        values = np.frombuffer(file.read(min(PIECE_BYTES, tensor.stop - start)), kind)
-        if ((values & mask) == mask).any():
-            return True
-    return False
+            if exponent is None:
+                continue
+            for start in range(tensor.start, tensor.stop, PIECE_BYTES):
+                file.seek(start)
+                values = np.frombuffer(file.read(min(PIECE_BYTES, tensor.stop - start)), exponent.dtype)
+                if ((values & exponent) == exponent).any():
+                    yield tensor.name
+                    break

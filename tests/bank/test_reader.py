@@ -246,7 +246,7 @@ def test_a_mask_or_a_fraction_is_not_taken_for_row_numbers(bank: Path) -> None:
             found.read(rows)
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip", "blosc2"])
+@pytest.mark.parametrize("compression", ["none", "gzip"])
 @pytest.mark.parametrize("rows", [[2, 0, 3], [9, 0, 4, 4]], ids=["one shard", "all shards"])
 def test_rows_are_read_to_where_they_are_wanted(tmp_path: Path, compression: Any, rows: list[int]) -> None:
     write_bank(tmp_path, compression=compression)
@@ -259,7 +259,7 @@ def test_rows_are_read_to_where_they_are_wanted(tmp_path: Path, compression: Any
         assert (whole == 7).all(axis=(1, 2, 3)).sum() == len(rows)  # the rest is as it was
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip", "blosc2"])
+@pytest.mark.parametrize("compression", ["none", "gzip"])
 def test_more_shards_than_may_be_open_are_read_right_with_few_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Any
 ) -> None:
@@ -284,10 +284,9 @@ def test_more_shards_than_may_be_open_are_read_right_with_few_files(
 # Compression.
 
 
-@pytest.mark.parametrize("compression", ["gzip", "blosc2"])
 @pytest.mark.parametrize("rows", [range(10), [9, 0, 4, 3], [5, 5, 5, 0, 9, 5], [7], [], np.arange(10)[::-1]])
-def test_compressed_rows_are_the_uncompressed_ones(bank: Path, tmp_path: Path, compression: Any, rows: Any) -> None:
-    write_bank(tmp_path / "packed", compression=compression)
+def test_compressed_rows_are_the_uncompressed_ones(bank: Path, tmp_path: Path, rows: Any) -> None:
+    write_bank(tmp_path / "packed", compression="gzip")
     plain, packed = FeatureBank(bank, "train"), FeatureBank(tmp_path / "packed", "train")
     assert np.array_equal(packed.read(rows), plain.read(rows))
     assert np.array_equal(packed.targets, plain.targets)
@@ -298,7 +297,7 @@ def test_compressed_rows_are_the_uncompressed_ones(bank: Path, tmp_path: Path, c
         packed.read([10])
 
 
-FILTERS = {"none": [], "gzip": [2, 1], "blosc2": [32026]}
+FILTERS = {"none": [], "gzip": [2, 1]}
 
 
 @pytest.mark.parametrize("compression", FILTERS)
@@ -337,15 +336,14 @@ def _features_after_a_relu(rows: int) -> Any:
     return np.maximum(np.random.default_rng(0).normal(-3, 1, (rows, 8, 16, 16)), 0)
 
 
-@pytest.mark.parametrize("compression", ["gzip", "blosc2"])
-def test_features_after_a_relu_take_less_room_compressed_and_come_back(tmp_path: Path, compression: Any) -> None:
+def test_features_after_a_relu_take_less_room_compressed_and_come_back(tmp_path: Path) -> None:
     features, sizes, header = _features_after_a_relu(12), {}, {"feature_shape": (8, 16, 16)}
-    for name in ("none", compression):
+    for name in ("none", "gzip"):
         bank = writer(tmp_path / name, compression=name, **header)
         bank.finish(fill(bank, np.arange(12), ids_of(12), lambda a, b: features[a:b]))
         sizes[name] = sum(path.stat().st_size for path in (tmp_path / name).glob("train/*.h5"))
         assert np.array_equal(FeatureBank(tmp_path / name, "train").read(range(12)), features.astype(np.float16))
-    assert sizes[compression] < 0.75 * sizes["none"]
+    assert sizes["gzip"] < 0.75 * sizes["none"]
 
 
 @pytest.mark.parametrize("compression", FILTERS)
@@ -363,58 +361,25 @@ def test_no_rows_are_read_from_a_bank_of_one_shard(tmp_path: Path, compression: 
     assert found.read([3, 3, 0]).shape == (3, *SHAPE)
 
 
-# In a process that has no hdf5plugin.
-BARE = """
-import sys
-sys.modules["hdf5plugin"] = None
-from pathlib import Path
-import h5py
-from dpf_release.bank.reader import FeatureBank
-from dpf_release.errors import BankError
-gzip, blosc2 = map(Path, sys.argv[1:])
-with h5py.File(gzip / "train/shard-00000.h5") as shard:
-    print(shard["features"][:].tobytes() == FeatureBank(gzip, "train").read(range(4)).tobytes())
-try:
-    FeatureBank(blosc2, "train").read([0])
-except BankError as error:
-    print(error)
-try:
-    with h5py.File(blosc2 / "train/shard-00000.h5") as shard:
-        shard["features"][:]
-except OSError as error:
-    print("h5py cannot")
-"""
+def test_a_gzip_bank_needs_h5py_alone(tmp_path: Path) -> None:
+    write_bank(tmp_path, compression="gzip")
+    with h5py.File(tmp_path / FIRST) as shard:
+        assert shard["features"][:].tobytes() == FeatureBank(tmp_path, "train").read(range(4)).tobytes()
 
 
-def test_gzip_needs_h5py_alone_and_blosc2_names_the_extra_that_it_needs(tmp_path: Path) -> None:
-    for compression in ("gzip", "blosc2"):
-        write_bank(tmp_path / compression, compression=compression)
-    arguments = [sys.executable, "-c", BARE, str(tmp_path / "gzip"), str(tmp_path / "blosc2")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    right, message, bare = done.stdout.splitlines()
-    assert right == "True"
-    assert "expected the package hdf5plugin" in message
-    assert "Install dpf-release[blosc2]" in message
-    assert bare == "h5py cannot"
-
-
-def test_without_hdf5plugin_blosc2_is_not_written_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "hdf5plugin", None)
-        with pytest.raises(BankError, match=r"Install dpf-release\[blosc2\]"):
-            write_bank(tmp_path, compression="blosc2")
-        assert _digests(tmp_path) == {}
-    write_bank(tmp_path, compression="blosc2")
-    assert len(_digests(tmp_path)) == 4
+def test_a_bank_of_blosc2_is_refused_with_what_to_do(bank: Path) -> None:
+    path = bank / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"compression": "blosc2"}))
+    with pytest.raises(BankError, match="an earlier version wrote, is not read any more. Write the bank again"):
+        FeatureBank(bank, "train")
 
 
 def test_a_compressed_bank_cut_off_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    for compression in ("gzip", "blosc2"):
-        write_bank(tmp_path / compression, compression=compression)
-        whole, bank = _digests(tmp_path / compression), writer(tmp_path / compression, compression=compression)
-        (tmp_path / compression / "train/shard-00001.h5").unlink()
-        bank.finish(fill(bank, np.arange(10) % 3, ids_of(10), lambda a, b: features_of(10)[a:b]))
-        assert _digests(tmp_path / compression) == whole
+    write_bank(tmp_path, compression="gzip")
+    whole, bank = _digests(tmp_path), writer(tmp_path, compression="gzip")
+    (tmp_path / "train/shard-00001.h5").unlink()
+    bank.finish(fill(bank, np.arange(10) % 3, ids_of(10), lambda a, b: features_of(10)[a:b]))
+    assert _digests(tmp_path) == whole
 
 
 # Writing.

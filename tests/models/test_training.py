@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import stat
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from dpf_release.bank.dataset import BLOCK_BYTES, block_shuffle
 from dpf_release.core.ranks import Ranks
 from dpf_release.errors import ConfigError
 from dpf_release.models import training
-from dpf_release.models.training import History, Recipe, fit
+from dpf_release.models.training import History, Recipe, fit, uses_bf16
 from dpf_release.models.weights import state_bytes
 
 CPU = torch.device("cpu")
@@ -293,21 +292,30 @@ def test_bf16_is_used_and_recorded_as_asked(bf16: Any, used: bool) -> None:
     assert {parameter.dtype for parameter in toy.network.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_auto_takes_what_is_faster_and_measuring_leaves_no_trace(faster: bool) -> None:
-    toy, digests, steps = Toy(), [], RECIPE.epochs * (ROWS // RECIPE.batch_size)
+@pytest.mark.parametrize(
+    ("has", "used"),
+    [({}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)],
+)
+def test_auto_goes_by_the_instructions_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], used: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    toy, seen = Toy(), []
+    toy.at_loss = lambda: seen.append(torch.is_autocast_enabled("cpu"))
+    assert toy.fit(replace(RECIPE, bf16="auto")).bf16 is used
+    assert seen == [used] * RECIPE.epochs * (ROWS // RECIPE.batch_size)  # and nothing is tried beforehand
 
-    def at_loss() -> None:
-        digests.append((state_bytes(toy.network), torch.is_autocast_enabled("cpu")))
-        if torch.is_autocast_enabled("cpu") is not faster and len(digests) <= 8:
-            time.sleep(0.02)
 
-    toy.at_loss = at_loss
-    before = state_bytes(toy.network)
-    assert toy.fit(replace(RECIPE, bf16="auto")).bf16 is faster
-    measuring = len(digests) - steps
-    assert measuring > 0
-    assert {used for _, used in digests[measuring:]} == {faster}
-    assert {used for _, used in digests[:measuring]} == {True, False}
-    assert digests[measuring][0] == before
-    assert digests[measuring - 1][0] != before  # batch statistics had moved
+def test_auto_is_off_where_torch_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert uses_bf16("auto", CPU) is False
+    assert uses_bf16("auto", torch.device("mps")) is False
+    assert uses_bf16("on", CPU) is True
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_goes_by_the_instructions_of_the_gpu_not_by_what_it_emulates(
+    monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert uses_bf16("auto", torch.device("cuda")) is native

@@ -212,7 +212,7 @@ def test_rows_of_test_go_from_the_vault_and_no_version_changes(project_folder: P
     assert "etracted" not in (project_folder / "release" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip", "blosc2"])
+@pytest.mark.parametrize("compression", ["none", "gzip"])
 @pytest.mark.parametrize("targets", [None, np.arange(20).reshape(10, 2) / 8])
 def test_rows_are_dropped_and_made_anew_in_any_bank_that_can_be_written(
     tmp_path: Path, compression: str, targets: NDArray[Any] | None

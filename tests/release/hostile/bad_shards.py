@@ -32,7 +32,7 @@ from corpus import (
     tampered,
     write_features,
 )
-from dpf_release.bank.hdf5_check import DATATYPE, FILTERS, LAYOUT, read_layout
+from dpf_release.bank.hdf5_check import DATATYPE, FILTERS, LAYOUT
 
 V110 = ("v110", "v110")
 
@@ -597,29 +597,6 @@ def _shards_swapped_between_splits(release: Path) -> None:
     (release / VAL).write_bytes(one)
 
 
-def in_frame(release: Path, *changes: tuple[int, bytes]) -> None:
-    """A bank of Blosc2 with bytes of its first packed row changed; 203 is where the chunk in its frame begins."""
-    write_features(release, "blosc2")
-    frame = int(read_layout(release / FIRST).rows["features"].offsets[0])
-    for place, content in changes:
-        poke(release / FIRST, frame + place, content)
-
-
-@made("structure", reads=False)
-def _blosc2_frame_of_a_gibibyte(release: Path) -> None:
-    in_frame(release, (30, struct.pack(">Q", 2**30)), (58, struct.pack(">I", 2**30)), (207, struct.pack("<I", 2**30)))
-
-
-@made("structure", reads=False)
-def _blosc2_chunk_of_a_gibibyte(release: Path) -> None:
-    in_frame(release, (207, struct.pack("<I", 2**30)))
-
-
-@made("structure", reads=False)
-def _blosc2_garbage(release: Path) -> None:
-    in_frame(release, (235, b"\xff" * 600))
-
-
 # --------------------------------------------------------------------------------- texts that HDF5 reads over
 
 
@@ -671,15 +648,12 @@ def _text_behind_a_type(release: Path) -> None:
 
 @made("structure", reads=False)
 def _text_behind_the_name_of_a_filter(release: Path) -> None:
-    write_features(release, "blosc2")
-    name, text = b"blosc2\0", PLANTED + b"\0"
-    longer = struct.pack("<H", len(name + text))
-    with_message(
-        release / FIRST,
-        "features",
-        FILTERS,
-        lambda body: body[:4] + longer + body[6:10] + name + text + body[10 + len(name) :],
-    )
+    write_features(release, "gzip")
+    name = (b"deflate\0" + PLANTED).ljust(40, b"\0")
+    # Of version 1, in which a known filter may have a name too.
+    shuffle, deflate = struct.pack("<4H2I", 2, 0, 1, 1, 2, 0), struct.pack("<4H", 1, len(name), 1, 1)
+    named = b"\1\2" + bytes(6) + shuffle + deflate + name + struct.pack("<2I", 1, 0)
+    with_message(release / FIRST, "features", FILTERS, lambda body: named)
 
 
 @made("structure", reads=False)

@@ -65,6 +65,17 @@ def _tensor_of_a_shape_of_truth_values(tree: dict[str, Any]) -> None:
 
 
 @bad_weights
+def _tensor_of_a_type_that_weights_do_not_have(tree: dict[str, Any]) -> None:
+    eight_bytes = next(entry for entry in tensors(tree) if entry["dtype"] == "I64")
+    eight_bytes.update(dtype="F8_E4M3", shape=[8])  # in which `--deep` knows no values that are not numbers
+
+
+@bad_weights
+def _field_of_a_tensor_that_safetensors_does_not_know(tree: dict[str, Any]) -> None:
+    tensors(tree)[0].update(source=PLANTED.decode())
+
+
+@bad_weights
 def _hole_between_tensors(tree: dict[str, Any]) -> None:
     name = [key for key in tree if key != "__metadata__"][1]
     del tree[name]
@@ -88,6 +99,14 @@ def _blanks_in_a_header(release: Path) -> None:
 @made("structure")
 def _header_with_a_key_twice(release: Path) -> None:
     change_header(release / CLASSIFIER, lambda tree: None, lambda text: b'{"fc.bias":{},' + text[1:])
+
+
+@made("structure")
+def _header_with_metadata_twice(release: Path) -> None:
+    def twice(text: bytes) -> bytes:
+        return text.replace(b'"__metadata__":{"format":"pt"}', b'"__metadata__":{"format":"pt","format":"pt"}')
+
+    change_header(release / CLASSIFIER, lambda tree: None, twice)
 
 
 @made("structure")

@@ -303,7 +303,8 @@ def test_a_child_that_dies_is_a_problem_and_not_an_error(
         "much": "while True: print('\"' + 'x' * 10000 + '\"', flush=True)",
     }
     (tmp_path / f"dying_{name}.py").write_text(
-        "import os, sys\nfrom dpf_release.release.child_process import confine\nconfine(1)\nprint('\"features\"', flush=True)\n"
+        "import os, sys\nfrom dpf_release.release.child_process import confine\nconfine(1)\n"
+        + "print('\"features\"', flush=True)\n"
         + doing[name]
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -346,6 +347,29 @@ def test_the_child_inherits_nothing_and_cannot_write(tmp_path: Path, monkeypatch
     assert not (tmp_path / "new").exists() or (tmp_path / "new").stat().st_size == 0
 
 
+MAPPING = """
+import json, mmap, sys
+from dpf_release.release.child_process import confine
+confine(5)
+with open(json.load(sys.stdin)["file"], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+print(json.dumps(len(mapped)), flush=True)
+bytearray(2**30 + 2**27)
+"""
+
+
+def test_a_large_file_may_be_mapped_by_the_child_which_can_write_to_no_more_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mapping.py").write_text(MAPPING)
+    monkeypatch.syspath_prepend(tmp_path)
+    with (tmp_path / "shard").open("wb") as file:
+        file.truncate(2**31)  # no room on disk
+    answers, died_of = run_limited("mapping", {"file": str(tmp_path / "shard")}, 5)
+    assert answers == [2**31]
+    assert "MemoryError" in died_of
+
+
 def test_a_module_in_the_release_is_not_imported_by_the_child(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (release / "h5py.py").write_text(f"open({str(release.parent / 'marker')!r}, 'w')\n")
     monkeypatch.chdir(release)
@@ -354,7 +378,7 @@ def test_a_module_in_the_release_is_not_imported_by_the_child(release: Path, mon
     assert not (release.parent / "marker").exists()
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip", "blosc2"])
+@pytest.mark.parametrize("compression", ["none", "gzip"])
 def test_a_release_of_each_compression_passes_every_check(release: Path, compression: str) -> None:
     write_features(release, compression)
     resign(release)
@@ -365,9 +389,6 @@ def test_a_release_of_each_compression_passes_every_check(release: Path, compres
 
 
 def _not_a_number(shard: h5py.File, release: Path) -> None:
-    if shard["features"].id.get_create_plist().get_nfilters():
-        import hdf5plugin  # noqa: F401
-
     shard["features"][2, 1, 2, 3] = np.nan
 
 
