@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -93,7 +92,7 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         shape = (rows, *self.banks[0].shape)
         if get_worker_info() is None:
             return torch.from_numpy(np.empty(shape, np.float16))
-        storage = torch.UntypedStorage._new_shared(2 * math.prod(shape))
+        storage = torch.UntypedStorage._new_shared(rows * self.row_bytes)
         return torch.empty(0, dtype=torch.float16).set_(storage).view(shape)
 
     def read_into(self, features: Tensor, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

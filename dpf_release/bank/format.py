@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dpf_release.bank.encodings import ENCODINGS, Encoding, EncodingName
 from dpf_release.bank.hdf5_check import read_layout
 from dpf_release.core.bounded_json import read_json
 from dpf_release.errors import BankError
@@ -53,7 +54,7 @@ class BankIndex(BaseModel):
 
     format: Literal["dpf-release-bank"] = "dpf-release-bank"
     version: Literal[1] = VERSION
-    encoding: Literal["float16"] = "float16"
+    encoding: EncodingName = "float16"
     compression: Compression = "none"
     poisoned: bool
     featurizer_sha256: Digest
@@ -86,7 +87,12 @@ class BankIndex(BaseModel):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row's features."""
-        return 2 * math.prod(self.feature_shape)
+        return self.stored.dtype.itemsize * math.prod(self.feature_shape)
+
+    @property
+    def stored(self) -> Encoding:
+        """How the numbers of a row are stored."""
+        return ENCODINGS[self.encoding]
 
     @property
     def rows(self) -> dict[SplitName, int]:
@@ -152,7 +158,7 @@ def _differences(shard: h5py.File, path: Path, header: BankIndex, split: str, ro
     size = path.stat().st_size
     name = "target" if header.targets else "label"
     expected = {
-        "features": (np.dtype("<f2"), (rows, *header.feature_shape)),
+        "features": (header.stored.dtype, (rows, *header.feature_shape)),
         name: (np.dtype("<f4"), (rows, header.targets)) if header.targets else (np.dtype("<i8"), (rows,)),
         "id": (np.dtype("u1"), (rows, ID_BYTES)),
     }

@@ -38,14 +38,14 @@ MAX_OPEN_SHARDS = 256
 class _MappedShard:
     """The rows of an uncompressed shard, mapped where HDF5 says that they lie: as fast as a raw `numpy.memmap`."""
 
-    def __init__(self, path: Path, offset: int, shape: tuple[int, ...]) -> None:
-        self.offset, self.row_bytes = offset, 2 * math.prod(shape[1:])
+    def __init__(self, path: Path, offset: int, rows: int, index: BankIndex) -> None:
+        self.offset, self.row_bytes = offset, index.row_bytes
         self.mapping = _mapped(path)
         try:
-            flat = np.frombuffer(self.mapping, "<f2", math.prod(shape), offset)
+            flat = np.frombuffer(self.mapping, index.stored.dtype, rows * math.prod(index.feature_shape), offset)
         except ValueError as error:  # shorter since it was checked
             raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
-        self.features = flat.reshape(shape)
+        self.features = flat.reshape(rows, *index.feature_shape)
 
     def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
         """All `rows` into `out`."""
@@ -67,8 +67,8 @@ class _MappedShard:
 class _GzipShard:
     """The rows of a shard compressed with gzip. Each is unpacked to its size and no further; HDF5 would go on."""
 
-    def __init__(self, path: Path, stored: StoredRows, row_bytes: int) -> None:
-        self.name, self.stored, self.row_bytes = path.name, stored, row_bytes
+    def __init__(self, path: Path, stored: StoredRows, index: BankIndex) -> None:
+        self.name, self.stored, self.row_bytes, self.dtype = path.name, stored, index.row_bytes, index.stored.dtype
         self.mapping = _mapped(path)
 
     def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
@@ -93,8 +93,8 @@ class _GzipShard:
             whole = unpack.eof and not unpack.unused_data
         if mask not in {0, DEFLATE_LEFT_OUT} or not whole or len(octets) != self.row_bytes:
             raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
-        shuffled = np.frombuffer(octets, np.uint8).reshape(2, -1)  # all low bytes, then all high bytes
-        return np.ascontiguousarray(shuffled.T).view("<f2")[:, 0]
+        shuffled = np.frombuffer(octets, np.uint8).reshape(self.dtype.itemsize, -1)  # all low bytes, ..., all high ones
+        return np.ascontiguousarray(shuffled.T).view(self.dtype)[:, 0]
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -201,7 +201,7 @@ class FeatureBank:
         if out is None:
             if rows.size:  # room is made for rows whose shape a shard has
                 self._shard(int(np.searchsorted(self._starts, rows[0], side="right")) - 1)
-            out = np.empty((len(rows), *self.shape), dtype=np.float16)
+            out = np.empty((len(rows), *self.shape), self.index.stored.dtype)
         if len(self._shards) == 1:
             self._shard(0).read(rows, out)
             return out
@@ -240,12 +240,12 @@ class FeatureBank:
     def _opened(self, number: int) -> _OpenShard:
         if number in self._offsets:  # checked before: no need of HDF5
             record = self._shards[number]
-            return _MappedShard(self.folder / record.file, self._offsets[number], (record.rows, *self.shape))
+            return _MappedShard(self.folder / record.file, self._offsets[number], record.rows, self.index)
         file, path = self._file(number)
         file.close()
         layout = read_layout(path)
         if self.index.compression == "gzip":
-            return _GzipShard(path, self._stored(layout, path), self.index.row_bytes)
+            return _GzipShard(path, self._stored(layout, path), self.index)
         if "features" not in layout.begins:
             raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
         self._offsets[number] = layout.begins["features"]

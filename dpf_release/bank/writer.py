@@ -16,7 +16,6 @@ from dpf_release.bank.format import (
     ID_BYTES,
     INDEX,
     BankIndex,
-    Compression,
     ShardRecord,
     SplitName,
     attributes_of,
@@ -201,7 +200,7 @@ class BankWriter:
         on_rows: Callable[[int], None],
     ) -> None:
         file.attrs.update(attributes_of(self.header, shard.split))
-        dataset = _empty_features(file, len(shard), self.header.feature_shape, self.header.compression)
+        dataset = _empty_features(file, len(shard), self.header)
         targets = self._encoded(rows.targets[shard.start : shard.stop])
         file.create_dataset(_target_name(self.header), data=targets, track_times=False)
         file.create_dataset("id", data=rows.ids[shard.start : shard.stop], track_times=False)
@@ -216,7 +215,14 @@ class BankWriter:
             if computed.shape != (len(span), *self.header.feature_shape):
                 expected = (len(span), *self.header.feature_shape)
                 raise BankError(f"expected rows of shape {expected}, found {computed.shape}.")
-            dataset[span.start - shard.start : span.stop - shard.start] = _encode(computed, span)
+            try:
+                encoded = self.header.stored.encode(computed)
+            except ValueError as error:
+                raise BankError(
+                    f"rows {span.start} to {span.stop} of {span.split} {error}. Hook the network after a "
+                    "normalisation, or rescale."
+                ) from error
+            dataset[span.start - shard.start : span.stop - shard.start] = encoded
             on_rows(len(span))
 
 
@@ -224,28 +230,16 @@ def _target_name(header: BankIndex) -> str:
     return "target" if header.targets else "label"
 
 
-def _encode(features: NDArray[np.floating[Any]], span: Span) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        encoded = np.ascontiguousarray(features, np.float16)
-    exponent = np.uint16(0x7C00)  # all ones: infinite or not a number. Several times faster than isfinite on float16.
-    if ((encoded.view(np.uint16) & exponent) == exponent).any():
-        raise BankError(
-            f"rows {span.start} to {span.stop} of {span.split} do not fit float16 (largest magnitude "
-            f"{np.abs(features).max():g}, limit 65504). Hook the network after a normalisation, or rescale."
-        )
-    return encoded
-
-
-def _empty_features(file: h5py.File, rows: int, shape: tuple[int, int, int], compression: Compression) -> h5py.Dataset:
+def _empty_features(file: h5py.File, rows: int, header: BankIndex) -> h5py.Dataset:
     """`/features`; uncompressed its chunks are allocated at once, one behind the other: readers map them."""
     create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    create.set_chunk((1, *shape))
+    create.set_chunk((1, *header.feature_shape))
     create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     create.set_obj_track_times(False)
-    if compression == "none":
+    if header.compression == "none":
         create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     else:
         create.set_shuffle()
         create.set_deflate(GZIP_LEVEL)
-    space = h5py.h5s.create_simple((rows, *shape))
-    return h5py.Dataset(h5py.h5d.create(file.id, b"features", h5py.h5t.IEEE_F16LE, space, create))
+    space, dtype = h5py.h5s.create_simple((rows, *header.feature_shape)), h5py.h5t.py_create(header.stored.dtype)
+    return h5py.Dataset(h5py.h5d.create(file.id, b"features", dtype, space, create))

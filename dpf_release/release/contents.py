@@ -357,9 +357,8 @@ def _rows(folder: Path, index: BankIndex, split: SplitName, record: ShardRecord)
     """Every row of a shard, decoded as a reader decodes it."""
     alone = index.model_copy(update={"splits": {split: (record,)}})
     bank = FeatureBank(folder / "features", split, alone)
-    exponent = np.uint16(0x7C00)  # all ones: infinite or not a number
     for rows, features in bank.batches(max(1, BLOCK_BYTES // index.row_bytes)):
-        bad = ((features.view(np.uint16) & exponent) == exponent).reshape(len(rows), -1).any(axis=1)
+        bad = index.stored.not_finite(features)
         if bad.any():
             yield "values", f"row {rows[bad.argmax()]} holds values that are infinite or not numbers"
             return

@@ -56,20 +56,7 @@ def csv_columns(
     """Returns the columns of a CSV file by name, with checked and normalised paths, splits and numbers."""
     if source.suffix.lower() != ".csv" or not source.is_file():
         raise ImageError(f"{source}: expected a folder of images or a .csv file, found neither. Check the path.")
-    problems: list[str] = []
-    lines, rows = [], []
-    try:
-        with source.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            for cells in filter(None, reader):
-                if len(cells) != len(header):
-                    problems.append(f"line {reader.line_num}: expected {len(header)} cells, found {len(cells)}")
-                    continue
-                lines.append(reader.line_num)
-                rows.append([cell.strip() for cell in cells])
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ImageError(f"{source}: expected a comma-separated table in UTF-8, found: {error}.") from error
+    header, rows, problems = _cells(source)
     missing = [name for name in needed if name not in header]
     named = [name for name in header if name]  # pandas writes its index under an empty name
     if missing or len(set(named)) < len(named):
@@ -78,9 +65,9 @@ def csv_columns(
             f"{source}: expected the columns {', '.join(needed)}, each once, found {fault} "
             f"(the first line has: {', '.join(header)}). Correct the first line or the column's name."
         )
-    columns = {name: [row[place] for row in rows] for place, name in enumerate(header) if name}
+    columns = {name: [cells[place] for cells in rows.values()] for place, name in enumerate(header) if name}
     lines_of: dict[str, int] = {}
-    for row, line in enumerate(lines):
+    for row, line in enumerate(rows):
         cells_of = {name: column[row] for name, column in columns.items()}
         fault = _row_fault(cells_of, needed, number_columns)
         if not fault:
@@ -94,6 +81,23 @@ def csv_columns(
             f"{source}: {len(problems)} rows cannot be used: {first_of(problems, '; ')}. Fill or remove these rows."
         )
     return {name: tuple(column) for name, column in columns.items()}
+
+
+def _cells(source: Path) -> tuple[list[str], dict[int, list[str]], list[str]]:
+    """The first line's cells, those of the others by line number, and what is wrong with lines of another length."""
+    rows, problems = {}, []
+    try:
+        with source.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            for cells in filter(None, reader):
+                if len(cells) == len(header):
+                    rows[reader.line_num] = [cell.strip() for cell in cells]
+                else:
+                    problems.append(f"line {reader.line_num}: expected {len(header)} cells, found {len(cells)}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ImageError(f"{source}: expected a comma-separated table in UTF-8, found: {error}.") from error
+    return header, rows, problems
 
 
 def _row_fault(cells: Mapping[str, str], needed: Sequence[str], number_columns: Sequence[str]) -> str:
