@@ -47,40 +47,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Attack",
-    "BankError",
-    "ConfigError",
-    "DPFReleaseError",
-    "FeatureBank",
-    "HookError",
-    "ImageError",
-    "NotGrantedError",
-    "PoisoningFunction",
-    "Project",
-    "RankError",
-    "RefusedError",
-    "Release",
-    "SigningError",
-    "StorageError",
-    "TrainingError",
-    "VaultError",
-    "VerificationError",
-    "WeightsError",
-    "__version__",
-    "attack",
-    "audit",
-    "concat",
-    "featurize",
-    "fit_poison",
-    "init",
-    "package",
-    "poison",
-    "register_attack",
-    "register_function",
-    "retract",
-    "train",
-    "verify",
-]
+    "Attack", "BankError", "ConfigError", "DPFReleaseError", "FeatureBank", "HookError", "ImageError",
+    "NotGrantedError", "PoisoningFunction", "Project", "RankError", "RefusedError", "Release", "SigningError",
+    "StorageError", "TrainingError", "VaultError", "VerificationError", "WeightsError", "__version__", "attack",
+    "audit", "concat", "featurize", "fit_poison", "init", "package", "poison", "register_attack", "register_function",
+    "retract", "train", "verify",
+]  # fmt: skip
 
 # Where each name lies, and under which name there where that is another; all others are errors.
 _HOME = {

@@ -108,6 +108,19 @@ def test_options_win_over_the_file_and_none_is_passed_over(tmp_path: Path) -> No
         read_config(path, {"poison.epochs": 0})
 
 
+def test_options_laid_over_later_are_those_laid_over_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "dpf.toml"
+    path.write_text(
+        '[poison]\nlambda = 2.0\nconfuse = ["person"]\n[model]\nweights = "phi.pt"\n[claims]\nattribute = "person"\n'
+    )
+    options = {"poison.epochs": 7, "poison.lambda": None, "compute.device": "cpu"}
+    found = read_config(path).with_options(options)
+    assert found == read_config(path, options) != read_config(path)
+    assert found.folder == tmp_path.resolve()
+    with pytest.raises(ConfigError, match=r"dpf\.toml does not fit:\n  poison\.epochs: .*found 0"):
+        found.with_options({"poison.epochs": 0})
+
+
 def test_an_option_does_not_fit_a_section_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "dpf.toml"
     path.write_text("poison = 3\n")
