@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_functions import PHI_2, SECRET, planned, poisoned, rows_of
 
 from conftest import run_cli
 from dpf_release.attacks import interface
@@ -44,6 +43,7 @@ from dpf_release.owner.retract import KeptRows
 from dpf_release.release.attack_report import AttackReport, Interval, Power, Utility
 from dpf_release.release.train import fit_classifier
 from places import ROOT
+from rows_in_memory import PHI_2, SECRET, planned, poisoned, rows_of
 
 LITTLE = Effort(2, (2, 4, 100), rows=600, epochs=12, least_rows=200)
 

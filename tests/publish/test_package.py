@@ -10,7 +10,6 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from test_audit import list_anew
 
 from dpf_release import Release
 from dpf_release.bank.format import BankIndex, read_index
@@ -30,6 +29,7 @@ from dpf_release.release.child_process import run_limited
 from dpf_release.release.manifest import Manifest, describe_files, write_manifest
 from dpf_release.release.verify import read_manifest, verify
 from small_banks import fill
+from small_releases import list_anew
 
 PUBLIC = {
     "README.md": "card",

@@ -15,9 +15,9 @@ from typing import Any
 import h5py
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_retract import files_with
 from typer.main import get_command
 
+from bare_banks import files_with
 from conftest import killed, run_cli
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.cli import owner as cli

@@ -303,8 +303,8 @@ def test_a_child_that_dies_is_a_problem_and_not_an_error(
         "much": "while True: print('\"' + 'x' * 10000 + '\"', flush=True)",
     }
     (tmp_path / f"dying_{name}.py").write_text(
-        "import os, sys\nfrom dpf_release.release.child_process import confine\nconfine(1)\nprint('\"features\"', flush=True)\n"
-        + doing[name]
+        "import os, sys\nfrom dpf_release.release.child_process import confine\nconfine(1)\n"
+        "print('\"features\"', flush=True)\n" + doing[name]
     )
     monkeypatch.syspath_prepend(tmp_path)
     problems = structure.problems_of(*run_limited(f"dying_{name}", {}, 1))
