@@ -209,16 +209,16 @@ def test_featurize_refuses_a_small_disk_before_it_writes_a_shard(
     whole = without_shards(vault / "features", keep=2)
     before = digests(project_folder)
     rows, shards = 119 - 12, 13  # those of test are kept
-    wanted = rows * (4096 + 16 + 8 + 512) + shards * 16_384
+    wanted = rows * (2048 + 16 + 8 + 512) + shards * 16_384
     with monkeypatch.context() as patch:
         _disk_with(wanted - 1, patch)
-        with pytest.raises(StorageError, match=r"expected 69\d KiB of free space at .*features"):
+        with pytest.raises(StorageError, match=r"expected 47\d KiB of free space at .*features"):
             featurize(open_project(project_folder))
         assert digests(project_folder) == before
         assert "To write" not in capsys.readouterr().err
         _disk_with(wanted, patch)
         featurize(open_project(project_folder))
-    assert "To write: 107 rows in 13 of 15 shards, at most 692 KiB, about " in capsys.readouterr().err
+    assert "To write: 107 rows in 13 of 15 shards, at most 478 KiB, about " in capsys.readouterr().err
     assert digests(vault / "features") == whole
     featurize(open_project(project_folder))
     assert "To write" not in capsys.readouterr().err  # nothing is missing

@@ -140,7 +140,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on_to_the_same_byt
 
 def test_what_two_ranks_trained_and_fitted_is_of_use(project_folder: Path) -> None:
     config = project_folder / "dpf.toml"
-    config.write_text(config.read_text().replace("epochs = 14", "epochs = 2"))  # of ψ
+    config.write_text(config.read_text().replace("epochs = 10", "epochs = 2"))  # of ψ
     before = digests(project_folder / "vault")
     done = torchrun(*CLI, "train", "--restart", "--epochs", "2", folder=project_folder)
     assert done.returncode == 0, done.stderr
@@ -175,7 +175,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from dpf_release import training
+from dpf_release.models import training
 from dpf_release.errors import DPFReleaseError
 from dpf_release.publish.package import package
 from dpf_release.owner.project import Project

@@ -364,12 +364,13 @@ def test_an_owners_own_network_is_named_custom_and_opens_with_a_builder(
 ) -> None:
     (tmp_path / "my_networks.py").write_text(
         "from dpf_release.models.zoo import CifarResNet\n\n"
-        "def tiny(outputs):\n    return CifarResNet(3, outputs, width=8)\n"
+        "def tiny(outputs):\n    return CifarResNet(3, outputs, width=4)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     shutil.copy(project_folder / "vault" / "network" / "phi.safetensors", tmp_path / "phi.safetensors")
     shutil.rmtree(project_folder / "vault" / "network")
     own = {"model.arch": "my_networks:tiny", "model.arguments": {}, "model.weights": str(tmp_path / "phi.safetensors")}
+    own |= {"poison.function": "recombine:k=3", "reconstructor.epochs": 1}
     project = Project.open(project_folder / "dpf.toml", own)
     featurize(project, restart=True)  # a featurizer of another name is another featurizer
     fit_poison(project, restart=True)

@@ -433,7 +433,7 @@ pathlib.Path(__file__).with_name("ran").touch()
 from dpf_release.poisoning.interface import PoisoningFunction
 from dpf_release.models.zoo import build_network
 def make(outputs):
-    return build_network("resnet20_cifar", outputs, {"width": 8})
+    return build_network("resnet20_cifar", outputs, {"width": 4})
 class Own(PoisoningFunction):
     pass
 """
@@ -446,7 +446,7 @@ def test_code_beside_a_vault_is_not_run_unless_it_is_trusted(
     config, network = project_folder / "dpf.toml", project_folder / "vault" / "network" / "network.json"
     before = config.read_text(), network.read_text()
     config.write_text(
-        before[0].replace('"resnet20_cifar"', '"handed_over:make"').replace("arguments = { width = 8 }", "")
+        before[0].replace('"resnet20_cifar"', '"handed_over:make"').replace("arguments = { width = 4 }", "")
     )
     network.write_text(json.dumps(json.loads(before[1]) | {"arch": "handed_over:make", "arguments": {}}))
     assert _untrusted(project_folder) == {"network", "rows", "words"}
