@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +161,7 @@ def project_folder(finished: Path, tmp_path: Path) -> Path:
 
 def run_cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """The real command line, in a process of its own."""
-    status, _, out, err = _run_warm(arguments, folder)
+    ((status, _, out, err),) = run_warm(arguments, folder)
     return subprocess.CompletedProcess(arguments, status, out, err)
 
 
@@ -171,7 +171,8 @@ def killed(folder: Path, event: str, ending: str, number: int, *command: str) ->
     Returns:
         Its session.
     """
-    status, session, _, err = _run_warm(command, folder, KILLED.format(event=event, ending=ending, number=number))
+    before = KILLED.format(event=event, ending=ending, number=number)
+    ((status, session, _, err),) = run_warm(command, folder, before)
     assert status == -signal.SIGKILL, err
     return session
 
@@ -189,11 +190,15 @@ sys.addaudithook(hook)
 """
 
 
-def _run_warm(arguments: tuple[str, ...], folder: Path, before: str = "") -> tuple[int, int, str, str]:
+def run_warm(
+    arguments: tuple[str, ...], folder: Path, before: str = "", ranks: Sequence[Mapping[str, str]] = ({},)
+) -> list[tuple[int, int, str, str]]:
+    """`WarmCli.run`, where each rank has these variables besides the ones that are here."""
     if not WARM:
         WARM.append(WarmCli())
+    envs = [{**os.environ, "COLUMNS": "160", **variables} for variables in ranks]
     with tempfile.TemporaryDirectory() as scratch:
-        return WARM[0].run(arguments, folder, dict(os.environ) | {"COLUMNS": "160"}, Path(scratch), before)
+        return WARM[0].run(arguments, folder, envs, Path(scratch), before)
 
 
 WARM: list[WarmCli] = []

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from bare_banks import digests, leftovers, without_shards
+from conftest import run_warm
 from dpf_release.core.ranks import Ranks
 from dpf_release.errors import VaultError
 from dpf_release.owner.featurize import featurize
@@ -28,14 +29,34 @@ from dpf_release.release.release import Release
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-CLI = ("-m", "dpf_release")
 
 
 def torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Two ranks of a module or a script."""
+    """Two ranks of a script."""
     return subprocess.run(
         [*TORCHRUN, *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=90
     )
+
+
+def two_ranks(*command: str, folder: Path, before: str = "") -> list[tuple[int, str, str]]:
+    """Two ranks of a command, without the seconds that `torchrun` and two imports of torch take.
+
+    Returns:
+        Of each: exit status, standard output and standard error.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return [(status, out, err) for status, _, out, err in run_warm(command, folder, before, ranks)]
+
+
+def run_two_ranks(*command: str, folder: Path) -> tuple[str, str]:
+    """What two ranks of a command that ends well printed."""
+    statuses, out, err = zip(*two_ranks(*command, folder=folder), strict=True)
+    assert statuses == (0, 0), err
+    return "".join(out), "".join(err)
 
 
 def ranks_of(agent: int) -> dict[int, int]:
@@ -75,15 +96,13 @@ def test_two_ranks_write_the_bytes_of_one(project_folder: Path) -> None:
     vault = project_folder / "vault"
     before = without_shards(vault / "features")
     candidate = without_shards(vault / "candidates" / "default" / "features")
-    done = torchrun(*CLI, "featurize", folder=project_folder)
-    assert done.returncode == 0, done.stderr
-    assert "To write (rank 0 of 2): 56 rows in 8 of 8 shards" in done.stderr  # of 119 in 15
-    assert done.stdout.count("Wrote ") == 1  # the first rank alone prints
+    out, err = run_two_ranks("featurize", folder=project_folder)
+    assert "To write (rank 0 of 2): 56 rows in 8 of 8 shards" in err  # of 119 in 15
+    assert out.count("Wrote ") == 1  # the first rank alone prints
     assert digests(vault / "features") == before
-    done = torchrun(*CLI, "poison", folder=project_folder)
-    assert done.returncode == 0, done.stderr
+    out, _ = run_two_ranks("poison", folder=project_folder)
     assert digests(vault / "candidates" / "default" / "features") == candidate
-    assert done.stdout.count("px2s2 ssim") == 2  # val and test, once
+    assert out.count("px2s2 ssim") == 2  # val and test, once
     assert json.loads((vault / "reports" / "default" / "measurements.json").read_text())["val"]["rows"] == 12
     assert not leftovers(project_folder)
     assert set(before.values()).isdisjoint(candidate.values())
@@ -142,13 +161,11 @@ def test_what_two_ranks_trained_and_fitted_is_of_use(project_folder: Path) -> No
     config = project_folder / "dpf.toml"
     config.write_text(config.read_text().replace("epochs = 10", "epochs = 2"))  # of ψ
     before = digests(project_folder / "vault")
-    done = torchrun(*CLI, "train", "--restart", "--epochs", "2", folder=project_folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("val: top-1") == 1
+    out, _ = run_two_ranks("train", "--restart", "--epochs", "2", folder=project_folder)
+    assert out.count("val: top-1") == 1
     featurize(Project.open(config), restart=True)
-    done = torchrun(*CLI, "fit-poison", "--restart", "--epochs", "16", folder=project_folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Fitted default") == 1
+    out, _ = run_two_ranks("fit-poison", "--restart", "--epochs", "16", folder=project_folder)
+    assert out.count("Fitted default") == 1
     after = digests(project_folder / "vault")
     changed = {name for name in before if after.get(name) != before[name]}
     assert changed >= {
@@ -371,25 +388,8 @@ except RankError as error:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_whose_neighbour_dies_in_a_training_says_so(tmp_path: Path, victim: int) -> None:
-    (tmp_path / "dying.py").write_text(DYING)
-    (tmp_path / "store").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "dying.py", str(victim)],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT | places | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    said = [process.communicate(timeout=60) for process in processes]
-    assert processes[victim].returncode == -signal.SIGKILL
-    out, error = said[1 - victim]
-    assert processes[1 - victim].returncode == 1, error
+    ended = two_ranks(str(victim), folder=tmp_path, before=DYING)
+    assert ended[victim][0] == -signal.SIGKILL
+    status, out, error = ended[1 - victim]
+    assert status == 1, error
     assert "another rank ended, or cannot be reached" in out, error
