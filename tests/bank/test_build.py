@@ -247,7 +247,8 @@ main()
 
 
 # In the metadata, in the middle of the rows, in the last bytes.
-@pytest.mark.parametrize("limit", [1000, 20_000, 43_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1000, 12_000, 24_000])
 def test_a_disk_that_fills_up_in_a_shard_ends_the_run_in_words_and_the_next_goes_on(
     project_folder: Path, limit: int
 ) -> None:

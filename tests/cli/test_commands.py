@@ -34,6 +34,7 @@ def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) ->
     assert f"Example: dpf-release {command}" in result.stdout
 
 
+@pytest.mark.slow
 def test_an_owner_goes_from_images_to_a_release(tmp_path: Path) -> None:
     config = new_project(tmp_path / "shapes")
     folder = config.parent

@@ -123,6 +123,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0])
 def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on_to_the_same_bytes(
     project_folder: Path, victim: int
@@ -157,6 +158,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on_to_the_same_byt
 # Trainings.
 
 
+@pytest.mark.slow
 def test_what_two_ranks_trained_and_fitted_is_of_use(project_folder: Path) -> None:
     config = project_folder / "dpf.toml"
     config.write_text(config.read_text().replace("epochs = 10", "epochs = 2"))  # of ψ
@@ -292,6 +294,7 @@ def together(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return [json.loads((out / f"{rank}.json").read_text()) | {"lost": lost} for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_ranks_know_who_they_are_and_what_the_others_have(together: list[dict[str, Any]]) -> None:
     assert [found["rank"] for found in together] == [[0, 2, True], [1, 2, False]]
     assert [found["share"] for found in together] == [[0, 2, 4, 6], [1, 3, 5]]
@@ -306,6 +309,7 @@ def test_ranks_know_who_they_are_and_what_the_others_have(together: list[dict[st
     assert list(range(7))[alone.share(7)] == list(range(7))
 
 
+@pytest.mark.slow
 def test_what_one_process_must_do_is_refused_to_several(together: list[dict[str, Any]]) -> None:
     for found in together:
         kind, message = found["package"]
@@ -313,6 +317,7 @@ def test_what_one_process_must_do_is_refused_to_several(together: list[dict[str,
         assert "expected one process for this step, found several. Run it without torchrun." in message
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_ranks_cannot_share_is_refused_by_name(together: list[dict[str, Any]]) -> None:
     for found in together:
         for key, title in (
@@ -325,10 +330,12 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_by_name(together: list[d
         assert found["fit 5"][0] == "ConfigError"
 
 
+@pytest.mark.slow
 def test_what_several_ranks_are_refused_costs_nothing(together: list[dict[str, Any]]) -> None:
     assert together[0]["lost"] == []  # in spite of --restart
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_learns_from_the_same_batches(together: list[dict[str, Any]]) -> None:
     first, second = (found["fit together"] for found in together)
     alone, other = together[0]["fit alone"], together[0]["fit alone, other batch"]
@@ -340,6 +347,7 @@ def test_two_ranks_learn_what_one_learns_from_the_same_batches(together: list[di
     assert np.abs(np.array(other["weights"]) - alone["weights"]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail_at", [2, 6])
 def test_two_ranks_cut_off_and_resumed_end_as_those_that_were_not(together: list[dict[str, Any]], fail_at: int) -> None:
     for found in together:
@@ -349,6 +357,7 @@ def test_two_ranks_cut_off_and_resumed_end_as_those_that_were_not(together: list
         assert resumed["losses"] == whole["losses"]
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_a_batch_are_shared_all_the_same(together: list[dict[str, Any]]) -> None:
     for found in together:
         assert isinstance(found["fit few"], dict), found["fit few"]

@@ -264,6 +264,7 @@ class Grey(Attack):
         return Reconstructions({"grey": lambda at: torch.full((len(at), 3, 32, 32), 0.5)})
 
 
+@pytest.mark.slow
 def test_compare_puts_each_function_where_its_attacks_and_its_utility_are(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

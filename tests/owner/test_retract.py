@@ -170,6 +170,7 @@ def test_the_card_says_what_was_retracted_and_what_comparing_shows(project_folde
     assert digests(project_folder / "release") == published
 
 
+@pytest.mark.slow
 def test_a_version_that_was_published_with_retracted_rows_is_not_published_again(project_folder: Path) -> None:
     train = lines_of(project_folder)
     assert package(open_project(project_folder)).version == "1.0.0"  # the control: the same rows, the same version
@@ -574,6 +575,7 @@ def _with_the_same_images(folder: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_retraction_cut_off_at_any_step_is_finished_with_the_same_bytes(
     project_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

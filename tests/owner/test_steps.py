@@ -395,6 +395,7 @@ def test_a_second_owner_shares_the_network_of_a_release(finished: Path, tmp_path
         init(tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_a_regression_project_hides_who_it_is_and_keeps_its_answer(tmp_path: Path) -> None:
     task = '[task]\nkind = "regression"\ntargets = ["shift"]\nunit = "px"\n'
     config = new_project(tmp_path / "yaw", task, private="people.csv")

@@ -374,6 +374,7 @@ def _not_a_number(shard: h5py.File, release: Path) -> None:
 # The command line.
 
 
+@pytest.mark.slow
 def test_deep_is_an_option_of_verify_and_exits_with_3(release: Path) -> None:
     good = run_cli("verify", "release", "--deep", folder=release.parent)
     assert good.returncode == 0, good.stderr
