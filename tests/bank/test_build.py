@@ -401,12 +401,12 @@ def test_decoding_in_processes_gives_the_bytes_of_decoding_in_threads(
 
 def test_shard_size_bounds_the_files(project_folder: Path, tmp_path: Path) -> None:
     release, images = project_folder / "release", project_folder / "images" / "private"
-    options = ("--release", str(release), "--images", str(images), "--max-bad", "0.1", "--shard-size", "20 kB")
+    options = ("--release", str(release), "--images", str(images), "--max-bad", "0.1", "--shard-size", "10 kB")
     done = run_cli("featurize", *options, "--out", "small", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "119 rows in 30 of 30 shards, at most " in done.stderr
-    featurize_new(Release.open(release), images, tmp_path / "large", shard_size="100 kB", max_bad=0.1, device="cpu")
-    for name, rows, limit in (("small", 4, 20_000), ("large", 24, 100_000)):
+    featurize_new(Release.open(release), images, tmp_path / "large", shard_size="50 kB", max_bad=0.1, device="cpu")
+    for name, rows, limit in (("small", 4, 10_000), ("large", 24, 50_000)):
         shards = read_index(tmp_path / name).splits["train"]
         assert {shard.rows for shard in shards[:-1]} == {rows}
         assert sum(shard.rows for shard in shards) == 119
@@ -427,7 +427,7 @@ def test_a_downstream_bank_cut_off_goes_on_under_its_plan(
     finished: Path, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release, out = Release.open(finished / "release"), tmp_path / "bank"
-    options: dict[str, Any] = {"shard_size": "20 kB", "batch_size": 2, "device": "cpu"}
+    options: dict[str, Any] = {"shard_size": "10 kB", "batch_size": 2, "device": "cpu"}
     stream, given = Pictures.stream, []
 
     def failing(self: Pictures, batches: Any) -> Any:
