@@ -22,3 +22,8 @@ def without_shards(features: Path, keep: int = 0) -> dict[str, str]:
 def leftovers(folder: Path) -> list[str]:
     """Returns half-written files and locks."""
     return sorted(path.name for path in folder.rglob("*") if path.name.endswith(".partial") or path.name == ".lock")
+
+
+def files_with(folder: Path, needle: bytes) -> list[str]:
+    """Returns the names of the files that hold these bytes."""
+    return [path.name for path in sorted(folder.rglob("*")) if path.is_file() and needle in path.read_bytes()]

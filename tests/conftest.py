@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ path = "images/public"
 
 [model]
 arch = "resnet20_cifar"
-arguments = {{ width = 8 }}
+arguments = {{ width = 4 }}
 hook = "conv4_1"
 size = [32, 32]
 resize = 0
@@ -60,15 +61,15 @@ batch_size = 16
 learning_rate = 0.05
 
 [reconstructor]
-epochs = 14
+epochs = 10
 batch_size = 16
 
 [poison]
-epochs = 30
+epochs = 24
 batch_size = 16
 
 [bank]
-shard_size = "40 kB"
+shard_size = "20 kB"
 batch_size = 4
 
 [claims]
@@ -115,11 +116,29 @@ def new_project(folder: Path, task: str = "", private: str = "images/private") -
     return folder / "dpf.toml"
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first test process to ask for it makes and all of them read: nobody may change it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            half = Path(tempfile.mkdtemp(dir=folder.parent))
+            make(half / name)
+            (half / name).rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project from images to `release/`, with one broken image; read-only, copy it to change it."""
-    config = new_project(tmp_path_factory.mktemp("finished") / "shapes")
-    (config.parent / "images" / "private" / "disc" / "disc-portrait-007.png").write_bytes(b"not a picture")
+    return made_once(tmp_path_factory, "shapes", finish)
+
+
+def finish(folder: Path) -> None:
+    """A new project, with one broken image, through all of the owner's steps."""
+    config = new_project(folder)
+    (folder / "images" / "private" / "disc" / "disc-portrait-007.png").write_bytes(b"not a picture")
     project = Project.open(config)
     train(project)
     featurize(project)
@@ -127,7 +146,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_candidate(project)
     measure(project)
     package(project)
-    return config.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -143,7 +161,7 @@ def project_folder(finished: Path, tmp_path: Path) -> Path:
 
 def run_cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """The real command line, in a process of its own."""
-    status, _, out, err = _run_warm(arguments, folder)
+    ((status, _, out, err),) = run_warm(arguments, folder)
     return subprocess.CompletedProcess(arguments, status, out, err)
 
 
@@ -153,7 +171,8 @@ def killed(folder: Path, event: str, ending: str, number: int, *command: str) ->
     Returns:
         Its session.
     """
-    status, session, _, err = _run_warm(command, folder, KILLED.format(event=event, ending=ending, number=number))
+    before = KILLED.format(event=event, ending=ending, number=number)
+    ((status, session, _, err),) = run_warm(command, folder, before)
     assert status == -signal.SIGKILL, err
     return session
 
@@ -171,11 +190,15 @@ sys.addaudithook(hook)
 """
 
 
-def _run_warm(arguments: tuple[str, ...], folder: Path, before: str = "") -> tuple[int, int, str, str]:
+def run_warm(
+    arguments: tuple[str, ...], folder: Path, before: str = "", ranks: Sequence[Mapping[str, str]] = ({},)
+) -> list[tuple[int, int, str, str]]:
+    """`WarmCli.run`, where each rank has these variables besides the ones that are here."""
     if not WARM:
         WARM.append(WarmCli())
+    envs = [{**os.environ, "COLUMNS": "160", **variables} for variables in ranks]
     with tempfile.TemporaryDirectory() as scratch:
-        return WARM[0].run(arguments, folder, dict(os.environ) | {"COLUMNS": "160"}, Path(scratch), before)
+        return WARM[0].run(arguments, folder, envs, Path(scratch), before)
 
 
 WARM: list[WarmCli] = []

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dpf_release.bank.format import read_index
+from dpf_release.core.files import sha256_of, write_json
+from dpf_release.release.croissant import CROISSANT, croissant
 from dpf_release.release.manifest import Manifest, describe_files, write_manifest
+from dpf_release.release.verify import read_manifest
 
 FILES = {
     "README.md": "card",
@@ -18,6 +22,7 @@ FILES = {
     "features/val/shard-00000.h5": "shard",
 }
 SHARD = "features/train/shard-00000.h5"
+HOSTILE = "<script>alert(1)</script>"
 
 
 def write_release(folder: Path) -> Path:
@@ -52,3 +57,25 @@ def edit_manifest(folder: Path, change: Callable[[Any], Any]) -> None:
     tree = json.loads(path.read_bytes())
     change(tree)
     path.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
+
+
+def list_anew(release: Path, **changes: Any) -> None:
+    """Index, manifest and sums over the files as they are now: what an attacker who can write would do."""
+    index = read_index(release / "features")
+    splits = {
+        split: tuple(
+            shard.model_copy(
+                update={"sha256": sha256_of(release / "features" / shard.file)}
+                | {"bytes": (release / "features" / shard.file).stat().st_size}
+            )
+            for shard in shards
+        )
+        for split, shards in index.splits.items()
+    }
+    write_json(release / "features" / "index.json", index.model_copy(update={"splits": splits}).model_dump(mode="json"))
+    manifest = read_manifest(release)
+    assert isinstance(manifest, Manifest)
+    described, listed = json.loads((release / CROISSANT).read_text()), describe_files(release)
+    tree = croissant(manifest.name, manifest.version, manifest.licence, described["description"], listed)
+    write_json(release / CROISSANT, tree)
+    write_manifest(release, manifest.model_copy(update={"files": describe_files(release), **changes}))

@@ -1,6 +1,7 @@
 """`python -m dpf_release` without the seconds that torch takes to import: each command is a fork of one warm process.
 
-Run as a file, it is that process: a request a line on standard input, an answer a line on standard output.
+Run as a file, it is that process: requests on a line of standard input are run together, and their answers are a line
+on standard output.
 """
 
 from __future__ import annotations
@@ -34,29 +35,32 @@ class WarmCli:
         )
 
     def run(
-        self, arguments: tuple[str, ...], folder: Path, env: dict[str, str], scratch: Path, before: str = ""
-    ) -> tuple[int, int, str, str]:
-        """Runs a command in a session of its own.
+        self, arguments: tuple[str, ...], folder: Path, envs: list[dict[str, str]], scratch: Path, before: str = ""
+    ) -> list[tuple[int, int, str, str]]:
+        """Runs a command in a session of its own, once in each environment, all at the same time.
 
         Args:
             arguments: of the command.
             folder: where.
-            env: its environment.
-            scratch: a folder for what it prints.
-            before: Python that is run in its process first.
+            envs: the environments.
+            scratch: a folder for what they print.
+            before: Python that is run in their processes first.
 
         Returns:
-            Exit status (negative: killed by that signal), the session, standard output and standard error.
+            Of each: exit status (negative: killed by that signal), the session, standard output and standard error.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        out, err = scratch / "out", scratch / "err"
-        request = {"arguments": arguments, "folder": str(folder), "env": env, "out": str(out), "err": str(err)}
-        request["before"] = before
-        self.process.stdin.write(json.dumps(request) + "\n")
+        printed = [(scratch / f"{number}.out", scratch / f"{number}.err") for number in range(len(envs))]
+        request = {"arguments": arguments, "folder": str(folder), "before": before}
+        runs = [{"env": env, "out": str(out), "err": str(err)} for env, (out, err) in zip(envs, printed, strict=True)]
+        self.process.stdin.write(json.dumps([request | run for run in runs]) + "\n")
         self.process.stdin.flush()
-        status, session = map(int, self.process.stdout.readline().split())
-        return status, session, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+        ended = json.loads(self.process.stdout.readline())
+        return [
+            (status, session, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+            for (status, session), (out, err) in zip(ended, printed, strict=True)
+        ]
 
     def close(self) -> None:
         """Ends the warm process."""
@@ -68,13 +72,15 @@ def serve() -> None:
     for name in WARM:
         __import__(name)
     for line in sys.stdin:
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            begin(request)
-            return
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), child, flush=True)
+        children = []
+        for request in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                begin(request)
+                return
+            children.append(child)
+        ended = [(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), child) for child in children]
+        print(json.dumps(ended), flush=True)
     sys.exit()
 
 

@@ -128,6 +128,7 @@ def test_moments_by_class_are_those_of_its_rows_and_scarce_classes_have_none(set
     assert not torch.allclose(found[0].mean, mean, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_map_is_trained_anew_for_another_bank_alone(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     view = view_of(setting, "channel-affine")
     Alignment().run(view)
@@ -230,6 +231,7 @@ def test_rows_of_two_releases_are_joined_by_what_phi_2_sees(setting: Setting) ->
     assert float((first - torch.from_numpy(np.asarray(second))).abs().max()) > 0  # another secret
 
 
+@pytest.mark.slow
 def test_two_releases_give_away_more_than_one_does_and_wrongly_joined_less(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,6 +216,7 @@ def test_members_are_found_also_where_the_network_is_sure_of_all() -> None:
     assert torch.allclose(log_odds(mild, classes), (expected / (1 - expected)).log(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_where_q_has_the_attribute_it_is_learnt_there_too_and_under_shadow_functions(
     owner: Project, setting: Setting
 ) -> None:
@@ -275,6 +276,7 @@ def test_a_view_is_of_the_type_that_is_declared_and_nothing_of_the_owners_hangs_
     assert [part for part in reachable([setting]) if isinstance(part, private)]  # where it hangs, it is found
 
 
+@pytest.mark.slow
 def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing(
     owner: Project, setting: Setting
 ) -> None:

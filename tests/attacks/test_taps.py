@@ -302,6 +302,7 @@ def test_an_answer_for_some_rows_scores_as_those_rows_do_among_all_the_pictures(
     assert truth.at(places[:2]).asked.tolist() == [3, 10]
 
 
+@pytest.mark.slow
 def test_a_decoder_of_the_answers_finds_what_they_say_and_nothing_in_anothers_answers() -> None:
     phi_2 = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())  # 48 answers: the picture at 4×4
     originals = pictures(40, seed=9)
@@ -314,6 +315,7 @@ def test_a_decoder_of_the_answers_finds_what_they_say_and_nothing_in_anothers_an
     assert shown[0] > shown[1] + 0.05
 
 
+@pytest.mark.slow
 def test_the_battery_says_what_the_answers_give_away_and_for_how_many_rows_each_attack_answered(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

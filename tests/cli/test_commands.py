@@ -34,10 +34,11 @@ def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) ->
     assert f"Example: dpf-release {command}" in result.stdout
 
 
+@pytest.mark.slow
 def test_an_owner_goes_from_images_to_a_release(tmp_path: Path) -> None:
     config = new_project(tmp_path / "shapes")
     folder = config.parent
-    config.write_text(config.read_text().replace("epochs = 14", "epochs = 2"))  # it is the words that are asked for
+    config.write_text(config.read_text().replace("epochs = 10", "epochs = 2"))  # it is the words that are asked for
     broken = folder / "images" / "private" / "disc" / "disc-portrait-003.png"
     broken.write_bytes(b"")
     for arguments, says in (
@@ -117,7 +118,7 @@ def test_an_owners_own_network_is_found_beside_the_configuration(tmp_path: Path)
         "from dpf_release.models.zoo import CifarResNet\n\n"
         "def tiny(outputs):\n    return CifarResNet(3, outputs, width=4)\n"
     )
-    text = config.read_text().replace("arguments = { width = 8 }\n", "")
+    text = config.read_text().replace("arguments = { width = 4 }\n", "")
     config.write_text(text.replace('"resnet20_cifar"', '"own_networks:tiny"'))
     assert "--trust-code" in run_cli("inspect", str(config), folder=tmp_path).stderr
     result = run_cli("inspect", str(config), "--trust-code", folder=tmp_path)  # run from elsewhere

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from bare_banks import digests, leftovers, without_shards
+from conftest import run_warm
 from dpf_release.core.ranks import Ranks
 from dpf_release.errors import VaultError
 from dpf_release.owner.featurize import featurize
@@ -28,14 +29,34 @@ from dpf_release.release.release import Release
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-CLI = ("-m", "dpf_release")
 
 
 def torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Two ranks of a module or a script."""
+    """Two ranks of a script."""
     return subprocess.run(
         [*TORCHRUN, *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=90
     )
+
+
+def two_ranks(*command: str, folder: Path, before: str = "") -> list[tuple[int, str, str]]:
+    """Two ranks of a command, without the seconds that `torchrun` and two imports of torch take.
+
+    Returns:
+        Of each: exit status, standard output and standard error.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return [(status, out, err) for status, _, out, err in run_warm(command, folder, before, ranks)]
+
+
+def run_two_ranks(*command: str, folder: Path) -> tuple[str, str]:
+    """What two ranks of a command that ends well printed."""
+    statuses, out, err = zip(*two_ranks(*command, folder=folder), strict=True)
+    assert statuses == (0, 0), err
+    return "".join(out), "".join(err)
 
 
 def ranks_of(agent: int) -> dict[int, int]:
@@ -75,15 +96,13 @@ def test_two_ranks_write_the_bytes_of_one(project_folder: Path) -> None:
     vault = project_folder / "vault"
     before = without_shards(vault / "features")
     candidate = without_shards(vault / "candidates" / "default" / "features")
-    done = torchrun(*CLI, "featurize", folder=project_folder)
-    assert done.returncode == 0, done.stderr
-    assert "To write (rank 0 of 2): 56 rows in 8 of 8 shards" in done.stderr  # of 119 in 15
-    assert done.stdout.count("Wrote ") == 1  # the first rank alone prints
+    out, err = run_two_ranks("featurize", folder=project_folder)
+    assert "To write (rank 0 of 2): 56 rows in 8 of 8 shards" in err  # of 119 in 15
+    assert out.count("Wrote ") == 1  # the first rank alone prints
     assert digests(vault / "features") == before
-    done = torchrun(*CLI, "poison", folder=project_folder)
-    assert done.returncode == 0, done.stderr
+    out, _ = run_two_ranks("poison", folder=project_folder)
     assert digests(vault / "candidates" / "default" / "features") == candidate
-    assert done.stdout.count("px2s2 ssim") == 2  # val and test, once
+    assert out.count("px2s2 ssim") == 2  # val and test, once
     assert json.loads((vault / "reports" / "default" / "measurements.json").read_text())["val"]["rows"] == 12
     assert not leftovers(project_folder)
     assert set(before.values()).isdisjoint(candidate.values())
@@ -104,6 +123,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0])
 def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on_to_the_same_bytes(
     project_folder: Path, victim: int
@@ -138,17 +158,16 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on_to_the_same_byt
 # Trainings.
 
 
+@pytest.mark.slow
 def test_what_two_ranks_trained_and_fitted_is_of_use(project_folder: Path) -> None:
     config = project_folder / "dpf.toml"
-    config.write_text(config.read_text().replace("epochs = 14", "epochs = 2"))  # of ψ
+    config.write_text(config.read_text().replace("epochs = 10", "epochs = 2"))  # of ψ
     before = digests(project_folder / "vault")
-    done = torchrun(*CLI, "train", "--restart", "--epochs", "2", folder=project_folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("val: top-1") == 1
+    out, _ = run_two_ranks("train", "--restart", "--epochs", "2", folder=project_folder)
+    assert out.count("val: top-1") == 1
     featurize(Project.open(config), restart=True)
-    done = torchrun(*CLI, "fit-poison", "--restart", "--epochs", "16", folder=project_folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Fitted default") == 1
+    out, _ = run_two_ranks("fit-poison", "--restart", "--epochs", "16", folder=project_folder)
+    assert out.count("Fitted default") == 1
     after = digests(project_folder / "vault")
     changed = {name for name in before if after.get(name) != before[name]}
     assert changed >= {
@@ -175,7 +194,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from dpf_release import training
+from dpf_release.models import training
 from dpf_release.errors import DPFReleaseError
 from dpf_release.publish.package import package
 from dpf_release.owner.project import Project
@@ -275,6 +294,7 @@ def together(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return [json.loads((out / f"{rank}.json").read_text()) | {"lost": lost} for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_ranks_know_who_they_are_and_what_the_others_have(together: list[dict[str, Any]]) -> None:
     assert [found["rank"] for found in together] == [[0, 2, True], [1, 2, False]]
     assert [found["share"] for found in together] == [[0, 2, 4, 6], [1, 3, 5]]
@@ -289,6 +309,7 @@ def test_ranks_know_who_they_are_and_what_the_others_have(together: list[dict[st
     assert list(range(7))[alone.share(7)] == list(range(7))
 
 
+@pytest.mark.slow
 def test_what_one_process_must_do_is_refused_to_several(together: list[dict[str, Any]]) -> None:
     for found in together:
         kind, message = found["package"]
@@ -296,6 +317,7 @@ def test_what_one_process_must_do_is_refused_to_several(together: list[dict[str,
         assert "expected one process for this step, found several. Run it without torchrun." in message
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_ranks_cannot_share_is_refused_by_name(together: list[dict[str, Any]]) -> None:
     for found in together:
         for key, title in (
@@ -308,10 +330,12 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_by_name(together: list[d
         assert found["fit 5"][0] == "ConfigError"
 
 
+@pytest.mark.slow
 def test_what_several_ranks_are_refused_costs_nothing(together: list[dict[str, Any]]) -> None:
     assert together[0]["lost"] == []  # in spite of --restart
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_learns_from_the_same_batches(together: list[dict[str, Any]]) -> None:
     first, second = (found["fit together"] for found in together)
     alone, other = together[0]["fit alone"], together[0]["fit alone, other batch"]
@@ -323,6 +347,7 @@ def test_two_ranks_learn_what_one_learns_from_the_same_batches(together: list[di
     assert np.abs(np.array(other["weights"]) - alone["weights"]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail_at", [2, 6])
 def test_two_ranks_cut_off_and_resumed_end_as_those_that_were_not(together: list[dict[str, Any]], fail_at: int) -> None:
     for found in together:
@@ -332,6 +357,7 @@ def test_two_ranks_cut_off_and_resumed_end_as_those_that_were_not(together: list
         assert resumed["losses"] == whole["losses"]
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_a_batch_are_shared_all_the_same(together: list[dict[str, Any]]) -> None:
     for found in together:
         assert isinstance(found["fit few"], dict), found["fit few"]
@@ -371,25 +397,8 @@ except RankError as error:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_whose_neighbour_dies_in_a_training_says_so(tmp_path: Path, victim: int) -> None:
-    (tmp_path / "dying.py").write_text(DYING)
-    (tmp_path / "store").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "dying.py", str(victim)],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT | places | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    said = [process.communicate(timeout=60) for process in processes]
-    assert processes[victim].returncode == -signal.SIGKILL
-    out, error = said[1 - victim]
-    assert processes[1 - victim].returncode == 1, error
+    ended = two_ranks(str(victim), folder=tmp_path, before=DYING)
+    assert ended[victim][0] == -signal.SIGKILL
+    status, out, error = ended[1 - victim]
+    assert status == 1, error
     assert "another rank ended, or cannot be reached" in out, error

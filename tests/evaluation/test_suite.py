@@ -28,7 +28,7 @@ from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.release.attack_report import Interval
 
-COMMAND = ("attack", "--profile", "quick", "--only", "A1,A2", "--images", "300")
+COMMAND = ("attack", "--profile", "quick", "--only", "A1,A2", "--images", "100")
 
 
 @pytest.fixture
@@ -50,6 +50,7 @@ def trained(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("vault/attackers/*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_battery_that_was_killed_twice_ends_as_one_that_was_not(project_folder: Path, tmp_path: Path) -> None:
     whole = Path(shutil.copytree(project_folder, tmp_path / "whole"))
     killed(project_folder, "os.rename", ".safetensors.partial", 2, *COMMAND)  # as A1's decoder is kept, A2's is not

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_functions import PHI_2, SECRET, planned, poisoned, rows_of
 
 from conftest import run_cli
 from dpf_release.attacks import interface
@@ -44,6 +43,7 @@ from dpf_release.owner.retract import KeptRows
 from dpf_release.release.attack_report import AttackReport, Interval, Power, Utility
 from dpf_release.release.train import fit_classifier
 from places import ROOT
+from rows_in_memory import PHI_2, SECRET, planned, poisoned, rows_of
 
 LITTLE = Effort(2, (2, 4, 100), rows=600, epochs=12, least_rows=200)
 
@@ -264,6 +264,7 @@ class Grey(Attack):
         return Reconstructions({"grey": lambda at: torch.full((len(at), 3, 32, 32), 0.5)})
 
 
+@pytest.mark.slow
 def test_compare_puts_each_function_where_its_attacks_and_its_utility_are(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_functions import PHI_2, SECRET, Recorder, planned, rows_of
 
-from bare_banks import digests, leftovers, without_shards
+from bare_banks import digests, files_with, leftovers, without_shards
 from conftest import killed, run_cli
 from dpf_release import Release
 from dpf_release.bank.drop_rows import BEFORE, drop_rows
@@ -35,6 +34,7 @@ from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.interface import FUNCTIONS
 from dpf_release.publish.package import package
 from dpf_release.release.verify import verify
+from rows_in_memory import PHI_2, SECRET, Recorder, planned, rows_of
 from small_banks import SHAPE, write_bank
 
 Rows = NDArray[np.int64]
@@ -64,10 +64,6 @@ def shards_with(features: Path, ids: set[str]) -> set[str]:
             if ids & set(names[start:stop]):
                 shards.add(record.file)
     return shards
-
-
-def files_with(folder: Path, needle: bytes) -> list[str]:
-    return [path.name for path in sorted(folder.rglob("*")) if path.is_file() and needle in path.read_bytes()]
 
 
 def assert_same_but_for(before: dict[str, bytes], after: dict[str, bytes], gone: set[str]) -> None:
@@ -174,6 +170,7 @@ def test_the_card_says_what_was_retracted_and_what_comparing_shows(project_folde
     assert digests(project_folder / "release") == published
 
 
+@pytest.mark.slow
 def test_a_version_that_was_published_with_retracted_rows_is_not_published_again(project_folder: Path) -> None:
     train = lines_of(project_folder)
     assert package(open_project(project_folder)).version == "1.0.0"  # the control: the same rows, the same version
@@ -580,6 +577,7 @@ def _with_the_same_images(folder: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_retraction_cut_off_at_any_step_is_finished_with_the_same_bytes(
     project_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

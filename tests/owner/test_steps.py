@@ -151,13 +151,14 @@ def test_a_learned_function_after_recombine_is_penalised_for_every_contributor(p
 
 
 def test_a_fit_that_was_cut_off_goes_on_and_a_finished_one_is_not_overwritten(project_folder: Path) -> None:
-    project = open_project(project_folder)
+    project = open_project(project_folder, poison__epochs=2)
+    fit_poison(project, restart=True)
     with pytest.raises(VaultError, match="is fitted already"):
         fit_poison(project)
     record = project.vault.function("default") / "function.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"fitted": False}))
     with pytest.raises(VaultError, match="was begun with other settings"):
-        fit_poison(open_project(project_folder, **{"poison__lambda": 3.0}))
+        fit_poison(open_project(project_folder, **{"poison__epochs": 2, "poison__lambda": 3.0}))
     with pytest.raises(VaultError, match="not fitted to the end"):
         write_candidate(project)
     before = json.loads(record.read_text())["secret"]
@@ -264,9 +265,10 @@ def test_a_mistake_with_restart_costs_nothing(project_folder: Path) -> None:
 def test_an_attacker_is_trained_anew_where_its_images_or_its_featurizer_changed(project_folder: Path) -> None:
     straw = project_folder / "vault" / "reconstructors" / "px2s2.safetensors"
     before = sha256_of(straw)
-    straw_man(open_project(project_folder, reconstructor__epochs=14), "px2s2")
+    straw_man(open_project(project_folder, reconstructor__epochs=10), "px2s2")
     assert sha256_of(straw) == before
-    next((project_folder / "images" / "public" / "cross").iterdir()).unlink()
+    for path in sorted((project_folder / "images" / "public").rglob("*.png"))[20:]:
+        path.unlink()
     straw_man(open_project(project_folder), "px2s2")
     assert sha256_of(straw) != before
 
@@ -302,7 +304,7 @@ def test_a_device_that_is_not_there_is_a_users_mistake(project_folder: Path) -> 
 
 def test_another_architecture_than_the_vaults_is_refused(project_folder: Path) -> None:
     with pytest.raises(VaultError, match="the vault's network is"):
-        featurize(open_project(project_folder, model__arguments={"width": 4}))
+        featurize(open_project(project_folder, model__arguments={"width": 8}))
     with pytest.raises(VaultError, match="holds a network already"):
         train(open_project(project_folder))
 
@@ -393,6 +395,7 @@ def test_a_second_owner_shares_the_network_of_a_release(finished: Path, tmp_path
         init(tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_a_regression_project_hides_who_it_is_and_keeps_its_answer(tmp_path: Path) -> None:
     task = '[task]\nkind = "regression"\ntargets = ["shift"]\nunit = "px"\n'
     config = new_project(tmp_path / "yaw", task, private="people.csv")
@@ -414,8 +417,9 @@ def test_a_regression_project_hides_who_it_is_and_keeps_its_answer(tmp_path: Pat
             "poison.lambda": 2.0,
             "train.flip": False,
             "train.epochs": 10,
-            "poison.epochs": 60,
-            "reconstructor.epochs": 2,  # what stands of a picture is not asked here
+            "poison.epochs": 30,
+            "poison.straw_men": [],  # what stands of a picture is not asked here
+            "reconstructor.epochs": 2,
         },
     )
     train(project)

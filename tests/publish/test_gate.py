@@ -400,6 +400,7 @@ def test_a_reader_sees_claims_without_attacks_and_a_report_of_something_else(pro
 # --------------------------------------------------------------------------------------------- a bad release
 
 
+@pytest.mark.slow
 def test_a_weak_function_is_attacked_and_refused_with_the_reasons(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

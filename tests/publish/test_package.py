@@ -10,7 +10,6 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from test_audit import list_anew
 
 from dpf_release import Release
 from dpf_release.bank.format import BankIndex, read_index
@@ -31,6 +30,7 @@ from dpf_release.release.child_process import run_limited
 from dpf_release.release.manifest import Manifest, describe_files, write_manifest
 from dpf_release.release.verify import read_manifest, verify
 from small_banks import fill
+from small_releases import list_anew
 
 PUBLIC = {
     "README.md": "card",
@@ -365,12 +365,13 @@ def test_an_owners_own_network_is_named_custom_and_opens_with_a_builder(
 ) -> None:
     (tmp_path / "my_networks.py").write_text(
         "from dpf_release.models.zoo import CifarResNet\n\n"
-        "def tiny(outputs):\n    return CifarResNet(3, outputs, width=8)\n"
+        "def tiny(outputs):\n    return CifarResNet(3, outputs, width=4)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     shutil.copy(project_folder / "vault" / "network" / "phi.safetensors", tmp_path / "phi.safetensors")
     shutil.rmtree(project_folder / "vault" / "network")
     own = {"model.arch": "my_networks:tiny", "model.arguments": {}, "model.weights": str(tmp_path / "phi.safetensors")}
+    own |= {"poison.function": "recombine:k=3", "reconstructor.epochs": 1}
     project = Project.open(project_folder / "dpf.toml", own)
     featurize(project, restart=True)  # a featurizer of another name is another featurizer
     fit_poison(project, restart=True)

@@ -207,6 +207,7 @@ def test_a_key_that_others_can_read_signs_nothing(project_folder: Path) -> None:
 # --------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_an_owner_makes_a_key_signs_and_a_user_checks_who_signed(project_folder: Path) -> None:
     made = run_cli("key", "new", "--out", "owner-key", folder=project_folder)
     assert made.returncode == 0, made.stderr

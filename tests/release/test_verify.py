@@ -427,6 +427,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks of memory are read from Linux's /proc")
 def test_the_dearest_manifests_that_are_parsed_take_less_than_512_mib(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", DEAREST], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -15,9 +15,9 @@ from typing import Any
 import h5py
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_retract import files_with
 from typer.main import get_command
 
+from bare_banks import files_with
 from conftest import killed, run_cli
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.cli import owner as cli
@@ -371,6 +371,7 @@ def test_every_owners_command_takes_a_key_and_puts_modes_right() -> None:
     assert "--identity" not in options["verify"]
 
 
+@pytest.mark.slow
 def test_the_vault_commands_do_what_their_help_says(project_folder: Path, key: Path) -> None:
     before = private(project_folder / "vault")
     for arguments, says in (
@@ -471,6 +472,7 @@ def test_an_opening_killed_midway_loses_nothing_and_is_gone_on_with(
     check(Vault(copy / "vault"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "event", "ending", "number"),
     [
@@ -700,6 +702,7 @@ def some_train_row(vault: Vault) -> str:
     return next(line["id"] for line in vault.read_ids() if line["split"] == "train")
 
 
+@pytest.mark.slow
 def test_a_retraction_in_a_sealed_vault_writes_what_it_writes_in_an_open_one(
     project_folder: Path, key: Path, tmp_path: Path
 ) -> None:
@@ -759,6 +762,7 @@ KILLED_IN_A_RETRACTION = [  # the step before which it is killed, and whether al
 ]
 
 
+@pytest.mark.slow
 def test_a_retraction_killed_in_a_sealed_vault_has_changed_nothing_or_all(
     project_folder: Path, key: Path, tmp_path: Path
 ) -> None:

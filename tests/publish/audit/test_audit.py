@@ -37,11 +37,11 @@ from dpf_release.publish.audit.checks import CHECKS
 from dpf_release.publish.audit.page import page, write_page
 from dpf_release.publish.audit.terminal import print_audit
 from dpf_release.publish.inspect import inspect
-from dpf_release.release.croissant import CROISSANT, croissant
-from dpf_release.release.manifest import MANIFEST, SUMS, Manifest, describe_files, write_manifest
+from dpf_release.release.manifest import MANIFEST, SUMS
 from dpf_release.release.signing import new_key
-from dpf_release.release.verify import Problem, read_manifest
+from dpf_release.release.verify import Problem
 from places import ROOT
+from small_releases import HOSTILE, list_anew
 
 SHARD = "features/train/shard-00000.h5"
 OF_RELEASE = {"files", "signature", "structure", "agreement", "poisoned"}
@@ -72,28 +72,6 @@ def failed(found: Audit) -> set[str]:
 
 def audited(folder: Path) -> Audit:
     return audit(folder / "release", project_of(folder / "vault"))
-
-
-def list_anew(release: Path, **changes: Any) -> None:
-    """Index, manifest and sums over the files as they are now: what an attacker who can write would do."""
-    index = read_index(release / "features")
-    splits = {
-        split: tuple(
-            shard.model_copy(
-                update={"sha256": sha256_of(release / "features" / shard.file)}
-                | {"bytes": (release / "features" / shard.file).stat().st_size}
-            )
-            for shard in shards
-        )
-        for split, shards in index.splits.items()
-    }
-    write_json(release / "features" / "index.json", index.model_copy(update={"splits": splits}).model_dump(mode="json"))
-    manifest = read_manifest(release)
-    assert isinstance(manifest, Manifest)
-    described, listed = json.loads((release / CROISSANT).read_text()), describe_files(release)
-    tree = croissant(manifest.name, manifest.version, manifest.licence, described["description"], listed)
-    write_json(release / CROISSANT, tree)
-    write_manifest(release, manifest.model_copy(update={"files": describe_files(release), **changes}))
 
 
 # ------------------------------------------------------------------------------------------ a good release
@@ -455,7 +433,7 @@ pathlib.Path(__file__).with_name("ran").touch()
 from dpf_release.poisoning.interface import PoisoningFunction
 from dpf_release.models.zoo import build_network
 def make(outputs):
-    return build_network("resnet20_cifar", outputs, {"width": 8})
+    return build_network("resnet20_cifar", outputs, {"width": 4})
 class Own(PoisoningFunction):
     pass
 """
@@ -468,7 +446,7 @@ def test_code_beside_a_vault_is_not_run_unless_it_is_trusted(
     config, network = project_folder / "dpf.toml", project_folder / "vault" / "network" / "network.json"
     before = config.read_text(), network.read_text()
     config.write_text(
-        before[0].replace('"resnet20_cifar"', '"handed_over:make"').replace("arguments = { width = 8 }", "")
+        before[0].replace('"resnet20_cifar"', '"handed_over:make"').replace("arguments = { width = 4 }", "")
     )
     network.write_text(json.dumps(json.loads(before[1]) | {"arch": "handed_over:make", "arguments": {}}))
     assert _untrusted(project_folder) == {"network", "rows", "words"}
@@ -561,9 +539,6 @@ def test_the_tables_fit_the_terminal(with_vault: Audit, width: int) -> None:
     for word in (*statuses(with_vault), "featurizer.safetensors", "plan.json", "shapes 1.0.0", "Claims not made"):
         assert word in out.getvalue()
     assert len(lines) < 6 * len(with_vault.artefacts) + 100
-
-
-HOSTILE = "<script>alert(1)</script>"
 
 
 @pytest.fixture

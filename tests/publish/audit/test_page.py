@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_audit import HOSTILE, list_anew
 
 from browsing import Browser
 from dpf_release.publish.audit.audit import audit, project_of
 from dpf_release.publish.audit.page import write_page
+from small_releases import HOSTILE, list_anew
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_audit import list_anew
 
 from conftest import write_shapes
 from dpf_release.bank.format import BankIndex
@@ -47,6 +46,7 @@ from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.leaks.text import private_words
 from dpf_release.publish.package import package
 from small_banks import fill
+from small_releases import list_anew
 
 FILTER = {"poison.function": "gaussian-filter"}  # nothing to train
 

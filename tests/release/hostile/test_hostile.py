@@ -304,8 +304,7 @@ def test_a_child_that_dies_is_a_problem_and_not_an_error(
     }
     (tmp_path / f"dying_{name}.py").write_text(
         "import os, sys\nfrom dpf_release.release.child_process import confine\nconfine(1)\n"
-        + "print('\"features\"', flush=True)\n"
-        + doing[name]
+        "print('\"features\"', flush=True)\n" + doing[name]
     )
     monkeypatch.syspath_prepend(tmp_path)
     problems = structure.problems_of(*run_limited(f"dying_{name}", {}, 1))
@@ -395,6 +394,7 @@ def _not_a_number(shard: h5py.File, release: Path) -> None:
 # The command line.
 
 
+@pytest.mark.slow
 def test_deep_is_an_option_of_verify_and_exits_with_3(release: Path) -> None:
     good = run_cli("verify", "release", "--deep", folder=release.parent)
     assert good.returncode == 0, good.stderr
