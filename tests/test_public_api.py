@@ -70,7 +70,7 @@ def test_a_public_name_has_a_docstring_with_an_example_that_runs(
     (example,) = doctest.DocTestFinder(recurse=False).find(found, name, module=False, globs={})
     assert f"{name}" in example.docstring.partition(">>>")[2]
     with mock.patch.dict(FUNCTIONS), mock.patch.dict(ATTACKS):  # what the example registers is for it alone
-        runner = doctest.DocTestRunner(optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
         said: list[str] = []
         failed, tried = runner.run(example, out=said.append)
     assert (failed, "".join(said)) == (0, "")
