@@ -87,8 +87,8 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
     Each P stays the same. Rows that are mixed of several images are made anew where one of these was among them. All
     others keep their bytes and their order, and shards that hold neither stay as they are. `package` publishes.
 
-    A run that was cut off is finished by the next, which needs no names for it. A sealed vault changes as a whole, or
-    not at all.
+    A run that was cut off is finished by the next, which needs no names for it. An encrypted vault changes as a whole,
+    or not at all.
 
     Args:
         project: the owner's.
@@ -98,13 +98,15 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
     Raises:
         ConfigError: ids or names that no row has, all of them; a class with too few rows left for a function that mixes
             rows; a split that would have none left. Nothing is changed then.
-        VaultError: φ1(S) is not of today's images and network, or the vault is sealed and does not open.
+        VaultError: φ1(S) is not of today's images and network, or the vault does not open.
         StorageError: another run works in the vault, or the disk takes no more.
         RankError: there are several ranks.
     """
     project.forget("retracted", "private_images", "source_facts", "bank_order")
     with project.working(together=False, retracting=True), project.vault.changing(project.vault.root) as root:
-        project = replace(project, vault=Vault(root))  # of a sealed vault, a copy: shards and plans are read by paths
+        project = replace(
+            project, vault=Vault(root)
+        )  # a copy, where it is encrypted: shards and plans are read by paths
         report = None if project.retracted.unfinished is None else _finish(project)
         if ids or sources:
             lines = _asked_for(project, ids, sources)

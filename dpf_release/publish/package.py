@@ -111,7 +111,7 @@ def _package(
     passage = pass_gate(project, name, digest, steps, accept_risk, _views_that_apply(function, beside), beside)
     config = _next_version(project)
 
-    staging = build_beside(project.vault, out)
+    staging = build_beside(project.vault.root, out)
     try:
         _copy_public(candidate, staging)
         record = project.cut.public_record
@@ -131,7 +131,7 @@ def _package(
         _refuse_private_facts(staging, project, name)
     except BaseException:
         remove_folder(staging)
-        remove_unpublished(project.vault)
+        remove_unpublished(project.vault.root)
         raise
     entry = {
         "name": manifest.name,
@@ -150,7 +150,7 @@ def _package(
     staging.chmod(PUBLIC_FOLDER)
     swap(staging, out)
     remember_release(project.vault, entry | {"published": True})
-    remove_unpublished(project.vault)
+    remove_unpublished(project.vault.root)
     return manifest
 
 
@@ -273,7 +273,7 @@ def _settle_ledger(project: Project) -> None:
             place = project.config.folder / entry["place"]
             if _manifest_digest(place) == entry["manifest_sha256"]:
                 remember_release(vault, entry | {"published": True})
-            elif removed_manifest(vault) == entry["manifest_sha256"]:
+            elif removed_manifest(vault.root) == entry["manifest_sha256"]:
                 forget_release(vault, entry)
 
 
