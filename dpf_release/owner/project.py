@@ -387,3 +387,13 @@ class Project:
 
 def _preprocess_record(preprocess: Preprocess) -> dict[str, Any]:
     return PreprocessRecord(**asdict(preprocess)).model_dump(mode="json")
+
+
+def drop_from_survey(project: Project, table: ImageTable) -> None:
+    """Keeps what is known of the images that stay, of which S will be: they need not be looked at again."""
+    vault, path = project.vault, project.vault.survey("private")
+    known = vault.read_record(path, "featurize") if vault.holds(path) else {}
+    if known.get("digest") == project.bank_plan["source_sha256"]:
+        there = set(table.paths)
+        bad = [entry for entry in known["bad"] if entry["name"] in there]
+        vault.write_json(path, {"digest": table.digest(), "bad": bad})

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +197,18 @@ class Vault:
         """
         with io.TextIOWrapper(self._open(self.ids, "featurize"), "utf-8", newline="") as text:
             yield from csv.DictReader(text)
+
+    def drop_ids(self, gone: Set[bytes]) -> None:
+        """Takes the lines of rows, by their ids (16 bytes), out of the id map, and numbers the others anew."""
+        numbers = dict.fromkeys(map(str, SPLITS), 0)
+
+        def lines() -> Iterator[dict[str, str]]:
+            for line in self.read_ids():
+                if bytes.fromhex(line["id"]) not in gone:
+                    yield line | {"row": str(numbers[line["split"]])}
+                    numbers[line["split"]] += 1
+
+        self.write_ids(lines(), [key for key in next(self.read_ids()) if key not in ID_COLUMNS])
 
     # ------------------------------------------------------------------------------------------ banks, and runs
 
