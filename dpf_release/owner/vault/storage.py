@@ -100,12 +100,7 @@ class PlainStorage:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """For who only reads, and holds nothing yet.
-
-        Raises:
-            VaultError: the identity does not open the vault.
-            StorageError: it must be held to be opened, and another run holds it.
-        """
+        """For who only reads, and holds nothing yet; held is what must be opened for that."""
         yield
 
     @property
@@ -114,11 +109,7 @@ class PlainStorage:
         return ""
 
     def refuse_several_processes(self, count: int) -> None:
-        """That so many processes can share a run.
-
-        Raises:
-            VaultError: they cannot.
-        """
+        """That so many processes can share a run."""
 
 
 class EncryptedStorage(PlainStorage):
@@ -131,11 +122,7 @@ class EncryptedStorage(PlainStorage):
 
     @property
     def seals(self) -> Seals:
-        """For whom the vault is sealed.
-
-        Raises:
-            VaultError: the record is damaged, or gone.
-        """
+        """For whom the vault is sealed."""
         seals = read_seals(self.root)
         if seals is None:
             raise VaultError(f"{self.root / SEALS} is gone. Fetch it from a backup, or `dpf-release vault open` first.")
