@@ -52,11 +52,7 @@ def drop_rows(
         BankError: a shard is missing or damaged, or a row made anew does not fit float16.
         StorageError: the disk does not take the shards.
     """
-    before = folder / BEFORE
-    if not before.exists():
-        (folder / INDEX).replace(before)  # a bank that changes is unfinished
-        flush_to_disk(folder)
-    old = BankIndex.model_validate_json(before.read_bytes())
+    old = _begun(folder)
     if not (folder / INDEX).exists():
         writer = BankWriter(folder, old.model_copy(update={"splits": {}}), batch_size=batch_size)
         shards = [(split, record) for split, records in old.splits.items() for record in records]
@@ -70,6 +66,15 @@ def drop_rows(
     for file in _files(old) - _files(new):
         (folder / file).unlink(missing_ok=True)
     return new
+
+
+def _begun(folder: Path) -> BankIndex:
+    """The index of the bank with its rows, put aside: a bank that changes is unfinished."""
+    before = folder / BEFORE
+    if not before.exists():
+        (folder / INDEX).replace(before)
+        flush_to_disk(folder)
+    return BankIndex.model_validate_json(before.read_bytes())
 
 
 def _files(index: BankIndex) -> set[str]:

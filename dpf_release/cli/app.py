@@ -19,21 +19,11 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # locals hold private paths
 )
 
-key_app = typer.Typer(
-    help="Keys that sign releases.\n\nExample: dpf-release key new --out ~/owner-key", no_args_is_help=True
-)
-app.add_typer(key_app, name="key")
-
-vault_app = typer.Typer(
-    help="Seal the vault, open it, make it forget, look at it.\n\nExample: dpf-release vault seal --recipient age1...",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,  # locals hold private paths
-)
-app.add_typer(vault_app, name="vault")
-
 IdentityOption = Annotated[
     Path | None,
-    typer.Option("--identity", envvar="DPF_RELEASE_IDENTITY", help="The age identity file that opens a sealed vault."),
+    typer.Option(
+        "--identity", envvar="DPF_RELEASE_IDENTITY", help="The file of the key that opens an encrypted vault."
+    ),
 ]
 FixPermissionsOption = Annotated[
     bool, typer.Option("--fix-permissions", help="Take away the rights of others to the vault.")

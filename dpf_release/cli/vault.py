@@ -9,7 +9,19 @@ import typer
 
 if TYPE_CHECKING:
     from dpf_release.owner.vault.vault import Vault
-from dpf_release.cli.app import CONFIG, ConfigOption, FixPermissionsOption, IdentityOption, key_app, vault_app
+from dpf_release.cli.app import CONFIG, ConfigOption, FixPermissionsOption, IdentityOption, app
+
+key_app = typer.Typer(
+    help="Keys that sign releases.\n\nExample: dpf-release key new --out ~/owner-key", no_args_is_help=True
+)
+app.add_typer(key_app, name="key")
+
+vault_app = typer.Typer(
+    help="Seal the vault, open it, make it forget, look at it.\n\nExample: dpf-release vault seal --recipient age1...",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,  # locals hold private paths
+)
+app.add_typer(vault_app, name="vault")
 
 
 def open_vault(config: Path, identity: Path | None = None, fix_permissions: bool = False) -> Vault:

@@ -159,7 +159,7 @@ GRANTS: dict[type[ReleaseView], Callable[[Target, Setting], dict[str, Any]]] = {
 
 
 def kept_in(vault: Vault) -> Kept:
-    """What attackers have trained, in the vault; one file for each name and subject, sealed where the vault is.
+    """What attackers have trained, in the vault; one file for each name and subject.
 
     Three functions and no vault: an attack holds them, and is to hold nothing of the owner's.
     """

@@ -24,7 +24,7 @@ from dpf_release.owner.adversaries import (
     public_features,
     straw_man,
 )
-from dpf_release.owner.fitted import CANDIDATE, PLAN, STATE, read_plans, write_plans
+from dpf_release.owner.fitted import CANDIDATE, PLAN, STATE, checkpoints, read_plans, write_plans
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import TargetTask
 from dpf_release.owner.vault.vault import Vault
@@ -195,7 +195,7 @@ def _begin(vault: Vault, folder: Path, recipe: dict[str, Any], subject: dict[str
         )
     make_folder(folder)
     # The record first: what lies beside no record is nobody's, also after a crash between these lines.
-    vault.remove(path, *_checkpoints(vault, folder), *(folder / name for name in (STATE, PLAN, CANDIDATE)))
+    vault.remove(path, *checkpoints(vault, folder), *(folder / name for name in (STATE, PLAN, CANDIDATE)))
     vault.write_json(path, {"recipe": recipe, "for": subject, "secret": os.urandom(32).hex(), "fitted": False})
 
 
@@ -205,9 +205,4 @@ def _finish(vault: Vault, chain: Chain, folder: Path, histories: dict[str, Any])
     vault.write_json(folder / "history.json", histories)
     record = vault.read_record(folder / "function.json", "fit-poison")
     vault.write_json(folder / "function.json", record | {"fitted": True})
-    vault.remove(*_checkpoints(vault, folder))
-
-
-def _checkpoints(vault: Vault, folder: Path) -> list[Path]:
-    """What trainings have kept to go on from."""
-    return [path for path in vault.members(folder) if path.name.startswith("checkpoint")]
+    vault.remove(*checkpoints(vault, folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from safetensors.numpy import load, save
 
 from dpf_release.bank.format import RELEASED_SPLITS, SplitName
 from dpf_release.bank.rows import RowSource
-from dpf_release.errors import VaultError
+from dpf_release.errors import ConfigError, VaultError
 from dpf_release.models.weights import parse_state
 from dpf_release.owner.project import Project
+from dpf_release.owner.removal import Removal, RowsOfSplit
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
 from dpf_release.poisoning.plan import FeatureSpec, Plan
@@ -105,3 +106,65 @@ def load_function(project: Project, name: str) -> FittedFunction:
     parts = [*learned, record.get("fitted_plan_sha256", plan_sha256)]
     digest = hashlib.sha256("".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *parts]).encode())
     return FittedFunction(chain, plans, digest.hexdigest(), plan_sha256)
+
+
+def checkpoints(vault: Vault, folder: Path) -> list[Path]:
+    """What trainings of a function have kept to go on from."""
+    return [path for path in vault.members(folder) if path.name.startswith("checkpoint")]
+
+
+# --------------------------------------------------------------------------------------------- without rows
+
+
+def is_fitted(project: Project, name: str) -> bool:
+    """Whether there is a function of that name, fitted to the end for today's bank."""
+    path = project.vault.function(name) / "function.json"
+    if not project.vault.holds(path):
+        return False
+    record = project.vault.read_record(path, "fit-poison")
+    return bool(record["fitted"] and record["for"]["bank"] == project.bank_id)
+
+
+def without_rows(removal: Removal, name: str) -> tuple[FittedFunction, RowsOfSplit]:
+    """A function with the plans of the rows that stay, and the numbers of those that come out otherwise by them.
+
+    The draw is the function's secret's and the retraction's number's: a run that was cut off draws the same.
+
+    Raises:
+        ConfigError: too few rows of a class would be left for it.
+    """
+    project, vault = removal.project, removal.project.vault
+    function, folder = load_function(project, name), vault.function(name)
+    known = load(vault.read_bytes(folder / PLAN, "fit-poison"))
+    if removal.number in known.get("retraction", ()):
+        return function, {split: known[f"rebuilt/{split}"] for split in RELEASED_SPLITS}
+    secret = bytes.fromhex(vault.read_record(folder / "function.json", "fit-poison")["secret"])
+    secret = hashlib.sha256(secret + b"retraction" + removal.number.to_bytes(4)).digest()
+    phi_2 = project.frozen(project.cut.split.classifier)
+    plans: dict[str, list[Plan]] = {}
+    rebuilt: RowsOfSplit = {}
+    for split in RELEASED_SPLITS:
+        try:
+            plans[split], rebuilt[split] = function.chain.drop_rows(
+                function.plans[split], removal.kept[split], removal.bank(split), phi_2, secret
+            )
+        except ConfigError as error:
+            raise ConfigError(f"the function {name!r}, in {split}: {error} Nothing was retracted.") from error
+    return replace(function, plans=plans), rebuilt
+
+
+def drop_rows(removal: Removal, name: str) -> None:
+    """Takes rows out of a function's plans; of one that is not fitted to its end goes what it has drawn and learned."""
+    vault, folder = removal.project.vault, removal.project.vault.function(name)
+    if not is_fitted(removal.project, name):
+        vault.remove(*checkpoints(vault, folder), folder / PLAN)
+        return
+    function, rebuilt = without_rows(removal, name)
+    planned = any(plan.arrays for plans in function.plans.values() for plan in plans)
+    if not planned or removal.number in load(vault.read_bytes(folder / PLAN, "fit-poison")).get("retraction", ()):
+        return
+    record = vault.read_record(folder / "function.json", "fit-poison")
+    if "fitted_plan_sha256" not in record:  # which P this is stays what it was when it was fitted
+        vault.write_json(folder / "function.json", record | {"fitted_plan_sha256": function.plan_sha256})
+    more = {f"rebuilt/{split}": rows for split, rows in rebuilt.items()}
+    write_plans(vault, folder, function.plans, more | {"retraction": np.array([removal.number])})

@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpf_release.bank import drop_rows as bank_rows
 from dpf_release.bank.build import changed_facts, refuse_other_plan, write_bank
-from dpf_release.bank.format import INDEX, RELEASED_SPLITS, BankIndex, read_index
+from dpf_release.bank.drop_rows import BEFORE
+from dpf_release.bank.format import INDEX, RELEASED_SPLITS, BankIndex, SplitName, read_index
+from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import Span, SplitRows
 from dpf_release.core.files import make_folder, sha256_of
+from dpf_release.errors import BankError
 from dpf_release.images.dataset import BadImage
 from dpf_release.owner.banks import bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
-from dpf_release.owner.fitted import CANDIDATE, FittedFunction, load_function
+from dpf_release.owner.fitted import CANDIDATE, PLAN, FittedFunction, is_fitted, load_function, without_rows
 from dpf_release.owner.measure import measure
 from dpf_release.owner.project import Project
+from dpf_release.owner.removal import Removal
 from dpf_release.owner.vault.vault import BANK, Vault
 
 
@@ -183,3 +188,77 @@ def _write_public_model(project: Project, folder: Path) -> None:
     for name, data in (("featurizer", cut.featurizer_file), ("classifier", cut.classifier_file)):
         project.vault.write_bytes(folder / f"{name}.safetensors", data)
     project.vault.write_json(folder / "model.json", cut.public_record.model_dump(mode="json"))
+
+
+# --------------------------------------------------------------------------------------------- without rows
+
+
+def drop_rows(removal: Removal, name: str) -> bool:
+    """Takes rows out of a candidate, and makes those anew that its function mixed of them.
+
+    Returns:
+        Whether it is lost: it was half written, or of another bank, and is removed.
+    """
+    vault, number = removal.project.vault, removal.number
+    features, record = vault.candidate(name) / "features", vault.function(name) / CANDIDATE
+    if not (is_fitted(removal.project, name) and _is_whole(vault, name)):
+        there = any(features.glob("*/shard-*.h5*"))
+        vault.remove(record)
+        remove_bank(vault, features)
+        return there
+    known = vault.read_record(record, f"poison --name {name}")
+    steps = known.get("retracted", [])
+    if not steps or steps[-1]["number"] != number:
+        rebuilt = _drop_from_bank(removal, name)
+        step = {
+            "number": number,
+            "rebuilt": rebuilt,
+            "dropped_from": sha256_of(features / BEFORE),
+            "dropped": removal.retracted.retractions[-1].released_rows,
+        }
+        changed = {"plan": vault.sha256(vault.function(name) / PLAN), "rows": vault.sha256(vault.ids)}
+        update = {
+            "origin": known["origin"] | changed,
+            "index_sha256": sha256_of(features / INDEX),
+            "retracted": [*steps, step],
+        }
+        vault.write_json(record, known | update)
+    (features / BEFORE).unlink(missing_ok=True)
+    return False
+
+
+def _drop_from_bank(removal: Removal, name: str) -> int:
+    """How many rows are made anew."""
+    project, (function, rebuilt) = removal.project, without_rows(removal, name)
+    banks = {split: removal.bank(split) for split in RELEASED_SPLITS}
+    poisoned = {split: function.poisoned(split, bank) for split, bank in banks.items()}
+    row_of = {bank.ids[row].tobytes(): row for split, bank in banks.items() for row in rebuilt[split]}
+
+    def remake(split: SplitName, ids: NDArray[np.uint8]) -> NDArray[Any]:
+        return poisoned[split].read(np.array([row_of[row_id.tobytes()] for row_id in ids]))
+
+    features, batch_size = project.vault.candidate(name) / "features", project.config.bank.batch_size
+    bank_rows.drop_rows(features, removal.retracted.ids, batch_size, row_of.keys(), remake)
+    return len(row_of)
+
+
+def _is_whole(vault: Vault, name: str) -> bool:
+    """Whether a candidate was written to its end, and is whole or what a retraction that was cut off left of it."""
+    record, features = vault.function(name) / CANDIDATE, vault.candidate(name) / "features"
+    known = vault.read_record(record, "poison") if vault.holds(record) else {}
+    indexes = [path for path in (features / BEFORE, features / INDEX) if path.is_file()]
+    if known.get("index_sha256") not in {sha256_of(path) for path in indexes}:
+        return False
+    if (features / BEFORE).is_file():
+        return True  # its shards were well before it was begun with
+    try:
+        return all(len(FeatureBank(features, split).ids) for split in read_index(features).splits)
+    except BankError:
+        return False
+
+
+def rebuilt_rows(vault: Vault, number: int) -> dict[str, int]:
+    """For each candidate that a retraction changed as its last, how many rows that made anew."""
+    paths = vault.root.glob(f"functions/*/{CANDIDATE}")
+    steps = {path.parent.name: vault.read_record(path, "poison").get("retracted", []) for path in sorted(paths)}
+    return {name: of[-1]["rebuilt"] for name, of in steps.items() if of and of[-1]["number"] == number}

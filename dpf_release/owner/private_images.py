@@ -81,3 +81,19 @@ def surveyed(
         ranks.once(lambda: vault.write_json(path, found))
     refuse_bad(bad, len(table), getattr(config.images, name).max_bad)
     return ImageSet(table, pictures, tuple(bad), digest)
+
+
+def drop_from_survey(vault: Vault, table: ImageTable, before: str) -> None:
+    """Keeps what is known of the images that stay: they need not be looked at again.
+
+    Args:
+        vault: where the survey is.
+        table: S, as it will be.
+        before: digest of S as it was.
+    """
+    path = vault.survey("private")
+    known = vault.read_record(path, "featurize") if vault.holds(path) else {}
+    if known.get("digest") == before:
+        there = set(table.paths)
+        bad = [entry for entry in known["bad"] if entry["name"] in there]
+        vault.write_json(path, {"digest": table.digest(), "bad": bad})

@@ -28,7 +28,6 @@ from dpf_release.owner.cut_network import CutNetwork, import_from, new_network, 
 from dpf_release.owner.private_bank import BankOrder, bank_id, bank_order, open_split, source_facts
 from dpf_release.owner.private_images import public_table, surveyed, table_without
 from dpf_release.owner.vault.retractions import Retracted, read_retracted
-from dpf_release.owner.vault.sealing import begin_run
 from dpf_release.owner.vault.vault import Vault
 
 
@@ -72,7 +71,7 @@ class Project:
         Args:
             config: the file.
             overrides: options laid over it (dotted keys, as `"poison.epochs"`).
-            identity: the age identity file that opens the vault, where it is sealed.
+            identity: the file of the secret key that opens the vault, where it is encrypted.
             fix_permissions: take away the rights of others to the vault, in the place of a refusal.
 
         Raises:
@@ -111,18 +110,14 @@ class Project:
         Raises:
             VaultError: a retraction was cut off.
             StorageError: another run works in the vault.
-            VaultError: it is sealed, and there are several ranks or no identity.
+            VaultError: it is encrypted, and there are several ranks or no identity.
             RankError: there are several ranks, and the step is one process's work.
         """
         if self.ranks.world_size > 1 and not together:
             raise RankError("expected one process for this step, found several. Run it without torchrun.")
-        if self.ranks.world_size > 1 and self.vault.seals:
-            raise VaultError(
-                "expected one process for a sealed vault, found several. Run it without torchrun, or open the vault "
-                "for good with `dpf-release vault open`."
-            )
+        self.vault.storage.refuse_several_processes(self.ranks.world_size)
         with self.ranks.holding(self.vault.root), self.vault.run():
-            self.ranks.once(lambda: begin_run(self.vault))
+            self.ranks.once(self.vault.begin_run)
             if not retracting:
                 self._refuse_unfinished_retraction()
                 # Here, where all ranks come by: a survey is shared, and must not begin on one of them alone.

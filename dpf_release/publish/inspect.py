@@ -14,7 +14,7 @@ from dpf_release.models.hooks import HookPoint, hook_points
 from dpf_release.models.zoo import build_network, is_public_architecture
 from dpf_release.owner.config import CONFIG_NAME, read_config
 from dpf_release.owner.cut_network import import_from
-from dpf_release.owner.vault.age import sealed_form
+from dpf_release.owner.vault.contents import at_rest
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.release.manifest import MANIFEST
 from dpf_release.release.model_record import ModelRecord, read_model_record
@@ -126,10 +126,11 @@ def _vault(folder: Path) -> list[Table]:
         tables.append(_bank("features", read_index(folder / "features")))
     for candidate in sorted(folder.glob(f"candidates/*/features/{INDEX}")):
         tables.append(_bank(f"candidate {candidate.parent.parent.name}", read_index(candidate.parent)))
+    vault = Vault(folder)
     holdings = [
-        (str(member.relative_to(folder)), str(path.stat().st_size), "sealed" if path != member else "")
-        for member in Vault(folder).members()
+        (str(member.relative_to(folder)), str(file.stat().st_size), str(at_rest(file.name)))
+        for member in vault.members()
         if member.suffix != ".h5" and "candidates" not in member.relative_to(folder).parts
-        for path in [member if member.is_file() else sealed_form(member)]
+        for file in [vault.storage.file_of(member)]
     ]
     return [*tables, Table("Private files", ("file", "bytes", ""), holdings)]

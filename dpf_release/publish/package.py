@@ -136,7 +136,7 @@ def _package(
     reason = _reason_for_function(vault, candidate.function, second_function)
     passage = _ask_gate(project, candidate, accept_risk)
 
-    staging = build_beside(project.vault, out)
+    staging = build_beside(project.vault.root, out)
     try:
         manifest = _build(staging, project, candidate, passage, reason)
         if key is not None:
@@ -146,7 +146,7 @@ def _package(
         _refuse_private_facts(staging, project, name)
     except BaseException:
         remove_folder(staging)
-        remove_unpublished(project.vault)
+        remove_unpublished(project.vault.root)
         raise
     entry = {
         "name": manifest.name,
@@ -218,7 +218,7 @@ def _publish(vault: Vault, staging: Path, out: Path, entry: dict[str, Any]) -> N
     staging.chmod(PUBLIC_FOLDER)
     swap(staging, out)
     remember_release(vault, entry | {"published": True})
-    remove_unpublished(vault)
+    remove_unpublished(vault.root)
 
 
 def _refuse_place(out: Path, project: Project) -> None:
@@ -328,7 +328,7 @@ def _settle_ledger(vault: Vault, folder: Path) -> None:
             place = folder / entry["place"]
             if _manifest_digest(place) == entry["manifest_sha256"]:
                 remember_release(vault, entry | {"published": True})
-            elif removed_manifest(vault) == entry["manifest_sha256"]:
+            elif removed_manifest(vault.root) == entry["manifest_sha256"]:
                 forget_release(vault, entry)
 
 

@@ -18,6 +18,7 @@ from conftest import run_cli
 from dpf_release.attacks import interface
 from dpf_release.attacks.interface import Attack, Reconstructions
 from dpf_release.attacks.threat_models import Budget, ReleaseView
+from dpf_release.bank.rows import Select
 from dpf_release.errors import ConfigError, VaultError
 from dpf_release.evaluation import utility
 from dpf_release.evaluation.frontier import compare
@@ -39,7 +40,6 @@ from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.measure import measure_task
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
-from dpf_release.owner.retract import KeptRows
 from dpf_release.release.attack_report import AttackReport, Interval, Power, Utility
 from dpf_release.release.train import fit_classifier
 from places import ROOT
@@ -83,7 +83,7 @@ def test_when_a_row_has_gone_moments_and_draws_are_new_and_no_difference_of_vers
     source, kept = rows_of(np.zeros(40), (3, 6, 6)), np.arange(1, 40)
     source.features[:] += 3  # none is cut off
     chain, plans = planned("class-gaussian", source)
-    left = KeptRows(source, kept)
+    left = Select(source, kept)
     replanned, rebuilt = chain.drop_rows(plans, kept, left, PHI_2, bytes([7] * 32))
     assert rebuilt.tolist() == list(range(39))
     assert np.allclose(replanned[0].arrays["mean"][0], source.features[1:].mean(axis=(0, 2, 3)), atol=1e-5)
@@ -92,7 +92,7 @@ def test_when_a_row_has_gone_moments_and_draws_are_new_and_no_difference_of_vers
     control = chain.on(left, [drawn_as_before]).read(np.arange(39))
     assert (control - old).std() < 0.1 < 0.3 < (new - old).std()
     everyone = np.arange(40)
-    same, none = chain.drop_rows(plans, everyone, KeptRows(source, everyone), PHI_2, bytes([7] * 32))
+    same, none = chain.drop_rows(plans, everyone, Select(source, everyone), PHI_2, bytes([7] * 32))
     assert none.tolist() == []
     assert same[0] is plans[0]
 
@@ -103,9 +103,9 @@ def test_a_class_of_a_few_rows_has_no_moments_of_its_own() -> None:
         planned("class-gaussian", source)
     chain, plans = planned("class-gaussian:k=4", source)
     kept = np.arange(1, 14)
-    assert len(chain.drop_rows(plans, kept, KeptRows(source, kept), PHI_2, SECRET)[1]) == 13
+    assert len(chain.drop_rows(plans, kept, Select(source, kept), PHI_2, SECRET)[1]) == 13
     with pytest.raises(ConfigError, match="class 1: 3"):
-        chain.drop_rows(plans, kept[:-1], KeptRows(source, kept[:-1]), PHI_2, SECRET)
+        chain.drop_rows(plans, kept[:-1], Select(source, kept[:-1]), PHI_2, SECRET)
     positions, members = chain.contributors(np.array([3, 5]), plans)
     assert (positions.tolist(), members.tolist()) == ([0, 1], [3, 5])  # the row with the same id
 

@@ -19,6 +19,7 @@ from dpf_release import Release
 from dpf_release.bank.drop_rows import BEFORE, drop_rows
 from dpf_release.bank.format import SplitName, read_index
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import Select
 from dpf_release.core.files import sha256_of
 from dpf_release.core.ranks import Ranks
 from dpf_release.errors import BankError, ConfigError, RankError, RefusedError, VaultError
@@ -28,7 +29,7 @@ from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.fitted import load_function
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
-from dpf_release.owner.retract import KeptRows, retract
+from dpf_release.owner.retract import retract
 from dpf_release.owner.vault.retractions import RETRACTED, next_version
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.interface import FUNCTIONS
@@ -430,7 +431,7 @@ def test_rows_that_a_retracted_one_contributed_to_are_rebuilt_and_no_others(proj
     features = project_folder / "release" / "features"
     before, files = rows_in(features, "train"), digests(features)
     project = open_project(project_folder)
-    pieces = load_function(project, name).plans["train"][0].pieces
+    pieces = load_function(project, name).plans["train"][0].arrays["pieces"]
     private = project.private_bank("train")[:][0]
     digest = load_function(project, name).digest
     assert pieces is not None
@@ -501,7 +502,7 @@ def test_a_plan_made_anew_has_nothing_of_the_rows_that_have_gone_and_the_rest_of
     source = rows_of(np.repeat([0, 1], 15), (2, 4, 4))
     chain, plans = planned(spec, source)
     kept = np.setdiff1d(np.arange(30), [4, 20])
-    left = KeptRows(source, kept)
+    left = Select(source, kept)
     replanned, rebuilt = chain.drop_rows(plans, kept, left, PHI_2, SECRET)
     old = np.asarray(chain.on(source, plans).read(kept))
     new = np.asarray(chain.on(left, replanned).read(np.arange(28)))
@@ -525,7 +526,7 @@ def test_a_rebuilt_row_is_drawn_anew_as_a_whole() -> None:
     source = rows_of(np.zeros(12), (1, 16, 16))
     chain, plans = planned("recombine:k=4", source)
     kept = np.arange(1, 12)
-    (plan,), rebuilt = chain.drop_rows(plans, kept, KeptRows(source, kept), PHI_2, SECRET)
+    (plan,), rebuilt = chain.drop_rows(plans, kept, Select(source, kept), PHI_2, SECRET)
     for row in rebuilt:
         was = plans[0].arrays["pieces"][kept[row]]
         stayed = (plan.arrays["pieces"][row] == was - 1)[was != 0].mean()
@@ -541,9 +542,9 @@ def test_a_function_of_ones_own_that_plans_with_rows_must_say_how_it_does_withou
     source, kept = rows_of(np.zeros(4)), np.arange(3)
     chain, plans = planned("recorder", source)
     with pytest.raises(ConfigError, match="Recorder plans with the rows of a bank, and has no `drop_rows`"):
-        chain.drop_rows(plans, kept, KeptRows(source, kept), PHI_2, SECRET)
+        chain.drop_rows(plans, kept, Select(source, kept), PHI_2, SECRET)
     chain, plans = planned("gaussian-noise", source)
-    assert chain.drop_rows(plans, kept, KeptRows(source, kept), PHI_2, SECRET)[1].tolist() == []
+    assert chain.drop_rows(plans, kept, Select(source, kept), PHI_2, SECRET)[1].tolist() == []
 
 
 # --------------------------------------------------------------------------------------------- cut off

@@ -28,7 +28,7 @@ from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.owner.retract import retract
-from dpf_release.owner.vault.sealing import look_at
+from dpf_release.owner.vault.contents import look_at
 from dpf_release.publish.gate import objections, pass_gate, same_but_for_dropped_rows
 from dpf_release.publish.package import package
 from dpf_release.release.attack_report import AttackReport, AttackResult, Interval, Power, Way, public_report
@@ -417,7 +417,7 @@ def test_a_weak_function_is_attacked_and_refused_with_the_reasons(
     (result,) = report.attacks
     assert result.verdict == "fail"
     assert list((project.vault.root / "attackers").iterdir())
-    assert look_at(project.vault).strangers == ()  # a vault with what attackers keep can be sealed
+    assert look_at(project.vault.root).strangers == ()  # a vault with what attackers keep can be sealed
     with pytest.raises(RefusedError) as caught:
         package(project, "weak", second_function="for a test")
     assert "attacks of profile quick were run, those of standard are wanted" in str(caught.value)

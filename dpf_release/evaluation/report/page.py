@@ -76,7 +76,7 @@ def write_page(vault: Vault, name: str, report: AttackReport) -> Path:
         report: what was measured.
 
     Returns:
-        Its path in the clear, which has it where the vault is not sealed.
+        Its path in the clear.
     """
     path, others = make_folder(vault.reports(name)) / PAGE, vault.root / "reports" / FRONTIER
     frontier = Frontier.model_validate(vault.read_record(others, "compare")) if vault.holds(others) else Frontier()

@@ -13,17 +13,16 @@ from typing import Any
 
 from dpf_release.core.bounded_json import MAX_BYTES
 from dpf_release.core.files import sha256_of
-from dpf_release.core.locks import locked
 from dpf_release.errors import DPFReleaseError, VaultError
 from dpf_release.owner.config import CONFIG_NAME, read_config
 from dpf_release.owner.cut_network import import_from
 from dpf_release.owner.fitted import load_function
 from dpf_release.owner.project import Project
-from dpf_release.owner.vault.age import SEALED, refuse_other_identity
+from dpf_release.owner.vault.contents import AtRest, at_rest, plain_name, role_in_vault
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.audit.checks import CHECKS, vault_entries
-from dpf_release.publish.audit.describe import public_contents, role_in_vault
+from dpf_release.publish.audit.describe import public_contents
 from dpf_release.publish.audit.engine import Finding, Result, Side, Status, Subject, lineage, run_check
 from dpf_release.release.manifest import MANIFEST, Claims, Manifest, role_in_release
 from dpf_release.release.tree import Tree
@@ -46,7 +45,7 @@ class Artefact:
         mode: permissions, octal.
         passed: names of the checks that looked at it and found nothing; none after the first that did.
         failed: names of the checks that found something.
-        sealed: whether it is encrypted at rest (private side).
+        at_rest: whether it is encrypted (private side).
         releases: names and versions of those that it belongs to, by the ledger (private side).
     """
 
@@ -59,8 +58,13 @@ class Artefact:
     mode: str
     passed: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
-    sealed: bool = False
+    at_rest: AtRest = AtRest()
     releases: tuple[str, ...] = ()
+
+    def as_tree(self) -> dict[str, Any]:
+        """For JSON; `at_rest` is spread out."""
+        tree = asdict(self)
+        return tree | tree.pop("at_rest")
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ class Audit:
                 for result in self.results
                 for finding in result.findings
             ],
-            "artefacts": [asdict(artefact) for artefact in self.artefacts],
+            "artefacts": [artefact.as_tree() for artefact in self.artefacts],
             "claims": self.claims.model_dump(mode="json"),
         }
         return json.dumps(tree, indent=2, sort_keys=True)
@@ -194,7 +198,7 @@ def audit(release: Path, project: Project | None = None, public_key: Path | None
 
     Raises:
         VaultError: a name in the vault's ledger cannot be a function's, or the identity does not open the vault.
-        StorageError: the vault is sealed, and another run works in it.
+        StorageError: the vault must be opened for that, and another run works in it.
 
     Example:
         >>> from pathlib import Path
@@ -202,20 +206,8 @@ def audit(release: Path, project: Project | None = None, public_key: Path | None
         >>> audit(Path("my-release/release")).findings
         ()
     """
-    with _readable(project):
+    with project.vault.storage.reading() if project else contextlib.nullcontext():
         return _audit(release.resolve(), project, public_key)
-
-
-@contextlib.contextmanager
-def _readable(project: Project | None) -> Iterator[None]:
-    """A sealed vault with its key is held: banks are opened into a folder of the run. Nothing else is written."""
-    seals = project.vault.seals if project else None
-    if project is None or project.vault.identity is None or seals is None:
-        yield
-        return
-    refuse_other_identity(project.vault.identity, seals.recipients)
-    with locked(project.vault.root), project.vault.run():
-        yield
 
 
 def _audit(release: Path, project: Project | None, public_key: Path | None) -> Audit:
@@ -239,7 +231,7 @@ def project_of(vault: Path, identity: Path | None = None, *, trust_code: bool = 
 
     Args:
         vault: its folder.
-        identity: the age identity file that opens it, where it is sealed.
+        identity: the file of the secret key that opens it, where it is encrypted.
         trust_code: import and run networks and functions that the configuration or the vault name, from its folder too;
             without it the checks that need them are not run.
 
@@ -305,7 +297,7 @@ def _private_artefacts(project: Project, results: Sequence[Result]) -> Iterator[
             f"{stat.S_IMODE(status.st_mode):04o}",
             passed,
             failed,
-            name.endswith(SEALED),
+            at_rest(name),
             _releases_of(name, made),
         )
 
@@ -332,14 +324,14 @@ def _digest(path: Path, status: os.stat_result, limit: int | None = None) -> str
 def _releases(project: Project) -> dict[str, tuple[str, ...]]:
     """By function, the releases in the ledger that today's function of that name made."""
     vault = project.vault
-    if vault.seals and vault.identity is None:
+    if vault.storage.unreadable:
         return {}
     made: dict[str, tuple[str, ...]] = {}
     for entry in releases(vault):
         name = entry["function"]
         try:
             today = load_function(project, name).digest
-        except DPFReleaseError:  # forgotten, sealed, or fitted for another network
+        except DPFReleaseError:  # forgotten, or fitted for another network
             continue
         if entry["function_digest"] == today:
             made[name] = (*made.get(name, ()), f"{entry['name']} {entry['version']}")
@@ -351,6 +343,6 @@ def _releases_of(path: str, releases: dict[str, tuple[str, ...]]) -> tuple[str, 
     folder, _, rest = path.partition("/")
     if folder in {"functions", "candidates", "reports"}:
         return releases.get(rest.split("/")[0], ())
-    if folder in {"network", "features"} or path.removesuffix(SEALED) in {"ids.csv", "ledger.json"}:
+    if folder in {"network", "features"} or plain_name(path) in {"ids.csv", "ledger.json"}:
         return tuple(dict.fromkeys(name for names in releases.values() for name in names))
     return ()

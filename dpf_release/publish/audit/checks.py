@@ -16,9 +16,9 @@ from dpf_release.bank.format import INDEX, read_index
 from dpf_release.core.files import sha256_of
 from dpf_release.errors import VaultError, VerificationError
 from dpf_release.owner.fitted import load_function
+from dpf_release.owner.vault.contents import OPENED
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.permissions import problem_of, refuse_tracked
-from dpf_release.owner.vault.vault import OPENED
 from dpf_release.publish.audit.engine import Check, Finding, NotRunError, Subject
 from dpf_release.publish.leaks.findings import Sources
 from dpf_release.publish.leaks.ids import telling_ids
@@ -148,7 +148,7 @@ def _place(subject: Subject) -> Iterable[Finding]:
 
 
 def vault_entries(root: Path) -> tuple[dict[str, os.stat_result], dict[str, str]]:
-    """As of `Tree`: what a vault holds, but for the copies that this audit reads of what is sealed; what is unseen."""
+    """As of `Tree`: what a vault holds, but for the copies that this audit reads; what is unseen."""
     with Tree.open(root) as tree:
         return {path: found for path, found in tree.entries.items() if path.split("/")[0] != OPENED}, tree.unseen
 

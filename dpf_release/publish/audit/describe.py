@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from dpf_release.bank.format import open_shard, read_index
-from dpf_release.owner.vault.age import SEALED
 from dpf_release.release.attack_report import read_attack_report
 from dpf_release.release.manifest import SIGNER, Manifest, role_in_release
 from dpf_release.release.model_record import read_model_record
@@ -97,53 +95,3 @@ def _extents(shape: tuple[int, ...]) -> str:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-# --------------------------------------------------------------------------------------------- the vault
-
-_HOLDINGS: tuple[tuple[str, str, str], ...] = (
-    (r"\.gitignore", "marker", "tells git to take nothing from here"),
-    (r"\.lock", "marker", "a run works here, or was cut off"),
-    (r"sealed\.json", "marker", "for whom the vault is sealed, and the names of what is"),
-    (r"\.unpublished\.json", "marker", "where a release was being built when its run was cut off"),
-    (r".*\.partial", "left-over", "a file half written by a run that was cut off; what it becomes is private"),
-    (r".*checkpoint\.safetensors", "checkpoint", "a training that was cut off, to go on from"),
-    (r"network/phi\.safetensors", "network", "Φ, all its weights, as trained or imported"),
-    (r"network/network\.json", "network", "what rebuilds Φ: architecture, hook point, preprocessing, classes"),
-    (r"network/.*\.json", "network", "how Φ was trained, or the digest of the file that it came from"),
-    (r"survey-.*\.json", "survey", "which images could not be read: names of source files"),
-    (r"features/plan\.json", "plan", "what φ1(S) was made from, and what was drawn before its first row"),
-    (r"features/index\.json", "private-bank", "the index of φ1(S)"),
-    (r"features/index-before\.json", "private-bank", "the index of φ1(S) as it was before a retraction"),
-    (r"features/.*\.h5", "private-bank", "rows of φ1(S), not poisoned: worth as much as the pictures"),
-    (r"ids\.csv", "id-map", "which id is which source file, with its attributes"),
-    (r"reconstructors/.*\.safetensors", "attacker", "a reconstructor ψ or an attribute classifier"),
-    (r"reconstructors/.*\.json", "attacker", "what an attacker was trained for, and how it went"),
-    (r"functions/[^/]*/function\.json", "function", "P: its recipe and its secret"),
-    (r"functions/[^/]*/dpf\.safetensors", "function", "P: its learned weights"),
-    (r"functions/[^/]*/plan\.safetensors", "function", "P: what it drew before it saw a row"),
-    (r"functions/[^/]*/history\.json", "function", "P: how its training went"),
-    (r"functions/[^/]*/candidate\.json", "function", "what the candidate was made from"),
-    (r"candidates/[^/]*/.*", "candidate", "a file as `package` publishes it"),
-    (r"reports/[^/]*/measurements\.json", "report", "what was measured on a candidate"),
-    (
-        r"attackers/.*",
-        "attacker",
-        "what attacks have trained or made, to go on from; worth no less than a reconstructor",
-    ),
-    (r"reports/[^/]*/.*\.png", "report", "pictures of S and their reconstructions"),
-    (r"reports/[^/]*/attack-.*\.json", "report", "what attackers got out of a candidate, in numbers"),
-    (r"reports/[^/]*/failed\.json", "report", "which attacks failed a claim of a candidate, in numbers"),
-    (r"reports/[^/]*/attack\.html", "report", "what attackers got out of a candidate, with pictures of S"),
-    (r"reports/[^/]*/pictures\.safetensors", "report", "pictures of S and what attackers made of their rows"),
-    (r"reports/frontier\.(json|svg|png)", "report", "what several candidates protect, and what they leave to use"),
-    (r"ledger\.json", "ledger", "the releases made from this vault"),
-    (r"retracted\.json", "retractions", "which rows were retracted, and digests of the names of their images"),
-)
-
-
-def role_in_vault(path: str) -> tuple[str, str]:
-    """The role of a private path, sealed or not, and what it holds, in words."""
-    plain = path.removesuffix(SEALED)
-    known = ((role, words) for pattern, role, words in _HOLDINGS if re.fullmatch(pattern, plain))
-    return next(known, ("unknown", "not a file that this version writes: look at it"))

@@ -116,11 +116,10 @@ class Subject:
         """The project of a vault whose members can be read.
 
         Raises:
-            NotRunError: no vault was given, or a sealed one without its key.
+            NotRunError: no vault was given, or one that does not open without its key.
         """
-        vault = self.owners.vault
-        if vault.seals and vault.identity is None:
-            raise NotRunError("the vault is sealed: give --identity")
+        if reason := self.owners.vault.storage.unreadable:
+            raise NotRunError(reason)
         return self.owners
 
     def refuse_gaps(self, paths: Iterable[str]) -> None:

@@ -82,7 +82,7 @@ def _name(artefact: Artefact) -> Text:
 def _judged(artefact: Artefact) -> Text:
     said = ", ".join(artefact.passed) or "none passed"
     if artefact.side == "private":
-        said = f"{artefact.mode}, {'sealed' if artefact.sealed else 'in the clear'}"
+        said = f"{artefact.mode}, {artefact.at_rest}"
         said += f", of {', '.join(artefact.releases)}" if artefact.releases else ""
     failed = Text(f"FAILED: {', '.join(artefact.failed)}\n" if artefact.failed else "", STYLES["failed"])
     return failed.append(printable(said), "not bold")

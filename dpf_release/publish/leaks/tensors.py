@@ -29,7 +29,7 @@ def private_tensors(release: Path, vault: Vault) -> list[Problem]:
     Raises:
         VerificationError: the release has no manifest.
         WeightsError: a safetensors file, public or private, is damaged.
-        VaultError: the vault is sealed, and does not open.
+        VaultError: the vault does not open.
     """
     own = {digest for _, digest, _ in _private_digests(vault, vault.network / "phi.safetensors")}
     private: dict[bytes, str] = {}
@@ -61,7 +61,7 @@ def private_tensors(release: Path, vault: Vault) -> list[Problem]:
 
 
 def _private_digests(vault: Vault, path: Path) -> Iterator[tuple[str, bytes, int]]:
-    """As `_digests`, of a member; a sealed one is opened in memory."""
+    """As `_digests`, of a member; what does not lie in the clear is opened in memory."""
     if path.is_file():
         return _digests(path)
     state = parse_state(vault.read_bytes(path, "fit-poison"), path)

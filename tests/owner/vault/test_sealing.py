@@ -32,9 +32,11 @@ from dpf_release.owner.project import Project
 from dpf_release.owner.retract import retract
 from dpf_release.owner.vault import age, sealing
 from dpf_release.owner.vault.age import HEADER, SEALED
+from dpf_release.owner.vault.contents import CLEAR, MEMBERS, OPENED, SEALS, STAGED, look_at, read_seals
 from dpf_release.owner.vault.retractions import RETRACTED, Retracted, write_retracted
-from dpf_release.owner.vault.sealing import CLEAR, MEMBERS, check, forget, look_at, seal, unseal
-from dpf_release.owner.vault.vault import OPENED, SEALS, STAGED, UNPUBLISHED, Vault
+from dpf_release.owner.vault.sealing import check, forget, seal, unseal
+from dpf_release.owner.vault.staging import UNPUBLISHED
+from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.inspect import inspect
 from dpf_release.publish.leaks.private_facts import private_facts
 from dpf_release.publish.package import package
@@ -270,7 +272,7 @@ def test_every_member_is_sealed_and_comes_back_to_the_byte(project_folder: Path,
     assert in_the_clear(vault.root) == []
     assert {name.removesuffix(SEALED) for name in private(vault.root)} == set(before)
     assert wrong_modes(vault.root) == []
-    seals = vault.seals
+    seals = read_seals(vault.root)
     assert seals is not None
     assert set(seals.members) == set(before)
     assert check(vault) == state == seal(vault)  # sealed again: nothing to do
@@ -506,7 +508,7 @@ def test_a_release_that_was_being_checked_is_its_owners_alone_and_goes_at_the_ne
     killed(project_folder, "os.rename", "SHA256SUMS.partial", 1, "package")
     shards = [f"../{path.relative_to(project_folder)}" for path in staging.rglob("*.h5")]
     assert shards
-    assert set(shards) < set(look_at(vault).clear)
+    assert set(shards) < set(look_at(vault.root).clear)
     assert stat.S_IMODE(staging.stat().st_mode) == 0o700
     {
         "seal": lambda: seal(vault, [recipient(key)]),
@@ -515,7 +517,7 @@ def test_a_release_that_was_being_checked_is_its_owners_alone_and_goes_at_the_ne
         "package": lambda: package(opened(project_folder), out=project_folder / "elsewhere"),
     }[next_run]()
     assert not staging.exists()
-    assert not any(name.startswith(".") for name in look_at(vault).clear)
+    assert not any(name.startswith(".") for name in look_at(vault.root).clear)
     assert (vault.root / UNPUBLISHED).is_file() == (next_run != "package")  # which settles the ledger first
     assert stat.S_IMODE((project_folder / "release").stat().st_mode) == 0o755  # the control
 
@@ -528,7 +530,7 @@ def test_what_was_opened_and_cannot_be_removed_is_named(
     shard = next((vault.root / OPENED).rglob("shard-00000.h5")).relative_to(vault.root).as_posix()
     with pytest.raises(VaultError, match=r"in the clear: \.\./\.release\.dpf-staging/README\.md, "):
         check(vault)
-    assert shard in look_at(vault).clear
+    assert shard in look_at(vault.root).clear
     unlink = os.unlink
 
     def kept(path: Any, *arguments: Any, **named: Any) -> None:
@@ -540,7 +542,7 @@ def test_what_was_opened_and_cannot_be_removed_is_named(
         patch.setattr(os, "unlink", kept)
         with pytest.raises(StorageError, match=rf"could not be removed, and lie in the clear: .*{shard}"):
             seal(vault)
-    assert shard in look_at(vault).clear
+    assert shard in look_at(vault.root).clear
     seal(vault)
     check(vault)
 
@@ -802,7 +804,7 @@ def test_a_retraction_that_was_cut_off_is_finished_before_anything_is_sealed_or_
         with pytest.raises(VaultError, match=r"was cut off\. Run `dpf-release retract`"):
             work()
     assert private(vault.root) == before
-    assert vault.seals is None
+    assert read_seals(vault.root) is None
     write_retracted(vault, Retracted())
     seal(vault, [recipient(key)])
     assert forget(vault).files > 0
@@ -873,8 +875,8 @@ def test_nothing_is_forgotten_before_a_release(project_folder: Path) -> None:
 def test_a_sealed_vault_forgets_too_and_sealing_can_forget(project_folder: Path, key: Path, finished: Path) -> None:
     vault = Vault(project_folder / "vault", key)
     seal(vault, [recipient(key)], ["features"])
-    assert not [name for name in look_at(vault).sealed if name.startswith("features/") and name.endswith(".h5")]
-    assert [name for name in look_at(vault).sealed if name.startswith("candidates/") and name.endswith(".h5")]
+    assert not [name for name in look_at(vault.root).sealed if name.startswith("features/") and name.endswith(".h5")]
+    assert [name for name in look_at(vault.root).sealed if name.startswith("candidates/") and name.endswith(".h5")]
     forget(vault)
     state = check(vault)
     assert not [name for name in state.sealed if name.startswith("candidates/") or name.endswith(".png")]

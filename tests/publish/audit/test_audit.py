@@ -29,8 +29,9 @@ from dpf_release.core.locks import LOCK
 from dpf_release.errors import ConfigError, SigningError, VaultError
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.age import load_pyrage
+from dpf_release.owner.vault.contents import OPENED, SEALS
 from dpf_release.owner.vault.sealing import seal
-from dpf_release.owner.vault.vault import OPENED, SEALS, Vault
+from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.audit import checks
 from dpf_release.publish.audit.audit import Audit, audit, project_of
 from dpf_release.publish.audit.checks import CHECKS
@@ -131,8 +132,8 @@ def test_a_function_fitted_anew_no_longer_belongs_to_the_release(project_folder:
     shutil.copy(vault / "ids.csv", vault / "ids.csv.age")
     (vault / "notes.txt").touch(0o600)
     artefacts = {artefact.path: artefact for artefact in audited(project_folder).of("private")}
-    assert artefacts["functions/default/state.safetensors"].releases == ()
-    assert (artefacts["ids.csv.age"].sealed, artefacts["ids.csv"].sealed) == (True, False)
+    assert artefacts["functions/default/dpf.safetensors"].releases == ()
+    assert (artefacts["ids.csv.age"].at_rest.sealed, artefacts["ids.csv"].at_rest.sealed) == (True, False)
     assert artefacts["ids.csv.age"].holds == artefacts["ids.csv"].holds
     assert artefacts["notes.txt"].role == "unknown"
 
@@ -161,7 +162,8 @@ def test_a_sealed_vault_is_audited_with_its_key_as_an_open_one(sealed: tuple[Pat
     for found in (without, opened):
         artefacts = {artefact.path: artefact for artefact in found.of("private")}
         assert not [path for path in artefacts if path.startswith(OPENED)]
-        assert {path for path, artefact in artefacts.items() if not artefact.sealed} - {LOCK} == {".gitignore", SEALS}
+        clear = {path for path, artefact in artefacts.items() if not artefact.at_rest.sealed}
+        assert clear - {LOCK} == {".gitignore", SEALS}
         assert not [artefact.path for artefact in artefacts.values() if artefact.role == "unknown"]
     assert artefacts["ids.csv.age"].releases == ("shapes 1.0.0",)
     told = run_cli("audit", "release", "--vault", "vault", "--identity", str(key), folder=folder)

@@ -1,0 +1,343 @@
+"""How members of a vault lie on the disk: as they are, or each encrypted. Above this nobody asks which.
+
+A member is known by its path in the clear, inside the vault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from io import BufferedReader, BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from dpf_release.core.files import (
+    PARTIAL,
+    flush_to_disk,
+    make_folder,
+    refuse_small_disk,
+    remove_folder,
+    replacing,
+    write_json,
+)
+from dpf_release.core.locks import locked
+from dpf_release.core.progress import Progress
+from dpf_release.errors import VaultError
+from dpf_release.owner.vault.age import (
+    SEALED,
+    decrypt,
+    decrypt_file,
+    encrypt,
+    encrypt_file,
+    is_sealed_form,
+    refuse_other_identity,
+    sealed_form,
+)
+from dpf_release.owner.vault.contents import CLEAR, MEMBERS, OPENED, SEALS, STAGED, Seals, listed, look_at, read_seals
+
+
+@dataclass(frozen=True)
+class PlainStorage:
+    """Members as they are, each a file under its own name; what `Vault` has by the same name says more.
+
+    Attributes:
+        root: the vault.
+        identity: the file of the secret key that opens it, where it is encrypted.
+    """
+
+    root: Path
+    identity: Path | None = None
+
+    def file_of(self, member: Path) -> Path:
+        """The file that a member lies in, or would if it were there."""
+        return member
+
+    def members(self, below: Path) -> list[Path]:
+        """All below a folder, ascending, but for the vault's own files and half-written ones."""
+        found = set()
+        for path in below.rglob("*"):
+            hidden = any(part.startswith(".") for part in path.relative_to(self.root).parts)
+            if not hidden and path.is_file() and path != self.root / SEALS and not path.name.endswith(PARTIAL):
+                found.add(path.with_suffix("") if is_sealed_form(path) else path)
+        return sorted(found)
+
+    def open(self, member: Path) -> BufferedReader | BytesIO:
+        """A member that is there, to be read."""
+        return member.open("rb")
+
+    @contextlib.contextmanager
+    def writing(self, member: Path) -> Iterator[BinaryIO]:
+        """A member to be written, whole or not at all; nothing of it comes to the disk in another form."""
+        with replacing(member) as partial, partial.open("wb") as file:
+            yield file
+
+    def remove(self, members: Sequence[Path]) -> None:
+        """Removes members, in this order, where they are there."""
+        for member in members:
+            member.unlink(missing_ok=True)
+
+    def checkpoint(self, member: Path) -> Path | None:
+        """Where a training keeps what it goes on from."""
+        return member
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        """One run, which holds the vault's lock."""
+        yield
+
+    def begin_run(self) -> None:
+        """Puts right what a killed run left; here what is half written is replaced when it is written again."""
+
+    def opened(self, folder: Path, *parts: str) -> Path:
+        """A folder as it can be read by paths until the run ends."""
+        return folder
+
+    @contextlib.contextmanager
+    def changing(self, folder: Path, *parts: str) -> Iterator[Path]:
+        """A folder to write to by paths."""
+        yield folder
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """For who only reads, and holds nothing yet; held is what must be opened for that."""
+        yield
+
+    @property
+    def unreadable(self) -> str:
+        """Why members cannot be read; empty where they can."""
+        return ""
+
+    def refuse_several_processes(self, count: int) -> None:
+        """That so many processes can share a run."""
+
+
+class EncryptedStorage(PlainStorage):
+    """Members in the age format, each in a file of its name and `.age`.
+
+    `sealed.json` says for whom, and which there are. Small members are opened in memory; a folder that is wanted by
+    paths (banks; for a retraction: all) in a private folder that goes with the run. Until a run that was cut off is put
+    right, a member may lie in the clear, or in both forms; it counts as it is there.
+    """
+
+    @property
+    def seals(self) -> Seals:
+        """For whom the vault is sealed."""
+        seals = read_seals(self.root)
+        if seals is None:
+            raise VaultError(f"{self.root / SEALS} is gone. Fetch it from a backup, or `dpf-release vault open` first.")
+        return seals
+
+    def file_of(self, member: Path) -> Path:
+        """The sealed file, unless the member lies there in the clear."""
+        return member if member.is_file() else sealed_form(member)
+
+    def open(self, member: Path) -> BufferedReader | BytesIO:
+        """Opened in memory."""
+        if member.is_file():
+            return super().open(member)
+        return BytesIO(decrypt(sealed_form(member), self.identity_for(member)))
+
+    @contextlib.contextmanager
+    def writing(self, member: Path) -> Iterator[BinaryIO]:
+        """Gathered and sealed in memory."""
+        data = BytesIO()
+        yield data
+        with replacing(sealed_form(member)) as partial:
+            partial.write_bytes(encrypt(data.getvalue(), self.seals.recipients))
+        member.unlink(missing_ok=True)
+        self._note({self._name(member)})
+
+    def remove(self, members: Sequence[Path]) -> None:
+        """In either form; their names are forgotten first."""
+        self._note(gone={self._name(member) for member in members})
+        for member in members:
+            member.unlink(missing_ok=True)
+            sealed_form(member).unlink(missing_ok=True)
+
+    def checkpoint(self, member: Path) -> Path | None:
+        """Nowhere: it would lie in the clear."""
+        return None
+
+    # ------------------------------------------------------------------------------------------ runs
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        """What it opens goes at its end; what a killed run had opened before, and what that had staged is taken in."""
+        self._settle()
+        try:
+            make_folder(self.root / OPENED)
+            yield
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        remove_folder(self.root / OPENED)
+        self._take_in()
+
+    def begin_run(self) -> None:
+        """Ends a sealing that was cut off."""
+        self.remove_unfinished()
+        self.refuse_strangers()
+        self.seal_the_rest()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """With its key it is held: banks are opened into a folder of the run. Nothing else is written."""
+        if self.identity is None:
+            yield
+            return
+        refuse_other_identity(self.identity, self.seals.recipients)
+        with locked(self.root), self.run():
+            yield
+
+    @property
+    def unreadable(self) -> str:
+        """That the key is wanted."""
+        return "" if self.identity else "the vault is sealed: give --identity"
+
+    def refuse_several_processes(self, count: int) -> None:
+        """What one opens, and notes as sealed, another would not know of."""
+        if count > 1:
+            raise VaultError(
+                "expected one process for a sealed vault, found several. Run it without torchrun, or open the vault "
+                "for good with `dpf-release vault open`."
+            )
+
+    def identity_for(self, path: Path) -> Path:
+        """The identity file that opens a member.
+
+        Raises:
+            VaultError: none was named.
+        """
+        if self.identity is None:
+            raise VaultError(
+                f"{path} is sealed. Name the age identity file that opens it: --identity FILE, or the environment's "
+                "DPF_RELEASE_IDENTITY."
+            )
+        return self.identity
+
+    # ------------------------------------------------------------------------------------------ folders by paths
+
+    def opened(self, folder: Path, *parts: str) -> Path:
+        """A copy in the clear."""
+        if not (self.root / OPENED).is_dir():
+            raise VaultError(f"{folder} is sealed: it is opened for a run that holds the vault, as Project.working().")
+        wanted = [
+            member
+            for place in ([folder / part for part in parts] or [folder])
+            for member in (self.members(place) if place.is_dir() else [place] if self.file_of(place).is_file() else [])
+            if not self._copy_of(member).exists()
+        ]
+        refuse_small_disk(self.root, sum(sealed_form(member).stat().st_size for member in wanted))
+        for member in wanted:
+            make_folder(self._copy_of(member).parent)
+            decrypt_file(sealed_form(member), self._copy_of(member), self.identity_for(member))
+        return self._copy_of(folder)
+
+    @contextlib.contextmanager
+    def changing(self, folder: Path, *parts: str) -> Iterator[Path]:
+        """A copy in the clear; what changed is sealed when the block ends well, and takes its place as a whole."""
+        place, copies, staged = make_folder(self.opened(folder, *parts)), self.root / OPENED, self.root / STAGED
+        before = _stamps(place)
+        yield place
+        after, seals = _stamps(place), self.seals  # with what the block itself has sealed
+        changed = [path.relative_to(copies) for path, stamp in after.items() if before.get(path) != stamp]
+        for name in changed:
+            make_folder((staged / name).parent)
+            encrypt_file(copies / name, sealed_form(staged / name), seals.recipients)
+        flush_folders(self.root, (staged / name for name in changed))
+        gone = {path.relative_to(copies).as_posix() for path in before.keys() - after.keys()}
+        _write_seals(make_folder(staged), seals, {*seals.members, *map(Path.as_posix, changed)} - gone)
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """What is staged takes its place if all of it is there, and goes if not; each step may be done twice."""
+        staged = self.root / STAGED
+        if (after := read_seals(staged)) is not None:
+            taken = [self.root / path.relative_to(staged) for path in staged.rglob(f"*{SEALED}")]
+            for path in taken:
+                make_folder(path.parent)
+                (staged / path.relative_to(self.root)).replace(path)
+            before = read_seals(self.root)
+            gone = [self.root / name for name in set(before.members if before else ()) - set(after.members)]
+            for path in gone:
+                sealed_form(path).unlink(missing_ok=True)
+            flush_folders(self.root, [*taken, *gone])
+            (staged / SEALS).replace(self.root / SEALS)  # last: without it there is nothing to take in
+            flush_to_disk(self.root)
+        remove_folder(staged)
+
+    def _copy_of(self, path: Path) -> Path:
+        return self.root / OPENED / path.relative_to(self.root)
+
+    # ------------------------------------------------------------------------------------------ sealing what is clear
+
+    def remove_unfinished(self) -> None:
+        """Removes what a killed run left half written, in the clear or sealed."""
+        for path in self.root.rglob(f"*{PARTIAL}"):
+            name = path.relative_to(self.root).as_posix().removesuffix(PARTIAL)
+            if name in CLEAR or MEMBERS.fullmatch(name.removesuffix(SEALED)):
+                path.unlink()
+
+    def refuse_strangers(self) -> None:
+        """That the vault holds nothing but what a command of ours wrote.
+
+        Raises:
+            VaultError: it does.
+        """
+        if strangers := look_at(self.root).strangers:
+            raise VaultError(
+                f"expected only what dpf-release writes in {self.root}, found also {listed(strangers)}. They would "
+                "stay readable in a sealed vault: move or remove them. Nothing was sealed."
+            )
+
+    def seal_the_rest(self) -> None:
+        """Seals the members that are in the clear; each goes when its sealed form is on the disk, and opens.
+
+        Raises:
+            VaultError: something is in the clear all the same.
+            StorageError: the disk has not the room.
+        """
+        seals, members = self.seals, [self.root / name for name in look_at(self.root).clear]
+        refuse_small_disk(self.root, 2 * max((member.stat().st_size for member in members), default=0))
+        with Progress("Sealing", len(members), "files", shown=bool(members)) as progress:
+            for member in members:
+                encrypt_file(member, sealed_form(member), seals.recipients)
+                member.unlink()
+                flush_to_disk(member.parent)
+                progress.advance(1)
+        left = look_at(self.root)
+        self._note(set(left.sealed))
+        if left.clear or left.strangers:
+            raise VaultError(
+                f"these files of {self.root} are still in the clear: {listed((*left.clear, *left.strangers))}. "
+                "Something wrote them meanwhile; end it, and seal again."
+            )
+
+    def _note(self, sealed: Set[str] = frozenset(), gone: Set[str] = frozenset()) -> None:
+        """Keeps the names in `sealed.json`, after members are sealed, and before they go."""
+        seals = self.seals
+        members = {*seals.members, *sealed} - gone
+        if members != set(seals.members):
+            _write_seals(self.root, seals, members)
+
+    def _name(self, member: Path) -> str:
+        return member.relative_to(self.root).as_posix()
+
+
+def flush_folders(root: Path, members: Iterable[Path]) -> None:
+    """Has the folders of members, up to the vault's own, name on the disk what they hold."""
+    for folder in {folder for member in members for folder in member.parents if folder.is_relative_to(root)}:
+        if folder.is_dir():
+            flush_to_disk(folder)
+
+
+def _write_seals(folder: Path, seals: Seals, members: set[str]) -> None:
+    write_json(folder / SEALS, seals.model_dump(mode="json") | {"members": sorted(members)})
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """What tells a file below a folder from the one that was there before: files are replaced, never written into."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in found.items()}
