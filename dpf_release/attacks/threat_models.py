@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -135,6 +135,7 @@ class ReleaseView:
     """A release, the code of this tool, and public images Q: what everybody has.
 
     Attributes:
+        name: of what is granted, as attack reports say it.
         phi_1: the featurizer, frozen: normalised pictures (N, 3, H, W) → features (N, C, H', W').
         phi_2: the classifier, frozen: features → outputs (N, K).
         preprocess: of pictures, for φ1.
@@ -152,6 +153,8 @@ class ReleaseView:
         bank_subject: what one that uses the bank depends on too: a digest of it.
         kept: what was trained before.
     """
+
+    name: ClassVar[str] = "ReleaseView"
 
     phi_1: nn.Module
     phi_2: nn.Module
@@ -202,18 +205,20 @@ class ReleaseView:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Candidates(ReleaseView):
+class QueryImages(ReleaseView):
     """The attacker also holds pictures, some of which are in S, and wants to know which, and where.
 
     Attributes:
-        candidates: the pictures.
+        pictures: those pictures.
         labels: (n,) class, or bin of the target, of each: a person sees it.
         bins: (N,) the same of each row of the bank.
         pools: (n, M) rows of the bank among which each picture's own is looked for; of one that is in S, one row is.
         persons: (n,) whom each shows, as numbers; None where nobody said.
     """
 
-    candidates: HeldPictures
+    name: ClassVar[str] = "Candidates"
+
+    pictures: HeldPictures
     labels: NDArray[np.int64]
     bins: NDArray[np.int64]
     pools: Rows
@@ -229,6 +234,8 @@ class KnownPairs(ReleaseView):
         pair_rows: (m,) the row of each; none of them is asked for.
     """
 
+    name: ClassVar[str] = "KnownPairs"
+
     pictures: HeldPictures
     pair_rows: Rows
 
@@ -241,6 +248,8 @@ class LeakedVault(ReleaseView):
         poison: a bank → the same, poisoned as the released one was (rows that mix, mix within it); and which row of the
             given one each row has the most of, (N,).
     """
+
+    name: ClassVar[str] = "LeakedVault"
 
     poison: Callable[[HeldRows], tuple[HeldRows, Rows]]
 
@@ -257,6 +266,8 @@ class LabelledRows(ReleaseView):
         bins: (N,) class, or bin of the target, of each row of the bank.
     """
 
+    name: ClassVar[str] = "LabelledRows"
+
     values: tuple[str, ...]
     public_values: NDArray[np.int64]
     known_rows: Rows
@@ -271,5 +282,7 @@ class TwoReleases(ReleaseView):
     Attributes:
         other: its bank.
     """
+
+    name: ClassVar[str] = "TwoReleases"
 
     other: HeldRows

@@ -10,26 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpf_release.attacks.toolkit.trained import seeded
-from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.targets import Target, planted_target
-from dpf_release.evaluation.truth import Suspects, bins_of
+from dpf_release.evaluation.truth import QueryTruth, bins_of
 from dpf_release.models.probes import AttributeClassifier
 from dpf_release.models.training import Recipe, fit
-from dpf_release.owner.project import Project
+from dpf_release.models.weights import freeze
+from dpf_release.owner.material import Material
 
 MEMORISER = "memorising-network"
 PICTURES, EPOCHS, BATCH = 400, 40, 32
 
 
-def memorising_target(project: Project, clean: RowSource, seed: int) -> Target:
+def memorising_target(material: Material, seed: int) -> Target:
     """The clean rows, with a φ2 that was trained on some pictures of Q with labels drawn at random.
 
-    The candidates are those pictures, and as many others of Q with labels just as random: only memory tells them apart.
+    The attacker holds those pictures, and as many others of Q with labels just as random: only memory tells them apart.
     """
-    target = planted_target(project, "clean", clean, seed)
+    target = planted_target(material, "clean", seed)
     generator = np.random.default_rng([seed, 6])
-    images = project.public_images
+    images = material.public
     chosen = generator.permutation(images.rows("train"))[:PICTURES]
     bins = bins_of(target.rows.targets)
     names = np.unique(bins)
@@ -40,11 +40,10 @@ def memorising_target(project: Project, clean: RowSource, seed: int) -> Target:
         means = {name: target.rows.targets[bins == name].mean(0) for name in names}
         answers = torch.from_numpy(np.stack([means[label] for label in labels]).astype(np.float32))
     with torch.no_grad():
-        pictures = project.preprocess.normalise(images.pictures.read(chosen[members]).to(project.device))
-        phi_1 = project.frozen(project.cut.split.featurizer)
-        features = torch.cat([phi_1(part).float() for part in pictures.split(64)])
+        pictures = material.preprocess.normalise(images.pictures.read(chosen[members]).to(material.device))
+        features = torch.cat([material.phi_1(part).float() for part in pictures.split(64)])
     with seeded(seed):
-        network = AttributeClassifier(project.cut.record.feature_shape, len(project.output_names))
+        network = AttributeClassifier(material.features.shape, material.record.outputs)
 
     def read_batch(rows: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
         return features[torch.from_numpy(rows).to(features.device)], answers[torch.from_numpy(rows)]
@@ -55,12 +54,13 @@ def memorising_target(project: Project, clean: RowSource, seed: int) -> Target:
         return {"loss": same}
 
     recipe = Recipe(EPOCHS, min(BATCH, len(features)), 3e-3, seed=seed, bf16="off")
-    fit(network, len(features), read_batch, loss, recipe, title="Planting a network", device=project.device)
-    suspects = Suspects(
+    fit(network, len(features), read_batch, loss, recipe, title="Planting a network", device=material.device)
+    queries = QueryTruth(
         read=lambda numbers: images.pictures.read(chosen[numbers]),
         labels=labels,
         pools=np.zeros((len(chosen), 1), np.int64),
         own=np.where(members, 0, -1),
     )
-    subject = f"{MEMORISER}, seed {seed}, {project.bank_id}"
-    return replace(target, name=MEMORISER, subject=subject, classifier=project.frozen(network), suspects=suspects)
+    subject = f"{MEMORISER}, seed {seed}, {material.private.bank_id}"
+    network = freeze(network).to(material.device).to(memory_format=torch.channels_last)
+    return replace(target, name=MEMORISER, subject=subject, classifier=network, queries=queries)

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dpf_release.attacks.threat_models import HeldRows
-from dpf_release.bank.format import ID_BYTES, INDEX, RELEASED_SPLITS
-from dpf_release.bank.reader import FeatureBank
-from dpf_release.bank.rows import RowSource
+from dpf_release.bank.format import ID_BYTES, RELEASED_SPLITS
+from dpf_release.bank.rows import Concat, RowSource
 from dpf_release.core.arrays import Rows
-from dpf_release.core.files import sha256_of
-from dpf_release.errors import NotGrantedError, VaultError
+from dpf_release.errors import NotGrantedError
 from dpf_release.evaluation.controls import Member, planted
-from dpf_release.evaluation.truth import Contributors, Suspects, Truth, bins_of, draw_pools
-from dpf_release.owner.fitted import FittedFunction
-from dpf_release.owner.poison import changed_since_poison
-from dpf_release.owner.project import Project
-from dpf_release.owner.vault.ledger import releases
+from dpf_release.evaluation.truth import Contributors, QueryTruth, Truth, bins_of, draw_pools
+from dpf_release.owner.material import Candidate, Material
 from dpf_release.poisoning.chain import Chain
-from dpf_release.poisoning.interface import FeatureSpec, Plan
+from dpf_release.poisoning.interface import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +38,7 @@ class Target:
         pieces: (n, pieces) of which clean row each piece of some rows is; None: rows are not made of pieces, or of
             pieces of pieces.
         classifier: in the place of φ2, where a network is planted.
-        suspects: the candidates, where they belong to a planted network.
+        queries: the pictures that an attacker holds, where they belong to a planted network.
         known_by_name: whether who knows P's name can do the same to pictures of their own.
         second: the same pictures under another function, as they are released too, and a digest of that bank.
     """
@@ -57,53 +51,58 @@ class Target:
     subject: str
     pieces: Callable[[Rows], Rows | None] = lambda rows: None
     classifier: nn.Module | None = None
-    suspects: Suspects | None = None
+    queries: QueryTruth | None = None
     known_by_name: bool = False
-    second: Callable[[Project], tuple[HeldRows, str]] = lambda project: _no_second()
+    second: Callable[[], tuple[HeldRows, str]] = lambda: _no_second()
 
 
 def _no_second() -> tuple[HeldRows, str]:
-    raise NotGrantedError("the ledger has no other release of these images under another function")
+    raise NotGrantedError("this bank was released under one function only")
 
 
 @dataclass(frozen=True, eq=False)
-class Joined:
-    """Several row sources as one."""
+class _MadeOf:
+    """Which clean rows each row is made of, where every part of a bank has plans of its own.
 
-    parts: tuple[RowSource, ...]
+    Attributes:
+        bank: poisoned or not: each part has as many rows.
+        chain: P.
+        plans: of each part, one a stage.
+    """
 
-    @cached_property  # noise asks for them row by row
-    def ids(self) -> NDArray[np.uint8]:
-        """(N, 16) bytes."""
-        return np.concatenate([part.ids for part in self.parts])
+    bank: Concat
+    chain: Chain
+    plans: Sequence[Sequence[Plan]]
 
-    @property
-    def targets(self) -> NDArray[Any]:
-        """(N,) or (N, K)."""
-        return np.concatenate([part.targets for part in self.parts])
+    def contributors(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Pairs (position in `rows`, clean row that is in it)."""
+        positions, members = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for part, places, mine in self.bank.split(rows):
+            at, of_part = self.chain.contributors(mine, self.plans[part])
+            positions.append(places[at])
+            members.append(of_part + self.bank.starts[part])
+        return np.concatenate(positions), np.concatenate(members)
 
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
+    def foremost(self, rows: Rows) -> Rows:
+        """The clean row that each has the most of."""
+        found = np.empty(len(rows), np.int64)
+        for part, places, mine in self.bank.split(rows):
+            found[places] = self.chain.foremost(mine, self.plans[part]) + self.bank.starts[part]
+        return found
 
-    def read(self, rows: Rows) -> NDArray[Any]:
-        """Rows by number, (n, C, H, W)."""
-        return read_joined([(part.read, len(part)) for part in self.parts], np.asarray(rows, np.int64))
+    def pieces(self, rows: Rows) -> Rows | None:
+        """Of which clean row each piece is, where one stage of each part puts rows together."""
+        if self._pieces is None:
+            return None
+        found = np.empty((len(rows), self._pieces[0].shape[1]), np.int64)
+        for part, places, mine in self.bank.split(rows):
+            found[places] = self._pieces[part][mine] + self.bank.starts[part]
+        return found
 
-
-def read_joined(parts: Sequence[tuple[Callable[[Rows], Any], int]], rows: Rows) -> NDArray[Any]:
-    """Rows of several sources, numbered through."""
-    starts = np.cumsum([0, *(length for _, length in parts)])
-    part_of = np.searchsorted(starts, rows, side="right") - 1
-    out: NDArray[Any] | None = None
-    for number in np.unique(part_of):
-        mine = part_of == number
-        found = np.asarray(parts[number][0](rows[mine] - starts[number]))
-        if out is None:
-            out = np.empty((len(rows), *found.shape[1:]), found.dtype)
-        out[mine] = found
-    if out is None:
-        raise ValueError("expected a row to read, found none")
-    return out
+    @cached_property
+    def _pieces(self) -> list[Rows] | None:
+        mixing = [[plan.pieces for plan in stages if plan.pieces is not None] for stages in self.plans]
+        return [pieces for (pieces,) in mixing] if all(len(found) == 1 for found in mixing) else None
 
 
 def held(source: RowSource) -> HeldRows:
@@ -111,117 +110,48 @@ def held(source: RowSource) -> HeldRows:
     return HeldRows(source.targets, lambda rows: np.asarray(source.read(rows)))
 
 
-def clean_rows(project: Project) -> Joined:
-    """φ1(S), the released splits."""
-    return Joined(tuple(project.private_bank(split) for split in RELEASED_SPLITS))
+def candidate_target(material: Material, candidate: Candidate) -> Target:
+    """A candidate, as it lies on disk."""
+    function, subject = candidate.function, candidate.index_sha256
+    made_of = _MadeOf(candidate.rows, function.chain, [function.plans[split] for split in RELEASED_SPLITS])
 
+    def second() -> tuple[HeldRows, str]:
+        rows, index_sha256 = candidate.second()
+        return held(rows), index_sha256
 
-def candidate_target(project: Project, name: str, function: FittedFunction) -> Target:
-    """The candidate of a fitted function.
-
-    Raises:
-        VaultError: it is not what that function makes of today's features: which row is made of which is not known.
-    """
-    features = _features(project, name)
-    if problems := changed_since_poison(project, name, function, features / INDEX):
-        raise VaultError(
-            f"the candidate {name!r} is not of today: {'; '.join(problems)}. Run `dpf-release poison --name {name}` "
-            "again, then attack what it makes."
-        )
-    parts = [FeatureBank(features, split) for split in RELEASED_SPLITS]
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def contributors(rows: Rows) -> tuple[Rows, Rows]:
-        found = []
-        for number, split in enumerate(RELEASED_SPLITS):
-            mine = np.flatnonzero((rows >= starts[number]) & (rows < starts[number + 1]))
-            at, members = function.chain.contributors(rows[mine] - starts[number], function.plans[split])
-            found.append((mine[at], members + starts[number]))
-        return np.concatenate([at for at, _ in found]), np.concatenate([members for _, members in found])
-
-    def pieces(rows: Rows) -> Rows | None:
-        found = [_pieces(function.plans[split]) for split in RELEASED_SPLITS]
-        if any(part is None for part in found):
-            return None
-        joined = np.concatenate([part + start for part, start in zip(found, starts, strict=False) if part is not None])
-        return joined[rows]
-
-    def foremost(rows: Rows) -> Rows:
-        found = np.empty(len(rows), np.int64)
-        for number, split in enumerate(RELEASED_SPLITS):
-            mine = (rows >= starts[number]) & (rows < starts[number + 1])
-            found[mine] = function.chain.foremost(rows[mine] - starts[number], function.plans[split]) + starts[number]
-        return found
-
-    phi_2 = project.frozen(project.cut.split.classifier)
-    subject = sha256_of(features / INDEX)
-    rows, poison = held(Joined(tuple(parts))), poison_with(function.chain, phi_2, subject)
-    second = lambda project: _released_too(project, function.digest)  # noqa: E731
     return Target(
-        name,
-        rows,
-        poison,
-        contributors,
-        foremost,
+        candidate.name,
+        held(candidate.rows),
+        poison_with(function.chain, material.phi_2, subject),
+        made_of.contributors,
+        made_of.foremost,
         subject,
-        pieces,
+        made_of.pieces,
         known_by_name=function.chain.known_by_name,
         second=second,
     )
 
 
-def _features(project: Project, name: str) -> Path:
-    vault = project.vault
-    return vault.opened(vault.candidate(name) / "features", INDEX, *RELEASED_SPLITS)
-
-
-def _released_too(project: Project, digest: str) -> tuple[HeldRows, str]:
-    """The candidate that was published last of these features under another function.
-
-    Raises:
-        NotGrantedError: there is none, or it is not in the vault as it was.
-    """
-    others = [
-        entry
-        for entry in releases(project.vault)
-        if entry["function_digest"] != digest and entry["bank"] == project.bank_id and entry.get("published", True)
-    ]
-    if not others:
-        return _no_second()
-    name, index = others[-1]["function"], others[-1]["index_sha256"]
-    if project.vault.holds(project.vault.candidate(name) / "features" / INDEX):
-        features = _features(project, name)
-        if sha256_of(features / INDEX) == index:
-            return held(Joined(tuple(FeatureBank(features, split) for split in RELEASED_SPLITS))), index
-    raise NotGrantedError(f"the vault no longer has the candidate {name!r} as it was published")
-
-
-def _pieces(plans: Sequence[Plan]) -> Rows | None:
-    """Of the one stage that puts rows together; None where there is none, or several."""
-    mixing = [plan.pieces for plan in plans if plan.pieces is not None]
-    return mixing[0] if len(mixing) == 1 else None
-
-
-def planted_target(project: Project, name: str, clean: RowSource, seed: int, member: nn.Module | None = None) -> Target:
-    """The same rows under a planted function (`battery.planted`), or under a network of the attacker's own."""
-    cut = project.cut
-    features = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
+def planted_target(material: Material, name: str, seed: int, member: nn.Module | None = None) -> Target:
+    """φ1(S) under a planted function (`evaluation.controls`), or under a network of the attacker's own."""
+    clean, features, phi_2 = material.private.rows, material.features, material.phi_2
     chain = planted(name, features) if member is None else Chain(name, (Member(features, member),))
-    phi_2 = project.frozen(cut.split.classifier)
-    plans = chain.plan(clean, phi_2, hashlib.sha256(f"planted {seed}".encode()).digest())
-    subject, pieces = f"planted {name}, seed {seed}, {project.bank_id}", _pieces(plans)
+
+    def under(secret: str) -> list[Plan]:
+        return chain.plan(clean, phi_2, hashlib.sha256(f"{secret} {seed}".encode()).digest())
+
+    plans = under("planted")
+    made_of = _MadeOf(Concat([clean]), chain, [plans])
+    subject = f"planted {name}, seed {seed}, {material.private.bank_id}"
     return Target(
         name,
         held(chain.on(clean, plans)),
         poison_with(chain, phi_2, f"planted {seed}"),
-        lambda rows: chain.contributors(rows, plans),
-        lambda rows: chain.foremost(rows, plans),
+        made_of.contributors,
+        made_of.foremost,
         subject,
-        lambda rows: None if pieces is None else pieces[rows],
-        second=lambda project: (
-            held(chain.on(clean, chain.plan(clean, phi_2, hashlib.sha256(f"second {seed}".encode()).digest()))),
-            f"second {subject}",
-        ),
+        made_of.pieces,
+        second=lambda: (held(chain.on(clean, under("second"))), f"second {subject}"),
     )
 
 
@@ -262,9 +192,7 @@ def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Callable[[HeldRows
     return poison
 
 
-def draw_truth(project: Project, target: Target, rows: int, seed: int) -> Truth:
+def draw_truth(material: Material, target: Target, rows: int, seed: int) -> Truth:
     """The pools that a target is scored in."""
-    table_rows = np.concatenate([project.bank_order[0][split] for split in RELEASED_SPLITS])
     bins = bins_of(target.rows.targets)
-    pools = draw_pools(bins, target.contributors, rows, seed)
-    return Truth(pools, lambda rows: project.private_images.pictures.read(table_rows[rows]), bins)
+    return Truth(draw_pools(bins, target.contributors, rows, seed), material.private.pictures, bins)

@@ -82,8 +82,8 @@ class Truth:
 
 
 @dataclass(frozen=True, eq=False)
-class Suspects:
-    """Pictures that an attacker holds, and which of them are in the bank.
+class QueryTruth:
+    """Pictures that an attacker holds and asks about, and which of them are in the bank.
 
     Attributes:
         read: numbers → (n, 3, H, W) uint8.

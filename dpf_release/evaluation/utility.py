@@ -20,15 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpf_release.bank.dataset import BankDataset
-from dpf_release.bank.format import INDEX
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import Concat, Select
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce
 from dpf_release.errors import BankError
 from dpf_release.evaluation.truth import bins_of
-from dpf_release.evaluation.views import kept_in
-from dpf_release.owner.measure import measure_task
-from dpf_release.owner.project import Project
+from dpf_release.owner.material import Candidate, Material
 from dpf_release.release.attack_report import GAIN, Interval, ProfileName, Utility
 from dpf_release.release.train import fit_classifier, score
 
@@ -77,45 +75,42 @@ EFFORTS: dict[ProfileName, Effort] = {
 
 @dataclass(frozen=True, eq=False)
 class PickedRows:
-    """Some rows of several banks as one, numbered through."""
+    """Some rows of several banks as one."""
 
-    parts: tuple[tuple[BankDataset, Rows], ...]
+    parts: tuple[tuple[FeatureBank, Rows], ...]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._rows)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row's features."""
-        return self.parts[0][0].row_bytes
+        return self.parts[0][0].index.row_bytes
 
-    @cached_property
+    @property
     def targets(self) -> NDArray[Any]:
         """(N,) or (N, K)."""
-        return np.concatenate([bank.targets[rows] for bank, rows in self.parts])
+        return self._rows.targets
 
     @cached_property
     def digest(self) -> str:
         """Changes with any row."""
-        parts = [[bank.digest, hashlib.sha256(rows.tobytes()).hexdigest()] for bank, rows in self.parts]
+        parts = [
+            [BankDataset([bank], (), [bank.targets]).digest, hashlib.sha256(rows.tobytes()).hexdigest()]
+            for bank, rows in self.parts
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Rows by number: (n, C, H, W) float16, and their targets."""
-        features = self.parts[0][0].empty(len(rows))
-        part_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(part_of):
-            bank, chosen = self.parts[number]
-            mine = np.flatnonzero(part_of == number)
-            features[torch.from_numpy(mine)] = bank.read(chosen[rows[mine] - self._starts[number]])[0]
-        return features, torch.from_numpy(self.targets[rows])
+        return torch.from_numpy(self._rows.read(rows)), torch.from_numpy(self.targets[rows])
 
     def __add__(self, other: PickedRows) -> PickedRows:
         return PickedRows((*self.parts, *other.parts))
 
     @cached_property
-    def _starts(self) -> Rows:
-        return np.cumsum([0, *(len(rows) for _, rows in self.parts)])
+    def _rows(self) -> Concat:
+        return Concat([Select(bank, rows) for bank, rows in self.parts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +124,8 @@ class Training:
 
 
 def measure_utility(
-    project: Project,
-    name: str,
+    material: Material,
+    candidate: Candidate,
     profile: ProfileName,
     seed: int = 0,
     share: float = 1.0,
@@ -141,8 +136,8 @@ def measure_utility(
     The vault is held by the caller.
 
     Args:
-        project: the owner's.
-        name: of the fitted function.
+        material: of the owner's side.
+        candidate: whose bank is used.
         profile: how hard.
         seed: of all that is drawn.
         share: of the profile's trainings, where the owner's patience is shorter.
@@ -154,9 +149,9 @@ def measure_utility(
     """
     found = {}
     if "U1" in only:
-        found["U1"] = _equivalence(measure_task(project, name))
+        found["U1"] = _equivalence(candidate.measure_task())
     try:
-        bench = _Bench.of(project, name, EFFORTS[profile].shared(share), seed)
+        bench = _Bench.of(material, candidate, EFFORTS[profile].shared(share), seed)
     except BankError as error:
         announce(f"U2 and U3 are not measured: there are no test rows to judge by ({error})")
         return found
@@ -170,11 +165,11 @@ def measure_utility(
 
 
 def utility_minutes(
-    project: Project, name: str, profile: ProfileName, seed: int, share: float, only: Sequence[str]
+    material: Material, candidate: Candidate, profile: ProfileName, seed: int, share: float, only: Sequence[str]
 ) -> float:
     """How long `measure_utility` takes for what is not kept, by a short trial."""
     try:
-        bench = _Bench.of(project, name, EFFORTS[profile].shared(share), seed)
+        bench = _Bench.of(material, candidate, EFFORTS[profile].shared(share), seed)
     except BankError:
         return 0.0
     return bench.minutes(bench.missing(_flat(bench.trainings(only))))
@@ -211,7 +206,7 @@ class _Bench:
         test: φ1(S test).
     """
 
-    project: Project
+    material: Material
     effort: Effort
     seed: int
     bank: PickedRows
@@ -219,24 +214,16 @@ class _Bench:
     test: PickedRows
 
     @classmethod
-    def of(cls, project: Project, name: str, effort: Effort, seed: int) -> _Bench:
-        vault = project.vault
-        features = vault.opened(vault.candidate(name) / "features", INDEX, "train")
-        test = _all_rows(project.private_bank("test"))
+    def of(cls, material: Material, candidate: Candidate, effort: Effort, seed: int) -> _Bench:
+        test = _all_rows(material.private_bank("test"))
         if not len(test):
             raise BankError("expected rows in test, found none")
-        return cls(
-            project,
-            effort,
-            seed,
-            _all_rows(FeatureBank(features, "train")),
-            _all_rows(project.private_bank("train")),
-            test,
-        )
+        bank, clean = (_all_rows(bank) for bank in (candidate.banks["train"], material.private_bank("train")))
+        return cls(material, effort, seed, bank, clean, test)
 
     @property
     def metric(self) -> str:
-        return METRICS[self.project.config.task.kind]
+        return METRICS[self.material.task]
 
     def trainings(self, only: Sequence[str]) -> dict[str, dict[str, list[Training]]]:
         """What utilities train: code → measure → one training a seed."""
@@ -324,13 +311,13 @@ class _Bench:
 
     def _known(self, training: Training) -> float | None:
         subject = self._subject(training)
-        kept = kept_in(self.project.vault).load(subject["utility"], subject)
+        kept = self.material.kept.load(subject["utility"], subject)
         return None if kept is None else float(kept["score"])
 
     def _train(self, training: Training) -> None:
         epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
-        kept, subject = kept_in(self.project.vault), self._subject(training)
-        network, name = self.project.new_classifier(training.seed), subject["utility"]
+        kept, subject = self.material.kept, self._subject(training)
+        network, name = self.material.new_classifier(training.seed), subject["utility"]
         fit_classifier(
             network,
             training.rows,
@@ -338,7 +325,7 @@ class _Bench:
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=training.seed,
-            device=str(self.project.device),
+            device=str(self.material.device),
             title=f"Training a new classifier: {training.title}",
             checkpoint=kept.checkpoint(name, subject),
             subject=json.dumps(subject, sort_keys=True),
@@ -352,7 +339,7 @@ class _Bench:
         return {
             "utility": training.title.split(" ")[0],
             "version": 1,
-            "network": self.project.cut.record.model_dump(mode="json"),
+            "network": self.material.record.model_dump(mode="json"),
             "rows": training.rows.digest,
             "judge": training.judge.digest,
             "recipe": [epochs, batch_size, learning_rate],
@@ -361,22 +348,23 @@ class _Bench:
 
     def _rate(self, rows: PickedRows, seconds: float = 1.0) -> float:
         """Rows a second of training here; a short trial."""
-        network = self.project.new_classifier().to(self.project.device).to(memory_format=torch.channels_last)
-        batch = rows.read(np.arange(min(len(rows), LARGEST_BATCH)))[0].float().to(self.project.device)
+        device = self.material.device
+        network = self.material.new_classifier(0).to(device).to(memory_format=torch.channels_last)
+        batch = rows.read(np.arange(min(len(rows), LARGEST_BATCH)))[0].float().to(device)
         batch = batch.contiguous(memory_format=torch.channels_last)
         step: Callable[[], None] = lambda: network(batch).float().mean().backward()  # noqa: E731
         step()  # the first is slower than all others
         started, done = time.monotonic(), 0
         while not done or time.monotonic() - started < seconds:
             step()
-            if self.project.device.type == "cuda":
-                torch.cuda.synchronize(self.project.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             done += len(batch)
         return done / (time.monotonic() - started)
 
 
 def _all_rows(bank: FeatureBank) -> PickedRows:
-    return PickedRows(((BankDataset([bank], (), [bank.targets]), np.arange(len(bank))),))
+    return PickedRows(((bank, np.arange(len(bank))),))
 
 
 def _over_seeds(values: NDArray[np.float64]) -> Interval:
