@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import BATCH, Budget, HeldPictures, HeldRows, LeakedVault, ReleaseView, batches
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import VALIDATION_PICTURES, DecoderLoss, decode, train_decoder
 from dpf_release.attacks.toolkit.trained import schedule
 from dpf_release.core.arrays import Rows
@@ -44,7 +44,7 @@ class LeakedP(Attack):
     def run(self, view: ReleaseView) -> Reconstructions:
         """P is applied to Q as a bank of its own; a mixed row is paired with the picture that it has the most of."""
         assert isinstance(view, LeakedVault)
-        start = straw_man(view).state_dict()  # on all of Q: it is A1's
+        start = clean_decoder(view).state_dict()  # on all of Q: it is A1's
         _, rows = schedule(view.budget.bank_images, len(view.public))
         count = min(rows, max(BATCH, ON_DISK // 2 // _bytes(1, view.feature_shape)))
         view = replace(view, public=HeldPictures(count, view.public.read, view.public.remembered))

@@ -12,7 +12,7 @@ from dpf_release.attacks.interface import Attributes
 from dpf_release.evaluation.query_images import Labelled, draw_labelled
 from dpf_release.evaluation.scoring import DRAWS, References, share_interval
 from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.verdicts import Limit, Scored
+from dpf_release.evaluation.verdicts import Criterion, Scored
 from dpf_release.evaluation.views import Setting
 from dpf_release.release.attack_report import Interval, Way
 
@@ -37,7 +37,7 @@ def score_attributes(
         leakage=None,
         found=None,
         among=0,
-        limits=tuple(Limit("gain over the label", way.measures["gain"], limit) for way in ways.values()),
+        criteria=tuple(Criterion("gain over the label", way.measures["gain"], limit) for way in ways.values()),
         series={},
         primary="accuracy",
         rows=len(labelled.asked),

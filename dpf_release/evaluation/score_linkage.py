@@ -13,7 +13,7 @@ from dpf_release.evaluation.query_images import draw_queries
 from dpf_release.evaluation.scoring import References, share_interval
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import LEAST_POOL, QueryTruth
-from dpf_release.evaluation.verdicts import Limit, Scored, re_identification_limit
+from dpf_release.evaluation.verdicts import Criterion, Scored, re_identification_limit
 from dpf_release.evaluation.views import Setting
 from dpf_release.release.attack_report import Interval, Way
 
@@ -24,19 +24,11 @@ LEAST_NON_MEMBERS = 1000  # for a false positive rate of 0.1 %
 def score_links(answer: Links, target: Target, setting: Setting, references: Callable[[], References]) -> Scored:
     """Every way counts, in each measure. Leakage is reckoned by top-1, else by AUC: between a guess and certainty."""
     queries = draw_queries(setting.material, target, setting.truth, setting.seed)
-    gate, links = setting.material.limits, any(way.pools is not None for way in answer.ways.values())
+    links = any(way.pools is not None for way in answer.ways.values())
     # What links no rows looks at the network alone, which has not learnt from all that is in the bank: `val` is, too.
     inside = queries.members if links or queries.trained_on is None else queries.members & queries.trained_on
     ways = {name: Way(measures=measure(way, queries, inside, setting.seed)) for name, way in answer.ways.items()}
     among = queries.pools.shape[1] if links else 0
-    limit_of = {"auc": ("AUC", gate["auc"]), "tpr_at_1_percent": ("TPR at 1 % FPR", gate["tpr"])}
-    if links:
-        limit_of["top1"] = ("top-1", re_identification_limit(np.array([among]), gate["top1"]))
-    limits = []
-    for name, (what, limit) in limit_of.items():
-        found = [way.measures[name] for way in ways.values() if name in way.measures]
-        told = found and (name != "top1" or among >= LEAST_POOL)
-        limits += [Limit(what, one, limit) for one in found] if told else [Limit(what, None, limit)]
     primary = "top1" if links else "auc"
     having = [name for name in ways if primary in ways[name].measures]
     best = max(having, key=lambda name: ways[name].measures[primary].value, default=next(iter(ways)))
@@ -48,12 +40,25 @@ def score_links(answer: Links, target: Target, setting: Setting, references: Cal
         leakage=None,
         found=ways[best].measures.get("top1") if among >= LEAST_POOL else None,
         among=among,
-        limits=tuple(limits),
+        criteria=_criteria(ways, among, setting.material.limits),
         series={},
         primary=primary,
         told=_membership_told(ways),
         rows=int(inside.sum()),
     )
+
+
+def _criteria(ways: Mapping[str, Way], among: int, limits: Mapping[str, float]) -> tuple[Criterion, ...]:
+    """Of membership, and where rows are linked (among some) of the match; what no way measures is open."""
+    limit_of = {"auc": ("AUC", limits["auc"]), "tpr_at_1_percent": ("TPR at 1 % FPR", limits["tpr"])}
+    if among:
+        limit_of["top1"] = ("top-1", re_identification_limit(np.array([among]), limits["top1"]))
+    criteria: list[Criterion] = []
+    for name, (what, limit) in limit_of.items():
+        found = [way.measures[name] for way in ways.values() if name in way.measures]
+        told = found and (name != "top1" or among >= LEAST_POOL)
+        criteria += [Criterion(what, one, limit) for one in found] if told else [Criterion(what, None, limit)]
+    return tuple(criteria)
 
 
 def measure(way: Likeness, queries: QueryTruth, inside: NDArray[np.bool_], seed: int) -> dict[str, Interval]:

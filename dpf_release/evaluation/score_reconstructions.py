@@ -15,7 +15,7 @@ from dpf_release.evaluation.gallery import pictures_of
 from dpf_release.evaluation.scoring import References, RowScores, leakages_of, score_pictures, way_of
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import LEAST_POOL, Truth
-from dpf_release.evaluation.verdicts import Limit, Scored, re_identification_limit
+from dpf_release.evaluation.verdicts import Criterion, Scored, re_identification_limit
 from dpf_release.evaluation.views import Setting
 from dpf_release.release.attack_report import Interval, Way
 
@@ -70,9 +70,9 @@ def score_reconstructions(
         leakage=ways[best].leakage,
         found=highest,
         among=truth.among,
-        limits=(
-            *(Limit("leakage", found, limits["leakage"]) for way in ways.values() for found in leakages_of(way)),
-            *(Limit("re-identification", way.measures.get("re_identification"), own) for way in ways.values()),
+        criteria=(
+            *(Criterion("leakage", found, limits["leakage"]) for way in ways.values() for found in leakages_of(way)),
+            *(Criterion("re-identification", way.measures.get("re_identification"), own) for way in ways.values()),
         ),
         series=_series(answer, ways),
         pictures={}

@@ -177,7 +177,7 @@ class _Run:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
             return str(error), {}
         power = self.harness.power(attack, self.setting)
-        verdict, reasons = judge(scored.limits, power, self._shortage(attack, scored))
+        verdict, reasons = judge(scored.criteria, power, self._shortage(attack, scored))
         claim = attack.claim
         if attack.view is LeakedVault and self.harness.target.known_by_name:
             claim = "reconstruction"  # nothing has to leak for that

@@ -121,7 +121,7 @@ def test_a_picture_is_linked_to_its_row_where_rows_say_what_they_are_and_else_by
     assert leakage is not None
     assert leakage.low > 0.5  # it has power
     assert noisy.among == clean.among == setting.truth.among
-    assert {limit.what: limit.limit for limit in clean.limits}["AUC"] == 0.6
+    assert {one.what: one.limit for one in clean.criteria}["AUC"] == 0.6
     assert set(clean.ways["features"].measures) >= {"top1", "top5", "persons", "auc", "tpr_at_1_percent"}
     assert "tpr_at_0.1_percent" not in clean.ways["features"].measures  # that wants 1,000 non-members
 
@@ -193,7 +193,7 @@ def test_the_weights_give_away_what_was_learnt_by_heart_and_not_what_was_never_s
     )
     control = attacked("A10", replace(target, queries=strangers), setting)
     assert control.ways["loss"].measures["auc"].low < 0.5 < control.ways["loss"].measures["auc"].high
-    assert list(dict.fromkeys(limit.what for limit in broken.limits)) == ["AUC", "TPR at 1 % FPR"]
+    assert list(dict.fromkeys(one.what for one in broken.criteria)) == ["AUC", "TPR at 1 % FPR"]
     student = replace(setting, budget=Budget(images=500, decoders=1, shadows=0, deep=True))
     assert "loss against a student's" in attacked("A10", target, student).ways
 
@@ -282,7 +282,7 @@ def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing
 ) -> None:
     clean, nothing = (attacked("A8", target, setting) for target in (planted(owner, "clean"), saying_nothing(owner)))
     for scored in (clean, nothing):
-        assert [limit.found for limit in scored.limits] == [way.measures["gain"] for way in scored.ways.values()]
+        assert [one.found for one in scored.criteria] == [way.measures["gain"] for way in scored.ways.values()]
     gain, none = (scored.ways[scored.best].measures["gain"] for scored in (clean, nothing))
     assert gain.low > 0 > none.low  # of some 40 rows, in an order that is drawn anew each time
     assert none.value < gain.value - 0.1

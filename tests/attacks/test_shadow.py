@@ -21,7 +21,7 @@ from dpf_release.attacks import a06_known_pairs as known_pairs
 from dpf_release.attacks.interface import Reconstructions
 from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, KnownPairs, LeakedVault, ReleaseView
 from dpf_release.attacks.toolkit import trained
-from dpf_release.attacks.toolkit.clean_decoders import straw_man
+from dpf_release.attacks.toolkit.clean_decoders import clean_decoder
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.evaluation.harness import Harness
 from dpf_release.evaluation.score_reconstructions import _series
@@ -132,7 +132,7 @@ def test_more_pairs_hold_the_fewer_and_each_way_says_how_many_it_has(setting: Se
     assert set(answer.series) == set(answer.decoders)
     assert {number for _, number in answer.series.values()} == {1, 10, len(view.pair_rows)}
     target = target_of(setting, "channel-permutation")
-    alone = reached(setting, target, Reconstructions({"A1": lambda at: straw_man(view)(view.rows(view.asked[at]))}))
+    alone = reached(setting, target, Reconstructions({"A1": lambda at: clean_decoder(view)(view.rows(view.asked[at]))}))
     assert reached(setting, target, answer) > alone + 0.1
 
 
@@ -226,7 +226,7 @@ def test_whoever_has_p_undoes_it_where_a_straw_man_does_not(setting: Setting) ->
     target = target_of(setting, "channel-permutation")
     view = grant(LeakedVault, target, setting)
     answer = leaked_vault.LeakedP().run(view)
-    alone = Reconstructions({"A1": lambda at: straw_man(view)(view.rows(view.asked[at]))})
+    alone = Reconstructions({"A1": lambda at: clean_decoder(view)(view.rows(view.asked[at]))})
     assert reached(setting, target, answer) > reached(setting, target, alone) + 0.1
 
 
@@ -237,7 +237,7 @@ def test_a_shadow_function_does_on_public_pictures_what_p_does_on_private_ones(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = grant(ReleaseView, target_of(setting, "clean"), setting)
-    network, psi = shadow.shadow(view, 0), straw_man(view)
+    network, psi = shadow.shadow(view, 0), clean_decoder(view)
     pictures = view.public_val.read(np.arange(len(view.public_val)))
     features, originals = view.features(pictures), pictures.float() / 255
     likeness = [float(ssim(psi(seen), originals).abs().mean()) for seen in (network(features), features)]
@@ -288,7 +288,7 @@ def test_matched_moments_take_any_channel_affine_map_away(setting: Setting) -> N
     rows = []
     for name in ("clean", "channel-affine", "channel-permutation"):
         view = grant(ReleaseView, target_of(setting, name), setting)
-        rows.append(shadow.match_moments(view)(view.asked))
+        rows.append(shadow.with_moments_of_q(view)(view.asked))
     assert torch.allclose(rows[0], rows[1], atol=0.02)
     assert not torch.allclose(rows[0], rows[2], atol=0.2)
 

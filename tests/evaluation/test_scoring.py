@@ -30,7 +30,7 @@ from dpf_release.evaluation.scoring import (
 )
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import Truth, bins_of, draw_pools
-from dpf_release.evaluation.verdicts import Limit, judge, re_identification_limit
+from dpf_release.evaluation.verdicts import Criterion, judge, re_identification_limit
 from dpf_release.models.metrics import ssim
 from dpf_release.owner.config import GateSection
 from dpf_release.release.attack_report import Interval, Power
@@ -140,11 +140,11 @@ def test_where_one_of_the_two_leakages_is_not_defined_the_other_may_fail_and_nev
     assert found[0] is None
     assert found[1] == way.measures["leakage_own"]
     assert found[1].high < 0.2  # alone it would have passed for a defence
-    limits = [Limit("leakage", one, 0.1) for one in found]
+    limits = [Criterion("leakage", one, 0.1) for one in found]
     assert judge(limits[:1], Power(passed=True), ())[0] == "inconclusive"
     assert (
         judge(
-            [Limit("leakage", one, 0.01) for one in leakages_of(way_of(scored(perfect), near, TRUTH.sizes, 0))],
+            [Criterion("leakage", one, 0.01) for one in leakages_of(way_of(scored(perfect), near, TRUTH.sizes, 0))],
             Power(passed=True),
             (),
         )[0]
@@ -297,16 +297,16 @@ def _interval(value: float, half: float = 0.01) -> Interval:
 
 def test_a_pass_wants_evidence_and_a_fail_does_not() -> None:
     strong, weak = Power(passed=True), Power(passed=False, planted={"weak-noise": _interval(0.3)})
-    low, near, high = (Limit("leakage", _interval(value), 0.1) for value in (0.05, 0.095, 0.2))
+    low, near, high = (Criterion("leakage", _interval(value), 0.1) for value in (0.05, 0.095, 0.2))
     assert judge([low], strong, []) == ("pass", ())
     assert judge([near], strong, [])[0] == "inconclusive"
     assert judge([high], strong, [])[0] == judge([high], weak, ["too few rows"])[0] == "fail"
     for power, shortage in ((weak, []), (Power(passed=None), []), (strong, ["too few rows"])):
         assert judge([low], power, shortage)[0] == "inconclusive"
-    assert judge([low, Limit("top-1", None, 0.05)], strong, [])[0] == "inconclusive"
-    near_and_wide = [Limit("AUC", _interval(0.59), 0.6), Limit("AUC", _interval(0.585, 0.02), 0.6)]
+    assert judge([low, Criterion("top-1", None, 0.05)], strong, [])[0] == "inconclusive"
+    near_and_wide = [Criterion("AUC", _interval(0.59), 0.6), Criterion("AUC", _interval(0.585, 0.02), 0.6)]
     assert judge(near_and_wide[:1], strong, [])[0] == "inconclusive"
-    verdict, reasons = judge([Limit("AUC", _interval(0.58), 0.6), near_and_wide[1]], strong, [])
+    verdict, reasons = judge([Criterion("AUC", _interval(0.58), 0.6), near_and_wide[1]], strong, [])
     assert (verdict, len(reasons)) == ("inconclusive", 1)  # every way counts, the widest too
     assert "0.605" in reasons[0]
 

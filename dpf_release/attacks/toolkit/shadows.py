@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from dpf_release.attacks.threat_models import HeldPictures, ReleaseView, batches
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import LEARNING_RATE, VALIDATION_PICTURES, Inputs
 from dpf_release.attacks.toolkit.trained import recipe_for, seeded, trained
 from dpf_release.core.arrays import Rows
@@ -60,7 +60,7 @@ def shadow(view: ReleaseView, number: int) -> nn.Module:
     objective = Objective(
         view.phi_2,
         TaskLoss(_scale(view)),
-        {"psi": straw_man(view, recipe.straw_man)},
+        {"psi": clean_decoder(view, recipe.straw_man)},
         {},
         recipe.objective == "equivalence",
         recipe.lambda_,
@@ -151,7 +151,7 @@ def _stationary(features: Tensor, kind: int, draws: torch.Generator) -> Tensor:
     return blurred
 
 
-def match_moments(view: ReleaseView) -> Callable[[Rows], Tensor]:
+def with_moments_of_q(view: ReleaseView) -> Callable[[Rows], Tensor]:
     """Rows of the bank, by number, with the mean and deviation that each channel has in φ1(Q)."""
     numbers = np.random.default_rng([view.seed, 5]).permutation(len(view.bank))[:MOMENT_PICTURES]
     mean, deviation = _moments(view.rows(some) for some in batches(np.sort(numbers)))
