@@ -20,7 +20,8 @@ from dpf_release.attacks import interface
 from dpf_release.attacks.interface import Attack, Reconstructions
 from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.errors import ConfigError, VaultError
-from dpf_release.evaluation import utility
+from dpf_release.evaluation import classifiers, utility
+from dpf_release.evaluation.classifiers import EFFORTS, Effort, PickedRows
 from dpf_release.evaluation.frontier import compare
 from dpf_release.evaluation.profiles import PROFILES
 from dpf_release.evaluation.report import frontier_points
@@ -34,7 +35,7 @@ from dpf_release.evaluation.report.frontier_points import (
 )
 from dpf_release.evaluation.report.headline import verdict_in_words
 from dpf_release.evaluation.suite import attack
-from dpf_release.evaluation.utility import EFFORTS, Effort, PickedRows, measure_utility
+from dpf_release.evaluation.utility import measure_utility, measures_over_seeds
 from dpf_release.models.training import History
 from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.material import material_of, open_candidate
@@ -200,7 +201,7 @@ def test_what_was_trained_is_not_trained_again_and_clean_rows_serve_every_functi
         trained.append(options["title"])
         return fit_classifier(*arguments, **options)
 
-    monkeypatch.setattr(utility, "fit_classifier", watched)
+    monkeypatch.setattr(classifiers, "fit_classifier", watched)
     project = Project.open(compared / "dpf.toml")
     with project.working(together=False):
         assert utility_of(project, "noise") == found["noise"]
@@ -221,9 +222,9 @@ def test_few_rows_are_shown_often_enough_and_many_no_more_than_the_profile_says(
 
 
 def test_of_errors_less_is_better() -> None:
-    bench = utility._Bench.__new__(utility._Bench)
-    object.__setattr__(bench, "material", type("M", (), {"task": "regression"}))
-    found = bench.measures({"mae, m = 5": np.array([1.0, 2.0]), "mae, m = 5, own images alone": np.array([3.0, 3.0])})
+    found = measures_over_seeds(
+        "mae", {"mae, m = 5": np.array([1.0, 2.0]), "mae, m = 5, own images alone": np.array([3.0, 3.0])}
+    )
     assert found["gain over own images alone, m = 5"] == Interval(value=1.5, low=1.0, high=2.0)
 
 
