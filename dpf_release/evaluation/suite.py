@@ -77,7 +77,6 @@ class _Run:
     wanted: tuple[str, ...]
     setting: Setting
     harness: Harness
-    enough: bool
 
     @classmethod
     def begin(
@@ -91,14 +90,7 @@ class _Run:
         seed: int,
     ) -> _Run:
         profile = _profile(profile_name or project.config.gate.profile)
-        of_profile = [attack for attack in registered() if profile.runs(attack)]
-        codes = [*(attack.code for attack in of_profile), *UTILITIES]
-        if unknown := set(only) - set(codes):
-            there = ", ".join(codes)
-            raise ConfigError(
-                f"expected attacks of profile {profile.name} ({there}), found {', '.join(sorted(unknown))} in --only. "
-                "A harder --profile has more of them."
-            )
+        wanted = _wanted(profile, only)
         if min(project.config.model.size) < WINDOW:
             raise ConfigError(
                 f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
@@ -106,17 +98,23 @@ class _Run:
             )
         candidate, material = open_candidate(project, name), material_of(project)
         target = candidate_target(material, candidate)
-        clean = planted_target(material, "clean", seed)
+        harness = Harness(material, profile, target, planted_target(material, "clean", seed))
         setting = Setting(material, draw_truth(material, target, profile.rows, seed), profile.budget, seed)
-        wanted = tuple(code for code in codes if not only or code in only)
-        attacks = [attack for attack in of_profile if attack.code in wanted]
+        return cls(project.vault, candidate, profile, wanted, setting, harness)._within(budget_minutes, images)
+
+    def _within(self, limit: float | None, images: int | None) -> _Run:
+        """With trainings that take so many minutes, or are shown so many pictures; says how long that is."""
+        setting, profile, full = self.setting, self.profile, self.profile.budget
+        of_profile = [attack for attack in registered() if profile.runs(attack)]
+        attacks = [attack for attack in of_profile if attack.code in self.wanted]
         trained = _with_beside(attacks, profile)
-        rate, full = decoder_rate(grant(ReleaseView, target, setting)), profile.budget
+        rate = decoder_rate(grant(ReleaseView, self.harness.target, setting))
         # Reckoned over the whole profile: what is shortened does not depend on what is asked for.
-        budget = within(_with_beside(of_profile, profile), full, rate, budget_minutes)
+        budget = within(_with_beside(of_profile, profile), full, rate, limit)
         if images is not None:
             budget = replace(full, images=images)
-        beside = utility_minutes(material, candidate, profile.name, seed, budget.images / full.images, wanted)
+        share = budget.images / full.images
+        beside = utility_minutes(setting.material, self.candidate, profile.name, setting.seed, share, self.wanted)
         announce(
             f"Profile {profile.name}: {len(attacks)} attacks on {len(setting.truth.asked)} rows, trainings of "
             f"{budget.images} pictures; about {minutes(trained, budget, rate):.0f} minutes where nothing is kept of "
@@ -124,8 +122,7 @@ class _Run:
             + (f", of {minutes(trained, full, rate):.0f} that a pass wants" if budget != full else "")
             + (f"; utilities: {beside:.0f} minutes more" if beside >= 0.5 else "")
         )
-        harness, enough = Harness(material, profile, target, clean), budget.images >= full.images
-        return cls(project.vault, candidate, profile, wanted, replace(setting, budget=budget), harness, enough)
+        return replace(self, setting=replace(setting, budget=budget))
 
     def go(self, restart: bool) -> AttackReport:
         attacks = [attack for attack in registered() if self.profile.runs(attack)]
@@ -219,7 +216,7 @@ class _Run:
             found.append(f"{rows} rows, the profile wants {least}")
         elif scored.judged is not None and scored.judged < least:
             found.append(f"{scored.judged} rows in pools of {LEAST_POOL} pictures or more, the profile wants {least}")
-        if not self.enough:
+        if self.setting.budget.images < profile.budget.images:
             found.append(
                 f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
             )
@@ -287,6 +284,17 @@ def _profile(name: str) -> Profile:
             f"expected a profile of {', '.join(PROFILES)}, found {name!r} (--profile, or [gate] profile)."
         )
     return PROFILES[name]
+
+
+def _wanted(profile: Profile, only: Sequence[str]) -> tuple[str, ...]:
+    """Codes of a profile's attacks and utilities, or of those that are asked for."""
+    codes = [*(attack.code for attack in registered() if profile.runs(attack)), *UTILITIES]
+    if unknown := set(only) - set(codes):
+        raise ConfigError(
+            f"expected attacks of profile {profile.name} ({', '.join(codes)}), found {', '.join(sorted(unknown))} in "
+            "--only. A harder --profile has more of them."
+        )
+    return tuple(code for code in codes if not only or code in only)
 
 
 def _same_run(one: AttackReport, other: AttackReport) -> bool:
