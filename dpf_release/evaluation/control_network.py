@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpf_release.attacks.toolkit.trained import seeded
@@ -27,21 +29,38 @@ def memorising_target(material: Material, seed: int) -> Target:
 
     The attacker holds those pictures, and as many others of Q with labels just as random: only memory tells them apart.
     """
-    target = planted_target(material, "clean", seed)
+    target, images = planted_target(material, "clean", seed), material.public
     generator = np.random.default_rng([seed, 6])
-    images = material.public
     chosen = generator.permutation(images.rows("train"))[:PICTURES]
-    bins = bins_of(target.rows.targets)
-    names = np.unique(bins)
-    labels = names[np.arange(len(chosen)) % len(names)]  # of members and others alike
+    labels, answers = _any_labels(target.rows.targets, len(chosen))
     members = np.arange(len(chosen)) < len(chosen) // 2
-    answers = torch.from_numpy(labels)
-    if target.rows.targets.ndim > 1:
-        means = {name: target.rows.targets[bins == name].mean(0) for name in names}
-        answers = torch.from_numpy(np.stack([means[label] for label in labels]).astype(np.float32))
     with torch.no_grad():
         pictures = material.preprocess.normalise(images.pictures.read(chosen[members]).to(material.device))
         features = torch.cat([material.phi_1(part).float() for part in pictures.split(64)])
+    network = _learnt_by_heart(material, features, answers, seed)
+    queries = QueryTruth(
+        read=lambda numbers: images.pictures.read(chosen[numbers]),
+        labels=labels,
+        pools=np.zeros((len(chosen), 1), np.int64),
+        own=np.where(members, 0, -1),
+    )
+    subject = f"{MEMORISER}, seed {seed}, {material.private.bank_id}"
+    return replace(target, name=MEMORISER, subject=subject, classifier=network, queries=queries)
+
+
+def _any_labels(targets: NDArray[Any], count: int) -> tuple[NDArray[np.int64], Tensor]:
+    """Classes, or bins, of pictures that are in an order that is drawn; and what a network should answer to each."""
+    bins = bins_of(targets)
+    names = np.unique(bins)
+    labels = names[np.arange(count) % len(names)]  # of members and others alike
+    if targets.ndim == 1:
+        return labels, torch.from_numpy(labels)
+    means = {name: targets[bins == name].mean(0) for name in names}
+    return labels, torch.from_numpy(np.stack([means[label] for label in labels]).astype(np.float32))
+
+
+def _learnt_by_heart(material: Material, features: Tensor, answers: Tensor, seed: int) -> nn.Module:
+    """A classifier of features that was shown the answers until it knows them; frozen."""
     with seeded(seed):
         network = AttributeClassifier(material.features.shape, material.record.outputs)
 
@@ -55,12 +74,4 @@ def memorising_target(material: Material, seed: int) -> Target:
 
     recipe = Recipe(EPOCHS, min(BATCH, len(features)), 3e-3, seed=seed, bf16="off")
     fit(network, len(features), read_batch, loss, recipe, title="Planting a network", device=material.device)
-    queries = QueryTruth(
-        read=lambda numbers: images.pictures.read(chosen[numbers]),
-        labels=labels,
-        pools=np.zeros((len(chosen), 1), np.int64),
-        own=np.where(members, 0, -1),
-    )
-    subject = f"{MEMORISER}, seed {seed}, {material.private.bank_id}"
-    network = freeze(network).to(material.device).to(memory_format=torch.channels_last)
-    return replace(target, name=MEMORISER, subject=subject, classifier=network, queries=queries)
+    return freeze(network).to(material.device).to(memory_format=torch.channels_last)

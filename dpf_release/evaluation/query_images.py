@@ -141,14 +141,8 @@ def draw_labelled(material: Material, target: Target, truth: Truth, seed: int) -
     if column not in table.attributes:
         raise NotGrantedError(f"no attribute: [claims] attribute is {column!r}, the table has {[*table.attributes]}.")
     generator = np.random.default_rng([seed, 8])
-    rows = np.arange(len(target.rows))
-    positions, members, counts = most_of(target, rows)
-    order = np.lexsort((generator.random(len(positions)), -counts, positions))
-    named, first = np.unique(positions[order], return_index=True)
-    cells = np.full(len(rows), "", object)
-    of_table = np.array(table.attributes[column], object)
-    cells[named] = of_table[material.private.table_rows[members[order[first]]]]
-    names, numbers = np.unique(cells.astype(str), return_counts=True)
+    cells = _cells_of_rows(material, target, column, generator)
+    names, numbers = np.unique(cells, return_counts=True)
     values = names[(numbers >= LEAST_OF_A_VALUE) & (names != "")]
     if len(values) < 2:
         raise NotGrantedError(f"{column!r} has fewer than two values with {LEAST_OF_A_VALUE} released rows each.")
@@ -165,10 +159,22 @@ def draw_labelled(material: Material, target: Target, truth: Truth, seed: int) -
         values=tuple(values.tolist()),
         public_values=_index_of(public_cells[public_rows(public, "train", seed)], values),
         asked=asked_rows,
-        asked_values=_index_of(cells[asked_rows].astype(str), values),
+        asked_values=_index_of(cells[asked_rows], values),
         known_rows=known_rows,
-        known_values=_index_of(cells[known_rows].astype(str), values),
+        known_values=_index_of(cells[known_rows], values),
     )
+
+
+def _cells_of_rows(material: Material, target: Target, column: str, generator: np.random.Generator) -> NDArray[np.str_]:
+    """A column's value for each row, (N,): of the picture that it has the most pieces of; of equals, of any."""
+    rows = np.arange(len(target.rows))
+    positions, members, counts = most_of(target, rows)
+    order = np.lexsort((generator.random(len(positions)), -counts, positions))
+    named, first = np.unique(positions[order], return_index=True)
+    of_table = np.array(material.private.images.table.attributes[column], object)
+    cells = np.full(len(rows), "", object)
+    cells[named] = of_table[material.private.table_rows[members[order[first]]]]
+    return cells.astype(str)
 
 
 def public_rows(public: ImageSet, split: SplitName, seed: int) -> Rows:
