@@ -339,7 +339,6 @@ PRIVATE = (
     "images.sources",
     "images.survey",
     "images.table",
-    "release",
     "owner",
     "evaluation",
     "publish",
