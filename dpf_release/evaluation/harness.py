@@ -25,7 +25,6 @@ from dpf_release.evaluation.scoring import References, RowScores, best_of, mean_
 from dpf_release.evaluation.targets import Target, draw_truth, planted_target
 from dpf_release.evaluation.verdicts import Scored
 from dpf_release.evaluation.views import Setting, grant
-from dpf_release.owner.material import Material
 from dpf_release.release.attack_report import SCORER, Interval, Power
 
 POWER_ROWS = 1000  # on which it is tried whether an attack breaks a planted function
@@ -38,7 +37,6 @@ class Harness:
     """Runs attacks, and holds the truth.
 
     Attributes:
-        material: the owner's.
         profile: which attacks set the ceiling.
         target: the candidate.
         clean: φ1(S), as if it were one.
@@ -46,7 +44,6 @@ class Harness:
         ceilings: the latter, for each truth.
     """
 
-    material: Material
     profile: Profile
     target: Target
     clean: Target
@@ -74,10 +71,10 @@ class Harness:
         """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
         name = f"{attack.code} on clean rows, {len(setting.truth.asked)}"
         subject = self._subject(attack, setting)
-        kept = self.material.kept.load(name, subject)
+        kept = setting.material.kept.load(name, subject)
         if kept is None:
             kept = {"reached": _as_tensor(self._answered(attack, self.clean, setting).reached())}
-            self.material.kept.save(name, subject, kept)
+            setting.material.kept.save(name, subject, kept)
         return _as_interval(kept["reached"])
 
     def _subject(self, attack: Attack, setting: Setting) -> dict[str, Any]:
@@ -90,7 +87,7 @@ class Harness:
             "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows, setting.budget.share],
             "seed": setting.seed,
             "rows": setting.truth.asked.tolist(),
-            "attribute": [self.material.attribute, self.material.group],
+            "attribute": [setting.material.attribute, setting.material.group],
         }
 
     def power(self, attack: Attack, setting: Setting) -> Power:
@@ -105,12 +102,12 @@ class Harness:
         found, surpassed = {}, {}
         for name, member in functions.items():
             try:
-                target = self._planted(name, member, setting.seed)
+                target = self._planted(name, member, setting)
             except ConfigError as error:  # it wants larger classes than there are
                 announce(f"{attack.code} {attack.title}: {name} cannot be planted: {error}")
                 continue
             # Rows that are mixed want pools that hold all their pictures.
-            setting = replace(setting, truth=draw_truth(self.material, target, POWER_ROWS, setting.seed))
+            setting = replace(setting, truth=draw_truth(setting.material, target, POWER_ROWS, setting.seed))
             if leakage := self._out_of(attack, name, target, setting):
                 found[name] = leakage
             if other and (leakage := self._out_of(other, name, target, setting)):
@@ -123,16 +120,16 @@ class Harness:
     def _out_of(self, attack: Attack, name: str, target: Target, setting: Setting) -> Interval | None:
         """What an attack gets out of a planted function."""
         subject = {**self._subject(attack, setting), "planted": name}
-        kept = self.material.kept.load(f"{attack.code} power on {name}", subject)
+        kept = setting.material.kept.load(f"{attack.code} power on {name}", subject)
         if kept is None:
             kept = {"leakage": _as_tensor(self.scored(attack, target, setting).power())}
-            self.material.kept.save(f"{attack.code} power on {name}", subject, kept)
+            setting.material.kept.save(f"{attack.code} power on {name}", subject, kept)
         return _as_interval(kept["leakage"])
 
-    def _planted(self, name: str, member: nn.Module | None, seed: int) -> Target:
+    def _planted(self, name: str, member: nn.Module | None, setting: Setting) -> Target:
         if name == MEMORISER:
-            return memorising_target(self.material, seed)
-        return planted_target(self.material, name, seed, member)
+            return memorising_target(setting.material, setting.seed)
+        return planted_target(setting.material, name, setting.seed, member)
 
     def references(self, target: Target, setting: Setting) -> References:
         """What leakage is measured between, on the rows of a truth; made once for each.

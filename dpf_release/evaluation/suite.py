@@ -98,7 +98,7 @@ class _Run:
             )
         candidate, material = open_candidate(project, name), material_of(project)
         target = candidate_target(material, candidate)
-        harness = Harness(material, profile, target, planted_target(material, "clean", seed))
+        harness = Harness(profile, target, planted_target(material, "clean", seed))
         setting = Setting(material, draw_truth(material, target, profile.rows, seed), profile.budget, seed)
         return cls(project.vault, candidate, profile, wanted, setting, harness)._within(budget_minutes, images)
 

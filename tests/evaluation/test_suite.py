@@ -142,10 +142,10 @@ def test_an_attack_that_is_no_better_than_the_one_it_is_made_of_has_no_power(
 
 
 def refusing(plant: Callable[..., Target]) -> Callable[..., Target]:
-    def planted(harness: Harness, name: str, member: Any, seed: int) -> Target:
+    def planted(harness: Harness, name: str, member: Any, setting: Setting) -> Target:
         if name == "recombine-2":
             raise ConfigError("class 2: 1")
-        return plant(harness, name, member, seed)
+        return plant(harness, name, member, setting)
 
     return planted
 
