@@ -30,8 +30,8 @@ from dpf_release.evaluation.suite import _Run
 from dpf_release.evaluation.targets import Target, candidate_target, draw_truth, planted_target
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.metrics import ssim
-from dpf_release.owner.material import material_of, open_candidate
 from dpf_release.owner.project import Project
+from dpf_release.owner.testbed import open_candidate, testbed_of
 from dpf_release.poisoning.interface import Plan
 from dpf_release.release.attack_report import AttackResult, Interval, Power, Way
 
@@ -46,21 +46,21 @@ def project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Project
 @pytest.fixture(scope="module")
 def setting(project: Project) -> Iterator[Setting]:
     """Twenty rows of each class are asked for, of about fifty."""
-    material = replace(material_of(project), kept=Memory())  # type: ignore[arg-type]
-    target = candidate_target(material, open_candidate(project, "default"))
+    testbed = replace(testbed_of(project), kept=Memory())  # type: ignore[arg-type]
+    target = candidate_target(testbed, open_candidate(project, "default"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(truth_module, "POOL", 20)
-        truth = draw_truth(material, target, 40, seed=0)
+        truth = draw_truth(testbed, target, 40, seed=0)
         for module in (straw_men, known_pairs, leaked_vault, shadow):  # what learns fast on few pictures
             patch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
         patch.setattr(trained, "TRAINING_BATCH", 16)
         patch.setattr(leaked_vault, "LOSSES", (("l1", 1.0),))
         patch.setattr(truth_module, "POOL", 200)
-        yield Setting(material, truth, BUDGET, 0)
+        yield Setting(testbed, truth, BUDGET, 0)
 
 
 def target_of(setting: Setting, name: str) -> Target:
-    return planted_target(setting.material, name, 0)
+    return planted_target(setting.testbed, name, 0)
 
 
 def reached(setting: Setting, target: Target, answer: Reconstructions) -> float:
@@ -83,7 +83,7 @@ def test_known_pairs_are_a_row_with_its_picture_and_none_that_is_asked_for(setti
     assert not np.isin(view.pair_rows, view.asked).any()
     assert float(own.abs().max()) < 0.05 < float(others.abs().amax(dim=(1, 2, 3)).min())
     with pytest.raises(NotGrantedError, match="none left"):
-        grant(KnownPairs, target, replace(setting, truth=draw_truth(setting.material, target, 1000, seed=0)))
+        grant(KnownPairs, target, replace(setting, truth=draw_truth(setting.testbed, target, 1000, seed=0)))
 
 
 def test_of_rows_that_are_mixed_the_picture_with_the_most_pieces_is_known(setting: Setting) -> None:

@@ -55,7 +55,7 @@ class PrivateRows:
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class Testbed:
     """What is attacked with, and what is known only to those who score.
 
     Attributes:
@@ -108,7 +108,7 @@ class Material:
         return self.open_private()
 
 
-def material_of(project: Project) -> Material:
+def testbed_of(project: Project) -> Testbed:
     """What a project gives to those who attack and score; its vault is held by the caller."""
 
     def open_private() -> PrivateRows:
@@ -121,7 +121,7 @@ def material_of(project: Project) -> Material:
         )
 
     cut, config = project.cut, project.config
-    return Material(
+    return Testbed(
         phi_1=project.frozen(cut.split.featurizer),
         phi_2=project.frozen(cut.split.classifier),
         record=cut.record,
