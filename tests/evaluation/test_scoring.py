@@ -333,7 +333,10 @@ def test_what_a_guess_finds_of_a_mixed_rows_other_pictures_is_added_to_the_limit
 
 
 PRIVATE = (
-    "bank",
+    "bank.build",
+    "bank.dataset",
+    "bank.reader",
+    "bank.writer",
     "images.dataset",
     "images.read",
     "images.sources",
