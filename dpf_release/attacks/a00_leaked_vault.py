@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, HeldPictures, LeakedVault, ReleaseView
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import DecoderLoss, decode, train_decoder
 from dpf_release.attacks.toolkit.poisoned_public import poisoned_public, room_for
 from dpf_release.attacks.toolkit.trained import schedule
@@ -32,7 +32,7 @@ class LeakedP(Attack):
     def run(self, view: ReleaseView) -> Reconstructions:
         """P is applied to Q as a bank of its own; a mixed row is paired with the picture that it has the most of."""
         assert isinstance(view, LeakedVault)
-        start = straw_man(view).state_dict()  # on all of Q: it is A1's
+        start = clean_decoder(view).state_dict()  # on all of Q: it is A1's
         _, rows = schedule(view.budget.bank_images, len(view.public))
         count = room_for(view, rows)
         view = replace(view, public=HeldPictures(count, view.public.read, view.public.remembered))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, ReleaseView
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import decode
 
 
@@ -22,4 +22,4 @@ class StrawMen(Attack):
     def run(self, view: ReleaseView) -> Reconstructions:
         """Decoders of several architectures and losses; those trained on disturbed features expect a poisoning."""
         numbers = range(min(view.budget.decoders, len(DECODERS)))
-        return Reconstructions({DECODERS[number][0]: decode(view, straw_man(view, number)) for number in numbers})
+        return Reconstructions({DECODERS[number][0]: decode(view, clean_decoder(view, number)) for number in numbers})

@@ -9,16 +9,16 @@ from torch import nn
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, ReleaseView
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import decode, train_decoder
 from dpf_release.attacks.toolkit.shadows import (
     SHARE,
     STEP_COST,
-    match_moments,
     of_its_own_kind,
     shadow,
     shadow_recipe,
     union,
+    with_moments_of_q,
 )
 from dpf_release.errors import ConfigError, NotGrantedError
 
@@ -55,12 +55,12 @@ class ShadowFunctions(Attack):
                 architecture=DECODERS[0][1],
                 loss=DECODERS[0][2],
                 depends_on={"shadows": recipes},
-                start=straw_man(view).state_dict(),
+                start=clean_decoder(view).state_dict(),
             )
             decoders[f"{m} shadows"] = decode(view, network)
             series[f"{m} shadows"] = ("shadows", m)
             if m == len(shadows):
-                decoders[f"{m} shadows, moments"] = decode(view, network, match_moments(view))
+                decoders[f"{m} shadows, moments"] = decode(view, network, with_moments_of_q(view))
         try:
             own_kind = of_its_own_kind(view)
         except (ConfigError, NotGrantedError) as error:
@@ -73,7 +73,7 @@ class ShadowFunctions(Attack):
                 architecture=DECODERS[0][1],
                 loss=DECODERS[0][2],
                 depends_on={"function": view.function, "shadows": len(shadows)},
-                start=straw_man(view).state_dict(),
+                start=clean_decoder(view).state_dict(),
                 shape=view.feature_shape,
             )
             decoders[f"{len(shadows)} shadows of its own kind"] = decode(view, network)

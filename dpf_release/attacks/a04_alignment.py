@@ -14,7 +14,7 @@ from torch import Tensor
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, ReleaseView, batches
 from dpf_release.attacks.toolkit.alignment_map import train_map
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import decode
 from dpf_release.core.arrays import Rows
 
@@ -47,7 +47,7 @@ class Alignment(Attack):
         for name, aligned in alignments(view).items():
             for number in range(min(view.budget.decoders, DECODERS_TRIED)):
                 way = f"{name}; {DECODERS[number][0]}"
-                decoders[way] = decode(view, straw_man(view, number), aligned)
+                decoders[way] = decode(view, clean_decoder(view, number), aligned)
         return Reconstructions(decoders)
 
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Likeness, Links, register
-from dpf_release.attacks.threat_models import Budget, Candidates, HeldPictures, ReleaseView, batches
+from dpf_release.attacks.threat_models import Budget, HeldPictures, QueryImages, ReleaseView, batches
 from dpf_release.attacks.toolkit.matcher import train_matcher
 from dpf_release.attacks.toolkit.taps import open_taps
 from dpf_release.core.arrays import Rows
 
 SAMPLE_ROWS = 512  # of a class, from which its mean and the typical distance of a piece are estimated
 PUBLIC_PICTURES = 500  # of Q, that nobody's likeness is compared with
-NUMBERS_AT_ONCE = 2**25  # of the candidates' features, at most; more candidates take another pass over the bank
+NUMBERS_AT_ONCE = 2**25  # of the queries' features, at most; more queries take another pass over the bank
 COPY = 1e-3  # of the typical squared distance: as near as this is a copy
 Measure = Literal["cosine", "either sign", "evidence"]
 Vectors = Callable[[Tensor], list[Tensor]]  # features (n, C, h, w) → (n, d) for each piece
@@ -30,7 +30,7 @@ class Look:
     """One way of looking at features.
 
     Attributes:
-        of_picture: of candidates' own.
+        of_picture: of queries' own.
         of_row: of the bank's.
         measure: likeness is the cosine around the mean; or its absolute value, on average over pieces: a P that turns
             signs, or scales and shifts pieces, changes nothing in it; or the evidence of copies, summed over pieces.
@@ -43,13 +43,13 @@ class Look:
 
 @dataclass(eq=False)
 class Seen:
-    """What one look showed of the candidates of a class.
+    """What one look showed of the queries of a class.
 
     Attributes:
-        vectors: of the candidates.
-        scales: typical squared distance of each piece of each candidate to a row, (n, 1).
-        means: of candidates and of rows, piece by piece; what the cosine is around.
-        pools: (n, M) likeness of candidate and row of its pool.
+        vectors: of the queries.
+        scales: typical squared distance of each piece of each query to a row, (n, 1).
+        means: of queries and of rows, piece by piece; what the cosine is around.
+        pools: (n, M) likeness of query and row of its pool.
         highest: (n,) over all rows of the class.
         highest_public: (n,) over Q.
         nearest: (pieces, n) the highest that each piece alone contributes, over all rows of the class.
@@ -69,11 +69,11 @@ class Seen:
 
 @register
 class Linkage(Attack):
-    """The candidate's features against the rows of its class: as they are, inside φ2, its answers, piece by piece."""
+    """The query's features against the rows of its class: as they are, inside φ2, its answers, piece by piece."""
 
     code, title, profile, claim = "A5", "linkage, membership", "quick", "linkage"
     version = 2
-    view, answers = Candidates, Links
+    view, answers = QueryImages, Links
 
     def trainings(self, budget: Budget) -> float:
         """A matcher, from `standard` on."""
@@ -85,21 +85,21 @@ class Linkage(Attack):
         On membership each says three things: how alike the nearest row is, how much so for its class, how much more so
         than a picture of Q. Pieces say a fourth: how near each one's nearest is, in whatever row.
         """
-        assert isinstance(view, Candidates)
+        assert isinstance(view, QueryImages)
         looks = all_looks(view, with_matcher=_has_matcher(view.budget))
         names = [*looks, "all together"]
         pools = {name: np.zeros(view.pools.shape, np.float32) for name in names}
-        copies = {name: np.zeros(len(view.candidates), np.float32) for name in looks}
-        member = {name: np.zeros((3, len(view.candidates)), np.float32) for name in names}
-        for candidates, rows in _classes(view):
-            for name, seen in _look_at(view, looks, candidates, rows).items():
+        copies = {name: np.zeros(len(view.pictures), np.float32) for name in looks}
+        member = {name: np.zeros((3, len(view.pictures)), np.float32) for name in names}
+        for queries, rows in _classes(view):
+            for name, seen in _look_at(view, looks, queries, rows).items():
                 mean, deviation = _moments(seen)
-                pools[name][candidates] = seen.pools.cpu().numpy()
+                pools[name][queries] = seen.pools.cpu().numpy()
                 against = (seen.highest, (seen.highest - mean) / deviation, seen.highest - seen.highest_public)
-                member[name][:, candidates] = torch.stack(against).cpu().numpy()
+                member[name][:, queries] = torch.stack(against).cpu().numpy()
                 if len(seen.vectors) > 1:  # pieces, of which each may have gone into another row
-                    copies[name][candidates] = seen.nearest.sum(0).cpu().numpy()
-                pools["all together"][candidates] += ((seen.pools - mean[:, None]) / deviation[:, None]).cpu().numpy()
+                    copies[name][queries] = seen.nearest.sum(0).cpu().numpy()
+                pools["all together"][queries] += ((seen.pools - mean[:, None]) / deviation[:, None]).cpu().numpy()
         for name in looks:
             scores = member[name]
             member["all together"] += (scores - scores.mean(1, keepdims=True)) / (scores.std(1, keepdims=True) + 1e-9)
@@ -174,20 +174,20 @@ def patches(features: Tensor, size: int = 2) -> list[Tensor]:
     ]
 
 
-def _classes(view: Candidates) -> Iterator[tuple[Rows, Rows]]:
-    """Candidates of one class, not too many at once, and all rows of that class."""
+def _classes(view: QueryImages) -> Iterator[tuple[Rows, Rows]]:
+    """Queries of one class, not too many at once, and all rows of that class."""
     most = max(64, NUMBERS_AT_ONCE // int(np.prod(view.feature_shape)))
     for label in np.unique(view.labels):
-        candidates = np.flatnonzero(view.labels == label)
-        for first in range(0, len(candidates), most):
-            yield candidates[first : first + most], np.flatnonzero(view.bins == label)
+        queries = np.flatnonzero(view.labels == label)
+        for first in range(0, len(queries), most):
+            yield queries[first : first + most], np.flatnonzero(view.bins == label)
 
 
-def _look_at(view: Candidates, looks: dict[str, Look], candidates: Rows, rows: Rows) -> dict[str, Seen]:
+def _look_at(view: QueryImages, looks: dict[str, Look], queries: Rows, rows: Rows) -> dict[str, Seen]:
     """One pass over the rows of a class, and one over a part of Q, for all ways of looking."""
     sample = np.sort(np.random.default_rng(view.seed).permutation(rows)[:SAMPLE_ROWS])
-    seen = {name: _begin(view, look, candidates, sample) for name, look in looks.items()}
-    pools = torch.from_numpy(view.pools[candidates])
+    seen = {name: _begin(view, look, queries, sample) for name, look in looks.items()}
+    pools = torch.from_numpy(view.pools[queries])
     for batch in batches(rows):
         features = view.rows(batch)
         place = torch.searchsorted(torch.from_numpy(batch), pools).clamp_max(len(batch) - 1)
@@ -208,9 +208,9 @@ def _look_at(view: Candidates, looks: dict[str, Look], candidates: Rows, rows: R
     return seen
 
 
-def _begin(view: Candidates, look: Look, candidates: Rows, sample: Rows) -> Seen:
-    """A look at the candidates, and what is typical of the class."""
-    parts = [look.of_picture(features) for features in _features(view, view.candidates, candidates)]
+def _begin(view: QueryImages, look: Look, queries: Rows, sample: Rows) -> Seen:
+    """A look at the queries, and what is typical of the class."""
+    parts = [look.of_picture(features) for features in _features(view, view.pictures, queries)]
     vectors = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
     sums = [torch.zeros_like(piece[0]) for piece in vectors]
     scales = [torch.zeros_like(piece[:, :1]) for piece in vectors]
@@ -219,15 +219,15 @@ def _begin(view: Candidates, look: Look, candidates: Rows, sample: Rows) -> Seen
             sums[number] += row.sum(0)
             scales[number] += _distances(vectors[number], row).sum(1, keepdim=True) / len(sample)
     means = [(piece.mean(0), total / len(sample)) for piece, total in zip(vectors, sums, strict=True)]
-    none = torch.full((len(candidates),), -torch.inf, device=view.device)
-    pools = torch.full((len(candidates), view.pools.shape[1]), -torch.inf, device=view.device)
+    none = torch.full((len(queries),), -torch.inf, device=view.device)
+    pools = torch.full((len(queries), view.pools.shape[1]), -torch.inf, device=view.device)
     nearest = none.expand(len(vectors), -1)
-    of_class = torch.zeros(2, len(candidates), device=view.device)
+    of_class = torch.zeros(2, len(queries), device=view.device)
     return Seen(vectors, scales, means, pools, none, none, nearest, of_class)
 
 
 def _likeness(look: Look, seen: Seen, rows: list[Tensor], *, public: bool = False) -> tuple[Tensor, Tensor]:
-    """(n, m) of each candidate and each of some rows, or of some pictures of Q; (pieces, n) of each piece."""
+    """(n, m) of each query and each of some rows, or of some pictures of Q; (pieces, n) of each piece."""
     if look.measure != "evidence":
         total = torch.zeros(len(seen.vectors[0]), len(rows[0]), device=rows[0].device)
         highest = []
@@ -254,7 +254,7 @@ def _distances(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _moments(seen: Seen) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each candidate's likeness to the rows of its class."""
+    """Mean and deviation of each query's likeness to the rows of its class."""
     mean, square = seen.sums / seen.rows
     return mean, (square - mean.square()).clamp_min(1e-12).sqrt()
 

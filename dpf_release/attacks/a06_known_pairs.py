@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, HeldPictures, KnownPairs, ReleaseView, batches
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, disturb, straw_man
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder, disturb
 from dpf_release.attacks.toolkit.decoder import decode, train_decoder
 from dpf_release.core.arrays import Rows
 
@@ -44,7 +44,7 @@ class KnownPlaintext(Attack):
         decoders, series = {}, {}
         for m in sorted({min(m, len(view.pair_rows)) for m in PAIRS}):
             inverse = fit_inverse(view, m)
-            ways = {f"{m} pairs, linear": straw_man(view)}
+            ways = {f"{m} pairs, linear": clean_decoder(view)}
             if m >= FEWEST_TO_TRAIN:
                 ways[f"{m} pairs, trained"] = _train(view, m, inverse)
             for name, network in ways.items():
@@ -95,7 +95,7 @@ def _train(view: KnownPairs, m: int, inverse: Callable[[Tensor], Tensor]) -> tor
         architecture=architecture,
         loss=loss,
         depends_on={"bank": view.bank_subject, "pairs": view.pair_rows[:m].tolist()},
-        start=straw_man(view).state_dict(),
+        start=clean_decoder(view).state_dict(),
         images=_pictures_shown(view.budget, m),
         shape=view.feature_shape,
     )

@@ -124,20 +124,15 @@ def _train_probe(
     with seeded(view.seed):
         network = build(shape, len(view.values))
     train, val = _held_out(values, view.seed)
-    epochs = int(np.clip(images // len(train), 1, MOST_EPOCHS))
-    rows = min(len(train), max(TRAINING_BATCH, images // epochs))
-    weights = 1 / np.maximum(np.bincount(values[train], minlength=len(view.values)), 1)
-    weight = torch.from_numpy((weights / weights[values[train]].mean()).astype(np.float32)).to(view.device)
+    weight = _alike(values[train], len(view.values)).to(view.device)
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
         return inputs(read(train[chosen])), torch.from_numpy(values[train[chosen]])
 
     def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         scores = network(batch[0]).float()
-        return {
-            "loss": F.cross_entropy(scores, batch[1], weight),
-            "top1": (scores.argmax(1) == batch[1]).float().mean(),
-        }
+        right = (scores.argmax(1) == batch[1]).float()
+        return {"loss": F.cross_entropy(scores, batch[1], weight), "top1": right.mean()}
 
     def validate() -> float:
         total = 0.0
@@ -146,6 +141,8 @@ def _train_probe(
             total += float(F.cross_entropy(scores, torch.from_numpy(values[chosen]).to(view.device), reduction="sum"))
         return total / len(val)
 
+    epochs = int(np.clip(images // len(train), 1, MOST_EPOCHS))
+    rows = min(len(train), max(TRAINING_BATCH, images // epochs))
     batch = min(TRAINING_BATCH, rows)
     return trained(
         view,
@@ -159,6 +156,12 @@ def _train_probe(
         validate=validate,
         depends_on={"values": values.tolist(), "of": len(view.values), **(depends_on or {})},
     )
+
+
+def _alike(values: NDArray[np.int64], count: int) -> Tensor:
+    """Weights of `count` values, (count,), so that all weigh the same; 1 on average over the examples."""
+    weights = 1 / np.maximum(np.bincount(values, minlength=count), 1)
+    return torch.from_numpy((weights / weights[values].mean()).astype(np.float32))
 
 
 def _held_out(values: NDArray[np.int64], seed: int) -> tuple[Rows, Rows]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, ReleaseView, TwoReleases, batches
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import decode, train_decoder
 from dpf_release.attacks.toolkit.shadows import SHARE, STEP_COST, shadow, union
 from dpf_release.attacks.toolkit.taps import open_taps, standard
@@ -47,7 +47,7 @@ class TwoFunctions(Attack):
             both = torch.cat([view.rows(rows), second(rows)], dim=1)
             return both.contiguous(memory_format=torch.channels_last)
 
-        one, two = (decode(view, straw_man(view), read) for read in (view.rows, second))
+        one, two = (decode(view, clean_decoder(view), read) for read in (view.rows, second))
         return Reconstructions(
             {
                 "pair": decode(view, network, pair),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpf_release.attacks.interface import Attack, Likeness, Links, register
-from dpf_release.attacks.threat_models import Budget, Candidates, ReleaseView, batches
+from dpf_release.attacks.threat_models import Budget, QueryImages, ReleaseView, batches
 from dpf_release.attacks.toolkit.trained import recipe_for, seeded, trained
 from dpf_release.core.arrays import Rows
 from dpf_release.models.probes import AttributeClassifier
@@ -21,14 +21,14 @@ Network = Callable[[Tensor], Tensor]  # pictures uint8 → outputs
 
 @register
 class Membership(Attack):
-    """φ2∘φ1 on the candidate: how sure of it the network is, and how much less of the same picture a little changed.
+    """φ2∘φ1 on the query: how sure of it the network is, and how much less of the same picture a little changed.
 
     Reference networks, as the literature trains them, want pictures of the same classes, that S's owner alone has. What
     Q allows is a student of φ2∘φ1's answers: it knows of S what they say, and saw no picture of it (`full`).
     """
 
     code, title, claim, version = "A10", "membership by the weights", "linkage", 3
-    view, answers = Candidates, Links
+    view, answers = QueryImages, Links
     planted = ("memorising-network",)
 
     def trainings(self, budget: Budget) -> float:
@@ -37,7 +37,7 @@ class Membership(Attack):
 
     def run(self, view: ReleaseView) -> Links:
         """Loss, confidence, both calibrated; no rows are linked."""
-        assert isinstance(view, Candidates)
+        assert isinstance(view, QueryImages)
         wrong, sure = _errors(view, lambda pictures: view.answers(view.features(pictures)))
         found = {
             "loss": -wrong[0],
@@ -51,16 +51,16 @@ class Membership(Attack):
         return Links({name: Likeness(None, values.astype(np.float32)) for name, values in found.items()})
 
 
-def _errors(view: Candidates, network: Network) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and confidence of each candidate: (6, n) as it is, mirrored, and shifted four ways.
+def _errors(view: QueryImages, network: Network) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and confidence of each query: (6, n) as it is, mirrored, and shifted four ways.
 
     Of classes as log-odds (Carlini et al., "Membership inference attacks from first principles", 2022): the
     cross-entropy of a network that is sure of almost all pictures is 0 in float32 for members and others alike.
     """
     wrong, sure = [], []
     wanted = _wanted(view)
-    for chosen in batches(np.arange(len(view.candidates))):
-        pictures = view.candidates.read(chosen)
+    for chosen in batches(np.arange(len(view.pictures))):
+        pictures = view.pictures.read(chosen)
         answers = torch.stack([network(changed) for changed in _variants(pictures)])  # (6, n, K)
         target = wanted[chosen].to(answers.device)
         if view.task == "classification":
@@ -79,7 +79,7 @@ def log_odds(answers: Tensor, classes: Tensor) -> Tensor:
     return answers.gather(-1, place)[..., 0] - others.logsumexp(-1)
 
 
-def _wanted(view: Candidates) -> Tensor:
+def _wanted(view: QueryImages) -> Tensor:
     """What the network should answer: the class, (n,); of a bin, the mean of the released targets in it, (n, K)."""
     if view.task == "classification":
         return torch.from_numpy(view.labels)
@@ -94,7 +94,7 @@ def _variants(pictures: Tensor) -> list[Tensor]:
 
 
 def _against_class(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Less the median of the candidates of the same class."""
+    """Less the median of the queries of the same class."""
     out = values.copy()
     for label in np.unique(labels):
         out[labels == label] -= np.median(values[labels == label])

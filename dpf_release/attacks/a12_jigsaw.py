@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import BATCH, Budget, ReleaseView, batches
-from dpf_release.attacks.toolkit.clean_decoders import straw_man
+from dpf_release.attacks.toolkit.clean_decoders import clean_decoder
 from dpf_release.attacks.toolkit.decoder import decode
 from dpf_release.attacks.toolkit.pieces import Grid, Swaps, find_swaps, fits, train_fitting
 from dpf_release.attacks.toolkit.taps import answers_alone, open_taps
@@ -49,7 +49,7 @@ class Jigsaw(Attack):
             shares = _assemble(view, grid, pools, fitting, anchor == "middle piece")
             for name, sharp in (("likeliest", True), ("mean", False)):
                 rebuilt = _rebuilt(view, grid, pools, shares, sharp)
-                decoders[f"{anchor}, {name}"] = decode(view, straw_man(view), rebuilt)
+                decoders[f"{anchor}, {name}"] = decode(view, clean_decoder(view), rebuilt)
         return Reconstructions(decoders)
 
 

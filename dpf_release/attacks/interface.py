@@ -15,9 +15,9 @@ from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.core.arrays import Rows
 from dpf_release.core.own_code import imported, installed
 from dpf_release.errors import ConfigError
+from dpf_release.release.attack_report import ProfileName
 
 Claim = Literal["reconstruction", "linkage", "attribute"]
-Profile = Literal["quick", "standard", "full"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike candidate pictures and rows are, in one way of looking.
+    """How alike query images and rows are, in one way of looking.
 
     Attributes:
-        pools: (n, M) of each candidate and each row of its pool; None for an attack that links no rows.
+        pools: (n, M) of each query and each row of its pool; None for an attack that links no rows.
         membership: (n,) higher: rather in S.
     """
 
@@ -78,7 +78,7 @@ class Attack:
         profile: the smallest that runs it.
         view: what it needs to hold.
         answers: of what type its answer is.
-        planted: weak functions that it must break, or it proves nothing (`battery.planted`).
+        planted: weak functions that it must break, or it proves nothing (`evaluation.controls`).
         surpasses: code of an attack that it must surely do better than on those: without its own idea it would be that.
         of_bank: whether it trains anew for each bank, a planted one too.
         sets_ceiling: whether what it reaches on clean rows counts for the ceiling.
@@ -100,7 +100,7 @@ class Attack:
     title: ClassVar[str]
     version: ClassVar[int] = 1
     claim: ClassVar[Claim | None] = "reconstruction"
-    profile: ClassVar[Profile] = "standard"
+    profile: ClassVar[ProfileName] = "standard"
     view: ClassVar[type[ReleaseView]] = ReleaseView
     answers: ClassVar[type[Result]] = Reconstructions
     planted: ClassVar[tuple[str, ...]] = ("weak-noise",)

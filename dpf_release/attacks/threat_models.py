@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -135,6 +135,7 @@ class ReleaseView:
     """A release, the code of this tool, and public images Q: what everybody has.
 
     Attributes:
+        name: of what is granted, as attack reports say it.
         phi_1: the featurizer, frozen: normalised pictures (N, 3, H, W) → features (N, C, H', W').
         phi_2: the classifier, frozen: features → outputs (N, K).
         preprocess: of pictures, for φ1.
@@ -154,6 +155,8 @@ class ReleaseView:
         function: of what kind P is, as its name with its parameters: `recombine:k=20`; neither its draws nor what it
             learned. Empty: not known.
     """
+
+    name: ClassVar[str] = "ReleaseView"
 
     phi_1: nn.Module
     phi_2: nn.Module
@@ -205,18 +208,20 @@ class ReleaseView:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Candidates(ReleaseView):
+class QueryImages(ReleaseView):
     """The attacker also holds pictures, some of which are in S, and wants to know which, and where.
 
     Attributes:
-        candidates: the pictures.
+        pictures: those pictures.
         labels: (n,) class, or bin of the target, of each: a person sees it.
         bins: (N,) the same of each row of the bank.
         pools: (n, M) rows of the bank among which each picture's own is looked for; of one that is in S, one row is.
         persons: (n,) whom each shows, as numbers; None where nobody said.
     """
 
-    candidates: HeldPictures
+    name: ClassVar[str] = "Candidates"
+
+    pictures: HeldPictures
     labels: NDArray[np.int64]
     bins: NDArray[np.int64]
     pools: Rows
@@ -232,6 +237,8 @@ class KnownPairs(ReleaseView):
         pair_rows: (m,) the row of each; none of them is asked for.
     """
 
+    name: ClassVar[str] = "KnownPairs"
+
     pictures: HeldPictures
     pair_rows: Rows
 
@@ -244,6 +251,8 @@ class LeakedVault(ReleaseView):
         poison: a bank → the same, poisoned as the released one was (rows that mix, mix within it); and which row of the
             given one each row has the most of, (N,).
     """
+
+    name: ClassVar[str] = "LeakedVault"
 
     poison: Callable[[HeldRows], tuple[HeldRows, Rows]]
 
@@ -260,6 +269,8 @@ class LabelledRows(ReleaseView):
         bins: (N,) class, or bin of the target, of each row of the bank.
     """
 
+    name: ClassVar[str] = "LabelledRows"
+
     values: tuple[str, ...]
     public_values: NDArray[np.int64]
     known_rows: Rows
@@ -274,5 +285,7 @@ class TwoReleases(ReleaseView):
     Attributes:
         other: its bank.
     """
+
+    name: ClassVar[str] = "TwoReleases"
 
     other: HeldRows

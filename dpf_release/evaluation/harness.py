@@ -20,12 +20,11 @@ from dpf_release.evaluation.control_network import MEMORISER, memorising_target
 from dpf_release.evaluation.profiles import PLANTED_SHARE, Profile
 from dpf_release.evaluation.score_attributes import score_attributes
 from dpf_release.evaluation.score_linkage import score_links
-from dpf_release.evaluation.score_reconstructions import baselines, score_answer, score_reconstructions
+from dpf_release.evaluation.score_reconstructions import baselines, score_decoders, score_reconstructions
 from dpf_release.evaluation.scoring import References, RowScores, best_of, mean_interval, score_pictures
-from dpf_release.evaluation.targets import Target, clean_rows, draw_truth, planted_target
+from dpf_release.evaluation.targets import Target, draw_truth, planted_target
 from dpf_release.evaluation.verdicts import Scored
 from dpf_release.evaluation.views import Setting, grant
-from dpf_release.owner.project import Project
 from dpf_release.release.attack_report import SCORER, Interval, Power
 
 POWER_ROWS = 1000  # on which it is tried whether an attack breaks a planted function
@@ -38,7 +37,6 @@ class Harness:
     """Runs attacks, and holds the truth.
 
     Attributes:
-        project: the owner's.
         profile: which attacks set the ceiling.
         target: the candidate.
         clean: φ1(S), as if it were one.
@@ -46,7 +44,6 @@ class Harness:
         ceilings: the latter, for each truth.
     """
 
-    project: Project
     profile: Profile
     target: Target
     clean: Target
@@ -57,7 +54,7 @@ class Harness:
         """What an attack gets out of a bank.
 
         Raises:
-            NotGrantedError: the project lacks what the attack holds.
+            NotGrantedError: the owner lacks what the attack holds.
         """
         scored = self._answered(attack, target, setting)
         if scored.primary is None:
@@ -68,21 +65,20 @@ class Harness:
 
     def _answered(self, attack: Attack, target: Target, setting: Setting) -> Scored:
         answer = attack.run(grant(attack.view, target, setting))
-        return score(answer, target, setting, lambda: self.references(target, setting), self.project)
+        return score_answer(answer, target, setting, lambda: self.references(target, setting))
 
     def _reached_on_clean(self, attack: Attack, setting: Setting) -> Interval | None:
         """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
         name = f"{attack.code} on clean rows, {len(setting.truth.asked)}"
         subject = self._subject(attack, setting)
-        kept = setting.kept.load(name, subject)
+        kept = setting.workbench.kept.load(name, subject)
         if kept is None:
             kept = {"reached": _as_tensor(self._answered(attack, self.clean, setting).reached())}
-            setting.kept.save(name, subject, kept)
+            setting.workbench.kept.save(name, subject, kept)
         return _as_interval(kept["reached"])
 
     def _subject(self, attack: Attack, setting: Setting) -> dict[str, Any]:
         """What a result that is kept depends on, beside the bank."""
-        config = self.project.config
         return {
             **grant(ReleaseView, self.clean, setting).subject,
             "attack": [attack.code, attack.version],
@@ -91,7 +87,7 @@ class Harness:
             "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows, setting.budget.share],
             "seed": setting.seed,
             "rows": setting.truth.asked.tolist(),
-            "attribute": [config.claims.attribute, config.images.private.group],
+            "attribute": [setting.workbench.attribute, setting.workbench.group],
         }
 
     def power(self, attack: Attack, setting: Setting) -> Power:
@@ -106,12 +102,12 @@ class Harness:
         found, surpassed = {}, {}
         for name, member in functions.items():
             try:
-                target = self._planted(name, member, setting.seed)
+                target = self._planted(name, member, setting)
             except ConfigError as error:  # it wants larger classes than there are
                 announce(f"{attack.code} {attack.title}: {name} cannot be planted: {error}")
                 continue
             # Rows that are mixed want pools that hold all their pictures.
-            setting = replace(setting, truth=draw_truth(self.project, target, POWER_ROWS, setting.seed))
+            setting = replace(setting, truth=draw_truth(setting.workbench, target, POWER_ROWS, setting.seed))
             if leakage := self._out_of(attack, name, target, setting):
                 found[name] = leakage
             if other and (leakage := self._out_of(other, name, target, setting)):
@@ -124,17 +120,16 @@ class Harness:
     def _out_of(self, attack: Attack, name: str, target: Target, setting: Setting) -> Interval | None:
         """What an attack gets out of a planted function."""
         subject = {**self._subject(attack, setting), "planted": name}
-        kept = setting.kept.load(f"{attack.code} power on {name}", subject)
+        kept = setting.workbench.kept.load(f"{attack.code} power on {name}", subject)
         if kept is None:
             kept = {"leakage": _as_tensor(self.scored(attack, target, setting).power())}
-            setting.kept.save(f"{attack.code} power on {name}", subject, kept)
+            setting.workbench.kept.save(f"{attack.code} power on {name}", subject, kept)
         return _as_interval(kept["leakage"])
 
-    def _planted(self, name: str, member: nn.Module | None, seed: int) -> Target:
-        clean = clean_rows(self.project)
+    def _planted(self, name: str, member: nn.Module | None, setting: Setting) -> Target:
         if name == MEMORISER:
-            return memorising_target(self.project, clean=clean, seed=seed)
-        return planted_target(self.project, name, clean, seed, member)
+            return memorising_target(setting.workbench, setting.seed)
+        return planted_target(setting.workbench, name, setting.seed, member)
 
     def references(self, target: Target, setting: Setting) -> References:
         """What leakage is measured between, on the rows of a truth; made once for each.
@@ -193,7 +188,7 @@ class Harness:
         for reference in SHOWN:
             if self.profile.runs(reference):
                 answer = reference.run(grant(reference.view, self.target, setting))
-                _, best = best_of(score_answer(answer, self.target, setting.truth))
+                _, best = best_of(score_decoders(answer, self.target, setting.truth))
                 shown[reference.code] = mean_interval(best.primary, seed)
                 announce(f"Affine-fit SSIM of {reference.title}: {shown[reference.code].value:.3f}")
         return {"baselines": {"affine_ssim": mean_interval(references.baseline.primary, seed)}, "references": shown}
@@ -215,15 +210,12 @@ def _exactly(value: float) -> Interval:
     return Interval(value=value, low=value, high=value)
 
 
-def score(
-    answer: Result, target: Target, setting: Setting, references: Callable[[], References], project: Project
-) -> Scored:
+def score_answer(answer: Result, target: Target, setting: Setting, references: Callable[[], References]) -> Scored:
     """What an answer is worth; one scorer for each kind of answer."""
-    scorer = SCORERS[type(answer)]
-    return scorer(answer, target, setting, references, project)
+    return SCORERS[type(answer)](answer, target, setting, references)
 
 
-SCORERS: dict[type, Callable[[Any, Target, Setting, Callable[[], References], Project], Scored]] = {
+SCORERS: dict[type, Callable[[Any, Target, Setting, Callable[[], References]], Scored]] = {
     Attributes: score_attributes,
     Links: score_links,
     Reconstructions: score_reconstructions,

@@ -1,4 +1,4 @@
-"""What an attacker is given beyond the release: candidates, labelled rows; and what only the scorer knows of them."""
+"""What an attacker is given beyond the release: query images, labelled rows; and what only the scorer knows of them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,87 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dpf_release.bank.format import RELEASED_SPLITS, SplitName
+from dpf_release.bank.format import SplitName
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import NotGrantedError
 from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.truth import POOL, Suspects, Truth, bin_of
-from dpf_release.owner.project import Project
+from dpf_release.evaluation.truth import POOL, QueryTruth, Truth, bin_of
+from dpf_release.images.survey import ImageSet
+from dpf_release.owner.workbench import Workbench
 
 LEAST_OF_A_VALUE = 4  # rows of an attribute's value; of rarer ones nothing could be learnt and tried
 
 
-def draw_suspects(project: Project, target: Target, truth: Truth, seed: int) -> Suspects:
+def draw_queries(workbench: Workbench, target: Target, truth: Truth, seed: int) -> QueryTruth:
     """Members: pictures of the truth's pools, as many as rows are asked for. Non-members: as many of S test.
 
     Of all classes alike, shuffled. A member's pool has one row that its picture is in, the one with the most pieces of
     it; any other pool has none.
     """
-    if target.suspects is not None:
-        return target.suspects
-    generator = np.random.default_rng([seed, 5])
-    labels = np.unique([pool.label for pool in truth.pools])
+    if target.queries is not None:
+        return target.queries
+    generator, images = np.random.default_rng([seed, 5]), workbench.private.images
+    classes = _draw_classes(workbench, target, truth, generator)
+    size = min([POOL, *(len(drawn.rows) - drawn.most_rows + 1 for drawn in classes)])
+    pools = [drawn.pools(size, generator) for drawn in classes if len(drawn.own)]
+    pictures, own = (np.concatenate([getattr(drawn, name) for drawn in classes]) for name in ("table_rows", "own"))
+    labels = np.concatenate([np.full(len(drawn.own), drawn.label) for drawn in classes])
+    order = generator.permutation(len(pictures))
+    pictures = pictures[order]
+    column = workbench.attribute or workbench.group
+    cells = np.array(images.table.attributes[column])[pictures] if column in images.table.attributes else None
+    return QueryTruth(
+        read=lambda numbers: images.pictures.read(pictures[numbers]),
+        labels=labels[order].astype(np.int64),
+        pools=np.concatenate(pools)[order],
+        own=own[order],
+        persons=None if cells is None else np.unique(cells, return_inverse=True)[1].astype(np.int64),
+        trained_on=np.isin(pictures, images.rows("train")),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _DrawnClass:
+    """The pictures of one class that an attacker asks about.
+
+    Attributes:
+        label: class, or bin of the target.
+        rows: of the bank, of that class.
+        table_rows: (n,) of each picture, the image table's row: members, then others.
+        own: (n,) the row that has the most of it; -1: it is in none.
+        with_picture: of each, all rows that have some of it.
+    """
+
+    label: int
+    rows: Rows
+    table_rows: Rows
+    own: Rows
+    with_picture: list[Rows]
+
+    @property
+    def most_rows(self) -> int:
+        """That one picture is in."""
+        return max(map(len, self.with_picture), default=0)
+
+    def pools(self, size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """(n, size) of each picture the rows among which its own is looked for, ascending."""
+        pools = []
+        for own, with_picture in zip(self.own, self.with_picture, strict=True):
+            others = generator.permutation(np.setdiff1d(self.rows, with_picture))
+            pools.append(np.sort(others[:size] if own < 0 else np.append(others[: size - 1], own)))
+        return np.stack(pools)
+
+
+def _draw_classes(
+    workbench: Workbench, target: Target, truth: Truth, generator: np.random.Generator
+) -> list[_DrawnClass]:
+    images, labels = workbench.private.images, np.unique([pool.label for pool in truth.pools])
     each = max(1, len(truth.asked) // len(labels))
-    table_rows, test = released_table_rows(project), project.private_images.rows("test")
-    bins: list[int] = np.unique(truth.bins).tolist() if _is_binned(target) else []
+    test = images.rows("test")
+    bins: list[int] = np.unique(truth.bins).tolist() if target.rows.targets.ndim > 1 else []
     edges = [float(target.rows.targets[truth.bins == label, 0].max()) for label in bins]
-    test_labels = bin_of(project.private_images.table.targets[test], edges)
-    found: list[tuple[Rows, Rows, list[Rows], list[Rows]]] = []  # of each class: table rows, own, with picture, class
+    test_labels = bin_of(images.table.targets[test], edges)
+    found = []
     for label in labels:
         rows = np.flatnonzero(truth.bins == label)
         asked = np.unique(np.concatenate([pool.pictures for pool in truth.pools if pool.label == label]))
@@ -40,35 +95,16 @@ def draw_suspects(project: Project, target: Target, truth: Truth, seed: int) -> 
         own, with_picture = _rows_of(target, rows, asked, generator)
         members = generator.permutation(np.flatnonzero(own >= 0))[:each]
         others = generator.permutation(test[test_labels == label])[:each]
-        none = np.empty(0, np.int64)
         found.append(
-            (
-                np.concatenate([table_rows[asked[members]], others]),
+            _DrawnClass(
+                int(label),
+                rows,
+                np.concatenate([workbench.private.table_rows[asked[members]], others]),
                 np.concatenate([own[members], np.full(len(others), -1)]),
-                [with_picture[member] for member in members] + [none] * len(others),
-                [rows],
+                [with_picture[member] for member in members] + [np.empty(0, np.int64)] * len(others),
             )
         )
-    most = [max((len(gone) for gone in with_picture), default=0) for _, _, with_picture, _ in found]
-    size = min([POOL, *(len(rows[0]) - gone + 1 for (_, _, _, rows), gone in zip(found, most, strict=True))])
-    pools = [
-        np.stack([_pool(row, gone, rows[0], size, generator) for row, gone in zip(own, with_picture, strict=True)])
-        for _, own, with_picture, rows in found
-        if len(own)
-    ]
-    pictures, own = (np.concatenate([parts[number] for parts in found]) for number in (0, 1))
-    named = np.concatenate([np.full(len(parts[0]), label) for label, parts in zip(labels, found, strict=True)])
-    order = generator.permutation(len(pictures))
-    column = attribute_column(project)
-    cells = None if column is None else np.array(project.private_table.attributes[column])[pictures[order]]
-    return Suspects(
-        read=lambda numbers: project.private_images.pictures.read(pictures[order][numbers]),
-        labels=named[order].astype(np.int64),
-        pools=np.concatenate(pools)[order],
-        own=own[order],
-        persons=None if cells is None else np.unique(cells, return_inverse=True)[1].astype(np.int64),
-        trained_on=np.isin(pictures[order], project.private_images.rows("train")),
-    )
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +128,7 @@ class Labelled:
     known_values: NDArray[np.int64]
 
 
-def draw_labelled(project: Project, target: Target, truth: Truth, seed: int) -> Labelled:
+def draw_labelled(workbench: Workbench, target: Target, truth: Truth, seed: int) -> Labelled:
     """Of each value half of its rows, the other half to be asked for; at most as many of each as the truth asks for.
 
     A row's value is that of the picture that it has the most pieces of.
@@ -101,18 +137,12 @@ def draw_labelled(project: Project, target: Target, truth: Truth, seed: int) -> 
         NotGrantedError: no attribute is claimed, the table has no such column, or it has fewer than two values with
             four rows.
     """
-    column, table = project.config.claims.attribute, project.private_images.table
+    column, table = workbench.attribute, workbench.private.images.table
     if column not in table.attributes:
         raise NotGrantedError(f"no attribute: [claims] attribute is {column!r}, the table has {[*table.attributes]}.")
     generator = np.random.default_rng([seed, 8])
-    rows = np.arange(len(target.rows))
-    positions, members, counts = most_of(target, rows)
-    order = np.lexsort((generator.random(len(positions)), -counts, positions))
-    named, first = np.unique(positions[order], return_index=True)
-    cells = np.full(len(rows), "", object)
-    of_table = np.array(table.attributes[column], object)
-    cells[named] = of_table[released_table_rows(project)[members[order[first]]]]
-    names, numbers = np.unique(cells.astype(str), return_counts=True)
+    cells = _cells_of_rows(workbench, target, column, generator)
+    names, numbers = np.unique(cells, return_counts=True)
     values = names[(numbers >= LEAST_OF_A_VALUE) & (names != "")]
     if len(values) < 2:
         raise NotGrantedError(f"{column!r} has fewer than two values with {LEAST_OF_A_VALUE} released rows each.")
@@ -123,21 +153,35 @@ def draw_labelled(project: Project, target: Target, truth: Truth, seed: int) -> 
         asked.append(mine[len(mine) // 2 :])
     most = len(truth.asked)
     known_rows, asked_rows = (np.sort(generator.permutation(np.concatenate(part))[:most]) for part in (known, asked))
-    public = project.public_images
+    public = workbench.public
     public_cells = np.array(public.table.attributes.get(column, ("",) * len(public.table)))
     return Labelled(
         values=tuple(values.tolist()),
-        public_values=_index_of(public_cells[public_rows(project, "train", seed)], values),
+        public_values=_index_of(public_cells[public_rows(public, "train", seed)], values),
         asked=asked_rows,
-        asked_values=_index_of(cells[asked_rows].astype(str), values),
+        asked_values=_index_of(cells[asked_rows], values),
         known_rows=known_rows,
-        known_values=_index_of(cells[known_rows].astype(str), values),
+        known_values=_index_of(cells[known_rows], values),
     )
 
 
-def public_rows(project: Project, split: SplitName, seed: int) -> Rows:
+def _cells_of_rows(
+    workbench: Workbench, target: Target, column: str, generator: np.random.Generator
+) -> NDArray[np.str_]:
+    """A column's value for each row, (N,): of the picture that it has the most pieces of; of equals, of any."""
+    rows = np.arange(len(target.rows))
+    positions, members, counts = target.contributors(rows)
+    order = np.lexsort((generator.random(len(positions)), -counts, positions))
+    named, first = np.unique(positions[order], return_index=True)
+    of_table = np.array(workbench.private.images.table.attributes[column], object)
+    cells = np.full(len(rows), "", object)
+    cells[named] = of_table[workbench.private.table_rows[members[order[first]]]]
+    return cells.astype(str)
+
+
+def public_rows(public: ImageSet, split: SplitName, seed: int) -> Rows:
     """Rows of Q's table in an order that is drawn: in the table they lie class by class, and many look at the first."""
-    return np.random.default_rng([seed, 12]).permutation(project.public_images.rows(split))
+    return np.random.default_rng([seed, 12]).permutation(public.rows(split))
 
 
 def _index_of(cells: NDArray[np.str_], values: NDArray[np.str_]) -> NDArray[np.int64]:
@@ -145,31 +189,9 @@ def _index_of(cells: NDArray[np.str_], values: NDArray[np.str_]) -> NDArray[np.i
     return np.where(values[place] == cells, place, -1).astype(np.int64)
 
 
-def released_table_rows(project: Project) -> Rows:
-    """Of each row of the clean bank, the image table's."""
-    return np.concatenate([project.bank_order[0][split] for split in RELEASED_SPLITS])
-
-
-def attribute_column(project: Project) -> str | None:
-    """The column that says whom (or what) a picture shows: that of `[claims] attribute`, else the group."""
-    wanted = project.config.claims.attribute or project.config.images.private.group
-    return wanted if wanted in project.private_table.attributes else None
-
-
-def most_of(target: Target, rows: Rows) -> tuple[Rows, Rows, Rows]:
-    """What rows are made of: positions in `rows`, clean rows, and how many pieces (1 where that is not known)."""
-    pieces = target.pieces(rows)
-    if pieces is None:
-        positions, members = target.contributors(rows)
-        return positions, members, np.ones(len(positions), np.int64)
-    keys = np.arange(len(rows))[:, None] * (pieces.max() + 1) + pieces
-    found, counts = np.unique(keys, return_counts=True)
-    return found // (pieces.max() + 1), found % (pieces.max() + 1), counts.astype(np.int64)
-
-
 def _rows_of(target: Target, rows: Rows, pictures: Rows, generator: np.random.Generator) -> tuple[Rows, list[Rows]]:
     """Of each picture, the row that has the most of it (-1: none has any), and all rows that have some."""
-    positions, members, counts = most_of(target, rows)
+    positions, members, counts = target.contributors(rows)
     place = np.flatnonzero(np.isin(members, pictures))
     place = place[np.lexsort((generator.random(len(place)), -counts[place], members[place]))]
     names, first, lengths = np.unique(members[place], return_index=True, return_counts=True)
@@ -181,13 +203,3 @@ def _rows_of(target: Target, rows: Rows, pictures: Rows, generator: np.random.Ge
             with_picture[number] = rows[positions[place[start : start + lengths[at[picture]]]]]
             own[number] = with_picture[number][0]
     return own, with_picture
-
-
-def _pool(own: int, with_picture: Rows, rows: Rows, size: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    others = generator.permutation(np.setdiff1d(rows, with_picture))
-    chosen = others[:size] if own < 0 else np.append(others[: size - 1], own)
-    return np.sort(chosen)
-
-
-def _is_binned(target: Target) -> bool:
-    return bool(target.rows.targets.ndim > 1)

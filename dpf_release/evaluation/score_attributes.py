@@ -12,17 +12,17 @@ from dpf_release.attacks.interface import Attributes
 from dpf_release.evaluation.query_images import Labelled, draw_labelled
 from dpf_release.evaluation.scoring import DRAWS, References, share_interval
 from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.verdicts import Limit, Scored
+from dpf_release.evaluation.verdicts import Criterion, Scored
 from dpf_release.evaluation.views import Setting
-from dpf_release.owner.project import Project
 from dpf_release.release.attack_report import Interval, Way
 
 
 def score_attributes(
-    answer: Attributes, target: Target, setting: Setting, references: Callable[[], References], project: Project
+    answer: Attributes, target: Target, setting: Setting, references: Callable[[], References]
 ) -> Scored:
     """Balanced accuracy of each probe, and its gain over the best guess from the label alone."""
-    labelled = draw_labelled(project, target, setting.truth, setting.seed)
+    limit = setting.workbench.limits["attribute"]
+    labelled = draw_labelled(setting.workbench, target, setting.truth, setting.seed)
     right = from_the_label(labelled, setting.truth.bins)
     ways = {
         name: Way(measures=measure(predicted, right, labelled.asked_values, setting.seed))
@@ -37,9 +37,7 @@ def score_attributes(
         leakage=None,
         found=None,
         among=0,
-        limits=tuple(
-            Limit("gain over the label", way.measures["gain"], project.config.gate.attribute) for way in ways.values()
-        ),
+        criteria=tuple(Criterion("gain over the label", way.measures["gain"], limit) for way in ways.values()),
         series={},
         primary="accuracy",
         rows=len(labelled.asked),

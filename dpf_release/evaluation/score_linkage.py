@@ -1,4 +1,4 @@
-"""The scorer of linkage: is the candidate's own row found, and are those that are in S told from those that are not."""
+"""The scorer of linkage: is a picture's own row found, and are those that are in S told from those that are not."""
 
 from __future__ import annotations
 
@@ -9,37 +9,26 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from dpf_release.attacks.interface import Likeness, Links
-from dpf_release.evaluation.query_images import draw_suspects
+from dpf_release.evaluation.query_images import draw_queries
 from dpf_release.evaluation.scoring import References, share_interval
 from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.truth import LEAST_POOL, Suspects
-from dpf_release.evaluation.verdicts import Limit, Scored, re_identification_limit
+from dpf_release.evaluation.truth import LEAST_POOL, QueryTruth
+from dpf_release.evaluation.verdicts import Criterion, Scored, re_identification_limit
 from dpf_release.evaluation.views import Setting
-from dpf_release.owner.project import Project
 from dpf_release.release.attack_report import Interval, Way
 
 DRAWS = 500  # of members and non-members, for each way
 LEAST_NON_MEMBERS = 1000  # for a false positive rate of 0.1 %
 
 
-def score_links(
-    answer: Links, target: Target, setting: Setting, references: Callable[[], References], project: Project
-) -> Scored:
+def score_links(answer: Links, target: Target, setting: Setting, references: Callable[[], References]) -> Scored:
     """Every way counts, in each measure. Leakage is reckoned by top-1, else by AUC: between a guess and certainty."""
-    suspects = draw_suspects(project, target, setting.truth, setting.seed)
-    gate, links = project.config.gate, any(way.pools is not None for way in answer.ways.values())
+    queries = draw_queries(setting.workbench, target, setting.truth, setting.seed)
+    links = any(way.pools is not None for way in answer.ways.values())
     # What links no rows looks at the network alone, which has not learnt from all that is in the bank: `val` is, too.
-    inside = suspects.members if links or suspects.trained_on is None else suspects.members & suspects.trained_on
-    ways = {name: Way(measures=measure(way, suspects, inside, setting.seed)) for name, way in answer.ways.items()}
-    among = suspects.pools.shape[1] if links else 0
-    limit_of = {"auc": ("AUC", gate.auc), "tpr_at_1_percent": ("TPR at 1 % FPR", gate.tpr)}
-    if links:
-        limit_of["top1"] = ("top-1", re_identification_limit(np.array([among]), gate.top1))
-    limits = []
-    for name, (what, limit) in limit_of.items():
-        found = [way.measures[name] for way in ways.values() if name in way.measures]
-        told = found and (name != "top1" or among >= LEAST_POOL)
-        limits += [Limit(what, one, limit) for one in found] if told else [Limit(what, None, limit)]
+    inside = queries.members if links or queries.trained_on is None else queries.members & queries.trained_on
+    ways = {name: Way(measures=measure(way, queries, inside, setting.seed)) for name, way in answer.ways.items()}
+    among = queries.pools.shape[1] if links else 0
     primary = "top1" if links else "auc"
     having = [name for name in ways if primary in ways[name].measures]
     best = max(having, key=lambda name: ways[name].measures[primary].value, default=next(iter(ways)))
@@ -51,7 +40,7 @@ def score_links(
         leakage=None,
         found=ways[best].measures.get("top1") if among >= LEAST_POOL else None,
         among=among,
-        limits=tuple(limits),
+        criteria=_criteria(ways, among, setting.workbench.limits),
         series={},
         primary=primary,
         told=_membership_told(ways),
@@ -59,12 +48,25 @@ def score_links(
     )
 
 
-def measure(way: Likeness, suspects: Suspects, inside: NDArray[np.bool_], seed: int) -> dict[str, Interval]:
+def _criteria(ways: Mapping[str, Way], among: int, limits: Mapping[str, float]) -> tuple[Criterion, ...]:
+    """Of membership, and where rows are linked (among some) of the match; what no way measures is open."""
+    limit_of = {"auc": ("AUC", limits["auc"]), "tpr_at_1_percent": ("TPR at 1 % FPR", limits["tpr"])}
+    if among:
+        limit_of["top1"] = ("top-1", re_identification_limit(np.array([among]), limits["top1"]))
+    criteria: list[Criterion] = []
+    for name, (what, limit) in limit_of.items():
+        found = [way.measures[name] for way in ways.values() if name in way.measures]
+        told = found and (name != "top1" or among >= LEAST_POOL)
+        criteria += [Criterion(what, one, limit) for one in found] if told else [Criterion(what, None, limit)]
+    return tuple(criteria)
+
+
+def measure(way: Likeness, queries: QueryTruth, inside: NDArray[np.bool_], seed: int) -> dict[str, Interval]:
     """What one way of looking found.
 
     Args:
-        way: what it says of the suspects.
-        suspects: those that are in the bank, and others.
+        way: what it says of the pictures.
+        queries: the pictures: those that are in the bank, and others.
         inside: (n,) those of them that are to be told from those that are not in the bank.
         seed: of the bootstrap.
 
@@ -73,13 +75,13 @@ def measure(way: Likeness, suspects: Suspects, inside: NDArray[np.bool_], seed: 
         share of the persons with a member of whom at least one picture is found so. `auc`, `tpr_at_1_percent`,
         `tpr_at_0.1_percent`: membership; the last with 1,000 non-members or more.
     """
-    members, measures = suspects.members, {}
+    members, measures = queries.members, {}
     if way.pools is not None and members.any():
-        rank = ranks(way.pools[members], suspects.pools[members], suspects.own[members])
+        rank = ranks(way.pools[members], queries.pools[members], queries.own[members])
         measures["top1"] = share_interval(rank < 1)
         measures["top5"] = share_interval(rank < 5)
-        if suspects.persons is not None:
-            persons, number = np.unique(suspects.persons[members], return_inverse=True)
+        if queries.persons is not None:
+            persons, number = np.unique(queries.persons[members], return_inverse=True)
             found = np.zeros(len(persons), np.bool_)
             np.logical_or.at(found, number, rank < 1)
             measures["persons"] = share_interval(found)

@@ -15,9 +15,8 @@ from dpf_release.evaluation.gallery import pictures_of
 from dpf_release.evaluation.scoring import References, RowScores, leakages_of, score_pictures, way_of
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import LEAST_POOL, Truth
-from dpf_release.evaluation.verdicts import Limit, Scored, re_identification_limit
+from dpf_release.evaluation.verdicts import Criterion, Scored, re_identification_limit
 from dpf_release.evaluation.views import Setting
-from dpf_release.owner.project import Project
 from dpf_release.release.attack_report import Interval, Way
 
 MEAN_OF = 20 * BATCH  # pictures of Q
@@ -51,18 +50,18 @@ def baselines(view: ReleaseView, truth: Truth) -> dict[str, Callable[[Rows], Ten
 
 
 def score_reconstructions(
-    answer: Reconstructions, target: Target, setting: Setting, references: Callable[[], References], project: Project
+    answer: Reconstructions, target: Target, setting: Setting, references: Callable[[], References]
 ) -> Scored:
     """Every decoder against its rows' pictures; the one with the most leakage stands for the attack."""
-    truth, limits = setting.truth, project.config.gate
-    scores = score_answer(answer, target, truth)
+    truth, limits = setting.truth, setting.workbench.limits
+    scores = score_decoders(answer, target, truth)
     places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
     clean, truth, between = references().clean, truth.at(places), references().at(places)
     ways = {name: way_of(of, between, truth.sizes, setting.seed) for name, of in scores.items()}
     best = max(scores, key=lambda name: (_leakage(ways[name]), float(scores[name].primary.mean())))
     found = [way.measures.get("re_identification") for way in ways.values()]
     highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
-    own = re_identification_limit(truth.sizes, limits.re_identification, scores[best].guess)
+    own = re_identification_limit(truth.sizes, limits["re_identification"], scores[best].guess)
     return Scored(
         ways=ways,
         best=best,
@@ -71,9 +70,9 @@ def score_reconstructions(
         leakage=ways[best].leakage,
         found=highest,
         among=truth.among,
-        limits=(
-            *(Limit("leakage", found, limits.leakage) for way in ways.values() for found in leakages_of(way)),
-            *(Limit("re-identification", way.measures.get("re_identification"), own) for way in ways.values()),
+        criteria=(
+            *(Criterion("leakage", found, limits["leakage"]) for way in ways.values() for found in leakages_of(way)),
+            *(Criterion("re-identification", way.measures.get("re_identification"), own) for way in ways.values()),
         ),
         series=_series(answer, ways),
         pictures={}
@@ -89,7 +88,7 @@ def _leakage(way: Way) -> float:
     return way.leakage.value if way.leakage else 0.0
 
 
-def score_answer(answer: Reconstructions, target: Target, truth: Truth) -> dict[str, RowScores]:
+def score_decoders(answer: Reconstructions, target: Target, truth: Truth) -> dict[str, RowScores]:
     """Scores of each decoder, of the rows that it answers for."""
     places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
     part = truth.at(places)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpf_release.attacks.threat_models import batches
 from dpf_release.core.arrays import Rows
-from dpf_release.evaluation.truth import LEAST_POOL, Contributors, Truth
+from dpf_release.evaluation.truth import LEAST_POOL, MadeOf, Truth
 from dpf_release.models.metrics import l1, psnr, ssim
 from dpf_release.release.attack_report import Interval, Way
 
@@ -62,7 +62,7 @@ class RowScores:
         return RowScores(measures, self.own[places], self.guess[places], pictures)
 
 
-def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callable[[Rows], Tensor]) -> RowScores:
+def score_pictures(truth: Truth, contributors: MadeOf, reconstruct: Callable[[Rows], Tensor]) -> RowScores:
     """Scores reconstructions of `truth.asked`: against their own picture, and against their match.
 
     The match is the picture of the pool that a reconstruction correlates with most. So a bank whose rows were shuffled
@@ -81,7 +81,7 @@ def score_pictures(truth: Truth, contributors: Contributors, reconstruct: Callab
     for pool in truth.pools:
         originals = truth.read(pool.pictures).float() / 255
         directions = _directions(originals)
-        at, members = contributors(pool.rows)
+        at, members, _ = contributors(pool.rows)
         made_of = np.zeros((len(pool.rows), len(pool.pictures)), np.bool_)
         there = np.isin(members, pool.pictures)
         made_of[at[there], np.searchsorted(pool.pictures, members[there])] = True

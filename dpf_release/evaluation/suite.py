@@ -20,14 +20,15 @@ from dpf_release.evaluation.gallery import keep_pictures
 from dpf_release.evaluation.harness import SHOWN, Harness
 from dpf_release.evaluation.profiles import PROFILES, Profile, decoder_rate, minutes, within
 from dpf_release.evaluation.report.page import write_page
-from dpf_release.evaluation.targets import candidate_target, clean_rows, draw_truth, planted_target
+from dpf_release.evaluation.targets import candidate_target, draw_truth, planted_target
 from dpf_release.evaluation.truth import LEAST_POOL
 from dpf_release.evaluation.utility import UTILITIES, measure_utility, utility_minutes
 from dpf_release.evaluation.verdicts import Scored, judge
-from dpf_release.evaluation.views import Setting, grant, kept_in
+from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.metrics import WINDOW
-from dpf_release.owner.fitted import load_function
 from dpf_release.owner.project import Project
+from dpf_release.owner.vault.vault import Vault
+from dpf_release.owner.workbench import Candidate, open_candidate, workbench_of
 from dpf_release.release.attack_report import SCORER, AttackReport, AttackResult, Utility
 
 
@@ -75,13 +76,12 @@ def attack(
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    project: Project
-    name: str
+    vault: Vault
+    candidate: Candidate
     profile: Profile
     wanted: tuple[str, ...]
     setting: Setting
     harness: Harness
-    enough: bool
 
     @classmethod
     def begin(
@@ -95,42 +95,39 @@ class _Run:
         seed: int,
     ) -> _Run:
         profile = _profile(profile_name or project.config.gate.profile)
-        of_profile = [attack for attack in registered() if profile.runs(attack)]
-        codes = [*(attack.code for attack in of_profile), *UTILITIES]
-        if unknown := set(only) - set(codes):
-            there = ", ".join(codes)
-            raise ConfigError(
-                f"expected attacks of profile {profile.name} ({there}), found {', '.join(sorted(unknown))} in --only. "
-                "A harder --profile has more of them."
-            )
+        wanted = _wanted(profile, only)
         if min(project.config.model.size) < WINDOW:
             raise ConfigError(
                 f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
                 f"found model.size {project.config.model.size}. Smaller ones cannot be attacked, so no claim passes."
             )
-        function = load_function(project, name)
-        target = candidate_target(project, name, function)
-        clean = planted_target(project, "clean", clean_rows(project), seed)
-        truth = draw_truth(project, target, profile.rows, seed)
-        setting = Setting(project, truth, profile.budget, seed, kept_in(project.vault))
-        wanted = tuple(code for code in codes if not only or code in only)
-        attacks = [attack for attack in of_profile if attack.code in wanted]
+        candidate, workbench = open_candidate(project, name), workbench_of(project)
+        target = candidate_target(workbench, candidate)
+        harness = Harness(profile, target, planted_target(workbench, "clean", seed))
+        setting = Setting(workbench, draw_truth(workbench, target, profile.rows, seed), profile.budget, seed)
+        return cls(project.vault, candidate, profile, wanted, setting, harness)._within(budget_minutes, images)
+
+    def _within(self, limit: float | None, images: int | None) -> _Run:
+        """With trainings that take so many minutes, or are shown so many pictures; says how long that is."""
+        setting, profile, full = self.setting, self.profile, self.profile.budget
+        of_profile = [attack for attack in registered() if profile.runs(attack)]
+        attacks = [attack for attack in of_profile if attack.code in self.wanted]
         trained = _with_beside(attacks, profile)
-        rate, full = decoder_rate(grant(ReleaseView, target, setting)), profile.budget
+        rate = decoder_rate(grant(ReleaseView, self.harness.target, setting))
         # Reckoned over the whole profile: what is shortened does not depend on what is asked for.
-        budget = within(_with_beside(of_profile, profile), full, rate, budget_minutes)
+        budget = within(_with_beside(of_profile, profile), full, rate, limit)
         if images is not None:
             budget = replace(full, images=images)
-        beside = utility_minutes(project, name, profile.name, seed, budget.images / full.images, wanted)
+        share = budget.images / full.images
+        beside = utility_minutes(setting.workbench, self.candidate, profile.name, setting.seed, share, self.wanted)
         announce(
-            f"Profile {profile.name}: {len(attacks)} attacks on {len(truth.asked)} rows, trainings of {budget.images} "
-            f"pictures; about {minutes(trained, budget, rate):.0f} minutes where nothing is kept of before ({rate:.0f} "
-            "pictures/s)"
+            f"Profile {profile.name}: {len(attacks)} attacks on {len(setting.truth.asked)} rows, trainings of "
+            f"{budget.images} pictures; about {minutes(trained, budget, rate):.0f} minutes where nothing is kept of "
+            f"before ({rate:.0f} pictures/s)"
             + (f", of {minutes(trained, full, rate):.0f} that a pass wants" if budget != full else "")
             + (f"; utilities: {beside:.0f} minutes more" if beside >= 0.5 else "")
         )
-        harness, enough = Harness(project, profile, target, clean), budget.images >= full.images
-        return cls(project, name, profile, wanted, replace(setting, budget=budget), harness, enough)
+        return replace(self, setting=replace(setting, budget=budget))
 
     def go(self, restart: bool) -> AttackReport:
         attacks = [attack for attack in registered() if self.profile.runs(attack)]
@@ -150,7 +147,7 @@ class _Run:
             done.pop(attack.code, None)
             if isinstance(result, AttackResult):
                 done[attack.code] = result
-                keep_pictures(self.project.vault, self.name, report, attack.code, pictures)
+                keep_pictures(self.vault, self.candidate.name, report, attack.code, pictures)
             else:
                 lacks[attack.code] = result[:500]
             self._write(report, attacks, done, lacks)
@@ -167,12 +164,14 @@ class _Run:
         if not codes:
             return {}
         share = self.setting.budget.images / self.profile.budget.images
-        return measure_utility(self.project, self.name, self.profile.name, self.setting.seed, share, codes)
+        return measure_utility(
+            self.setting.workbench, self.candidate, self.profile.name, self.setting.seed, share, codes
+        )
 
     # ------------------------------------------------------------------------------------------ one attack
 
     def _attack(self, attack: Attack) -> tuple[AttackResult | str, Mapping[str, Tensor]]:
-        """The result, or what the project lacks for it; and pictures for the report."""
+        """The result, or what the owner lacks for it; and pictures for the report."""
         started = time.monotonic()
         try:
             scored = self.harness.scored(attack, self.harness.target, self.setting)
@@ -180,7 +179,7 @@ class _Run:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
             return str(error), {}
         power = self.harness.power(attack, self.setting)
-        verdict, reasons = judge(scored.limits, power, self._shortage(attack, scored))
+        verdict, reasons = judge(scored.criteria, power, self._shortage(attack, scored))
         claim = attack.claim
         if attack.view is LeakedVault and self.harness.target.known_by_name:
             claim = "reconstruction"  # nothing has to leak for that
@@ -191,7 +190,7 @@ class _Run:
             title=attack.title,
             version=attack.version,
             claim=claim,
-            granted=attack.view.__name__,
+            granted=attack.view.name,
             rows=self._rows(scored),
             images=self.setting.budget.images,
             seconds=round(time.monotonic() - started, 1),
@@ -202,7 +201,7 @@ class _Run:
             re_identification=scored.found,
             among=scored.among,
             re_identification_limit=scored.re_identification_limit,
-            beside=self.harness.target.second(self.project)[1] if attack.view is TwoReleases else None,
+            beside=self.harness.target.second()[1] if attack.view is TwoReleases else None,
             power=power,
             verdict=verdict,
             reasons=reasons,
@@ -224,7 +223,7 @@ class _Run:
             found.append(f"{scored.judged} rows in pools of {LEAST_POOL} pictures or more, the profile wants {least}")
         if scored.lacks:
             found.append(scored.lacks)
-        if not self.enough:
+        if self.setting.budget.images < profile.budget.images:
             found.append(
                 f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
             )
@@ -233,21 +232,21 @@ class _Run:
     # ------------------------------------------------------------------------------------------ the report
 
     def _empty(self) -> AttackReport:
+        workbench = self.setting.workbench
         return AttackReport(
             index_sha256=self.harness.target.subject,
-            featurizer_sha256=self.project.cut.featurizer_sha256,
-            public_images_sha256=self.project.public_images.digest,
+            featurizer_sha256=workbench.featurizer_sha256,
+            public_images_sha256=workbench.public.digest,
             profile=self.profile.name,
             scorer=SCORER,
             seed=self.setting.seed,
-            function=self.name,
-            attribute=self.project.config.claims.attribute,
-            limits=self.project.config.gate.limits,
+            function=self.candidate.name,
+            attribute=workbench.attribute,
+            limits=dict(workbench.limits),
         )
 
     def _known(self) -> AttackReport | None:
-        vault = self.project.vault
-        path = vault.reports(self.name) / report_file(self.profile.name)
+        vault, path = self.vault, self.vault.reports(self.candidate.name) / report_file(self.profile.name)
         try:
             return AttackReport.model_validate(vault.read_record(path, "attack")) if vault.holds(path) else None
         except ValidationError:  # of another version of this tool: all of it is run anew
@@ -264,10 +263,11 @@ class _Run:
         lacks = {code: reason for code, reason in lacks.items() if code not in done}
         not_run = tuple(attack.code for attack in attacks if attack.code not in {*done, *lacks})
         report = report.model_copy(update={"attacks": results, "not_applicable": lacks, "not_run": not_run})
-        folder = make_folder(self.project.vault.reports(self.name))
-        note_failures(self.project.vault, self.name, failed_in(report))  # first: a report may be replaced
-        self.project.vault.write_json(folder / report_file(self.profile.name), report.model_dump(mode="json"))
-        write_page(self.project.vault, self.name, report)
+        vault, name = self.vault, self.candidate.name
+        folder = make_folder(vault.reports(name))
+        note_failures(vault, name, failed_in(report))  # first: a report may be replaced
+        vault.write_json(folder / report_file(self.profile.name), report.model_dump(mode="json"))
+        write_page(vault, name, report)
         return report
 
 
@@ -291,6 +291,17 @@ def _profile(name: str) -> Profile:
             f"expected a profile of {', '.join(PROFILES)}, found {name!r} (--profile, or [gate] profile)."
         )
     return PROFILES[name]
+
+
+def _wanted(profile: Profile, only: Sequence[str]) -> tuple[str, ...]:
+    """Codes of a profile's attacks and utilities, or of those that are asked for."""
+    codes = [*(attack.code for attack in registered() if profile.runs(attack)), *UTILITIES]
+    if unknown := set(only) - set(codes):
+        raise ConfigError(
+            f"expected attacks of profile {profile.name} ({', '.join(codes)}), found {', '.join(sorted(unknown))} in "
+            "--only. A harder --profile has more of them."
+        )
+    return tuple(code for code in codes if not only or code in only)
 
 
 def _same_run(one: AttackReport, other: AttackReport) -> bool:

@@ -14,9 +14,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from dpf_release.core.arrays import Rows
+from dpf_release.poisoning.plan import Contributors
 
-# Of some rows: pairs (position in them, row of the clean bank that is in it).
-Contributors = Callable[[Rows], tuple[Rows, Rows]]
+MadeOf = Callable[[Rows], Contributors]  # rows of a bank → rows of the clean bank that are in each
 POOL = 200  # pictures among which a row's own is looked for
 LEAST_POOL = 50  # below it a re-identification says nothing
 
@@ -82,8 +82,8 @@ class Truth:
 
 
 @dataclass(frozen=True, eq=False)
-class Suspects:
-    """Pictures that an attacker holds, and which of them are in the bank.
+class QueryTruth:
+    """Pictures that an attacker holds and asks about, and which of them are in the bank.
 
     Attributes:
         read: numbers → (n, 3, H, W) uint8.
@@ -124,7 +124,7 @@ def bin_of(targets: NDArray[Any], edges: list[float]) -> NDArray[np.int64]:
     return np.searchsorted(edges[:-1], targets[:, 0], side="left").astype(np.int64)
 
 
-def draw_pools(bins: NDArray[np.int64], contributors: Contributors, rows: int, seed: int) -> tuple[Pool, ...]:
+def draw_pools(bins: NDArray[np.int64], contributors: MadeOf, rows: int, seed: int) -> tuple[Pool, ...]:
     """Pools of at most 200 pictures, of all classes alike, for about `rows` rows in all.
 
     Pools of each class, or, where one each were more than twice as many rows, of some classes. The pictures that a row
@@ -143,7 +143,7 @@ def draw_pools(bins: NDArray[np.int64], contributors: Contributors, rows: int, s
     pools = []
     for label in labels:
         members = generator.permutation(np.flatnonzero(bins == label))
-        for chosen, own in _sets(members, *contributors(members), each, len(bins), generator):
+        for chosen, own in _sets(members, *contributors(members)[:2], each, len(bins), generator):
             size = max(min(POOL, len(members)), len(own))
             others = generator.permutation(np.setdiff1d(members, own))[: size - len(own)]
             pools.append(Pool(np.sort(chosen), np.sort(np.concatenate([own, others])), int(label)))

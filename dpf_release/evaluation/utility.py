@@ -6,131 +6,30 @@ and m clean images of one's own a class. U2 and U3 are judged on clean rows that
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dpf_release.bank.dataset import BankDataset
-from dpf_release.bank.format import INDEX
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce
 from dpf_release.errors import BankError
+from dpf_release.evaluation.classifiers import EFFORTS, Classifiers, Effort, PickedRows, Training
 from dpf_release.evaluation.truth import bins_of
-from dpf_release.evaluation.views import kept_in
-from dpf_release.owner.measure import measure_task
-from dpf_release.owner.project import Project
+from dpf_release.owner.workbench import Candidate, Workbench
 from dpf_release.release.attack_report import GAIN, Interval, ProfileName, Utility
-from dpf_release.release.train import fit_classifier, score
 
 UTILITIES = ("U1", "U2", "U3")
-LARGEST_BATCH, SMALLEST_BATCH, LEAST_STEPS = 128, 16, 32  # of a step; of an epoch
-LEARNING_RATE = 0.05  # at the largest batch
 METRICS = {"classification": "top1", "regression": "mae"}
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much is trained.
-
-    Attributes:
-        seeds: how many times everything is.
-        own: numbers m of own images a class.
-        rows: that a training is shown, repeats counted, where it has many.
-        epochs: at the most, where it has few; but until it was shown `least_rows`.
-        least_rows: so that a classifier of few rows is not beaten for want of steps.
-    """
-
-    seeds: int
-    own: tuple[int, ...]
-    rows: int
-    epochs: int
-    least_rows: int
-
-    def schedule(self, rows: int) -> tuple[int, int, float]:
-        """Epochs, batch size and peak learning rate for so many rows; few rows come in small batches."""
-        epochs = max(1, round(min(self.rows / rows, max(self.epochs, self.least_rows / rows))))
-        batch = min(LARGEST_BATCH, max(SMALLEST_BATCH, rows // LEAST_STEPS))
-        return epochs, batch, LEARNING_RATE * (batch / LARGEST_BATCH) ** 0.5
-
-    def shared(self, share: float) -> Effort:
-        """With a share of the rows."""
-        rows, epochs, least_rows = (max(1, round(share * n)) for n in (self.rows, self.epochs, self.least_rows))
-        return replace(self, rows=rows, epochs=epochs, least_rows=least_rows)
-
-
-EFFORTS: dict[ProfileName, Effort] = {
-    "quick": Effort(1, (100,), rows=60_000, epochs=8, least_rows=6_000),
-    "standard": Effort(3, (10, 50, 100), rows=90_000, epochs=16, least_rows=12_000),
-    "full": Effort(3, (10, 50, 100), rows=360_000, epochs=16, least_rows=12_000),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class PickedRows:
-    """Some rows of several banks as one, numbered through."""
-
-    parts: tuple[tuple[BankDataset, Rows], ...]
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row's features."""
-        return self.parts[0][0].row_bytes
-
-    @cached_property
-    def targets(self) -> NDArray[Any]:
-        """(N,) or (N, K)."""
-        return np.concatenate([bank.targets[rows] for bank, rows in self.parts])
-
-    @cached_property
-    def digest(self) -> str:
-        """Changes with any row."""
-        parts = [[bank.digest, hashlib.sha256(rows.tobytes()).hexdigest()] for bank, rows in self.parts]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Rows by number: (n, C, H, W) float16, and their targets."""
-        features = self.parts[0][0].empty(len(rows))
-        part_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(part_of):
-            bank, chosen = self.parts[number]
-            mine = np.flatnonzero(part_of == number)
-            features[torch.from_numpy(mine)] = bank.read(chosen[rows[mine] - self._starts[number]])[0]
-        return features, torch.from_numpy(self.targets[rows])
-
-    def __add__(self, other: PickedRows) -> PickedRows:
-        return PickedRows((*self.parts, *other.parts))
-
-    @cached_property
-    def _starts(self) -> Rows:
-        return np.cumsum([0, *(len(rows) for _, rows in self.parts)])
-
-
-@dataclass(frozen=True, eq=False)
-class Training:
-    """A new classifier: on which rows, judged by which, from which seed."""
-
-    title: str
-    rows: PickedRows
-    judge: PickedRows
-    seed: int
-
-
 def measure_utility(
-    project: Project,
-    name: str,
+    workbench: Workbench,
+    candidate: Candidate,
     profile: ProfileName,
     seed: int = 0,
     share: float = 1.0,
@@ -141,8 +40,8 @@ def measure_utility(
     The vault is held by the caller.
 
     Args:
-        project: the owner's.
-        name: of the fitted function.
+        workbench: what it is trained and judged with.
+        candidate: whose bank is used.
         profile: how hard.
         seed: of all that is drawn.
         share: of the profile's trainings, where the owner's patience is shorter.
@@ -154,30 +53,32 @@ def measure_utility(
     """
     found = {}
     if "U1" in only:
-        found["U1"] = _equivalence(measure_task(project, name))
+        found["U1"] = _equivalence(candidate.measure_task())
+    classifiers = Classifiers(workbench, EFFORTS[profile].shared(share))
     try:
-        bench = _Bench.of(project, name, EFFORTS[profile].shared(share), seed)
+        bench = _Bench.of(workbench, candidate, classifiers.effort, seed)
     except BankError as error:
         announce(f"U2 and U3 are not measured: there are no test rows to judge by ({error})")
         return found
     trainings = bench.trainings(only)
-    scores = bench.scores(_flat(trainings))
+    scores = classifiers.scores(_flat(trainings))
     for code, of in trainings.items():
         by_group = {key: np.array([scores[training] for training in group]) for key, group in of.items()}
         if by_group:
-            found[code] = Utility(measures=bench.measures(by_group))
+            found[code] = Utility(measures=measures_over_seeds(METRICS[workbench.task], by_group))
     return found
 
 
 def utility_minutes(
-    project: Project, name: str, profile: ProfileName, seed: int, share: float, only: Sequence[str]
+    workbench: Workbench, candidate: Candidate, profile: ProfileName, seed: int, share: float, only: Sequence[str]
 ) -> float:
     """How long `measure_utility` takes for what is not kept, by a short trial."""
+    classifiers = Classifiers(workbench, EFFORTS[profile].shared(share))
     try:
-        bench = _Bench.of(project, name, EFFORTS[profile].shared(share), seed)
+        bench = _Bench.of(workbench, candidate, classifiers.effort, seed)
     except BankError:
         return 0.0
-    return bench.minutes(bench.missing(_flat(bench.trainings(only))))
+    return classifiers.minutes(classifiers.missing(_flat(bench.trainings(only))))
 
 
 def _flat(trainings: Mapping[str, Mapping[str, Sequence[Training]]]) -> list[Training]:
@@ -203,15 +104,18 @@ def _equivalence(task: Mapping[str, Any]) -> Utility:
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """Rows to train on and to judge by, and what was trained before.
+    """Rows to train on and to judge by.
 
     Attributes:
+        metric: `top1` or `mae`.
+        effort: how many seeds, and how many images of one's own.
+        seed: of what is one's own.
         bank: the candidate's train rows.
         clean: φ1(S train).
         test: φ1(S test).
     """
 
-    project: Project
+    metric: str
     effort: Effort
     seed: int
     bank: PickedRows
@@ -219,24 +123,12 @@ class _Bench:
     test: PickedRows
 
     @classmethod
-    def of(cls, project: Project, name: str, effort: Effort, seed: int) -> _Bench:
-        vault = project.vault
-        features = vault.opened(vault.candidate(name) / "features", INDEX, "train")
-        test = _all_rows(project.private_bank("test"))
+    def of(cls, workbench: Workbench, candidate: Candidate, effort: Effort, seed: int) -> _Bench:
+        test = _all_rows(workbench.private_bank("test"))
         if not len(test):
             raise BankError("expected rows in test, found none")
-        return cls(
-            project,
-            effort,
-            seed,
-            _all_rows(FeatureBank(features, "train")),
-            _all_rows(project.private_bank("train")),
-            test,
-        )
-
-    @property
-    def metric(self) -> str:
-        return METRICS[self.project.config.task.kind]
+        bank, clean = (_all_rows(bank) for bank in (candidate.banks["train"], workbench.private_bank("train")))
+        return cls(METRICS[workbench.task], effort, seed, bank, clean, test)
 
     def trainings(self, only: Sequence[str]) -> dict[str, dict[str, list[Training]]]:
         """What utilities train: code → measure → one training a seed."""
@@ -293,90 +185,20 @@ class _Bench:
         ((bank, _),) = self.test.parts
         return PickedRows(((bank, rows),))
 
-    def measures(self, scores: Mapping[str, NDArray[np.float64]]) -> dict[str, Interval]:
-        """Over seeds; of U3 also what the bank adds to one's own images, positive where it helps."""
-        found = {name: _over_seeds(values) for name, values in scores.items()}
-        for name, values in scores.items():
-            base, _, what = name.rpartition(", ")
-            if what == "own images alone":
-                gain = scores[base] - values if self.metric == "top1" else values - scores[base]
-                found[f"{GAIN}, {base.rpartition(', ')[2]}"] = _over_seeds(gain)
-        return found
 
-    # --------------------------------------------------------------------------------------- trainings
-
-    def scores(self, trainings: Sequence[Training]) -> dict[Training, float]:
-        """The score of each; what was trained before is not trained again."""
-        if missing := self.missing(trainings):
-            announce(f"Utility: {len(missing)} trainings")  # how long they take was told with the attacks
-        for training in missing:
-            self._train(training)
-        return {training: score for training in trainings if (score := self._known(training)) is not None}
-
-    def missing(self, trainings: Sequence[Training]) -> list[Training]:
-        """Those that were not done before."""
-        return [training for training in trainings if self._known(training) is None]
-
-    def minutes(self, trainings: Sequence[Training]) -> float:
-        """What they take, by a short trial."""
-        shown = sum(len(training.rows) * self.effort.schedule(len(training.rows))[0] for training in trainings)
-        return shown / self._rate(trainings[0].rows) / 60 if trainings else 0.0
-
-    def _known(self, training: Training) -> float | None:
-        subject = self._subject(training)
-        kept = kept_in(self.project.vault).load(subject["utility"], subject)
-        return None if kept is None else float(kept["score"])
-
-    def _train(self, training: Training) -> None:
-        epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
-        kept, subject = kept_in(self.project.vault), self._subject(training)
-        network, name = self.project.new_classifier(training.seed), subject["utility"]
-        fit_classifier(
-            network,
-            training.rows,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=training.seed,
-            device=str(self.project.device),
-            title=f"Training a new classifier: {training.title}",
-            checkpoint=kept.checkpoint(name, subject),
-            subject=json.dumps(subject, sort_keys=True),
-        )
-        found = score(network, training.judge)
-        kept.save(name, subject, {"score": torch.tensor(found, dtype=torch.float64)})
-
-    def _subject(self, training: Training) -> dict[str, Any]:
-        """What a score depends on."""
-        epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
-        return {
-            "utility": training.title.split(" ")[0],
-            "version": 1,
-            "network": self.project.cut.record.model_dump(mode="json"),
-            "rows": training.rows.digest,
-            "judge": training.judge.digest,
-            "recipe": [epochs, batch_size, learning_rate],
-            "seed": training.seed,
-        }
-
-    def _rate(self, rows: PickedRows, seconds: float = 1.0) -> float:
-        """Rows a second of training here; a short trial."""
-        network = self.project.new_classifier().to(self.project.device).to(memory_format=torch.channels_last)
-        batch = rows.read(np.arange(min(len(rows), LARGEST_BATCH)))[0].float().to(self.project.device)
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        step: Callable[[], None] = lambda: network(batch).float().mean().backward()  # noqa: E731
-        step()  # the first is slower than all others
-        started, done = time.monotonic(), 0
-        while not done or time.monotonic() - started < seconds:
-            step()
-            if self.project.device.type == "cuda":
-                torch.cuda.synchronize(self.project.device)
-            done += len(batch)
-        return done / (time.monotonic() - started)
+def measures_over_seeds(metric: str, scores: Mapping[str, NDArray[np.float64]]) -> dict[str, Interval]:
+    """Mean, lowest and highest; of U3 also what the bank adds to one's own images, positive where it helps."""
+    found = {name: _over_seeds(values) for name, values in scores.items()}
+    for name, values in scores.items():
+        base, _, what = name.rpartition(", ")
+        if what == "own images alone":
+            gain = scores[base] - values if metric == "top1" else values - scores[base]
+            found[f"{GAIN}, {base.rpartition(', ')[2]}"] = _over_seeds(gain)
+    return found
 
 
 def _all_rows(bank: FeatureBank) -> PickedRows:
-    return PickedRows(((BankDataset([bank], (), [bank.targets]), np.arange(len(bank))),))
+    return PickedRows(((bank, np.arange(len(bank))),))
 
 
 def _over_seeds(values: NDArray[np.float64]) -> Interval:

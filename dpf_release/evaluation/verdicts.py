@@ -16,7 +16,7 @@ from dpf_release.release.attack_report import Interval, Power, Verdict, Way
 
 
 @dataclass(frozen=True)
-class Limit:
+class Criterion:
     """One measure of one way, and what it must stay under. Every way counts.
 
     Attributes:
@@ -48,7 +48,7 @@ class Scored:
         leakage: of the best way.
         found: re-identification, the highest of any way.
         among: of how many; 0: nothing is matched.
-        limits: that a claim sets.
+        criteria: of the claim.
         series: what depends on a number (leakage against m): name → number → value.
         primary: the measure that leakage is reckoned by, where it is not paired with reconstructions of clean rows.
         told: what else the best way tells, each from 0, a guess, to 1: an attack must have power in all of it.
@@ -65,7 +65,7 @@ class Scored:
     leakage: Interval | None
     found: Interval | None
     among: int
-    limits: tuple[Limit, ...]
+    criteria: tuple[Criterion, ...]
     series: Mapping[str, Mapping[str, Interval]]
     primary: str | None = None
     told: tuple[Interval, ...] = ()
@@ -77,7 +77,7 @@ class Scored:
     @property
     def re_identification_limit(self) -> float | None:
         """The limit that a match with one's own was held against."""
-        return next((limit.limit for limit in self.limits if limit.what in ("re-identification", "top-1")), None)
+        return next((one.limit for one in self.criteria if one.what in ("re-identification", "top-1")), None)
 
     def reached(self) -> Interval | None:
         """What the best way has of the measure that counts; None where it was not measured."""
@@ -103,18 +103,18 @@ class Scored:
         return replace(self, ways=ways, ceiling=ceiling.value, leakage=ways[self.best].leakage)
 
 
-def judge(limits: Sequence[Limit], power: Power, shortage: Sequence[str]) -> tuple[Verdict, tuple[str, ...]]:
+def judge(criteria: Sequence[Criterion], power: Power, shortage: Sequence[str]) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict on an attack, and the reasons where it is no pass.
 
     `fail` where a lower bound is above its limit, whatever else; `pass` where every upper bound is below, the attack
     has power, and nothing was short; else `inconclusive`.
     """
-    broken = [limit for limit in limits if limit.found is not None and limit.found.low >= limit.limit]
+    broken = [one for one in criteria if one.found is not None and one.found.low >= one.limit]
     if broken:
         return "fail", _worst_of_each(broken)
     open_questions = [
-        *_worst_of_each([limit for limit in limits if limit.found is not None and limit.found.high >= limit.limit]),
-        *dict.fromkeys(str(limit) for limit in limits if limit.found is None),
+        *_worst_of_each([one for one in criteria if one.found is not None and one.found.high >= one.limit]),
+        *dict.fromkeys(str(one) for one in criteria if one.found is None),
     ]
     if power.passed is not True:
         broke = ", ".join(f"{name} {found.value:.2f} [{found.low:.2f}, ...]" for name, found in power.planted.items())
@@ -123,12 +123,12 @@ def judge(limits: Sequence[Limit], power: Power, shortage: Sequence[str]) -> tup
     return ("inconclusive", tuple(open_questions)) if open_questions else ("pass", ())
 
 
-def _worst_of_each(limits: Sequence[Limit]) -> tuple[str, ...]:
+def _worst_of_each(criteria: Sequence[Criterion]) -> tuple[str, ...]:
     """Of each measure the way that went furthest beyond."""
-    worst: dict[str, Limit] = {}
-    for limit in sorted(limits, key=lambda limit: limit.found.high if limit.found else 0.0):
-        worst[limit.what] = limit
-    return tuple(str(worst[what]) for what in dict.fromkeys(limit.what for limit in limits))
+    worst: dict[str, Criterion] = {}
+    for one in sorted(criteria, key=lambda one: one.found.high if one.found else 0.0):
+        worst[one.what] = one
+    return tuple(str(worst[what]) for what in dict.fromkeys(one.what for one in criteria))
 
 
 def re_identification_limit(sizes: Rows, limit: float, guess: NDArray[np.float64] | None = None) -> float:

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.torch import load, save
-from torch import Tensor
 
 from dpf_release.attacks.threat_models import (
     Budget,
-    Candidates,
     HeldPictures,
     HeldRows,
-    Kept,
     KnownPairs,
     LabelledRows,
     LeakedVault,
+    QueryImages,
     ReleaseView,
     Remembered,
     TwoReleases,
 )
 from dpf_release.errors import NotGrantedError
-from dpf_release.evaluation.query_images import draw_labelled, draw_suspects, public_rows
+from dpf_release.evaluation.query_images import draw_labelled, draw_queries, public_rows
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import Truth
-from dpf_release.owner.project import Project
-from dpf_release.owner.vault.vault import Vault
+from dpf_release.owner.workbench import Workbench
 
 KNOWN_PAIRS = 1000  # that A6 holds
 
@@ -41,19 +34,17 @@ class Setting:
     """What all attacks of a run have in common.
 
     Attributes:
-        project: the owner's.
+        workbench: networks, Q and what else it takes.
         truth: the pools; only pictures that a view grants leave it.
         budget: of each attack.
         seed: of all that is drawn.
-        kept: where attackers keep what they train.
         remembered: φ1(Q), of each split.
     """
 
-    project: Project
+    workbench: Workbench
     truth: Truth
     budget: Budget
     seed: int
-    kept: Kept
     remembered: Mapping[str, Remembered] = field(default_factory=lambda: {"train": Remembered(), "val": Remembered()})
 
 
@@ -63,33 +54,30 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
     Raises:
         NotGrantedError: this project has not what the view holds (attributes, a second release).
     """
-    project, images = setting.project, setting.project.public_images
-    cut = project.cut
+    workbench = setting.workbench
     fields: dict[str, Any] = {
-        "phi_1": project.frozen(cut.split.featurizer),
-        "phi_2": target.classifier or project.frozen(cut.split.classifier),
-        "preprocess": project.preprocess,
-        "non_negative": cut.split.non_negative,
-        "task": project.config.task.kind,
+        "phi_1": workbench.phi_1,
+        "phi_2": target.classifier or workbench.phi_2,
+        "preprocess": workbench.preprocess,
+        "non_negative": workbench.features.non_negative,
+        "task": workbench.task,
         "bank": target.rows,
         "asked": setting.truth.asked,
         "public": _held_pictures(setting, "train"),
         "public_val": _held_pictures(setting, "val"),
         "budget": setting.budget,
         "seed": setting.seed,
-        "device": project.device,
-        "bf16": project.config.compute.bf16,
+        "device": workbench.device,
+        "bf16": workbench.bf16,
         "subject": {
-            "featurizer_sha256": cut.featurizer_sha256,
-            "classifier_sha256": target.subject
-            if target.classifier
-            else hashlib.sha256(cut.classifier_file).hexdigest(),
-            "public_images_sha256": images.digest,
+            "featurizer_sha256": workbench.featurizer_sha256,
+            "classifier_sha256": target.subject if target.classifier else workbench.classifier_sha256,
+            "public_images_sha256": workbench.public.digest,
             "public_order": setting.seed,
         },
         "bank_subject": target.subject,
-        "kept": setting.kept,
         "function": target.function,
+        "kept": workbench.kept,
     }
     more = GRANTS[view](target, setting) if view in GRANTS else {}
     return view(**{**fields, **more})
@@ -97,7 +85,8 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
 
 def _held_pictures(setting: Setting, split: Literal["train", "val"]) -> HeldPictures:
     """Q."""
-    rows, read = public_rows(setting.project, split, setting.seed), setting.project.public_images.pictures.read
+    images = setting.workbench.public
+    rows, read = public_rows(images, split, setting.seed), images.pictures.read
     return HeldPictures(len(rows), lambda numbers: read(rows[numbers]), setting.remembered[split])
 
 
@@ -105,19 +94,19 @@ def _leaked_vault(target: Target, setting: Setting) -> dict[str, Any]:
     return {"poison": target.poison}
 
 
-def _candidates(target: Target, setting: Setting) -> dict[str, Any]:
-    suspects = draw_suspects(setting.project, target, setting.truth, setting.seed)
+def _query_images(target: Target, setting: Setting) -> dict[str, Any]:
+    queries = draw_queries(setting.workbench, target, setting.truth, setting.seed)
     return {
-        "candidates": HeldPictures(len(suspects.labels), suspects.read),
-        "labels": suspects.labels,
+        "pictures": HeldPictures(len(queries.labels), queries.read),
+        "labels": queries.labels,
         "bins": setting.truth.bins,
-        "pools": suspects.pools,
-        "persons": suspects.persons,
+        "pools": queries.pools,
+        "persons": queries.persons,
     }
 
 
 def _labelled_rows(target: Target, setting: Setting) -> dict[str, Any]:
-    labelled = draw_labelled(setting.project, target, setting.truth, setting.seed)
+    labelled = draw_labelled(setting.workbench, target, setting.truth, setting.seed)
     return {
         "values": labelled.values,
         "public_values": labelled.public_values,
@@ -143,46 +132,16 @@ def _known_pairs(target: Target, setting: Setting) -> dict[str, Any]:
 
 def _two_releases(target: Target, setting: Setting) -> dict[str, Any]:
     """Another release of the same pictures, its rows in an order that says nothing."""
-    other, _ = target.second(setting.project)
+    other, _ = target.second()
     order = np.random.default_rng([setting.seed, 9]).permutation(len(other))
     return {"other": HeldRows(other.targets[order], lambda rows: other.read(order[rows]))}
 
 
 # What a view holds beyond a release: view → (target, setting) → its fields, in the place of a release's.
 GRANTS: dict[type[ReleaseView], Callable[[Target, Setting], dict[str, Any]]] = {
-    Candidates: _candidates,
+    QueryImages: _query_images,
     LabelledRows: _labelled_rows,
     KnownPairs: _known_pairs,
     LeakedVault: _leaked_vault,
     TwoReleases: _two_releases,
 }
-
-
-def kept_in(vault: Vault) -> Kept:
-    """What attackers have trained, in the vault; one file for each name and subject.
-
-    Three functions and no vault: an attack holds them, and is to hold nothing of the owner's.
-    """
-
-    def path_of(name: str, subject: Mapping[str, Any]) -> Path:
-        digest = hashlib.sha256(json.dumps([name, subject], sort_keys=True).encode()).hexdigest()
-        return vault.root / "attackers" / f"{name.split(' ', 1)[0]}-{digest[:32]}.safetensors"
-
-    def path_to_write(name: str, subject: Mapping[str, Any]) -> Path:
-        path = path_of(name, subject)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        return path
-
-    def load_kept(name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        path = path_of(name, subject)
-        return load(vault.read_bytes(path, "attack")) if vault.holds(path) else None
-
-    def save_kept(name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        path = path_to_write(name, subject)
-        vault.write_bytes(path, save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}))
-        vault.remove(path.with_suffix(".checkpoint"))
-
-    def checkpoint(name: str, subject: Mapping[str, Any]) -> Path | None:
-        return vault.checkpoint(path_to_write(name, subject).with_suffix(".checkpoint"))
-
-    return Kept(load_kept, save_kept, checkpoint)

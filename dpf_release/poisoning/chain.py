@@ -43,6 +43,11 @@ class Chain:
         """Whether a stage is trained against adversaries."""
         return any(stage.needs_adversaries for stage in self.stages)
 
+    @property
+    def learns(self) -> bool:
+        """Whether a stage has something to fit."""
+        return any(type(stage).fit is not PoisoningFunction.fit for stage in self.stages)
+
     def statement(self) -> str:
         """What a row is made of, a sentence a stage; nothing secret is in it."""
         return " ".join(stage.statement() for stage in self.stages)

@@ -20,30 +20,31 @@ from dpf_release.attacks.a10_membership import log_odds
 from dpf_release.attacks.interface import Attack, Attributes, Likeness, Links, registered
 from dpf_release.attacks.threat_models import (
     Budget,
-    Candidates,
     HeldRows,
     KnownPairs,
     LabelledRows,
     LeakedVault,
+    QueryImages,
     ReleaseView,
     TwoReleases,
 )
 from dpf_release.attacks.toolkit import trained
 from dpf_release.errors import NotGrantedError
 from dpf_release.evaluation.control_network import memorising_target
-from dpf_release.evaluation.harness import score
-from dpf_release.evaluation.query_images import Labelled, draw_labelled, draw_suspects
+from dpf_release.evaluation.harness import score_answer
+from dpf_release.evaluation.query_images import Labelled, draw_labelled, draw_queries
 from dpf_release.evaluation.score_attributes import from_the_label
 from dpf_release.evaluation.score_attributes import measure as measure_attribute
 from dpf_release.evaluation.score_linkage import measure, membership_measures, ranks
 from dpf_release.evaluation.scoring import References
-from dpf_release.evaluation.targets import Target, clean_rows, draw_truth, planted_target
-from dpf_release.evaluation.truth import Suspects, Truth, bin_of
+from dpf_release.evaluation.targets import Target, draw_truth, planted_target
+from dpf_release.evaluation.truth import QueryTruth, Truth, bin_of
 from dpf_release.evaluation.verdicts import Scored
-from dpf_release.evaluation.views import Setting, grant, kept_in
+from dpf_release.evaluation.views import Setting, grant
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
+from dpf_release.owner.workbench import Workbench, workbench_of
 from dpf_release.release.attack_report import Interval
 
 BUDGET = Budget(images=3000, decoders=1, shadows=0)
@@ -79,12 +80,13 @@ def owner(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def setting(owner: Project) -> Setting:
-    target = planted_target(owner, "clean", clean_rows(owner), 0)
-    return Setting(owner, draw_truth(owner, target, 1000, seed=0), BUDGET, 0, kept_in(owner.vault))
+    workbench = workbench_of(owner)
+    truth = draw_truth(workbench, planted_target(workbench, "clean", 0), 1000, seed=0)
+    return Setting(workbench, truth, BUDGET, 0)
 
 
 def planted(owner: Project, name: str) -> Target:
-    return planted_target(owner, name, clean_rows(owner), 0)
+    return planted_target(workbench_of(owner), name, 0)
 
 
 def saying_nothing(owner: Project) -> Target:
@@ -98,7 +100,7 @@ def saying_nothing(owner: Project) -> Target:
 
 def attacked(code: str, target: Target, setting: Setting) -> Scored:
     attack = next(attack for attack in registered() if attack.code == code)
-    return score(attack.run(grant(attack.view, target, setting)), target, setting, NOTHING, setting.project)
+    return score_answer(attack.run(grant(attack.view, target, setting)), target, setting, NOTHING)
 
 
 def test_a_picture_is_linked_to_its_row_where_rows_say_what_they_are_and_else_by_chance(
@@ -119,7 +121,7 @@ def test_a_picture_is_linked_to_its_row_where_rows_say_what_they_are_and_else_by
     assert leakage is not None
     assert leakage.low > 0.5  # it has power
     assert noisy.among == clean.among == setting.truth.among
-    assert {limit.what: limit.limit for limit in clean.limits}["AUC"] == 0.6
+    assert {one.what: one.limit for one in clean.criteria}["AUC"] == 0.6
     assert set(clean.ways["features"].measures) >= {"top1", "top5", "persons", "auc", "tpr_at_1_percent"}
     assert "tpr_at_0.1_percent" not in clean.ways["features"].measures  # that wants 1,000 non-members
 
@@ -151,47 +153,47 @@ def test_a_row_of_borrowed_pieces_is_told_by_the_copies_in_it(owner: Project, se
 def test_a_member_has_exactly_one_row_in_its_pool_and_others_none(owner: Project, setting: Setting) -> None:
     for name in ("clean", "recombine-2"):
         target = planted(owner, name)
-        suspects = draw_suspects(owner, target, setting.truth, seed=0)
-        positions, members = target.contributors(np.arange(len(target.rows)))
+        queries = draw_queries(setting.workbench, target, setting.truth, seed=0)
+        positions, members, _ = target.contributors(np.arange(len(target.rows)))
         made_of: dict[int, set[int]] = {}
         for position, member in zip(positions.tolist(), members.tolist(), strict=True):
             made_of.setdefault(position, set()).add(member)
         pictures = owner.private_images.pictures
-        assert 0 < suspects.members.sum() < len(suspects.labels)
-        assert (np.diff(suspects.pools, axis=1) > 0).all()  # where a row stands says nothing
-        assert (setting.truth.bins[suspects.pools] == suspects.labels[:, None]).all()
-        for number in np.flatnonzero(suspects.members)[:8]:
-            picture = suspects.read(np.array([number]))
+        assert 0 < queries.members.sum() < len(queries.labels)
+        assert (np.diff(queries.pools, axis=1) > 0).all()  # where a row stands says nothing
+        assert (setting.truth.bins[queries.pools] == queries.labels[:, None]).all()
+        for number in np.flatnonzero(queries.members)[:8]:
+            picture = queries.read(np.array([number]))
             rows = np.arange(len(target.rows))
             same = [row for row in rows if torch.equal(setting.truth.read(np.array([row])), picture)]
-            holding = [row for row in suspects.pools[number].tolist() if made_of[row] & set(same)]
-            assert holding == [suspects.own[number]]
-        assert (suspects.own[~suspects.members] == -1).all()
+            holding = [row for row in queries.pools[number].tolist() if made_of[row] & set(same)]
+            assert holding == [queries.own[number]]
+        assert (queries.own[~queries.members] == -1).all()
         test = pictures.read(owner.private_images.rows("test"))
-        outside = suspects.read(np.flatnonzero(~suspects.members))
+        outside = queries.read(np.flatnonzero(~queries.members))
         assert all((test == picture).flatten(1).all(1).any() for picture in outside)
 
 
 def test_the_weights_give_away_what_was_learnt_by_heart_and_not_what_was_never_seen(
     owner: Project, setting: Setting
 ) -> None:
-    target = memorising_target(owner, clean_rows(owner), 0)
+    target = memorising_target(setting.workbench, 0)
     broken = attacked("A10", target, setting)
     reached = broken.reached()
     assert reached is not None
     assert reached.low > 0.75
-    assert target.suspects is not None
-    half = np.flatnonzero(~target.suspects.members)
+    assert target.queries is not None
+    half = np.flatnonzero(~target.queries.members)
     unseen = np.where(np.arange(len(half)) % 2, 0, -1)  # none of them was: who is called a member is chance
-    strangers = Suspects(
-        lambda numbers: target.suspects.read(half[numbers]),  # type: ignore[union-attr]
-        target.suspects.labels[half],
-        target.suspects.pools[half],
+    strangers = QueryTruth(
+        lambda numbers: target.queries.read(half[numbers]),  # type: ignore[union-attr]
+        target.queries.labels[half],
+        target.queries.pools[half],
         unseen,
     )
-    control = attacked("A10", replace(target, suspects=strangers), setting)
+    control = attacked("A10", replace(target, queries=strangers), setting)
     assert control.ways["loss"].measures["auc"].low < 0.5 < control.ways["loss"].measures["auc"].high
-    assert list(dict.fromkeys(limit.what for limit in broken.limits)) == ["AUC", "TPR at 1 % FPR"]
+    assert list(dict.fromkeys(one.what for one in broken.criteria)) == ["AUC", "TPR at 1 % FPR"]
     student = replace(setting, budget=Budget(images=500, decoders=1, shadows=0, deep=True))
     assert "loss against a student's" in attacked("A10", target, student).ways
 
@@ -226,7 +228,7 @@ def test_where_q_has_the_attribute_it_is_learnt_there_too_and_under_shadow_funct
     assert {name for name in Attribute().run(view).probes if "Q" in name} == set()  # Q's table has no such column
     pictures = view.public.read(np.arange(len(view.public))).numpy().min(axis=1)  # (n, H, W)
     right = np.array([np.nonzero(picture > 130)[1].mean() >= 15 for picture in pictures]).astype(np.int64)
-    asked = draw_labelled(owner, target, setting.truth, setting.seed).asked_values
+    asked = draw_labelled(setting.workbench, target, setting.truth, setting.seed).asked_values
     shares = {}
     for learnt, values in (("sides", right), ("the other way round", 1 - right)):
         probes = Attribute().run(replace(view, public_values=values)).probes
@@ -241,13 +243,13 @@ def test_of_the_network_only_what_it_was_trained_on_is_a_member_and_of_the_bank_
     owner: Project, setting: Setting
 ) -> None:
     target = planted(owner, "clean")
-    suspects = draw_suspects(owner, target, setting.truth, 0)
-    assert suspects.trained_on is not None
-    trained_on = int((suspects.members & suspects.trained_on).sum())
-    assert trained_on < suspects.members.sum()  # `val` is in the bank too
-    assert not (suspects.trained_on & ~suspects.members).any()
+    queries = draw_queries(setting.workbench, target, setting.truth, 0)
+    assert queries.trained_on is not None
+    trained_on = int((queries.members & queries.trained_on).sum())
+    assert trained_on < queries.members.sum()  # `val` is in the bank too
+    assert not (queries.trained_on & ~queries.members).any()
     assert attacked("A10", target, setting).rows == trained_on
-    assert attacked("A5", target, setting).rows == suspects.members.sum()
+    assert attacked("A5", target, setting).rows == queries.members.sum()
 
 
 def reachable(thing: Any, depth: int = 5) -> Iterator[Any]:
@@ -261,7 +263,7 @@ def reachable(thing: Any, depth: int = 5) -> Iterator[Any]:
         yield from reachable(part, depth - 1)
 
 
-@pytest.mark.parametrize("view", [ReleaseView, Candidates, KnownPairs, LeakedVault, LabelledRows, TwoReleases])
+@pytest.mark.parametrize("view", [ReleaseView, QueryImages, KnownPairs, LeakedVault, LabelledRows, TwoReleases])
 def test_a_view_is_of_the_type_that_is_declared_and_nothing_of_the_owners_hangs_on_it(
     owner: Project, setting: Setting, view: type[ReleaseView]
 ) -> None:
@@ -271,7 +273,7 @@ def test_a_view_is_of_the_type_that_is_declared_and_nothing_of_the_owners_hangs_
         setting = replace(setting, truth=replace(setting.truth, pools=(few,)))
     granted = grant(view, planted(owner, "weak-noise"), setting)
     assert type(granted) is view
-    private = (Project, Vault, Target, Setting, Truth, Suspects, Path)
+    private = (Project, Vault, Workbench, Target, Setting, Truth, QueryTruth, Path)
     assert [part for part in reachable(granted) if isinstance(part, private)] == []
     assert [part for part in reachable([setting]) if isinstance(part, private)]  # where it hangs, it is found
 
@@ -282,7 +284,7 @@ def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing
 ) -> None:
     clean, nothing = (attacked("A8", target, setting) for target in (planted(owner, "clean"), saying_nothing(owner)))
     for scored in (clean, nothing):
-        assert [limit.found for limit in scored.limits] == [way.measures["gain"] for way in scored.ways.values()]
+        assert [one.found for one in scored.criteria] == [way.measures["gain"] for way in scored.ways.values()]
     gain, none = (scored.ways[scored.best].measures["gain"] for scored in (clean, nothing))
     assert gain.low > 0 > none.low  # of some 40 rows, in an order that is drawn anew each time
     assert none.value < gain.value - 0.1
@@ -294,16 +296,16 @@ def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing
 
 
 def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owner: Project, setting: Setting) -> None:
-    labelled = draw_labelled(owner, planted(owner, "clean"), setting.truth, seed=0)
+    labelled = draw_labelled(setting.workbench, planted(owner, "clean"), setting.truth, seed=0)
     assert set(labelled.values) == {"left", "right"}
     assert not np.intersect1d(labelled.asked, labelled.known_rows).size
     assert abs(len(labelled.asked) - len(labelled.known_rows)) <= len(labelled.values)
     assert (labelled.public_values == -1).all()  # Q says nothing of it here
     view = grant(LabelledRows, planted(owner, "clean"), setting)
     assert np.array_equal(view.asked, labelled.asked)
-    no_claim = owner.config.model_copy(update={"claims": owner.config.claims.model_copy(update={"attribute": None})})
+    no_claim = replace(setting.workbench, attribute=None)
     with pytest.raises(NotGrantedError, match="no attribute"):
-        draw_labelled(replace(owner, config=no_claim), planted(owner, "clean"), setting.truth, seed=0)
+        draw_labelled(no_claim, planted(owner, "clean"), setting.truth, seed=0)
 
 
 def test_probes_are_kept_and_one_of_another_bank_is_not_taken(
@@ -347,15 +349,15 @@ def test_linkage_is_scored_by_rank_and_persons_by_their_best_picture() -> None:
     own = np.array([0, 1, 2, -1])
     likeness = np.zeros((4, 10), np.float32)
     likeness[0, 0], likeness[1, 5], likeness[1, 1] = 1, 2, 1
-    suspects = Suspects(lambda numbers: torch.zeros(0), np.zeros(4, np.int64), pools, own, np.array([7, 7, 8, 9]))
+    queries = QueryTruth(lambda numbers: torch.zeros(0), np.zeros(4, np.int64), pools, own, np.array([7, 7, 8, 9]))
     assert ranks(likeness[:3], pools[:3], own[:3]).tolist() == [0, 1, 4.5]  # all alike: in the middle
-    found = measure(Likeness(likeness, np.array([3, 2, 1, 0], np.float32)), suspects, suspects.members, seed=0)
+    found = measure(Likeness(likeness, np.array([3, 2, 1, 0], np.float32)), queries, queries.members, seed=0)
     assert found["top1"].value == pytest.approx(1 / 3)
     assert found["top5"].value == 1.0
     assert found["persons"].value == 0.5
     assert found["auc"].value == 1.0
     likeness[:] = np.nan
-    assert measure(Likeness(likeness, np.zeros(4, np.float32)), suspects, suspects.members, seed=0)["top5"].value == 0.0
+    assert measure(Likeness(likeness, np.zeros(4, np.float32)), queries, queries.members, seed=0)["top5"].value == 0.0
 
 
 def test_membership_measures_have_their_known_values() -> None:
@@ -401,8 +403,8 @@ def test_patches_are_all_of_a_row_each_number_once() -> None:
 
 
 def test_candidates_are_what_the_attack_is_shown(owner: Project, setting: Setting) -> None:
-    view = grant(Candidates, planted(owner, "clean"), setting)
-    assert isinstance(view, Candidates)
+    view = grant(QueryImages, planted(owner, "clean"), setting)
+    assert isinstance(view, QueryImages)
     assert not hasattr(view, "own")
-    assert len(view.candidates) == len(view.labels) == len(view.pools)
+    assert len(view.pictures) == len(view.labels) == len(view.pools)
     assert isinstance(next(a for a in registered() if a.code == "A5").run(view), Links)

@@ -20,43 +20,48 @@ from dpf_release.attacks import a03_shadow as shadow
 from dpf_release.attacks import a06_known_pairs as known_pairs
 from dpf_release.attacks.interface import Reconstructions
 from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, KnownPairs, LeakedVault, ReleaseView
-from dpf_release.attacks.toolkit import trained
-from dpf_release.attacks.toolkit.clean_decoders import straw_man
+from dpf_release.attacks.toolkit import poisoned_public, trained
+from dpf_release.attacks.toolkit.clean_decoders import clean_decoder
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.evaluation.harness import Harness
 from dpf_release.evaluation.score_reconstructions import _series
 from dpf_release.evaluation.scoring import References, score_pictures
 from dpf_release.evaluation.suite import _Run
-from dpf_release.evaluation.targets import Target, candidate_target, clean_rows, draw_truth, planted_target
+from dpf_release.evaluation.targets import Target, candidate_target, draw_truth, planted_target
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.metrics import ssim
-from dpf_release.owner.fitted import load_function
 from dpf_release.owner.project import Project
-from dpf_release.poisoning.plan import Plan
+from dpf_release.owner.workbench import open_candidate, workbench_of
+from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
+from dpf_release.poisoning.recombine import Recombine
 from dpf_release.release.attack_report import AttackResult, Interval, Power, Way
 
 BUDGET = Budget(images=2500, decoders=1, shadows=2)
 
 
 @pytest.fixture(scope="module")
-def setting(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+def project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project.open(shutil.copytree(finished, tmp_path_factory.mktemp("attacked") / "shapes") / "dpf.toml")
+
+
+@pytest.fixture(scope="module")
+def setting(project: Project) -> Iterator[Setting]:
     """Twenty rows of each class are asked for, of about fifty."""
-    folder = shutil.copytree(finished, tmp_path_factory.mktemp("attacked") / "shapes")
-    project = Project.open(folder / "dpf.toml")
-    target = candidate_target(project, "default", load_function(project, "default"))
+    workbench = replace(workbench_of(project), kept=Memory())  # type: ignore[arg-type]
+    target = candidate_target(workbench, open_candidate(project, "default"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(truth_module, "POOL", 20)
-        truth = draw_truth(project, target, 40, seed=0)
+        truth = draw_truth(workbench, target, 40, seed=0)
         for module in (straw_men, known_pairs, leaked_vault, shadow):  # what learns fast on few pictures
             patch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
         patch.setattr(trained, "TRAINING_BATCH", 16)
         patch.setattr(leaked_vault, "LOSSES", (("l1", 1.0),))
         patch.setattr(truth_module, "POOL", 200)
-        yield Setting(project, truth, BUDGET, 0, Memory())  # type: ignore[arg-type]
+        yield Setting(workbench, truth, BUDGET, 0)
 
 
 def target_of(setting: Setting, name: str) -> Target:
-    return planted_target(setting.project, name, clean_rows(setting.project), 0)
+    return planted_target(setting.workbench, name, 0)
 
 
 def reached(setting: Setting, target: Target, answer: Reconstructions) -> float:
@@ -79,20 +84,22 @@ def test_known_pairs_are_a_row_with_its_picture_and_none_that_is_asked_for(setti
     assert not np.isin(view.pair_rows, view.asked).any()
     assert float(own.abs().max()) < 0.05 < float(others.abs().amax(dim=(1, 2, 3)).min())
     with pytest.raises(NotGrantedError, match="none left"):
-        grant(KnownPairs, target, replace(setting, truth=draw_truth(setting.project, target, 1000, seed=0)))
+        grant(KnownPairs, target, replace(setting, truth=draw_truth(setting.workbench, target, 1000, seed=0)))
 
 
 def test_of_rows_that_are_mixed_the_picture_with_the_most_pieces_is_known(setting: Setting) -> None:
-    plan = Plan(b"", np.array([[5, 5, 5, 0], [7, 1, 7, 1], [3, 2, 2, 3], [9, 8, 9, 3]]))
-    assert plan.foremost(np.arange(4)).tolist() == [5, 1, 2, 9]
-    assert Plan(b"").foremost(np.array([4, 2])).tolist() == [4, 2]
+    function, rows = Recombine(FeatureSpec((1, 4, 4), True)), np.arange(4)
+    plan = Plan(b"", {"pieces": np.array([[5, 5, 5, 0], [7, 1, 7, 1], [3, 2, 2, 3], [9, 8, 9, 3]])})
+    assert function.contributors(rows, plan).foremost(rows).tolist() == [5, 1, 2, 9]
+    assert Contributors.themselves(np.array([4, 2])).foremost(np.array([4, 2])).tolist() == [4, 2]
+    assert Contributors.nobody().foremost(np.array([4, 2])).tolist() == [4, 2]
     target = target_of(setting, "recombine-2")
     view = grant(KnownPairs, target, setting)
     assert isinstance(view, KnownPairs)
     chosen = target.foremost(view.pair_rows)
     assert not np.isin(chosen, setting.truth.asked).any()
     assert (chosen != view.pair_rows).any()
-    positions, members = target.contributors(view.pair_rows)
+    positions, members, _ = target.contributors(view.pair_rows)
     assert all(member in members[positions == place] for place, member in enumerate(chosen))
     seen = view.features(view.pictures.read(np.arange(len(chosen))))
     clean = torch.from_numpy(np.asarray(target_of(setting, "clean").rows.read(chosen), np.float32))
@@ -128,7 +135,7 @@ def test_more_pairs_hold_the_fewer_and_each_way_says_how_many_it_has(setting: Se
     assert set(answer.series) == set(answer.decoders)
     assert {number for _, number in answer.series.values()} == {1, 10, len(view.pair_rows)}
     target = target_of(setting, "channel-permutation")
-    alone = reached(setting, target, Reconstructions({"A1": lambda at: straw_man(view)(view.rows(view.asked[at]))}))
+    alone = reached(setting, target, Reconstructions({"A1": lambda at: clean_decoder(view)(view.rows(view.asked[at]))}))
     assert reached(setting, target, answer) > alone + 0.1
 
 
@@ -161,7 +168,8 @@ def test_a_decoder_learns_from_pairs_what_no_linear_map_undoes(
 def test_public_pictures_get_p_itself_and_keep_their_own_picture(setting: Setting) -> None:
     view = grant(LeakedVault, target_of(setting, "channel-permutation"), setting)
     assert isinstance(view, LeakedVault)
-    stored, foremost = leaked_vault.poisoned_public(view)
+    poisoned_q = poisoned_public.poisoned_public(view, view.poison, len(view.public))
+    stored, foremost = poisoned_q.rows, poisoned_q.foremost
     assert len(stored) == len(view.public) + len(view.public_val)
     assert np.array_equal(foremost, np.arange(len(stored)))
     numbers = np.array([0, 3, 17])
@@ -174,15 +182,15 @@ def test_public_pictures_get_p_itself_and_keep_their_own_picture(setting: Settin
 
 
 def test_large_stores_lie_in_a_file_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(leaked_vault, "IN_MEMORY", 100)
+    monkeypatch.setattr(poisoned_public, "IN_MEMORY", 100)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    store = leaked_vault.room(9, (2, 3, 4))
+    store = poisoned_public.room(9, (2, 3, 4))
     store[:] = 7
     assert isinstance(store, np.memmap)
     assert store.shape == (9, 2, 3, 4)
     assert float(store.sum()) == 7 * 9 * 24
     assert list(tmp_path.iterdir()) == []
-    assert not isinstance(leaked_vault.room(1, (2, 3, 4)), np.memmap)
+    assert not isinstance(poisoned_public.room(1, (2, 3, 4)), np.memmap)
 
 
 def test_classes_too_small_for_p_join_what_is_next_until_p_takes_them(setting: Setting) -> None:
@@ -193,7 +201,7 @@ def test_classes_too_small_for_p_join_what_is_next_until_p_takes_them(setting: S
     clean = np.random.default_rng(0).random((100, *view.feature_shape)).astype(np.float16)
     given: list[np.ndarray] = []
 
-    def choosy(needs: int) -> LeakedVault:
+    def choosy(needs: int) -> poisoned_public.Poison:
         def poison(rows: HeldRows) -> tuple[HeldRows, np.ndarray]:
             counts = np.bincount(rows.targets)
             if counts[counts > 0].min() < needs:
@@ -201,14 +209,15 @@ def test_classes_too_small_for_p_join_what_is_next_until_p_takes_them(setting: S
             given.append(rows.targets)
             return rows, np.arange(len(rows))
 
-        return replace(view, poison=poison)
+        return poison
 
     for needs, counts in ((2, [60, 40, 0]), (50, [100, 0, 0])):
-        leaked_vault._poisoned_bank(choosy(needs), clean, answers)
+        poisoned_public._poisoned_bank(view, choosy(needs), clean, answers)
         assert np.bincount(given.pop(), minlength=3).tolist() == counts
     with pytest.raises(NotGrantedError, match="too few"):
-        leaked_vault._poisoned_bank(choosy(101), clean, answers)
-    stored, foremost = leaked_vault.poisoned_public(view)  # P that mixes rows, in earnest
+        poisoned_public._poisoned_bank(view, choosy(101), clean, answers)
+    poisoned_q = poisoned_public.poisoned_public(view, view.poison, len(view.public))  # P that mixes rows, in earnest
+    stored, foremost = poisoned_q.rows, poisoned_q.foremost
     most = (foremost[:50] == np.arange(50)).mean()  # of two, a row has the most pieces of either
     assert 0.3 < most < 0.9
     public = view.features(view.public.read(np.arange(50))).numpy()
@@ -222,7 +231,7 @@ def test_whoever_has_p_undoes_it_where_a_straw_man_does_not(setting: Setting) ->
     target = target_of(setting, "channel-permutation")
     view = grant(LeakedVault, target, setting)
     answer = leaked_vault.LeakedP().run(view)
-    alone = Reconstructions({"A1": lambda at: straw_man(view)(view.rows(view.asked[at]))})
+    alone = Reconstructions({"A1": lambda at: clean_decoder(view)(view.rows(view.asked[at]))})
     assert reached(setting, target, answer) > reached(setting, target, alone) + 0.1
 
 
@@ -233,7 +242,7 @@ def test_a_shadow_function_does_on_public_pictures_what_p_does_on_private_ones(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = grant(ReleaseView, target_of(setting, "clean"), setting)
-    network, psi = shadow.shadow(view, 0), straw_man(view)
+    network, psi = shadow.shadow(view, 0), clean_decoder(view)
     pictures = view.public_val.read(np.arange(len(view.public_val)))
     features, originals = view.features(pictures), pictures.float() / 255
     likeness = [float(ssim(psi(seen), originals).abs().mean()) for seen in (network(features), features)]
@@ -284,7 +293,7 @@ def test_matched_moments_take_any_channel_affine_map_away(setting: Setting) -> N
     rows = []
     for name in ("clean", "channel-affine", "channel-permutation"):
         view = grant(ReleaseView, target_of(setting, name), setting)
-        rows.append(shadow.match_moments(view)(view.asked))
+        rows.append(shadow.with_moments_of_q(view)(view.asked))
     assert torch.allclose(rows[0], rows[1], atol=0.02)
     assert not torch.allclose(rows[0], rows[2], atol=0.2)
 
@@ -312,8 +321,10 @@ def test_a_series_has_the_best_way_of_each_number() -> None:
     assert result.smallest_above("shadows", 0.1) is None
 
 
-def test_the_attack_is_tried_on_its_own_shadow_functions(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = _Run.begin(setting.project, "default", "quick", (), None, None, 0)
+def test_the_attack_is_tried_on_its_own_shadow_functions(
+    project: Project, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _Run.begin(project, "default", "quick", (), None, None, 0)
     budget = Budget(images=64, decoders=1, shadows=1)
     assert replace(budget, share=0.5).bank_images == 32
     run = replace(run, setting=replace(run.setting, truth=setting.truth, budget=budget))

@@ -31,7 +31,7 @@ from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, Re
 from dpf_release.attacks.toolkit.taps import WIDEST, open_taps, standard, together
 from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.profiles import PROFILES, minutes, within
-from dpf_release.evaluation.score_reconstructions import score_answer
+from dpf_release.evaluation.score_reconstructions import score_decoders
 from dpf_release.evaluation.scoring import affine_fit, score_pictures
 from dpf_release.evaluation.suite import attack
 from dpf_release.evaluation.targets import Target
@@ -291,9 +291,9 @@ def test_an_answer_for_some_rows_scores_as_those_rows_do_among_all_the_pictures(
     def itself(rows: Rows) -> tuple[Rows, Rows]:
         return np.arange(len(rows)), rows
 
-    target = Target("", HeldRows(np.zeros(120), lambda rows: rows), lambda bank: bank, itself, lambda rows: rows, "")
+    target = Target("", HeldRows(np.zeros(120), lambda rows: rows), lambda bank: bank, itself, "")
     places = np.array([3, 10, 61, 119])
-    part = score_answer(Reconstructions({"one": noisy}, places), target, truth)["one"]
+    part = score_decoders(Reconstructions({"one": noisy}, places), target, truth)["one"]
     whole = score_pictures(truth, itself, noisy)
     assert part.primary == pytest.approx(whole.primary[places], abs=1e-6)
     assert part.own.all()

@@ -30,9 +30,10 @@ from dpf_release.evaluation.scoring import (
 )
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import Truth, bins_of, draw_pools
-from dpf_release.evaluation.verdicts import Limit, judge, re_identification_limit
+from dpf_release.evaluation.verdicts import Criterion, judge, re_identification_limit
 from dpf_release.models.metrics import ssim
 from dpf_release.owner.config import GateSection
+from dpf_release.poisoning.plan import Contributors
 from dpf_release.release.attack_report import Interval, Power
 
 POOL, CLASSES = 60, 2
@@ -49,8 +50,12 @@ ORIGINALS = pictures(POOL * CLASSES, seed=1)
 LABELS = np.repeat(np.arange(CLASSES), POOL)
 
 
-def itself(rows: Rows) -> tuple[Rows, Rows]:
-    return np.arange(len(rows)), rows
+def itself(rows: Rows) -> Contributors:
+    return Contributors.themselves(rows)
+
+
+def made_of(positions: Rows, members: Rows) -> Contributors:
+    return Contributors(positions, members, np.ones(len(positions), np.int64))
 
 
 TRUTH = Truth(draw_pools(LABELS, itself, len(LABELS), seed=0), lambda rows: ORIGINALS[torch.from_numpy(rows)], LABELS)
@@ -140,11 +145,11 @@ def test_where_one_of_the_two_leakages_is_not_defined_the_other_may_fail_and_nev
     assert found[0] is None
     assert found[1] == way.measures["leakage_own"]
     assert found[1].high < 0.2  # alone it would have passed for a defence
-    limits = [Limit("leakage", one, 0.1) for one in found]
+    limits = [Criterion("leakage", one, 0.1) for one in found]
     assert judge(limits[:1], Power(passed=True), ())[0] == "inconclusive"
     assert (
         judge(
-            [Limit("leakage", one, 0.01) for one in leakages_of(way_of(scored(perfect), near, TRUTH.sizes, 0))],
+            [Criterion("leakage", one, 0.01) for one in leakages_of(way_of(scored(perfect), near, TRUTH.sizes, 0))],
             Power(passed=True),
             (),
         )[0]
@@ -162,10 +167,10 @@ PARTNER[HALVES[:, 0]], PARTNER[HALVES[:, 1]] = HALVES[:, 1], HALVES[:, 0]
 PARTNER = np.concatenate([PARTNER, PARTNER + POOL])
 
 
-def pairs(rows: Rows) -> tuple[Rows, Rows]:
+def pairs(rows: Rows) -> Contributors:
     """Each row is made of its own picture and of another one."""
     members = np.sort(np.stack([rows, PARTNER[rows]], axis=1), axis=1)
-    return np.repeat(np.arange(len(rows)), 2), members.ravel()
+    return made_of(np.repeat(np.arange(len(rows)), 2), members.ravel())
 
 
 def test_any_of_the_pictures_that_a_row_is_made_of_counts_as_its_own() -> None:
@@ -180,13 +185,12 @@ def test_any_of_the_pictures_that_a_row_is_made_of_counts_as_its_own() -> None:
 
 @pytest.mark.parametrize("answered", [None, np.arange(0, 2 * POOL, 3)])
 def test_the_limit_of_a_match_goes_with_what_the_answered_rows_are_made_of(answered: Rows | None) -> None:
-    setting: Any = SimpleNamespace(truth=TRUTH, seed=0)
-    project: Any = SimpleNamespace(config=SimpleNamespace(gate=GateSection()))
+    setting: Any = SimpleNamespace(truth=TRUTH, seed=0, workbench=SimpleNamespace(limits=GateSection().limits))
     rows = HeldRows(np.zeros(len(TRUTH.asked), np.int64), lambda rows: np.empty(0))
     for contributors, limit in ((itself, 10 / POOL), (pairs, 10 / POOL + 1 / POOL)):
-        target = Target("", rows, lambda rows: rows, contributors, lambda rows: rows, "")
+        target = Target("", rows, lambda rows: rows, contributors, "")
         answer = Reconstructions({"perfect": perfect}, answered)
-        found = score_reconstructions(answer, target, setting, lambda: REFERENCES, project)
+        found = score_reconstructions(answer, target, setting, lambda: REFERENCES)
         assert found.re_identification_limit == pytest.approx(limit)
 
 
@@ -209,16 +213,16 @@ def test_pools_hold_the_pictures_of_their_rows_also_of_rows_that_are_made_of_man
     group_of[groups.ravel()] = np.repeat(np.arange(30), 10)
     members = np.concatenate([groups[group_of], groups[group_of] + 300])  # (600, 10)
 
-    def mixed(rows: Rows) -> tuple[Rows, Rows]:
-        return np.repeat(np.arange(len(rows)), 10), members[rows].ravel()
+    def mixed(rows: Rows) -> Contributors:
+        return made_of(np.repeat(np.arange(len(rows)), 10), members[rows].ravel())
 
-    def tangled(rows: Rows) -> tuple[Rows, Rows]:  # all rows of a class hang together
+    def tangled(rows: Rows) -> Contributors:  # all rows of a class hang together
         near = np.stack([rows // 300 * 300 + (rows + step) % 300 for step in range(10)], axis=1)
-        return np.repeat(np.arange(len(rows)), 10), near.ravel()
+        return made_of(np.repeat(np.arange(len(rows)), 10), near.ravel())
 
-    def straddling(rows: Rows) -> tuple[Rows, Rows]:  # groups of both classes, as of bins that are not the scorer's
+    def straddling(rows: Rows) -> Contributors:  # groups of both classes, as of bins that are not the scorer's
         both = np.concatenate([groups, groups + 300], axis=1)  # (30, 20)
-        return np.repeat(np.arange(len(rows)), 20), both[group_of[rows % 300]].ravel()
+        return made_of(np.repeat(np.arange(len(rows)), 20), both[group_of[rows % 300]].ravel())
 
     for contributors, count in ((itself, 2), (mixed, 2), (tangled, 4), (straddling, 4)):
         pools = draw_pools(labels, contributors, 400, seed=5)
@@ -227,7 +231,7 @@ def test_pools_hold_the_pictures_of_their_rows_also_of_rows_that_are_made_of_man
         for pool in pools:
             assert set(labels[pool.rows]) == {pool.label}
             assert set(labels[pool.pictures]) == ({0, 1} if contributors is straddling else {pool.label})
-            positions, own = contributors(pool.rows)
+            positions, own, _ = contributors(pool.rows)
             there = np.bincount(positions[np.isin(own, pool.pictures)], minlength=len(pool.rows))
             assert (there == len(own) // len(pool.rows)).all() or contributors is tangled
             assert there.min() >= 1
@@ -242,9 +246,9 @@ def test_a_group_is_in_one_pool_as_a_whole_and_the_pool_is_filled_up() -> None:
     group_of = np.repeat(np.arange(40), sizes)
     members = {group: np.flatnonzero(group_of == group) for group in range(40)}
 
-    def mixed(rows: Rows) -> tuple[Rows, Rows]:
+    def mixed(rows: Rows) -> Contributors:
         found = [members[group] for group in group_of[rows]]
-        return np.repeat(np.arange(len(rows)), [len(of) for of in found]), np.concatenate(found)
+        return made_of(np.repeat(np.arange(len(rows)), [len(of) for of in found]), np.concatenate(found))
 
     pools = draw_pools(np.zeros(len(group_of), np.int64), mixed, 800, seed=3)
     assert 800 <= sum(len(pool.rows) for pool in pools) <= 1000
@@ -298,16 +302,16 @@ def _interval(value: float, half: float = 0.01) -> Interval:
 
 def test_a_pass_wants_evidence_and_a_fail_does_not() -> None:
     strong, weak = Power(passed=True), Power(passed=False, planted={"weak-noise": _interval(0.3)})
-    low, near, high = (Limit("leakage", _interval(value), 0.1) for value in (0.05, 0.095, 0.2))
+    low, near, high = (Criterion("leakage", _interval(value), 0.1) for value in (0.05, 0.095, 0.2))
     assert judge([low], strong, []) == ("pass", ())
     assert judge([near], strong, [])[0] == "inconclusive"
     assert judge([high], strong, [])[0] == judge([high], weak, ["too few rows"])[0] == "fail"
     for power, shortage in ((weak, []), (Power(passed=None), []), (strong, ["too few rows"])):
         assert judge([low], power, shortage)[0] == "inconclusive"
-    assert judge([low, Limit("top-1", None, 0.05)], strong, [])[0] == "inconclusive"
-    near_and_wide = [Limit("AUC", _interval(0.59), 0.6), Limit("AUC", _interval(0.585, 0.02), 0.6)]
+    assert judge([low, Criterion("top-1", None, 0.05)], strong, [])[0] == "inconclusive"
+    near_and_wide = [Criterion("AUC", _interval(0.59), 0.6), Criterion("AUC", _interval(0.585, 0.02), 0.6)]
     assert judge(near_and_wide[:1], strong, [])[0] == "inconclusive"
-    verdict, reasons = judge([Limit("AUC", _interval(0.58), 0.6), near_and_wide[1]], strong, [])
+    verdict, reasons = judge([Criterion("AUC", _interval(0.58), 0.6), near_and_wide[1]], strong, [])
     assert (verdict, len(reasons)) == ("inconclusive", 1)  # every way counts, the widest too
     assert "0.605" in reasons[0]
 
@@ -348,6 +352,10 @@ PRIVATE = (
     "images.sources",
     "images.survey",
     "images.table",
+    "owner",
+    "evaluation",
+    "publish",
+    "cli",
 )
 
 
@@ -366,3 +374,13 @@ def test_no_attack_can_reach_what_its_view_does_not_hold() -> None:
     assert {"a05_linkage.py", "shadows.py"} <= {path.name for path in files}
     assert {path.name: found for path in files if (found := private_imports(path.read_text(encoding="utf-8")))} == {}
     assert private_imports("from dpf_release.owner.project import Project") == {"dpf_release.owner.project.Project"}
+
+
+def test_a_row_of_nobody_is_judged_by_its_match_and_recognised_as_no_one() -> None:
+    of_nobody = score_pictures(TRUTH, lambda rows: Contributors.nobody(), perfect)
+    of_themselves = score_pictures(TRUTH, itself, perfect)
+    assert np.array_equal(of_nobody.primary, of_nobody.matched)
+    assert np.allclose(of_nobody.matched, of_themselves.matched)
+    assert not of_nobody.own.any()
+    assert of_themselves.own.all()
+    assert (of_nobody.guess == 0).all()

@@ -18,12 +18,13 @@ from dpf_release.attacks.threat_models import ReleaseView
 from dpf_release.errors import ConfigError, VaultError
 from dpf_release.evaluation.harness import Harness
 from dpf_release.evaluation.report.headline import verdict_in_words
-from dpf_release.evaluation.score_reconstructions import score_answer
+from dpf_release.evaluation.score_reconstructions import score_decoders
 from dpf_release.evaluation.scoring import RowScores
 from dpf_release.evaluation.suite import _Run, attack
 from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.views import Setting, grant, kept_in
+from dpf_release.evaluation.views import Setting, grant
 from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.kept import kept_in
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.release.attack_report import Interval
@@ -105,7 +106,7 @@ def test_who_knows_the_label_alone_gets_nothing_out_of_rows_that_are_made_of_man
             run.harness.references(target, run.setting).baseline for target in (run.harness.target, run.harness.clean)
         )
         answer = MeanPicture().run(grant(ReleaseView, run.harness.target, run.setting))
-        (scores,) = score_answer(answer, run.harness.target, run.setting.truth).values()
+        (scores,) = score_decoders(answer, run.harness.target, run.setting.truth).values()
     assert scores.primary.mean() > alone.primary.mean() + 0.01  # the control: against it the mean would seem to leak
     assert scores.primary.mean() <= mixed.primary.mean() + 1e-3
 
@@ -142,10 +143,10 @@ def test_an_attack_that_is_no_better_than_the_one_it_is_made_of_has_no_power(
 
 
 def refusing(plant: Callable[..., Target]) -> Callable[..., Target]:
-    def planted(harness: Harness, name: str, member: Any, seed: int) -> Target:
+    def planted(harness: Harness, name: str, member: Any, setting: Setting) -> Target:
         if name == "recombine-2":
             raise ConfigError("class 2: 1")
-        return plant(harness, name, member, seed)
+        return plant(harness, name, member, setting)
 
     return planted
 

@@ -20,7 +20,8 @@ from dpf_release.attacks.interface import Attack, Reconstructions
 from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.bank.rows import Select
 from dpf_release.errors import ConfigError, VaultError
-from dpf_release.evaluation import utility
+from dpf_release.evaluation import classifiers, utility
+from dpf_release.evaluation.classifiers import EFFORTS, Effort, PickedRows
 from dpf_release.evaluation.frontier import compare
 from dpf_release.evaluation.profiles import PROFILES
 from dpf_release.evaluation.report import frontier_points
@@ -34,12 +35,13 @@ from dpf_release.evaluation.report.frontier_points import (
 )
 from dpf_release.evaluation.report.headline import verdict_in_words
 from dpf_release.evaluation.suite import attack
-from dpf_release.evaluation.utility import EFFORTS, Effort, PickedRows, measure_utility
+from dpf_release.evaluation.utility import measure_utility, measures_over_seeds
 from dpf_release.models.training import History
 from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.measure import measure_task
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
+from dpf_release.owner.workbench import open_candidate, workbench_of
 from dpf_release.release.attack_report import AttackReport, Interval, Power, Utility
 from dpf_release.release.train import fit_classifier
 from places import ROOT
@@ -106,7 +108,7 @@ def test_a_class_of_a_few_rows_has_no_moments_of_its_own() -> None:
     assert len(chain.drop_rows(plans, kept, Select(source, kept), PHI_2, SECRET)[1]) == 13
     with pytest.raises(ConfigError, match="class 1: 3"):
         chain.drop_rows(plans, kept[:-1], Select(source, kept[:-1]), PHI_2, SECRET)
-    positions, members = chain.contributors(np.array([3, 5]), plans)
+    positions, members, _ = chain.contributors(np.array([3, 5]), plans)
     assert (positions.tolist(), members.tolist()) == ([0, 1], [3, 5])  # the row with the same id
 
 
@@ -124,6 +126,10 @@ def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def utility_of(project: Project, name: str, **options: Any) -> dict[str, Utility]:
+    return measure_utility(workbench_of(project), open_candidate(project, name), "quick", **options)
+
+
 @pytest.fixture(scope="module")
 def found(compared: Path) -> dict[str, dict[str, Utility]]:
     """The utilities of both."""
@@ -131,7 +137,7 @@ def found(compared: Path) -> dict[str, dict[str, Utility]]:
         patch.setitem(EFFORTS, "quick", LITTLE)
         project = Project.open(compared / "dpf.toml")
         with project.working(together=False):
-            return {name: measure_utility(project, name, "quick") for name in ("clean", "noise")}
+            return {name: utility_of(project, name) for name in ("clean", "noise")}
 
 
 def test_u1_is_what_poison_measured(compared: Path, found: dict[str, dict[str, Utility]]) -> None:
@@ -171,7 +177,7 @@ def test_u3_joins_the_bank_with_m_own_images_and_says_what_it_adds(found: dict[s
 def test_own_images_and_those_that_judge_are_not_the_same_and_a_larger_m_has_the_smaller(compared: Path) -> None:
     project = Project.open(compared / "dpf.toml")
     with project.working(together=False):
-        bench = utility._Bench.of(project, "clean", LITTLE, 0)
+        bench = utility._Bench.of(workbench_of(project), open_candidate(project, "clean"), LITTLE, 0)
         own, more = (set(bench._own(m, 0).parts[0][1]) for m in (1, 2))
         judge = set(np.concatenate(bench._other_half))
         assert own < more
@@ -195,12 +201,12 @@ def test_what_was_trained_is_not_trained_again_and_clean_rows_serve_every_functi
         trained.append(options["title"])
         return fit_classifier(*arguments, **options)
 
-    monkeypatch.setattr(utility, "fit_classifier", watched)
+    monkeypatch.setattr(classifiers, "fit_classifier", watched)
     project = Project.open(compared / "dpf.toml")
     with project.working(together=False):
-        assert measure_utility(project, "noise", "quick") == found["noise"]
+        assert utility_of(project, "noise") == found["noise"]
         assert trained == []
-        measure_utility(project, "default", "quick", only=["U2"])
+        utility_of(project, "default", only=["U2"])
     assert trained == ["Training a new classifier: U2 the bank"] * LITTLE.seeds
 
 
@@ -216,11 +222,9 @@ def test_few_rows_are_shown_often_enough_and_many_no_more_than_the_profile_says(
 
 
 def test_of_errors_less_is_better() -> None:
-    bench = utility._Bench.__new__(utility._Bench)
-    object.__setattr__(
-        bench, "project", type("P", (), {"config": type("C", (), {"task": type("T", (), {"kind": "regression"})})})
+    found = measures_over_seeds(
+        "mae", {"mae, m = 5": np.array([1.0, 2.0]), "mae, m = 5, own images alone": np.array([3.0, 3.0])}
     )
-    found = bench.measures({"mae, m = 5": np.array([1.0, 2.0]), "mae, m = 5, own images alone": np.array([3.0, 3.0])})
     assert found["gain over own images alone, m = 5"] == Interval(value=1.5, low=1.0, high=2.0)
 
 

@@ -21,7 +21,7 @@ DECODERS: tuple[tuple[str, str, DecoderLoss, bool], ...] = (
 )
 
 
-def straw_man(view: ReleaseView, number: int = 0) -> nn.Module:
+def clean_decoder(view: ReleaseView, number: int = 0) -> nn.Module:
     """One of `DECODERS`, trained where it is not kept. Other attacks begin with it."""
     name, architecture, loss, disturbed = DECODERS[number]
 

@@ -55,14 +55,11 @@ def train_decoder(
     Returns:
         The network, frozen: inputs → pictures (n, 3, H, W) in [0, 1].
     """
-    one = np.arange(1)
     originals = originals or (lambda held, rows: held.read(rows))
-    if shape is None:
-        channels, *map_size = inputs(view.public_val, one, None).shape[1:]
-        shape = (channels, map_size[0], map_size[1])
-    height, width_of_picture = view.public_val.read(one).shape[2:]
+    shape = shape or _shape_of(inputs(view.public_val, np.arange(1), None))
+    _, *size = _shape_of(view.public_val.read(np.arange(1)))
     with seeded(view.seed):
-        network = build_reconstructor(architecture, shape, (height, width_of_picture), width)
+        network = build_reconstructor(architecture, shape, (size[0], size[1]), width)
     if start is not None:
         network.load_state_dict(dict(start))
     recipe, rows = recipe_for(view, images or view.budget.images, len(view.public), LEARNING_RATE)
@@ -88,6 +85,12 @@ def train_decoder(
     return trained(
         view, name, network, read_batch, objective, recipe, rows, title=title, validate=validate, depends_on=subject
     )
+
+
+def _shape_of(batch: Tensor) -> tuple[int, int, int]:
+    """(C, H, W)."""
+    channels, height, width = batch.shape[1:]
+    return channels, height, width
 
 
 def decode(

@@ -41,9 +41,9 @@ class _Embedding(nn.Sequential):
 
 
 def train_matcher(view: ReleaseView) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Embeddings of a candidate's features and of rows, trained on Q so that pairs are near (a contrastive loss).
+    """Embeddings of a query's features and of rows, trained on Q so that pairs are near (a contrastive loss).
 
-    A row of the training is the clean one with noise, channels scaled and dropped (`straw_men.disturb`), and up to
+    A row of the training is the clean one with noise, channels scaled and dropped (`clean_decoders.disturb`), and up to
     three quarters of its places taken from other pictures.
     """
     channels, height, _ = view.feature_shape

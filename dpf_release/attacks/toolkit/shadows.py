@@ -17,7 +17,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from dpf_release.attacks.interface import ATTACKS
 from dpf_release.attacks.threat_models import HeldPictures, HeldRows, ReleaseView, batches
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, straw_man
+from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import LEARNING_RATE, VALIDATION_PICTURES, Inputs
 from dpf_release.attacks.toolkit.poisoned_public import Poison, poisoned_public, room_for
 from dpf_release.attacks.toolkit.trained import freeze_on, recipe_for, schedule, seeded
@@ -101,7 +101,7 @@ def fitted_on_public(view: ReleaseView, name: str, recipe: ShadowRecipe) -> Chai
     kept = view.kept.load(name, subject)
     if kept is not None:
         chain.load(kept)
-    elif chain.networks() or chain.learned_secret:
+    elif chain.learns:
         fit_chain(chain, _material(view, name, recipe, replace(training, seed=recipe.seed), rows, subject))
         if state := chain.state():
             view.kept.save(name, subject, state)
@@ -121,7 +121,7 @@ def _material(
         train=_labelled(view, view.public, rows),
         val=_labelled(view, view.public_val, min(len(view.public_val), VALIDATION_PICTURES)),
         public=_labelled(view, view.public, rows).rows,
-        adversaries=lambda: Adversaries({"psi": straw_man(view, recipe.straw_man)}),
+        adversaries=lambda: Adversaries({"psi": clean_decoder(view, recipe.straw_man)}),
         objective=recipe.objective,
         lambda_=recipe.lambda_,
         recipe=training,
@@ -249,7 +249,7 @@ def _stationary(features: Tensor, kind: int, draws: torch.Generator) -> Tensor:
     return blurred
 
 
-def match_moments(view: ReleaseView) -> Callable[[Rows], Tensor]:
+def with_moments_of_q(view: ReleaseView) -> Callable[[Rows], Tensor]:
     """Rows of the bank, by number, with the mean and deviation that each channel has in φ1(Q)."""
     numbers = np.random.default_rng([view.seed, 5]).permutation(len(view.bank))[:MOMENT_PICTURES]
     mean, deviation = _moments(view.rows(some) for some in batches(np.sort(numbers)))

@@ -26,15 +26,16 @@ from dpf_release.evaluation.report.headline import strongest
 from dpf_release.evaluation.report.page import refuse_inside_release, write_public_page
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import Pool, Truth
-from dpf_release.evaluation.views import Setting, grant, kept_in
+from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.training import Recipe
 from dpf_release.owner.adversaries import straw_man
 from dpf_release.owner.project import Project
+from dpf_release.owner.workbench import workbench_of
 from dpf_release.poisoning.chain import build_chain
 from dpf_release.poisoning.context import Material, Split
 from dpf_release.poisoning.fitting import fit_chain
 from dpf_release.poisoning.objective import Adversaries, TaskLoss
-from dpf_release.poisoning.plan import FeatureSpec
+from dpf_release.poisoning.plan import Contributors, FeatureSpec
 from dpf_release.release.attack_report import AttackReport
 
 PICTURES = 1000  # of Q, as many as a function that mixes rows needs to choose among
@@ -74,9 +75,9 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
         report: which attacks were run, how hard, and which of their ways is the strongest.
     """
     images, profile = project.public_images, PROFILES[report.profile]
-    rows = np.concatenate([public_rows(project, split, report.seed) for split in ("val", "train")])[:PICTURES]
+    rows = np.concatenate([public_rows(images, split, report.seed) for split in ("val", "train")])[:PICTURES]
     pictures = HeldPictures(len(rows), lambda numbers: images.pictures.read(rows[numbers]))
-    setting = Setting(project, _nothing_asked(len(rows)), profile.budget, report.seed, kept_in(project.vault))
+    setting = Setting(workbench_of(project), _nothing_asked(len(rows)), profile.budget, report.seed)
     clean = _clean_view(setting, pictures)
     recipe = project.vault.read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
     poison = shadow_function(project, clean, pictures, recipe)
@@ -143,7 +144,7 @@ def shadow_function(
     kept = view.kept.load(KEPT, subject)
     if kept is not None:
         chain.load(kept)
-    elif chain.networks() or chain.learned_secret:
+    elif chain.learns:
         fit_chain(chain, _material(view, pictures, recipe, Adversaries(straw_men)))
         view.kept.save(KEPT, subject, chain.state())
     for network in chain.networks():
@@ -177,9 +178,8 @@ def _material(
 
 def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:
     """A release whose bank is φ1(Q), labelled by φ2."""
-    none = np.empty(0, np.int64)
-    nobody = HeldRows(np.zeros(len(pictures), np.int64), lambda rows: np.empty(0))
-    target = Target(SEED, nobody, lambda rows: (rows, none), lambda rows: (rows, rows), lambda rows: rows, SEED)
+    no_rows = HeldRows(np.zeros(len(pictures), np.int64), lambda rows: np.empty(0))
+    target = Target(SEED, no_rows, poison=_none, contributors=lambda rows: Contributors.nobody(), subject=SEED)
     view = grant(ReleaseView, target, setting)
 
     def read(rows: Rows) -> NDArray[Any]:
@@ -190,6 +190,10 @@ def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:
     answers = torch.cat([view.answers(view.features(pictures.read(some))).cpu() for some in batches(numbers)])
     targets = answers.argmax(1) if view.task == "classification" else answers
     return replace(view, bank=HeldRows(targets.numpy(), read))
+
+
+def _none(rows: HeldRows) -> tuple[HeldRows, Rows]:
+    raise AssertionError("expected a public page to need no P, found that it is asked for")
 
 
 def _nothing_asked(count: int) -> Truth:

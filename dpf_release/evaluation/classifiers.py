@@ -1,0 +1,198 @@
+"""New classifiers on rows of a bank: how much they are trained, what of that is kept, how long the rest takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpf_release.bank.dataset import BankDataset
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import Concat, Select
+from dpf_release.core.arrays import Rows
+from dpf_release.core.progress import announce
+from dpf_release.owner.workbench import Workbench
+from dpf_release.release.attack_report import ProfileName
+from dpf_release.release.train import fit_classifier, score
+
+LARGEST_BATCH, SMALLEST_BATCH, LEAST_STEPS = 128, 16, 32  # of a step; of an epoch
+LEARNING_RATE = 0.05  # at the largest batch
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is trained.
+
+    Attributes:
+        seeds: how many times everything is.
+        own: numbers m of own images a class.
+        rows: that a training is shown, repeats counted, where it has many.
+        epochs: at the most, where it has few; but until it was shown `least_rows`.
+        least_rows: so that a classifier of few rows is not beaten for want of steps.
+    """
+
+    seeds: int
+    own: tuple[int, ...]
+    rows: int
+    epochs: int
+    least_rows: int
+
+    def schedule(self, rows: int) -> tuple[int, int, float]:
+        """Epochs, batch size and peak learning rate for so many rows; few rows come in small batches."""
+        epochs = max(1, round(min(self.rows / rows, max(self.epochs, self.least_rows / rows))))
+        batch = min(LARGEST_BATCH, max(SMALLEST_BATCH, rows // LEAST_STEPS))
+        return epochs, batch, LEARNING_RATE * (batch / LARGEST_BATCH) ** 0.5
+
+    def shared(self, share: float) -> Effort:
+        """With a share of the rows."""
+        rows, epochs, least_rows = (max(1, round(share * n)) for n in (self.rows, self.epochs, self.least_rows))
+        return replace(self, rows=rows, epochs=epochs, least_rows=least_rows)
+
+
+EFFORTS: dict[ProfileName, Effort] = {
+    "quick": Effort(1, (100,), rows=60_000, epochs=8, least_rows=6_000),
+    "standard": Effort(3, (10, 50, 100), rows=90_000, epochs=16, least_rows=12_000),
+    "full": Effort(3, (10, 50, 100), rows=360_000, epochs=16, least_rows=12_000),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PickedRows:
+    """Some rows of several banks as one."""
+
+    parts: tuple[tuple[FeatureBank, Rows], ...]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's features."""
+        return self.parts[0][0].index.row_bytes
+
+    @property
+    def targets(self) -> NDArray[Any]:
+        """(N,) or (N, K)."""
+        return self._rows.targets
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with any row."""
+        parts = [
+            [BankDataset([bank], (), [bank.targets]).digest, hashlib.sha256(rows.tobytes()).hexdigest()]
+            for bank, rows in self.parts
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Rows by number: (n, C, H, W) float16, and their targets."""
+        return torch.from_numpy(self._rows.read(rows)), torch.from_numpy(self.targets[rows])
+
+    def __add__(self, other: PickedRows) -> PickedRows:
+        return PickedRows((*self.parts, *other.parts))
+
+    @cached_property
+    def _rows(self) -> Concat:
+        return Concat([Select(bank, rows) for bank, rows in self.parts])
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A new classifier: on which rows, judged by which, from which seed."""
+
+    title: str
+    rows: PickedRows
+    judge: PickedRows
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Classifiers:
+    """Trains φ2's architecture anew, and keeps the scores.
+
+    Attributes:
+        workbench: the architecture, where to train, and where scores are kept.
+        effort: how much is trained.
+    """
+
+    workbench: Workbench
+    effort: Effort
+
+    def scores(self, trainings: Sequence[Training]) -> dict[Training, float]:
+        """The score of each; what was trained before is not trained again."""
+        if missing := self.missing(trainings):
+            announce(f"Utility: {len(missing)} trainings")  # how long they take was told with the attacks
+        for training in missing:
+            self._train(training)
+        return {training: score for training in trainings if (score := self._known(training)) is not None}
+
+    def missing(self, trainings: Sequence[Training]) -> list[Training]:
+        """Those that were not done before."""
+        return [training for training in trainings if self._known(training) is None]
+
+    def minutes(self, trainings: Sequence[Training]) -> float:
+        """What they take, by a short trial."""
+        shown = sum(len(training.rows) * self.effort.schedule(len(training.rows))[0] for training in trainings)
+        return shown / self._rate(trainings[0].rows) / 60 if trainings else 0.0
+
+    def _known(self, training: Training) -> float | None:
+        subject = self._subject(training)
+        kept = self.workbench.kept.load(subject["utility"], subject)
+        return None if kept is None else float(kept["score"])
+
+    def _train(self, training: Training) -> None:
+        epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
+        kept, subject = self.workbench.kept, self._subject(training)
+        network, name = self.workbench.new_classifier(training.seed), subject["utility"]
+        fit_classifier(
+            network,
+            training.rows,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=training.seed,
+            device=str(self.workbench.device),
+            title=f"Training a new classifier: {training.title}",
+            checkpoint=kept.checkpoint(name, subject),
+            subject=json.dumps(subject, sort_keys=True),
+        )
+        found = score(network, training.judge)
+        kept.save(name, subject, {"score": torch.tensor(found, dtype=torch.float64)})
+
+    def _subject(self, training: Training) -> dict[str, Any]:
+        """What a score depends on."""
+        epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
+        return {
+            "utility": training.title.split(" ")[0],
+            "version": 1,
+            "network": self.workbench.record.model_dump(mode="json"),
+            "rows": training.rows.digest,
+            "judge": training.judge.digest,
+            "recipe": [epochs, batch_size, learning_rate],
+            "seed": training.seed,
+        }
+
+    def _rate(self, rows: PickedRows, seconds: float = 1.0) -> float:
+        """Rows a second of training here; a short trial."""
+        device = self.workbench.device
+        network = self.workbench.new_classifier(0).to(device).to(memory_format=torch.channels_last)
+        batch = rows.read(np.arange(min(len(rows), LARGEST_BATCH)))[0].float().to(device)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        step: Callable[[], None] = lambda: network(batch).float().mean().backward()  # noqa: E731
+        step()  # the first is slower than all others
+        started, done = time.monotonic(), 0
+        while not done or time.monotonic() - started < seconds:
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            done += len(batch)
+        return done / (time.monotonic() - started)

@@ -1,0 +1,216 @@
+"""What those who attack a candidate and score it need of a project; they know the project by this alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpf_release.attacks.threat_models import Kept
+from dpf_release.bank.format import INDEX, RELEASED_SPLITS, SplitName
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import Concat
+from dpf_release.core.arrays import Rows
+from dpf_release.core.files import sha256_of
+from dpf_release.errors import NotGrantedError, VaultError
+from dpf_release.images.decode import Preprocess
+from dpf_release.images.survey import ImageSet
+from dpf_release.owner.fitted import FittedFunction, load_function
+from dpf_release.owner.kept import kept_in
+from dpf_release.owner.measure import measure_task
+from dpf_release.owner.poison import changed_since_poison
+from dpf_release.owner.project import Project
+from dpf_release.owner.vault.ledger import releases
+from dpf_release.owner.vault.vault import Vault
+from dpf_release.poisoning.plan import FeatureSpec
+from dpf_release.release.model_record import ModelRecord
+
+
+@dataclass(frozen=True, eq=False)
+class PrivateRows:
+    """φ1(S), and the pictures that it was made of.
+
+    Attributes:
+        rows: the released splits, numbered through.
+        bank_id: what φ1(S) is.
+        table_rows: (N,) of each row, the image table's.
+        images: S.
+    """
+
+    rows: Concat
+    bank_id: str
+    table_rows: Rows
+    images: ImageSet
+
+    def pictures(self, rows: Rows) -> Tensor:
+        """The pictures of rows by number, (n, 3, H, W) uint8."""
+        return self.images.pictures.read(self.table_rows[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Workbench:
+    """What is attacked with, and what is known only to those who score.
+
+    Attributes:
+        phi_1: the featurizer, frozen, on the device.
+        phi_2: the classifier, likewise.
+        record: of Φ, as cut there.
+        features: what rows are.
+        preprocess: of pictures, for φ1.
+        task: of φ2.
+        device: where networks run.
+        bf16: as in `training.Recipe`.
+        featurizer_sha256: of φ1's file.
+        classifier_sha256: of φ2's file.
+        public: Q.
+        kept: where attackers keep what they train.
+        limits: of `[gate]`, by name.
+        attribute: the column of `[claims] attribute`.
+        group: the column of `[images.private] group`.
+        new_classifier: seed → φ2's architecture with new random weights.
+        private_bank: one split of φ1(S).
+        open_private: see `private`.
+    """
+
+    phi_1: nn.Module
+    phi_2: nn.Module
+    record: ModelRecord
+    features: FeatureSpec
+    preprocess: Preprocess
+    task: Literal["classification", "regression"]
+    device: torch.device
+    bf16: Literal["auto", "on", "off"]
+    featurizer_sha256: str
+    classifier_sha256: str
+    public: ImageSet
+    kept: Kept
+    limits: Mapping[str, float]
+    attribute: str | None
+    group: str | None
+    new_classifier: Callable[[int], nn.Module]
+    private_bank: Callable[[SplitName], FeatureBank]
+    open_private: Callable[[], PrivateRows]
+
+    @cached_property
+    def private(self) -> PrivateRows:
+        """φ1(S) and S, looked at only when asked for: who shows what anyone may see, does not.
+
+        Raises:
+            VaultError: the features were made from something else than there is today.
+        """
+        return self.open_private()
+
+
+def workbench_of(project: Project) -> Workbench:
+    """What a project gives to those who attack and score; its vault is held by the caller."""
+
+    def open_private() -> PrivateRows:
+        order, _ = project.bank_order
+        return PrivateRows(
+            Concat([project.private_bank(split) for split in RELEASED_SPLITS]),
+            project.bank_id,
+            np.concatenate([order[split] for split in RELEASED_SPLITS]),
+            project.private_images,
+        )
+
+    cut, config = project.cut, project.config
+    return Workbench(
+        phi_1=project.frozen(cut.split.featurizer),
+        phi_2=project.frozen(cut.split.classifier),
+        record=cut.record,
+        features=FeatureSpec(cut.record.feature_shape, cut.split.non_negative),
+        preprocess=project.preprocess,
+        task=config.task.kind,
+        device=project.device,
+        bf16=config.compute.bf16,
+        featurizer_sha256=cut.featurizer_sha256,
+        classifier_sha256=hashlib.sha256(cut.classifier_file).hexdigest(),
+        public=project.public_images,
+        kept=kept_in(project.vault),
+        limits=config.gate.limits,
+        attribute=config.claims.attribute,
+        group=config.images.private.group,
+        new_classifier=project.new_classifier,
+        private_bank=project.private_bank,
+        open_private=open_private,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A candidate as it lies on disk, which is what its function makes of today's features.
+
+    Attributes:
+        name: of the function.
+        function: fitted.
+        banks: its released splits.
+        index_sha256: of its `features/index.json`.
+        second: the candidate that was published last of the same features under another function, and its
+            `index_sha256`; raises `NotGrantedError` where there is none, or it is not in the vault as it was.
+        measure_task: what φ2 makes of its `val`, as `measure.measure_task` has it.
+    """
+
+    name: str
+    function: FittedFunction
+    banks: Mapping[SplitName, FeatureBank]
+    index_sha256: str
+    second: Callable[[], tuple[Concat, str]]
+    measure_task: Callable[[], Mapping[str, Any]]
+
+    @cached_property
+    def rows(self) -> Concat:
+        """The released splits, numbered through."""
+        return Concat(list(self.banks.values()))
+
+
+def open_candidate(project: Project, name: str) -> Candidate:
+    """The candidate of a fitted function.
+
+    Raises:
+        VaultError: it is not what that function makes of today's features: which row is made of which is not known.
+    """
+    function = load_function(project, name)
+    banks, index = _read_candidate(project.vault, name)
+    if problems := changed_since_poison(project, name, function, index):
+        raise VaultError(
+            f"the candidate {name!r} is not of today: {'; '.join(problems)}. Run `dpf-release poison --name {name}` "
+            "again, then attack what it makes."
+        )
+    return Candidate(
+        name,
+        function,
+        banks,
+        sha256_of(index),
+        lambda: _released_too(project.vault, project.bank_id, function.digest),
+        lambda: measure_task(project, name),
+    )
+
+
+def _read_candidate(vault: Vault, name: str) -> tuple[dict[SplitName, FeatureBank], Path]:
+    """Its released splits, and its `features/index.json` in the clear."""
+    features = vault.opened(vault.candidate(name) / "features", INDEX, *RELEASED_SPLITS)
+    return {split: FeatureBank(features, split) for split in RELEASED_SPLITS}, features / INDEX
+
+
+def _released_too(vault: Vault, bank_id: str, digest: str) -> tuple[Concat, str]:
+    """As of `Candidate.second`; for the function of that digest."""
+    others = [
+        entry
+        for entry in releases(vault)
+        if entry["function_digest"] != digest and entry["bank"] == bank_id and entry.get("published", True)
+    ]
+    if not others:
+        raise NotGrantedError("the ledger has no other release of these images under another function")
+    name, index_sha256 = others[-1]["function"], others[-1]["index_sha256"]
+    if vault.holds(vault.candidate(name) / "features" / INDEX):
+        banks, index = _read_candidate(vault, name)
+        if sha256_of(index) == index_sha256:
+            return Concat(list(banks.values())), index_sha256
+    raise NotGrantedError(f"the vault no longer has the candidate {name!r} as it was published")
