@@ -282,6 +282,7 @@ def test_a_view_is_of_the_type_that_is_declared_and_nothing_of_the_owners_hangs_
 def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing(
     owner: Project, setting: Setting
 ) -> None:
+    setting = replace(setting, budget=Budget(images=1000, decoders=1, shadows=0))
     clean, nothing = (attacked("A8", target, setting) for target in (planted(owner, "clean"), saying_nothing(owner)))
     for scored in (clean, nothing):
         assert [one.found for one in scored.criteria] == [way.measures["gain"] for way in scored.ways.values()]

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from bare_banks import digests, leftovers, without_shards
-from conftest import run_cli, write_shapes
+from conftest import run_cli, run_warm, write_shapes
 from dpf_release import Release
 from dpf_release.bank.format import read_index
 from dpf_release.bank.reader import FeatureBank
@@ -237,37 +237,28 @@ def test_a_small_disk_with_restart_costs_nothing(
 
 
 # As a disk that is full in the middle of a shard: no file may grow beyond so many bytes.
-LIMITED = """
-import resource, signal, sys
-from dpf_release.cli.main import main
+LIMITED = """\
+import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
-main()
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
 """
 
 
 # In the metadata, in the middle of the rows, in the last bytes.
-@pytest.mark.slow
-@pytest.mark.parametrize("limit", [1000, 12_000, 24_000])
+@pytest.mark.parametrize("limit", [2000, 12_000, 24_000])
 def test_a_disk_that_fills_up_in_a_shard_ends_the_run_in_words_and_the_next_goes_on(
     project_folder: Path, limit: int
 ) -> None:
     features = project_folder / "vault" / "features"
     whole = without_shards(features, keep=2)
     kept = digests(features)
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), "featurize"],
-        cwd=project_folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ((status, _, _, told),) = run_warm(("featurize",), project_folder, LIMITED.format(limit=limit))
     assert digests(features) == kept  # no index, no half of a shard
     assert leftovers(project_folder) == []
-    assert "train/shard-00000.h5 could not be written: " in done.stderr
-    assert "Make room, or make the folder writable, and run the same command again." in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 1
+    assert "train/shard-00000.h5 could not be written: " in told
+    assert "Make room, or make the folder writable, and run the same command again." in told
+    assert "Traceback" not in told
+    assert status == 1
     featurize(open_project(project_folder))
     assert digests(features) == whole
 
