@@ -20,7 +20,7 @@ from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.rows import Concat, Select
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce
-from dpf_release.owner.testbed import Testbed
+from dpf_release.owner.workbench import Workbench
 from dpf_release.release.attack_report import ProfileName
 from dpf_release.release.train import fit_classifier, score
 
@@ -120,11 +120,11 @@ class Classifiers:
     """Trains φ2's architecture anew, and keeps the scores.
 
     Attributes:
-        testbed: the architecture, where to train, and where scores are kept.
+        workbench: the architecture, where to train, and where scores are kept.
         effort: how much is trained.
     """
 
-    testbed: Testbed
+    workbench: Workbench
     effort: Effort
 
     def scores(self, trainings: Sequence[Training]) -> dict[Training, float]:
@@ -146,13 +146,13 @@ class Classifiers:
 
     def _known(self, training: Training) -> float | None:
         subject = self._subject(training)
-        kept = self.testbed.kept.load(subject["utility"], subject)
+        kept = self.workbench.kept.load(subject["utility"], subject)
         return None if kept is None else float(kept["score"])
 
     def _train(self, training: Training) -> None:
         epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
-        kept, subject = self.testbed.kept, self._subject(training)
-        network, name = self.testbed.new_classifier(training.seed), subject["utility"]
+        kept, subject = self.workbench.kept, self._subject(training)
+        network, name = self.workbench.new_classifier(training.seed), subject["utility"]
         fit_classifier(
             network,
             training.rows,
@@ -160,7 +160,7 @@ class Classifiers:
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=training.seed,
-            device=str(self.testbed.device),
+            device=str(self.workbench.device),
             title=f"Training a new classifier: {training.title}",
             checkpoint=kept.checkpoint(name, subject),
             subject=json.dumps(subject, sort_keys=True),
@@ -174,7 +174,7 @@ class Classifiers:
         return {
             "utility": training.title.split(" ")[0],
             "version": 1,
-            "network": self.testbed.record.model_dump(mode="json"),
+            "network": self.workbench.record.model_dump(mode="json"),
             "rows": training.rows.digest,
             "judge": training.judge.digest,
             "recipe": [epochs, batch_size, learning_rate],
@@ -183,8 +183,8 @@ class Classifiers:
 
     def _rate(self, rows: PickedRows, seconds: float = 1.0) -> float:
         """Rows a second of training here; a short trial."""
-        device = self.testbed.device
-        network = self.testbed.new_classifier(0).to(device).to(memory_format=torch.channels_last)
+        device = self.workbench.device
+        network = self.workbench.new_classifier(0).to(device).to(memory_format=torch.channels_last)
         batch = rows.read(np.arange(min(len(rows), LARGEST_BATCH)))[0].float().to(device)
         batch = batch.contiguous(memory_format=torch.channels_last)
         step: Callable[[], None] = lambda: network(batch).float().mean().backward()  # noqa: E731

@@ -71,10 +71,10 @@ class Harness:
         """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
         name = f"{attack.code} on clean rows, {len(setting.truth.asked)}"
         subject = self._subject(attack, setting)
-        kept = setting.testbed.kept.load(name, subject)
+        kept = setting.workbench.kept.load(name, subject)
         if kept is None:
             kept = {"reached": _as_tensor(self._answered(attack, self.clean, setting).reached())}
-            setting.testbed.kept.save(name, subject, kept)
+            setting.workbench.kept.save(name, subject, kept)
         return _as_interval(kept["reached"])
 
     def _subject(self, attack: Attack, setting: Setting) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Harness:
             "budget": [setting.budget.images, setting.budget.decoders, setting.budget.shadows, setting.budget.share],
             "seed": setting.seed,
             "rows": setting.truth.asked.tolist(),
-            "attribute": [setting.testbed.attribute, setting.testbed.group],
+            "attribute": [setting.workbench.attribute, setting.workbench.group],
         }
 
     def power(self, attack: Attack, setting: Setting) -> Power:
@@ -107,7 +107,7 @@ class Harness:
                 announce(f"{attack.code} {attack.title}: {name} cannot be planted: {error}")
                 continue
             # Rows that are mixed want pools that hold all their pictures.
-            setting = replace(setting, truth=draw_truth(setting.testbed, target, POWER_ROWS, setting.seed))
+            setting = replace(setting, truth=draw_truth(setting.workbench, target, POWER_ROWS, setting.seed))
             if leakage := self._out_of(attack, name, target, setting):
                 found[name] = leakage
             if other and (leakage := self._out_of(other, name, target, setting)):
@@ -120,16 +120,16 @@ class Harness:
     def _out_of(self, attack: Attack, name: str, target: Target, setting: Setting) -> Interval | None:
         """What an attack gets out of a planted function."""
         subject = {**self._subject(attack, setting), "planted": name}
-        kept = setting.testbed.kept.load(f"{attack.code} power on {name}", subject)
+        kept = setting.workbench.kept.load(f"{attack.code} power on {name}", subject)
         if kept is None:
             kept = {"leakage": _as_tensor(self.scored(attack, target, setting).power())}
-            setting.testbed.kept.save(f"{attack.code} power on {name}", subject, kept)
+            setting.workbench.kept.save(f"{attack.code} power on {name}", subject, kept)
         return _as_interval(kept["leakage"])
 
     def _planted(self, name: str, member: nn.Module | None, setting: Setting) -> Target:
         if name == MEMORISER:
-            return memorising_target(setting.testbed, setting.seed)
-        return planted_target(setting.testbed, name, setting.seed, member)
+            return memorising_target(setting.workbench, setting.seed)
+        return planted_target(setting.workbench, name, setting.seed, member)
 
     def references(self, target: Target, setting: Setting) -> References:
         """What leakage is measured between, on the rows of a truth; made once for each.

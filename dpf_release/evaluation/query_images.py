@@ -13,12 +13,12 @@ from dpf_release.errors import NotGrantedError
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import POOL, QueryTruth, Truth, bin_of
 from dpf_release.images.survey import ImageSet
-from dpf_release.owner.testbed import Testbed
+from dpf_release.owner.workbench import Workbench
 
 LEAST_OF_A_VALUE = 4  # rows of an attribute's value; of rarer ones nothing could be learnt and tried
 
 
-def draw_queries(testbed: Testbed, target: Target, truth: Truth, seed: int) -> QueryTruth:
+def draw_queries(workbench: Workbench, target: Target, truth: Truth, seed: int) -> QueryTruth:
     """Members: pictures of the truth's pools, as many as rows are asked for. Non-members: as many of S test.
 
     Of all classes alike, shuffled. A member's pool has one row that its picture is in, the one with the most pieces of
@@ -26,15 +26,15 @@ def draw_queries(testbed: Testbed, target: Target, truth: Truth, seed: int) -> Q
     """
     if target.queries is not None:
         return target.queries
-    generator, images = np.random.default_rng([seed, 5]), testbed.private.images
-    classes = _draw_classes(testbed, target, truth, generator)
+    generator, images = np.random.default_rng([seed, 5]), workbench.private.images
+    classes = _draw_classes(workbench, target, truth, generator)
     size = min([POOL, *(len(drawn.rows) - drawn.most_rows + 1 for drawn in classes)])
     pools = [drawn.pools(size, generator) for drawn in classes if len(drawn.own)]
     pictures, own = (np.concatenate([getattr(drawn, name) for drawn in classes]) for name in ("table_rows", "own"))
     labels = np.concatenate([np.full(len(drawn.own), drawn.label) for drawn in classes])
     order = generator.permutation(len(pictures))
     pictures = pictures[order]
-    column = testbed.attribute or testbed.group
+    column = workbench.attribute or workbench.group
     cells = np.array(images.table.attributes[column])[pictures] if column in images.table.attributes else None
     return QueryTruth(
         read=lambda numbers: images.pictures.read(pictures[numbers]),
@@ -78,8 +78,10 @@ class _DrawnClass:
         return np.stack(pools)
 
 
-def _draw_classes(testbed: Testbed, target: Target, truth: Truth, generator: np.random.Generator) -> list[_DrawnClass]:
-    images, labels = testbed.private.images, np.unique([pool.label for pool in truth.pools])
+def _draw_classes(
+    workbench: Workbench, target: Target, truth: Truth, generator: np.random.Generator
+) -> list[_DrawnClass]:
+    images, labels = workbench.private.images, np.unique([pool.label for pool in truth.pools])
     each = max(1, len(truth.asked) // len(labels))
     test = images.rows("test")
     bins: list[int] = np.unique(truth.bins).tolist() if target.rows.targets.ndim > 1 else []
@@ -97,7 +99,7 @@ def _draw_classes(testbed: Testbed, target: Target, truth: Truth, generator: np.
             _DrawnClass(
                 int(label),
                 rows,
-                np.concatenate([testbed.private.table_rows[asked[members]], others]),
+                np.concatenate([workbench.private.table_rows[asked[members]], others]),
                 np.concatenate([own[members], np.full(len(others), -1)]),
                 [with_picture[member] for member in members] + [np.empty(0, np.int64)] * len(others),
             )
@@ -126,7 +128,7 @@ class Labelled:
     known_values: NDArray[np.int64]
 
 
-def draw_labelled(testbed: Testbed, target: Target, truth: Truth, seed: int) -> Labelled:
+def draw_labelled(workbench: Workbench, target: Target, truth: Truth, seed: int) -> Labelled:
     """Of each value half of its rows, the other half to be asked for; at most as many of each as the truth asks for.
 
     A row's value is that of the picture that it has the most pieces of.
@@ -135,11 +137,11 @@ def draw_labelled(testbed: Testbed, target: Target, truth: Truth, seed: int) -> 
         NotGrantedError: no attribute is claimed, the table has no such column, or it has fewer than two values with
             four rows.
     """
-    column, table = testbed.attribute, testbed.private.images.table
+    column, table = workbench.attribute, workbench.private.images.table
     if column not in table.attributes:
         raise NotGrantedError(f"no attribute: [claims] attribute is {column!r}, the table has {[*table.attributes]}.")
     generator = np.random.default_rng([seed, 8])
-    cells = _cells_of_rows(testbed, target, column, generator)
+    cells = _cells_of_rows(workbench, target, column, generator)
     names, numbers = np.unique(cells, return_counts=True)
     values = names[(numbers >= LEAST_OF_A_VALUE) & (names != "")]
     if len(values) < 2:
@@ -151,7 +153,7 @@ def draw_labelled(testbed: Testbed, target: Target, truth: Truth, seed: int) -> 
         asked.append(mine[len(mine) // 2 :])
     most = len(truth.asked)
     known_rows, asked_rows = (np.sort(generator.permutation(np.concatenate(part))[:most]) for part in (known, asked))
-    public = testbed.public
+    public = workbench.public
     public_cells = np.array(public.table.attributes.get(column, ("",) * len(public.table)))
     return Labelled(
         values=tuple(values.tolist()),
@@ -163,15 +165,17 @@ def draw_labelled(testbed: Testbed, target: Target, truth: Truth, seed: int) -> 
     )
 
 
-def _cells_of_rows(testbed: Testbed, target: Target, column: str, generator: np.random.Generator) -> NDArray[np.str_]:
+def _cells_of_rows(
+    workbench: Workbench, target: Target, column: str, generator: np.random.Generator
+) -> NDArray[np.str_]:
     """A column's value for each row, (N,): of the picture that it has the most pieces of; of equals, of any."""
     rows = np.arange(len(target.rows))
     positions, members, counts = most_of(target, rows)
     order = np.lexsort((generator.random(len(positions)), -counts, positions))
     named, first = np.unique(positions[order], return_index=True)
-    of_table = np.array(testbed.private.images.table.attributes[column], object)
+    of_table = np.array(workbench.private.images.table.attributes[column], object)
     cells = np.full(len(rows), "", object)
-    cells[named] = of_table[testbed.private.table_rows[members[order[first]]]]
+    cells[named] = of_table[workbench.private.table_rows[members[order[first]]]]
     return cells.astype(str)
 
 

@@ -21,8 +21,8 @@ def score_attributes(
     answer: Attributes, target: Target, setting: Setting, references: Callable[[], References]
 ) -> Scored:
     """Balanced accuracy of each probe, and its gain over the best guess from the label alone."""
-    limit = setting.testbed.limits["attribute"]
-    labelled = draw_labelled(setting.testbed, target, setting.truth, setting.seed)
+    limit = setting.workbench.limits["attribute"]
+    labelled = draw_labelled(setting.workbench, target, setting.truth, setting.seed)
     right = from_the_label(labelled, setting.truth.bins)
     ways = {
         name: Way(measures=measure(predicted, right, labelled.asked_values, setting.seed))

@@ -23,7 +23,7 @@ LEAST_NON_MEMBERS = 1000  # for a false positive rate of 0.1 %
 
 def score_links(answer: Links, target: Target, setting: Setting, references: Callable[[], References]) -> Scored:
     """Every way counts, in each measure. Leakage is reckoned by top-1, else by AUC: between a guess and certainty."""
-    queries = draw_queries(setting.testbed, target, setting.truth, setting.seed)
+    queries = draw_queries(setting.workbench, target, setting.truth, setting.seed)
     links = any(way.pools is not None for way in answer.ways.values())
     # What links no rows looks at the network alone, which has not learnt from all that is in the bank: `val` is, too.
     inside = queries.members if links or queries.trained_on is None else queries.members & queries.trained_on
@@ -40,7 +40,7 @@ def score_links(answer: Links, target: Target, setting: Setting, references: Cal
         leakage=None,
         found=ways[best].measures.get("top1") if among >= LEAST_POOL else None,
         among=among,
-        criteria=_criteria(ways, among, setting.testbed.limits),
+        criteria=_criteria(ways, among, setting.workbench.limits),
         series={},
         primary=primary,
         told=_membership_told(ways),

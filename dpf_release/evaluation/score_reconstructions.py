@@ -53,7 +53,7 @@ def score_reconstructions(
     answer: Reconstructions, target: Target, setting: Setting, references: Callable[[], References]
 ) -> Scored:
     """Every decoder against its rows' pictures; the one with the most leakage stands for the attack."""
-    truth, limits = setting.truth, setting.testbed.limits
+    truth, limits = setting.truth, setting.workbench.limits
     scores = score_decoders(answer, target, truth)
     places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
     clean, truth, between = references().clean, truth.at(places), references().at(places)

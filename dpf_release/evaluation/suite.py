@@ -27,8 +27,8 @@ from dpf_release.evaluation.verdicts import Scored, judge
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.metrics import WINDOW
 from dpf_release.owner.project import Project
-from dpf_release.owner.testbed import Candidate, open_candidate, testbed_of
 from dpf_release.owner.vault.vault import Vault
+from dpf_release.owner.workbench import Candidate, open_candidate, workbench_of
 from dpf_release.release.attack_report import SCORER, AttackReport, AttackResult, Utility
 
 
@@ -96,10 +96,10 @@ class _Run:
                 f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
                 f"found model.size {project.config.model.size}. Smaller ones cannot be attacked, so no claim passes."
             )
-        candidate, testbed = open_candidate(project, name), testbed_of(project)
-        target = candidate_target(testbed, candidate)
-        harness = Harness(profile, target, planted_target(testbed, "clean", seed))
-        setting = Setting(testbed, draw_truth(testbed, target, profile.rows, seed), profile.budget, seed)
+        candidate, workbench = open_candidate(project, name), workbench_of(project)
+        target = candidate_target(workbench, candidate)
+        harness = Harness(profile, target, planted_target(workbench, "clean", seed))
+        setting = Setting(workbench, draw_truth(workbench, target, profile.rows, seed), profile.budget, seed)
         return cls(project.vault, candidate, profile, wanted, setting, harness)._within(budget_minutes, images)
 
     def _within(self, limit: float | None, images: int | None) -> _Run:
@@ -114,7 +114,7 @@ class _Run:
         if images is not None:
             budget = replace(full, images=images)
         share = budget.images / full.images
-        beside = utility_minutes(setting.testbed, self.candidate, profile.name, setting.seed, share, self.wanted)
+        beside = utility_minutes(setting.workbench, self.candidate, profile.name, setting.seed, share, self.wanted)
         announce(
             f"Profile {profile.name}: {len(attacks)} attacks on {len(setting.truth.asked)} rows, trainings of "
             f"{budget.images} pictures; about {minutes(trained, budget, rate):.0f} minutes where nothing is kept of "
@@ -159,7 +159,9 @@ class _Run:
         if not codes:
             return {}
         share = self.setting.budget.images / self.profile.budget.images
-        return measure_utility(self.setting.testbed, self.candidate, self.profile.name, self.setting.seed, share, codes)
+        return measure_utility(
+            self.setting.workbench, self.candidate, self.profile.name, self.setting.seed, share, codes
+        )
 
     # ------------------------------------------------------------------------------------------ one attack
 
@@ -223,17 +225,17 @@ class _Run:
     # ------------------------------------------------------------------------------------------ the report
 
     def _empty(self) -> AttackReport:
-        testbed = self.setting.testbed
+        workbench = self.setting.workbench
         return AttackReport(
             index_sha256=self.harness.target.subject,
-            featurizer_sha256=testbed.featurizer_sha256,
-            public_images_sha256=testbed.public.digest,
+            featurizer_sha256=workbench.featurizer_sha256,
+            public_images_sha256=workbench.public.digest,
             profile=self.profile.name,
             scorer=SCORER,
             seed=self.setting.seed,
             function=self.candidate.name,
-            attribute=testbed.attribute,
-            limits=dict(testbed.limits),
+            attribute=workbench.attribute,
+            limits=dict(workbench.limits),
         )
 
     def _known(self) -> AttackReport | None:

@@ -19,7 +19,7 @@ from dpf_release.core.arrays import Rows
 from dpf_release.errors import NotGrantedError
 from dpf_release.evaluation.controls import Member, planted
 from dpf_release.evaluation.truth import Contributors, QueryTruth, Truth, bins_of, draw_pools
-from dpf_release.owner.testbed import Candidate, Testbed
+from dpf_release.owner.workbench import Candidate, Workbench
 from dpf_release.poisoning.chain import Chain
 from dpf_release.poisoning.interface import Plan
 
@@ -110,7 +110,7 @@ def held(source: RowSource) -> HeldRows:
     return HeldRows(source.targets, lambda rows: np.asarray(source.read(rows)))
 
 
-def candidate_target(testbed: Testbed, candidate: Candidate) -> Target:
+def candidate_target(workbench: Workbench, candidate: Candidate) -> Target:
     """A candidate, as it lies on disk."""
     function, subject = candidate.function, candidate.index_sha256
     made_of = _MadeOf(candidate.rows, function.chain, [function.plans[split] for split in RELEASED_SPLITS])
@@ -122,7 +122,7 @@ def candidate_target(testbed: Testbed, candidate: Candidate) -> Target:
     return Target(
         candidate.name,
         held(candidate.rows),
-        poison_with(function.chain, testbed.phi_2, subject),
+        poison_with(function.chain, workbench.phi_2, subject),
         made_of.contributors,
         made_of.foremost,
         subject,
@@ -132,9 +132,9 @@ def candidate_target(testbed: Testbed, candidate: Candidate) -> Target:
     )
 
 
-def planted_target(testbed: Testbed, name: str, seed: int, member: nn.Module | None = None) -> Target:
+def planted_target(workbench: Workbench, name: str, seed: int, member: nn.Module | None = None) -> Target:
     """φ1(S) under a planted function (`evaluation.controls`), or under a network of the attacker's own."""
-    clean, features, phi_2 = testbed.private.rows, testbed.features, testbed.phi_2
+    clean, features, phi_2 = workbench.private.rows, workbench.features, workbench.phi_2
     chain = planted(name, features) if member is None else Chain(name, (Member(features, member),))
 
     def under(secret: str) -> list[Plan]:
@@ -142,7 +142,7 @@ def planted_target(testbed: Testbed, name: str, seed: int, member: nn.Module | N
 
     plans = under("planted")
     made_of = _MadeOf(Concat([clean]), chain, [plans])
-    subject = f"planted {name}, seed {seed}, {testbed.private.bank_id}"
+    subject = f"planted {name}, seed {seed}, {workbench.private.bank_id}"
     return Target(
         name,
         held(chain.on(clean, plans)),
@@ -192,7 +192,7 @@ def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Callable[[HeldRows
     return poison
 
 
-def draw_truth(testbed: Testbed, target: Target, rows: int, seed: int) -> Truth:
+def draw_truth(workbench: Workbench, target: Target, rows: int, seed: int) -> Truth:
     """The pools that a target is scored in."""
     bins = bins_of(target.rows.targets)
-    return Truth(draw_pools(bins, target.contributors, rows, seed), testbed.private.pictures, bins)
+    return Truth(draw_pools(bins, target.contributors, rows, seed), workbench.private.pictures, bins)

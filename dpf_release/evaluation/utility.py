@@ -20,7 +20,7 @@ from dpf_release.core.progress import announce
 from dpf_release.errors import BankError
 from dpf_release.evaluation.classifiers import EFFORTS, Classifiers, Effort, PickedRows, Training
 from dpf_release.evaluation.truth import bins_of
-from dpf_release.owner.testbed import Candidate, Testbed
+from dpf_release.owner.workbench import Candidate, Workbench
 from dpf_release.release.attack_report import GAIN, Interval, ProfileName, Utility
 
 UTILITIES = ("U1", "U2", "U3")
@@ -28,7 +28,7 @@ METRICS = {"classification": "top1", "regression": "mae"}
 
 
 def measure_utility(
-    testbed: Testbed,
+    workbench: Workbench,
     candidate: Candidate,
     profile: ProfileName,
     seed: int = 0,
@@ -40,7 +40,7 @@ def measure_utility(
     The vault is held by the caller.
 
     Args:
-        testbed: what it is trained and judged with.
+        workbench: what it is trained and judged with.
         candidate: whose bank is used.
         profile: how hard.
         seed: of all that is drawn.
@@ -54,9 +54,9 @@ def measure_utility(
     found = {}
     if "U1" in only:
         found["U1"] = _equivalence(candidate.measure_task())
-    classifiers = Classifiers(testbed, EFFORTS[profile].shared(share))
+    classifiers = Classifiers(workbench, EFFORTS[profile].shared(share))
     try:
-        bench = _Bench.of(testbed, candidate, classifiers.effort, seed)
+        bench = _Bench.of(workbench, candidate, classifiers.effort, seed)
     except BankError as error:
         announce(f"U2 and U3 are not measured: there are no test rows to judge by ({error})")
         return found
@@ -65,17 +65,17 @@ def measure_utility(
     for code, of in trainings.items():
         by_group = {key: np.array([scores[training] for training in group]) for key, group in of.items()}
         if by_group:
-            found[code] = Utility(measures=measures_over_seeds(METRICS[testbed.task], by_group))
+            found[code] = Utility(measures=measures_over_seeds(METRICS[workbench.task], by_group))
     return found
 
 
 def utility_minutes(
-    testbed: Testbed, candidate: Candidate, profile: ProfileName, seed: int, share: float, only: Sequence[str]
+    workbench: Workbench, candidate: Candidate, profile: ProfileName, seed: int, share: float, only: Sequence[str]
 ) -> float:
     """How long `measure_utility` takes for what is not kept, by a short trial."""
-    classifiers = Classifiers(testbed, EFFORTS[profile].shared(share))
+    classifiers = Classifiers(workbench, EFFORTS[profile].shared(share))
     try:
-        bench = _Bench.of(testbed, candidate, classifiers.effort, seed)
+        bench = _Bench.of(workbench, candidate, classifiers.effort, seed)
     except BankError:
         return 0.0
     return classifiers.minutes(classifiers.missing(_flat(bench.trainings(only))))
@@ -123,12 +123,12 @@ class _Bench:
     test: PickedRows
 
     @classmethod
-    def of(cls, testbed: Testbed, candidate: Candidate, effort: Effort, seed: int) -> _Bench:
-        test = _all_rows(testbed.private_bank("test"))
+    def of(cls, workbench: Workbench, candidate: Candidate, effort: Effort, seed: int) -> _Bench:
+        test = _all_rows(workbench.private_bank("test"))
         if not len(test):
             raise BankError("expected rows in test, found none")
-        bank, clean = (_all_rows(bank) for bank in (candidate.banks["train"], testbed.private_bank("train")))
-        return cls(METRICS[testbed.task], effort, seed, bank, clean, test)
+        bank, clean = (_all_rows(bank) for bank in (candidate.banks["train"], workbench.private_bank("train")))
+        return cls(METRICS[workbench.task], effort, seed, bank, clean, test)
 
     def trainings(self, only: Sequence[str]) -> dict[str, dict[str, list[Training]]]:
         """What utilities train: code → measure → one training a seed."""

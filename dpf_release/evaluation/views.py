@@ -24,7 +24,7 @@ from dpf_release.errors import NotGrantedError
 from dpf_release.evaluation.query_images import draw_labelled, draw_queries, public_rows
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.truth import Truth
-from dpf_release.owner.testbed import Testbed
+from dpf_release.owner.workbench import Workbench
 
 KNOWN_PAIRS = 1000  # that A6 holds
 
@@ -34,14 +34,14 @@ class Setting:
     """What all attacks of a run have in common.
 
     Attributes:
-        testbed: networks, Q and what else it takes.
+        workbench: networks, Q and what else it takes.
         truth: the pools; only pictures that a view grants leave it.
         budget: of each attack.
         seed: of all that is drawn.
         remembered: φ1(Q), of each split.
     """
 
-    testbed: Testbed
+    workbench: Workbench
     truth: Truth
     budget: Budget
     seed: int
@@ -54,29 +54,29 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
     Raises:
         NotGrantedError: this project has not what the view holds (attributes, a second release).
     """
-    testbed = setting.testbed
+    workbench = setting.workbench
     fields: dict[str, Any] = {
-        "phi_1": testbed.phi_1,
-        "phi_2": target.classifier or testbed.phi_2,
-        "preprocess": testbed.preprocess,
-        "non_negative": testbed.features.non_negative,
-        "task": testbed.task,
+        "phi_1": workbench.phi_1,
+        "phi_2": target.classifier or workbench.phi_2,
+        "preprocess": workbench.preprocess,
+        "non_negative": workbench.features.non_negative,
+        "task": workbench.task,
         "bank": target.rows,
         "asked": setting.truth.asked,
         "public": _held_pictures(setting, "train"),
         "public_val": _held_pictures(setting, "val"),
         "budget": setting.budget,
         "seed": setting.seed,
-        "device": testbed.device,
-        "bf16": testbed.bf16,
+        "device": workbench.device,
+        "bf16": workbench.bf16,
         "subject": {
-            "featurizer_sha256": testbed.featurizer_sha256,
-            "classifier_sha256": target.subject if target.classifier else testbed.classifier_sha256,
-            "public_images_sha256": testbed.public.digest,
+            "featurizer_sha256": workbench.featurizer_sha256,
+            "classifier_sha256": target.subject if target.classifier else workbench.classifier_sha256,
+            "public_images_sha256": workbench.public.digest,
             "public_order": setting.seed,
         },
         "bank_subject": target.subject,
-        "kept": testbed.kept,
+        "kept": workbench.kept,
     }
     more = GRANTS[view](target, setting) if view in GRANTS else {}
     return view(**{**fields, **more})
@@ -84,7 +84,7 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
 
 def _held_pictures(setting: Setting, split: Literal["train", "val"]) -> HeldPictures:
     """Q."""
-    images = setting.testbed.public
+    images = setting.workbench.public
     rows, read = public_rows(images, split, setting.seed), images.pictures.read
     return HeldPictures(len(rows), lambda numbers: read(rows[numbers]), setting.remembered[split])
 
@@ -94,7 +94,7 @@ def _leaked_vault(target: Target, setting: Setting) -> dict[str, Any]:
 
 
 def _query_images(target: Target, setting: Setting) -> dict[str, Any]:
-    queries = draw_queries(setting.testbed, target, setting.truth, setting.seed)
+    queries = draw_queries(setting.workbench, target, setting.truth, setting.seed)
     return {
         "pictures": HeldPictures(len(queries.labels), queries.read),
         "labels": queries.labels,
@@ -105,7 +105,7 @@ def _query_images(target: Target, setting: Setting) -> dict[str, Any]:
 
 
 def _labelled_rows(target: Target, setting: Setting) -> dict[str, Any]:
-    labelled = draw_labelled(setting.testbed, target, setting.truth, setting.seed)
+    labelled = draw_labelled(setting.workbench, target, setting.truth, setting.seed)
     return {
         "values": labelled.values,
         "public_values": labelled.public_values,

@@ -35,8 +35,8 @@ from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.fitted import load_function
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
-from dpf_release.owner.testbed import Testbed, open_candidate, testbed_of
 from dpf_release.owner.vault.ledger import releases, remember_release
+from dpf_release.owner.workbench import Workbench, open_candidate, workbench_of
 from dpf_release.poisoning.interface import FeatureSpec
 from dpf_release.poisoning.recombine import Recombine
 
@@ -45,19 +45,19 @@ from dpf_release.poisoning.recombine import Recombine
 def setting(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     folder = shutil.copytree(finished, tmp_path_factory.mktemp("aligned") / "shapes")
     project = Project.open(folder / "dpf.toml")
-    testbed = replace(testbed_of(project), kept=Memory())  # type: ignore[arg-type]
-    truth = draw_truth(testbed, target_of(testbed, "clean"), 200, seed=0)
+    workbench = replace(workbench_of(project), kept=Memory())  # type: ignore[arg-type]
+    truth = draw_truth(workbench, target_of(workbench, "clean"), 200, seed=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trained, "TRAINING_BATCH", 32)
-        yield Setting(testbed, truth, Budget(images=1000, decoders=1, shadows=0), 0)
+        yield Setting(workbench, truth, Budget(images=1000, decoders=1, shadows=0), 0)
 
 
-def target_of(testbed: Testbed, name: str) -> Target:
-    return planted_target(testbed, name, 0)
+def target_of(workbench: Workbench, name: str) -> Target:
+    return planted_target(workbench, name, 0)
 
 
 def view_of(setting: Setting, name: str) -> ReleaseView:
-    return grant(ReleaseView, target_of(setting.testbed, name), setting)
+    return grant(ReleaseView, target_of(setting.workbench, name), setting)
 
 
 # --------------------------------------------------------------------------------------------- A4
@@ -144,7 +144,7 @@ def test_the_map_is_trained_anew_for_another_bank_alone(setting: Setting, monkey
 
 @pytest.mark.parametrize(("patch", "k"), [(2, 2), (2, 5), (1, 4), (4, 3)])
 def test_copies_tell_which_rows_swapped_pieces_and_of_what_size(setting: Setting, patch: int, k: int) -> None:
-    clean = setting.testbed.private.rows
+    clean = setting.workbench.private.rows
     view = view_of(setting, "clean")
     recombine = Recombine(FeatureSpec(view.feature_shape, view.non_negative), k, patch)
     plan = recombine.plan(clean, view.phi_2, bytes(32))
@@ -221,7 +221,7 @@ def test_a_jigsaw_answers_for_each_anchor(setting: Setting) -> None:
 
 
 def test_rows_of_two_releases_are_joined_by_what_phi_2_sees(setting: Setting) -> None:
-    target = target_of(setting.testbed, "weak-noise")
+    target = target_of(setting.workbench, "weak-noise")
     view = grant(TwoReleases, target, setting)
     assert isinstance(view, TwoReleases)
     order = np.random.default_rng([setting.seed, 9]).permutation(len(target.rows))
@@ -238,9 +238,9 @@ def test_two_releases_give_away_more_than_one_does_and_wrongly_joined_less(
     for module in (clean_decoders, straw_men, two_releases):  # what learns fast on few pictures
         monkeypatch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
     monkeypatch.setattr(trained, "TRAINING_BATCH", 16)
-    nothing_kept = replace(setting.testbed, kept=Memory())  # type: ignore[arg-type]
-    setting = replace(setting, budget=Budget(images=4000, decoders=1, shadows=0), testbed=nothing_kept)
-    clean = target_of(setting.testbed, "clean")
+    nothing_kept = replace(setting.workbench, kept=Memory())  # type: ignore[arg-type]
+    setting = replace(setting, budget=Budget(images=4000, decoders=1, shadows=0), workbench=nothing_kept)
+    clean = target_of(setting.workbench, "clean")
     some = np.asarray(clean.rows.read(np.arange(64)), np.float32)
 
     def noisy(seed: int) -> HeldRows:
@@ -276,14 +276,14 @@ def test_a_second_release_is_one_that_the_ledger_says_was_published_under_anothe
 ) -> None:
     folder = shutil.copytree(finished, tmp_path / "shapes")
     project = Project.open(folder / "dpf.toml", {"poison.function": "gaussian-noise"})
-    testbed = replace(testbed_of(project), kept=Memory())  # type: ignore[arg-type]
-    target = candidate_target(testbed, open_candidate(project, "default"))
-    setting = Setting(testbed, draw_truth(testbed, target, 40, seed=0), Budget(1000, 1, 0), 0)
+    workbench = replace(workbench_of(project), kept=Memory())  # type: ignore[arg-type]
+    target = candidate_target(workbench, open_candidate(project, "default"))
+    setting = Setting(workbench, draw_truth(workbench, target, 40, seed=0), Budget(1000, 1, 0), 0)
     with pytest.raises(NotGrantedError, match="no other release"):
         grant(TwoReleases, target, setting)
     fit_poison(project, "noise")
     write_candidate(project, "noise")
-    other = candidate_target(testbed, open_candidate(project, "noise"))
+    other = candidate_target(workbench, open_candidate(project, "noise"))
     known, digest = releases(project.vault)[0], load_function(project, "noise").digest
     made = {"function": "noise", "function_digest": digest, "index_sha256": other.subject, "manifest_sha256": "0" * 64}
     remember_release(project.vault, known | made | {"published": False})

@@ -43,8 +43,8 @@ from dpf_release.evaluation.verdicts import Scored
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.project import Project
-from dpf_release.owner.testbed import Testbed, testbed_of
 from dpf_release.owner.vault.vault import Vault
+from dpf_release.owner.workbench import Workbench, workbench_of
 from dpf_release.release.attack_report import Interval
 
 BUDGET = Budget(images=3000, decoders=1, shadows=0)
@@ -80,13 +80,13 @@ def owner(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def setting(owner: Project) -> Setting:
-    testbed = testbed_of(owner)
-    truth = draw_truth(testbed, planted_target(testbed, "clean", 0), 1000, seed=0)
-    return Setting(testbed, truth, BUDGET, 0)
+    workbench = workbench_of(owner)
+    truth = draw_truth(workbench, planted_target(workbench, "clean", 0), 1000, seed=0)
+    return Setting(workbench, truth, BUDGET, 0)
 
 
 def planted(owner: Project, name: str) -> Target:
-    return planted_target(testbed_of(owner), name, 0)
+    return planted_target(workbench_of(owner), name, 0)
 
 
 def saying_nothing(owner: Project) -> Target:
@@ -153,7 +153,7 @@ def test_a_row_of_borrowed_pieces_is_told_by_the_copies_in_it(owner: Project, se
 def test_a_member_has_exactly_one_row_in_its_pool_and_others_none(owner: Project, setting: Setting) -> None:
     for name in ("clean", "recombine-2"):
         target = planted(owner, name)
-        queries = draw_queries(setting.testbed, target, setting.truth, seed=0)
+        queries = draw_queries(setting.workbench, target, setting.truth, seed=0)
         positions, members = target.contributors(np.arange(len(target.rows)))
         made_of: dict[int, set[int]] = {}
         for position, member in zip(positions.tolist(), members.tolist(), strict=True):
@@ -177,7 +177,7 @@ def test_a_member_has_exactly_one_row_in_its_pool_and_others_none(owner: Project
 def test_the_weights_give_away_what_was_learnt_by_heart_and_not_what_was_never_seen(
     owner: Project, setting: Setting
 ) -> None:
-    target = memorising_target(setting.testbed, 0)
+    target = memorising_target(setting.workbench, 0)
     broken = attacked("A10", target, setting)
     reached = broken.reached()
     assert reached is not None
@@ -227,7 +227,7 @@ def test_where_q_has_the_attribute_it_is_learnt_there_too_and_under_shadow_funct
     assert {name for name in Attribute().run(view).probes if "Q" in name} == set()  # Q's table has no such column
     pictures = view.public.read(np.arange(len(view.public))).numpy().min(axis=1)  # (n, H, W)
     right = np.array([np.nonzero(picture > 130)[1].mean() >= 15 for picture in pictures]).astype(np.int64)
-    asked = draw_labelled(setting.testbed, target, setting.truth, setting.seed).asked_values
+    asked = draw_labelled(setting.workbench, target, setting.truth, setting.seed).asked_values
     shares = {}
     for learnt, values in (("sides", right), ("the other way round", 1 - right)):
         probes = Attribute().run(replace(view, public_values=values)).probes
@@ -242,7 +242,7 @@ def test_of_the_network_only_what_it_was_trained_on_is_a_member_and_of_the_bank_
     owner: Project, setting: Setting
 ) -> None:
     target = planted(owner, "clean")
-    queries = draw_queries(setting.testbed, target, setting.truth, 0)
+    queries = draw_queries(setting.workbench, target, setting.truth, 0)
     assert queries.trained_on is not None
     trained_on = int((queries.members & queries.trained_on).sum())
     assert trained_on < queries.members.sum()  # `val` is in the bank too
@@ -272,7 +272,7 @@ def test_a_view_is_of_the_type_that_is_declared_and_nothing_of_the_owners_hangs_
         setting = replace(setting, truth=replace(setting.truth, pools=(few,)))
     granted = grant(view, planted(owner, "weak-noise"), setting)
     assert type(granted) is view
-    private = (Project, Vault, Testbed, Target, Setting, Truth, QueryTruth, Path)
+    private = (Project, Vault, Workbench, Target, Setting, Truth, QueryTruth, Path)
     assert [part for part in reachable(granted) if isinstance(part, private)] == []
     assert [part for part in reachable([setting]) if isinstance(part, private)]  # where it hangs, it is found
 
@@ -294,14 +294,14 @@ def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing
 
 
 def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owner: Project, setting: Setting) -> None:
-    labelled = draw_labelled(setting.testbed, planted(owner, "clean"), setting.truth, seed=0)
+    labelled = draw_labelled(setting.workbench, planted(owner, "clean"), setting.truth, seed=0)
     assert set(labelled.values) == {"left", "right"}
     assert not np.intersect1d(labelled.asked, labelled.known_rows).size
     assert abs(len(labelled.asked) - len(labelled.known_rows)) <= len(labelled.values)
     assert (labelled.public_values == -1).all()  # Q says nothing of it here
     view = grant(LabelledRows, planted(owner, "clean"), setting)
     assert np.array_equal(view.asked, labelled.asked)
-    no_claim = replace(setting.testbed, attribute=None)
+    no_claim = replace(setting.workbench, attribute=None)
     with pytest.raises(NotGrantedError, match="no attribute"):
         draw_labelled(no_claim, planted(owner, "clean"), setting.truth, seed=0)
 

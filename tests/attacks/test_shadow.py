@@ -31,7 +31,7 @@ from dpf_release.evaluation.targets import Target, candidate_target, draw_truth,
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.metrics import ssim
 from dpf_release.owner.project import Project
-from dpf_release.owner.testbed import open_candidate, testbed_of
+from dpf_release.owner.workbench import open_candidate, workbench_of
 from dpf_release.poisoning.interface import Plan
 from dpf_release.release.attack_report import AttackResult, Interval, Power, Way
 
@@ -46,22 +46,22 @@ def project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Project
 @pytest.fixture(scope="module")
 def setting(project: Project) -> Iterator[Setting]:
     """Twenty rows of each class are asked for, of about fifty."""
-    testbed = replace(testbed_of(project), kept=Memory())  # type: ignore[arg-type]
-    target = candidate_target(testbed, open_candidate(project, "default"))
+    workbench = replace(workbench_of(project), kept=Memory())  # type: ignore[arg-type]
+    target = candidate_target(workbench, open_candidate(project, "default"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(truth_module, "POOL", 20)
-        truth = draw_truth(testbed, target, 40, seed=0)
+        truth = draw_truth(workbench, target, 40, seed=0)
         # What learns fast on few pictures.
         for module in (clean_decoders, shadows, straw_men, known_pairs, leaked_vault, shadow):
             patch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
         patch.setattr(trained, "TRAINING_BATCH", 16)
         patch.setattr(leaked_vault, "LOSSES", (("l1", 1.0),))
         patch.setattr(truth_module, "POOL", 200)
-        yield Setting(testbed, truth, BUDGET, 0)
+        yield Setting(workbench, truth, BUDGET, 0)
 
 
 def target_of(setting: Setting, name: str) -> Target:
-    return planted_target(setting.testbed, name, 0)
+    return planted_target(setting.workbench, name, 0)
 
 
 def reached(setting: Setting, target: Target, answer: Reconstructions) -> float:
@@ -84,7 +84,7 @@ def test_known_pairs_are_a_row_with_its_picture_and_none_that_is_asked_for(setti
     assert not np.isin(view.pair_rows, view.asked).any()
     assert float(own.abs().max()) < 0.05 < float(others.abs().amax(dim=(1, 2, 3)).min())
     with pytest.raises(NotGrantedError, match="none left"):
-        grant(KnownPairs, target, replace(setting, truth=draw_truth(setting.testbed, target, 1000, seed=0)))
+        grant(KnownPairs, target, replace(setting, truth=draw_truth(setting.workbench, target, 1000, seed=0)))
 
 
 def test_of_rows_that_are_mixed_the_picture_with_the_most_pieces_is_known(setting: Setting) -> None:

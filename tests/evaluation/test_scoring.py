@@ -180,7 +180,7 @@ def test_any_of_the_pictures_that_a_row_is_made_of_counts_as_its_own() -> None:
 
 @pytest.mark.parametrize("answered", [None, np.arange(0, 2 * POOL, 3)])
 def test_the_limit_of_a_match_goes_with_what_the_answered_rows_are_made_of(answered: Rows | None) -> None:
-    setting: Any = SimpleNamespace(truth=TRUTH, seed=0, testbed=SimpleNamespace(limits=GateSection().limits))
+    setting: Any = SimpleNamespace(truth=TRUTH, seed=0, workbench=SimpleNamespace(limits=GateSection().limits))
     rows = HeldRows(np.zeros(len(TRUTH.asked), np.int64), lambda rows: np.empty(0))
     for contributors, limit in ((itself, 10 / POOL), (pairs, 10 / POOL + 1 / POOL)):
         target = Target("", rows, lambda rows: rows, contributors, lambda rows: rows, "")

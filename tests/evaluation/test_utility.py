@@ -42,7 +42,7 @@ from dpf_release.owner.measure import measure_task
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.owner.retract import KeptRows
-from dpf_release.owner.testbed import open_candidate, testbed_of
+from dpf_release.owner.workbench import open_candidate, workbench_of
 from dpf_release.release.attack_report import AttackReport, Interval, Power, Utility
 from dpf_release.release.train import fit_classifier
 from places import ROOT
@@ -127,7 +127,7 @@ def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def utility_of(project: Project, name: str, **options: Any) -> dict[str, Utility]:
-    return measure_utility(testbed_of(project), open_candidate(project, name), "quick", **options)
+    return measure_utility(workbench_of(project), open_candidate(project, name), "quick", **options)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_u3_joins_the_bank_with_m_own_images_and_says_what_it_adds(found: dict[s
 def test_own_images_and_those_that_judge_are_not_the_same_and_a_larger_m_has_the_smaller(compared: Path) -> None:
     project = Project.open(compared / "dpf.toml")
     with project.working(together=False):
-        bench = utility._Bench.of(testbed_of(project), open_candidate(project, "clean"), LITTLE, 0)
+        bench = utility._Bench.of(workbench_of(project), open_candidate(project, "clean"), LITTLE, 0)
         own, more = (set(bench._own(m, 0).parts[0][1]) for m in (1, 2))
         judge = set(np.concatenate(bench._other_half))
         assert own < more

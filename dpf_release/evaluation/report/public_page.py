@@ -28,8 +28,8 @@ from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.training import Recipe, fit
 from dpf_release.owner.adversaries import straw_man
 from dpf_release.owner.project import Project
-from dpf_release.owner.testbed import testbed_of
 from dpf_release.owner.train import TargetTask
+from dpf_release.owner.workbench import workbench_of
 from dpf_release.poisoning.chain import Chain, build_chain
 from dpf_release.poisoning.interface import FeatureSpec
 from dpf_release.poisoning.objective import Objective
@@ -74,7 +74,7 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
     images, profile = project.public_images, PROFILES[report.profile]
     rows = np.concatenate([public_rows(images, split, report.seed) for split in ("val", "train")])[:PICTURES]
     pictures = HeldPictures(len(rows), lambda numbers: images.pictures.read(rows[numbers]))
-    setting = Setting(testbed_of(project), _nothing_asked(len(rows)), profile.budget, report.seed)
+    setting = Setting(workbench_of(project), _nothing_asked(len(rows)), profile.budget, report.seed)
     clean = _clean_view(setting, pictures)
     recipe = project.vault.read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
     poison = shadow_function(project, clean, pictures, recipe)

@@ -55,7 +55,7 @@ class PrivateRows:
 
 
 @dataclass(frozen=True, eq=False)
-class Testbed:
+class Workbench:
     """What is attacked with, and what is known only to those who score.
 
     Attributes:
@@ -108,7 +108,7 @@ class Testbed:
         return self.open_private()
 
 
-def testbed_of(project: Project) -> Testbed:
+def workbench_of(project: Project) -> Workbench:
     """What a project gives to those who attack and score; its vault is held by the caller."""
 
     def open_private() -> PrivateRows:
@@ -121,7 +121,7 @@ def testbed_of(project: Project) -> Testbed:
         )
 
     cut, config = project.cut, project.config
-    return Testbed(
+    return Workbench(
         phi_1=project.frozen(cut.split.featurizer),
         phi_2=project.frozen(cut.split.classifier),
         record=cut.record,
