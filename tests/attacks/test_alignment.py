@@ -23,7 +23,7 @@ from dpf_release.attacks.a09_two_releases import TwoFunctions, join
 from dpf_release.attacks.a12_jigsaw import Jigsaw, beliefs, pools_of
 from dpf_release.attacks.interface import Reconstructions
 from dpf_release.attacks.threat_models import Budget, HeldRows, ReleaseView, TwoReleases
-from dpf_release.attacks.toolkit import trained
+from dpf_release.attacks.toolkit import clean_decoders, trained
 from dpf_release.attacks.toolkit.alignment_map import AlignmentMap, discrepancy
 from dpf_release.attacks.toolkit.pieces import Grid, find_swaps, fits, train_fitting
 from dpf_release.core.arrays import Rows
@@ -237,7 +237,7 @@ def test_rows_of_two_releases_are_joined_by_what_phi_2_sees(setting: Setting) ->
 def test_two_releases_give_away_more_than_one_does_and_wrongly_joined_less(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (straw_men, two_releases):  # what learns fast on few pictures
+    for module in (clean_decoders, straw_men, two_releases):  # what learns fast on few pictures
         monkeypatch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
     monkeypatch.setattr(trained, "TRAINING_BATCH", 16)
     nothing_kept = replace(setting.workbench, kept=Memory())  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from dpf_release.attacks import a03_shadow as shadow
 from dpf_release.attacks import a06_known_pairs as known_pairs
 from dpf_release.attacks.interface import Reconstructions
 from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, KnownPairs, LeakedVault, ReleaseView
-from dpf_release.attacks.toolkit import poisoned_public, trained
+from dpf_release.attacks.toolkit import clean_decoders, poisoned_public, shadows, trained
 from dpf_release.attacks.toolkit.clean_decoders import clean_decoder
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.evaluation.harness import Harness
@@ -52,7 +52,8 @@ def setting(project: Project) -> Iterator[Setting]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(truth_module, "POOL", 20)
         truth = draw_truth(workbench, target, 40, seed=0)
-        for module in (straw_men, known_pairs, leaked_vault, shadow):  # what learns fast on few pictures
+        # What learns fast on few pictures.
+        for module in (clean_decoders, shadows, straw_men, known_pairs, leaked_vault, shadow):
             patch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
         patch.setattr(trained, "TRAINING_BATCH", 16)
         patch.setattr(leaked_vault, "LOSSES", (("l1", 1.0),))
