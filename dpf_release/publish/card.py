@@ -60,6 +60,7 @@ def write_card(
     index: BankIndex,
     scores: Mapping[str, Any],
     passage: Passage,
+    statement: str,
     second_function: str = "",
     retractions: str = "",
 ) -> None:
@@ -72,11 +73,13 @@ def write_card(
         index: the public bank's.
         scores: split → `task` of the measurements of this candidate; empty where none were made.
         passage: what the release promises and what not, and what attacks reached.
+        statement: what a row is made of, in a sentence (`PoisoningFunction.statement`).
         second_function: why the same images are published once more, under another function; empty where they are not.
         retractions: as `retractions_section` says it.
     """
     text = CARD.format(
         **_facts(release, record, index),
+        statement=statement,
         scores="\n".join(f"| {label} | {value} |" for label, value in score_rows(scores, record.unit)),
         claims_made=", ".join(passage.claims.made) or NO_CLAIM,
         claims=_claims(passage.claims, passage.attribute),

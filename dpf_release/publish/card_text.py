@@ -26,6 +26,8 @@ tags:
 A feature bank in the place of an image data set. The rows are P(φ1(S)): images S, seen by the public featurizer φ1
 (`{arch}` up to `{hook}`), changed by a poisoning function P that is not published. Neither are the images.
 
+{statement}
+
 | | |
 |---|---|
 | task | {task} |

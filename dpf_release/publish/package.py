@@ -192,7 +192,8 @@ def _build(staging: Path, project: Project, candidate: Candidate, passage: Passa
     _copy_public(candidate.folder, staging)
     scores = _scores(project.vault, candidate)
     retractions = retractions_section(project.retracted, candidate.retractions)
-    write_card(staging / "README.md", release, record, candidate.index, scores, passage, reason, retractions)
+    statement = candidate.function.chain.statement()
+    write_card(staging / "README.md", release, record, candidate.index, scores, passage, statement, reason, retractions)
     if passage.report is not None:
         make_folder((staging / ATTACK_REPORT).parent, PUBLIC_FOLDER)
         write_json(staging / ATTACK_REPORT, passage.report.model_dump(mode="json"), PUBLIC_FILE)

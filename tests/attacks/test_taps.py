@@ -323,8 +323,8 @@ def test_the_battery_says_what_the_answers_give_away_and_for_how_many_rows_each_
     monkeypatch.setattr(optimisation, "ROWS", 5)
     monkeypatch.setattr(optimisation, "STEPS", 1)
     monkeypatch.setattr(PerSample, "rows", 5)
-    for module in ("run", "harness"):
-        monkeypatch.setattr(f"dpf_release.battery.{module}.registered", lambda: [DeepTap(), PerSample()])
+    for module in ("suite", "harness"):
+        monkeypatch.setattr(f"dpf_release.evaluation.{module}.registered", lambda: [DeepTap(), PerSample()])
     full = attack(Project.open(project_folder / "dpf.toml"), profile="full", images=128)
     assert -1 < full.references["outputs"].low < full.references["outputs"].high < 1
     assert PROFILES["standard"].runs(Outputs())

@@ -80,7 +80,9 @@ def write_page(vault: Vault, name: str, report: AttackReport) -> Path:
     """
     path, others = make_folder(vault.reports(name)) / PAGE, vault.root / "reports" / FRONTIER
     frontier = Frontier.model_validate(vault.read_record(others, "compare")) if vault.holds(others) else Frontier()
-    text = page(report, read_pictures(vault, name, report), frontier, private=True)
+    function = vault.function(name) / "function.json"
+    statement = vault.read_record(function, "fit-poison").get("statement", "") if vault.holds(function) else ""
+    text = page(report, read_pictures(vault, name, report), frontier, private=True, statement=statement)
     vault.write_bytes(path, text.encode())
     return path
 
@@ -114,7 +116,7 @@ def refuse_inside_release(path: Path) -> None:
         )
 
 
-def page(report: AttackReport, pictures: Pictures, frontier: Frontier, *, private: bool) -> str:
+def page(report: AttackReport, pictures: Pictures, frontier: Frontier, *, private: bool, statement: str = "") -> str:
     """The page as text; it says nothing that is not in what it is given.
 
     Args:
@@ -122,12 +124,14 @@ def page(report: AttackReport, pictures: Pictures, frontier: Frontier, *, privat
         pictures: as `gallery.read_pictures` has them.
         frontier: of several candidates; without points, no such section.
         private: whether the pictures are of S.
+        statement: what a row is made of, in a sentence.
     """
     attacks = report.attacks
     values = {
         **vars(verdict_in_words(report)),
         "report": report,
         "private": private,
+        "statement": statement,
         "granted": granted_to,
         "notes": notes(report),
         "measures": MEASURES,

@@ -24,6 +24,8 @@ from dpf_release.models.zoo import public_architectures
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.retractions import RETRACTED
 from dpf_release.owner.vault.vault import Vault
+from dpf_release.poisoning.interface import FUNCTIONS
+from dpf_release.poisoning.plan import FeatureSpec
 from dpf_release.publish.card_text import fixed_card_text
 from dpf_release.publish.leaks.findings import Sources, public_files
 from dpf_release.release.attack_report import AttackReport
@@ -283,6 +285,7 @@ def _fixed_texts(project: Project) -> Iterator[str]:
         yield json.dumps(schema.model_json_schema())
     yield from public_architectures()
     yield from (attack.title for attack in registered())
+    yield from (function(FeatureSpec((1, 32, 32), True)).statement() for function in FUNCTIONS.values())
     parts = project.cut.split
     yield from [*parts.featurizer.state_dict(), *parts.classifier.state_dict()]
     yield from [*project.output_names, project.config.task.unit]
