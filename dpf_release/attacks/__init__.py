@@ -1,6 +1,11 @@
 """The attacker's side: what each holds (`threat_models`), what it answers (`interface`), and one file for each attack.
 
-Nothing here imports the vault, the private images or P; a test holds that.
+An attack is `aNN_NAME.py`, registered by importing it below; no attack imports another. What several share lies in
+`toolkit`: decoders, shadow functions (`shadows`), P(φ1(Q)) (`poisoned_public`), and the keeping of what was trained
+(`trained`). `reference_outputs` is a decoder of φ2's answers, shown beside the attacks.
+
+Nothing here imports the vault, the private images or the owner's P: an attack receives what its threat model holds,
+and no more; a test holds that. It is scored elsewhere, by who holds the truth.
 """
 
 from dpf_release.attacks import (  # each registers itself
