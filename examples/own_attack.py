@@ -1,28 +1,26 @@
 """An attack from outside the package: a decoder that does not mind what P did to the scale and shift of a channel.
 
-    python examples/own_attack.py --config dpf.toml --profile quick
+Lay this file beside `dpf.toml`, then
+
+    dpf-release attack --attack own_attack:ScaleBlind --trust-code --profile quick
 
 It is scored as all others are: against the same baseline and ceiling, and it must first break what it declares. What it
-holds is what `view` has, and nothing else.
+holds is what `view` has, and nothing else. An installed package names its attacks under the entry points
+`dpf_release.attacks`; they are run without being asked for.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 from torch import Tensor
 
-from dpf_release.attacks.interface import Attack, Reconstructions, register
+from dpf_release import Attack, register_attack
+from dpf_release.attacks.interface import Reconstructions
 from dpf_release.attacks.threat_models import Budget, HeldPictures, ReleaseView
 from dpf_release.attacks.toolkit.decoder import decode, train_decoder
-from dpf_release.evaluation.report.terminal import print_attacks
-from dpf_release.evaluation.suite import attack
-from dpf_release.owner.project import Project
 
 
-@register
+@register_attack
 class ScaleBlind(Attack):
     """A decoder on features whose channels all have mean 0 and deviation 1 over places, row by row."""
 
@@ -47,19 +45,3 @@ def standardised(features: Tensor) -> Tensor:
     """Each channel of each row with mean 0 and deviation 1, (n, C, H, W)."""
     centred = features - features.mean(dim=(2, 3), keepdim=True)
     return centred / (centred.std(dim=(2, 3), keepdim=True) + 1e-3)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("dpf.toml"))
-    parser.add_argument("--name", default="default")
-    parser.add_argument("--profile", default="quick")
-    parser.add_argument("--budget", type=float, help="minutes of training")
-    options = parser.parse_args()
-    project = Project.open(options.config)
-    report = attack(project, options.name, options.profile, only=["A1", "X1"], budget_minutes=options.budget)
-    print_attacks(report)
-
-
-if __name__ == "__main__":
-    main()

@@ -122,6 +122,9 @@ class Objective:
     def _adversaries_terms(self, poisoned: Tensor, positions: Tensor, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         originals = images.float() / 255
         for name, reconstructor in self.adversaries.reconstructors.items():
+            if not len(positions):  # rows that belong to no image have nothing to hide
+                yield f"ssim {name}", poisoned.new_zeros(())
+                continue
             likeness = ssim(reconstructor(poisoned).float()[positions], originals)  # one for each contributor
             yield f"ssim {name}", likeness.abs().mean() if self.equivalence else likeness.mean()
         for column, attacker in self.adversaries.classifiers.items():

@@ -23,5 +23,6 @@ def table_rows() -> list[tuple[str, ...]]:
 
 def markdown() -> str:
     """The same as a Markdown table."""
-    lines: list[tuple[str, ...]] = [TABLE_HEADER, ("---",) * len(TABLE_HEADER), *table_rows()]
+    named = [(f"`{name}`", *rest) for name, *rest in table_rows()]
+    lines: list[tuple[str, ...]] = [TABLE_HEADER, ("---",) * len(TABLE_HEADER), *named]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"

@@ -28,6 +28,7 @@ from dpf_release.evaluation.score_reconstructions import _series
 from dpf_release.evaluation.scoring import References, score_pictures
 from dpf_release.evaluation.suite import _Run
 from dpf_release.evaluation.targets import Target, candidate_target, draw_truth, planted_target
+from dpf_release.evaluation.verdicts import judge
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.metrics import ssim
 from dpf_release.owner.project import Project
@@ -339,6 +340,42 @@ def test_the_attack_is_tried_on_its_own_shadow_functions(
     broken = any(way.leakage is not None and way.leakage.low >= 0.1 for way in result.ways.values())
     assert result.verdict == ("fail" if broken else "inconclusive")  # how P was drawn decides which
     assert result.granted == "ReleaseView"
+
+
+def test_a_function_of_another_kind_is_imitated_by_functions_of_that_kind(setting: Setting) -> None:
+    view = grant(ReleaseView, target_of(setting, "clean"), setting)
+    few = replace(view, budget=Budget(images=64, decoders=1, shadows=2), function="recombine:k=2,patch=1")
+    assert shadows.of_its_own_kind(replace(few, function="dpf:depth=2")) is None
+    assert shadows.of_its_own_kind(replace(few, function="")) is None
+    own_kind = shadows.of_its_own_kind(few)
+    assert own_kind is not None
+    rows = np.arange(8)
+    seen, clean = own_kind(few.public, rows, np.random.default_rng(0)), few.features_of(few.public, rows)
+    assert seen.shape == clean.shape
+    assert not torch.allclose(seen, clean, atol=0.05)
+    # Each place of a row comes from a picture of Q, and more of them from its own than a stranger's would.
+    own, strange = (np.isclose(seen, of, atol=0.01).all(axis=1).mean() for of in (clean, clean.roll(1, dims=0)))
+    assert own > strange + 0.2
+    answer = shadow.ShadowFunctions().run(few)
+    assert isinstance(answer, Reconstructions)
+    assert "2 shadows of its own kind" in answer.decoders
+    assert answer.lacks == ""
+
+
+def test_a_kind_that_cannot_be_fitted_on_q_is_lacking_and_never_passed_over(setting: Setting) -> None:
+    view = grant(ReleaseView, target_of(setting, "clean"), setting)
+    few = replace(view, budget=Budget(images=64, decoders=1, shadows=1))
+    for function, words in (
+        ("recombine:k=9999", "P refuses all of Q"),
+        ("no_such_module:Function", "cannot be imported"),
+    ):
+        answer = shadow.ShadowFunctions().run(replace(few, function=function))
+        assert isinstance(answer, Reconstructions)
+        assert words in answer.lacks
+        assert set(answer.decoders) == {"1 shadows", "1 shadows, moments"}
+    verdict, reasons = judge([], Power(passed=True), [answer.lacks])
+    assert (verdict, reasons) == ("inconclusive", (answer.lacks,))
+    assert judge([], Power(passed=True), [])[0] == "pass"  # the control: it is that alone which keeps it from passing
 
 
 def between(setting: Setting, clean: Target) -> References:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,6 @@ from dpf_release.owner.project import Project
 from dpf_release.owner.workbench import open_candidate, workbench_of
 from dpf_release.release.attack_report import AttackReport, Interval, Power, Utility
 from dpf_release.release.train import fit_classifier
-from places import ROOT
 from rows_in_memory import PHI_2, SECRET, planned, poisoned, rows_of
 
 LITTLE = Effort(2, (2, 4, 100), rows=600, epochs=12, least_rows=200)
@@ -328,27 +325,6 @@ def test_the_plot_has_a_panel_for_what_was_measured_and_the_same_bytes_for_the_s
     assert plot(frontier) == plot(frontier) != plot(frontier.model_copy(update={"points": frontier.points * 2}))
     assert plot(Frontier()).startswith(b"<?xml")
     assert plot(frontier, "png").startswith(b"\x89PNG")
-
-
-# --------------------------------------------------------------------------------------------- from outside
-
-
-def test_an_attack_from_outside_the_package_is_run_and_scored_as_the_others(
-    project_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(interface, "ATTACKS", {"A1": interface.ATTACKS["A1"]})
-    arguments = ["--config", str(project_folder / "dpf.toml"), "--budget", "0.01"]
-    monkeypatch.setattr(sys, "argv", ["own_attack.py", *arguments])
-    runpy.run_path(str(ROOT / "examples" / "own_attack.py"), run_name="__main__")
-    reports = project_folder / "vault" / "reports" / "default"
-    report = AttackReport.model_validate_json((reports / "attack-quick.json").read_text())
-    own = report.attacks[-1]
-    assert (own.code, own.claim, own.granted) == ("X1", "reconstruction", "ReleaseView")
-    assert list(own.ways) == ["decoder"]
-    assert (own.ceiling, own.images) == (report.attacks[0].ceiling, report.attacks[0].images)
-    assert own.verdict == "inconclusive"  # with hardly any training it breaks nothing, and that is no pass
-    assert any(reason.startswith("no power") for reason in own.reasons)
-    assert "X1 scale-blind" in capsys.readouterr().out
 
 
 def test_compare_refuses_names_that_have_no_candidate(finished: Path) -> None:
