@@ -1,7 +1,12 @@
 """Publish an image data set as poisoned feature banks, without publishing the images.
 
-The packages, from low to high; each imports only from those before it: `errors`, `core`, `bank`, `images`, `models`,
-`poisoning`, `release`, `attacks`, `owner`, `evaluation`, `publish`, `cli`.
+A network Φ is cut into a featurizer φ1 and a classifier φ2. S are the private images, Q public ones, T a user's own.
+A poisoning function P turns the features φ1(S) into rows that are published; all that could undo it stays in the
+vault. A candidate is a bank in the vault, exactly as it would be published.
+
+The packages, from low to high; each imports only from those before it: `errors` (one root, and what each means),
+`core`, `bank`, `images`, `models`, `poisoning`, `release`, `attacks`, `owner`, `evaluation`, `publish`, `cli`. Each
+package's docstring is its guide.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What attackers get out of a candidate, scored against the truth; and what a downstream user gets.
+"""What attackers get out of a candidate bank, scored against the truth; and what a downstream user gets.
 
 `suite` runs the attacks of a profile (`profiles`) on a `targets.Target`: `views` grants each what its threat model
-holds, `query_images` draws what it looks for, `harness` puts it between baseline and ceiling and tries it on
-`controls` (and `control_network`). `truth` has the private images in pools, `scoring` and `score_*` compare answers
-with them, `verdicts` decides (limits themselves are keys of `[gate]`, `owner.config`), `failed_attacks` forgets none
-that failed. `utility` and `classifiers` measure U1 to U3, `frontier` compares several functions, `report` tells:
-numbers, plots, page, terminal.
+holds, `query_images` draws what it looks for, `harness` compares it with baseline and ceiling and tries it on
+`controls` and `control_network`, which it must break. `truth` has the private images in pools, `scoring` and
+`score_*` compare answers with them, `verdicts` says pass, fail or inconclusive, `failed_attacks` keeps those that
+failed. The limits are numbers in `owner.config`.
 
-It writes into the vault only; whether a release may be made is asked in `publish.gate`.
+`utility` and `classifiers` measure what a bank is worth (U1 to U3), `frontier` compares several functions, `report`
+tells it. Everything is written into the vault; whether a release may be made is asked in `publish.gate`.
 """

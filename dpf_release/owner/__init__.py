@@ -1,13 +1,18 @@
 """The owner's steps, one a file, and what they share.
 
-The steps in their order: `init`, `train`, `featurize`, `fit_poison`, `poison`, `measure`, `retract`.
+The steps in their order: `init`, `train` (Φ), `featurize` (φ1(S)), `fit_poison` (P), `poison` (the candidate bank),
+`measure` (what it keeps and hides), `retract` (images out of all of it).
 
-`config` is `dpf.toml` (its template is `dpf.toml` beside it), `project` the configuration, the vault and the ranks of
-a run. What the vault holds, and how it is read: `private_images` (S and Q), `cut_network` (Φ in two), `private_bank`
-(φ1(S)), `fitted` (P), `banks` (what φ1(S) and a candidate have in common), `adversaries` (whom P is trained against).
-`removal` is what each kind of member is told of rows that go: each does without them itself (`drop_rows`), and how a
-recombined row is made anew is its function's business. `workbench` and `kept` are all that those who attack a
-candidate see of a project. `vault` is the private folder.
+`config` reads `dpf.toml` (every key with its default, also the limits under `[gate]`; `init` writes the file from the
+template here), `project` is the configuration, the vault and the ranks of a run. `adversaries` trains whom P is
+trained against: the straw men (reconstructors ψ on Q) and attribute classifiers. What the vault holds is read by
+`private_images` (S and Q), `cut_network` (Φ in two), `private_bank` (φ1(S)) and `fitted` (P); `banks` is what φ1(S)
+and a candidate bank have in common.
 
-It knows nothing of attacks that were run, and publishes nothing: `publish` alone does.
+A retraction: `retract` checks and notes it, then asks each kind of file in the vault to do without the rows, each by
+its own function `drop_rows` (`fitted`, `poison`, `bank.drop_rows`); `removal` tells them which. How a row that was
+mixed of several images is made anew, its poisoning function says (`drop_rows` in `poisoning.recombine`).
+
+`workbench` and `kept` are the part of a project that `evaluation` gets to see. `vault` is the private folder. Attacks
+are run elsewhere, and `publish` alone makes anything public.
 """

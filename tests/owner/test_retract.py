@@ -508,7 +508,7 @@ def test_a_plan_made_anew_has_nothing_of_the_rows_that_have_gone_and_the_rest_of
     new = np.asarray(chain.on(left, replanned).read(np.arange(28)))
     changed = np.flatnonzero((old != new).any(axis=(1, 2, 3)))
     assert set(changed) <= set(rebuilt)
-    positions, members = chain.contributors(kept, plans)
+    positions, members, _ = chain.contributors(kept, plans)
     touched = set(positions[np.isin(members, [4, 20])])
     assert touched <= set(rebuilt)
     assert 0 < len(rebuilt) < 28

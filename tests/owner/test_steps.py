@@ -143,7 +143,7 @@ def test_a_learned_function_after_recombine_is_penalised_for_every_contributor(p
     fit_poison(project, name="chain")
     function = load_function(project, "chain")
     bank = project.private_bank("train")
-    positions, members = function.chain.contributors(np.arange(4), function.plans["train"])
+    positions, members, _ = function.chain.contributors(np.arange(4), function.plans["train"])
     assert set(positions) == {0, 1, 2, 3}
     assert len(members) > 4
     assert np.array_equal(bank.targets[members], bank.targets[positions])  # contributors are of the row's class

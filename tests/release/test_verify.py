@@ -395,7 +395,7 @@ def test_a_manifest_that_attacks_its_reader_is_a_finding(release: Path, content:
 DEAREST = """
 import re
 from pathlib import Path
-from dpf_release import verification
+from dpf_release.release import verify as verification
 from dpf_release.core.bounded_json import MAX_BYTES, MAX_VALUES, bounded_json
 from dpf_release.release.verify import parse_manifest
 

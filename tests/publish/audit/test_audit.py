@@ -132,7 +132,7 @@ def test_a_function_fitted_anew_no_longer_belongs_to_the_release(project_folder:
     shutil.copy(vault / "ids.csv", vault / "ids.csv.age")
     (vault / "notes.txt").touch(0o600)
     artefacts = {artefact.path: artefact for artefact in audited(project_folder).of("private")}
-    assert artefacts["functions/default/dpf.safetensors"].releases == ()
+    assert artefacts["functions/default/state.safetensors"].releases == ()
     assert (artefacts["ids.csv.age"].at_rest.sealed, artefacts["ids.csv"].at_rest.sealed) == (True, False)
     assert artefacts["ids.csv.age"].holds == artefacts["ids.csv"].holds
     assert artefacts["notes.txt"].role == "unknown"

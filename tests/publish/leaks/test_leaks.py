@@ -479,12 +479,13 @@ def test_a_bank_of_private_rows_scaled_and_shifted_is_found(tmp_path: Path, what
 def test_a_function_that_scales_is_refused_and_one_that_mixes_noise_in_is_not(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from dpf_release.core.parameters import Parameter
     from dpf_release.poisoning.interface import FUNCTIONS, PoisoningFunction
 
     class Times(PoisoningFunction):
-        def __init__(self, features: Any, by: float = 2, noise: float = 0) -> None:
-            super().__init__(features)
-            self.by, self.noise = by, noise
+        parameters = (Parameter("by", 2.0, 0, 9, "factor"), Parameter("noise", 0.0, 0, 9, "deviations"))
+        by: float
+        noise: float
 
         def apply(self, rows: Any, source: Any, plan: Any) -> np.ndarray:
             values = source.read(rows).astype(np.float32)
