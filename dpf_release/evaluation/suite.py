@@ -181,7 +181,7 @@ class _Run:
         power = self.harness.power(attack, self.setting)
         verdict, reasons = judge(scored.criteria, power, self._shortage(attack, scored))
         claim = attack.claim
-        if attack.view is LeakedVault and self.harness.target.known_by_name:
+        if attack.view is LeakedVault and not self.harness.target.learned_secret:
             claim = "reconstruction"  # nothing has to leak for that
         if claim is None:
             verdict, reasons = "reported", ()

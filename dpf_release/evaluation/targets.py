@@ -35,7 +35,7 @@ class Target:
         classifier: in the place of φ2, where a network is planted.
         queries: the pictures that an attacker holds, where they belong to a planted network.
         function: of what kind P is, as its name with its parameters; empty: of none that has a name.
-        known_by_name: whether who knows P's name can do the same to pictures of their own.
+        learned_secret: whether more than P's draws is secret; without, whoever knows its name can do the same.
         second: the same pictures under another function, as they are released too, and a digest of that bank.
     """
 
@@ -47,7 +47,7 @@ class Target:
     classifier: nn.Module | None = None
     queries: QueryTruth | None = None
     function: str = ""
-    known_by_name: bool = False
+    learned_secret: bool = True
     second: Callable[[], tuple[HeldRows, str]] = lambda: _no_second()
 
     def foremost(self, rows: Rows) -> Rows:
@@ -92,7 +92,7 @@ def candidate_target(workbench: Workbench, candidate: Candidate) -> Target:
         _made_of(candidate.rows, function.chain, [function.plans[split] for split in RELEASED_SPLITS]),
         subject,
         function=function.chain.spec,
-        known_by_name=not function.chain.learned_secret,
+        learned_secret=function.chain.learned_secret,
         second=second,
     )
 
