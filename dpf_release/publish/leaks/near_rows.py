@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dpf_release.bank.format import SplitName
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import Concat
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import Progress
 
@@ -68,19 +69,18 @@ class _Centre:
 
 
 class _PrivateRows:
-    """Banks of φ1(S), numbered through, with their mean and their projections."""
+    """Rows of φ1(S), with their mean and their projections."""
 
     def __init__(self, banks: Sequence[FeatureBank]) -> None:
         self.banks = banks
-        self.starts = np.cumsum([0, *map(len, banks)])
+        self.rows = Concat(banks)
         self.dimensions = int(np.prod(banks[0].shape))
-        ids = np.concatenate([bank.ids for bank in banks])
-        self.row_of = {row_id.tobytes(): row for row, row_id in enumerate(ids)}
+        self.row_of = {row_id.tobytes(): row for row, row_id in enumerate(self.rows.ids)}
         self.mean = self._mean(features for bank in banks for _, features in self.batches(bank))
         signs = np.random.default_rng().integers(0, 2, (self.dimensions, PROJECTED_DIMENSIONS), np.int8)
         self.signs = 2 * signs - 1
-        self.projected = np.empty((len(ids), PROJECTED_DIMENSIONS), np.float32)  # of the rows less their mean
-        for start, bank in zip(self.starts, banks, strict=False):
+        self.projected = np.empty((len(self.rows), PROJECTED_DIMENSIONS), np.float32)  # of the rows less their mean
+        for start, bank in zip(self.rows.starts, banks, strict=True):
             for rows, features in self.batches(bank):
                 self.projected[start + rows] = self._project(self._flat(features) - self.mean)
 
@@ -96,7 +96,7 @@ class _PrivateRows:
         """By what the rows of a public bank, and the private ones, are centred."""
         own = np.sort(self._own(bank.ids))
         own = own[own >= 0]
-        theirs = self._mean(self._read(own[at : at + self.batch]) for at in range(0, len(own), self.batch))
+        theirs = self._mean(self.rows.read(own[at : at + self.batch]) for at in range(0, len(own), self.batch))
         public = self._mean(features for _, features in self.batches(bank))
         return [_Centre(self.mean, self.mean), _Centre(public, theirs if len(own) else self.mean)]
 
@@ -111,12 +111,10 @@ class _PrivateRows:
         own = self._own(ids)
         known = np.flatnonzero(own >= 0)
         pairs = [(known, own[known])]  # positions of public rows, and the private rows to compare each with
-        for number, bank in enumerate(self.banks) if contributors else ():
-            assert contributors is not None
-            mine = np.flatnonzero((own >= self.starts[number]) & (own < self.starts[number + 1]))
-            if len(mine):
-                at, members = contributors(bank.split, own[mine] - self.starts[number])
-                pairs.append((mine[at], members + self.starts[number]))
+        if contributors is not None:
+            for number, places, mine in self.rows.split(own[known]):
+                at, members = contributors(self.banks[number].split, mine)
+                pairs.append((known[places][at], members + self.rows.starts[number]))
         rows = self._flat(features)
         pairs += [self._candidates(self._project(rows - centre.public), centre) for centre in centres]
         near = np.zeros(len(ids), np.bool_)
@@ -175,19 +173,11 @@ class _PrivateRows:
             pairs = order[start : start + self.batch]
             pairs = pairs[~near[at[pairs]]]
             members, where = np.unique(rows[pairs], return_inverse=True)
-            private = self._flat(self._read(members))
+            private = self._flat(self.rows.read(members))
             for centre in centres:
                 ours, theirs = _unit(public[at[pairs]] - centre.public), _unit(private - centre.private)
                 cosine = np.abs(np.einsum("nd,nd->n", ours, theirs[where]))
                 near[at[pairs[cosine > SAME_ROW_COSINE]]] = True
-
-    def _read(self, rows: Rows) -> NDArray[np.float16]:
-        features = np.empty((len(rows), *self.banks[0].shape), np.float16)
-        for number, bank in enumerate(self.banks):
-            mine = (rows >= self.starts[number]) & (rows < self.starts[number + 1])
-            if mine.any():
-                features[mine] = bank.read(rows[mine] - self.starts[number])
-        return features
 
 
 def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
