@@ -197,6 +197,7 @@ class FeatureBank:
         if len(self._shards) == 1:
             self._shard(0).read(rows, out)
             return out
+        # Not a `rows.Concat` of shards, whose parts are read to arrays of their own: each row is copied once here.
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shards):
             self._shard(int(number)).read_some(rows - self._starts[number], np.flatnonzero(shards == number), out)
