@@ -262,8 +262,8 @@ class BankLoader:
         self._pin = device is not None and device.type == "cuda"
         self._workers = workers
         self._processes: DataLoader[tuple[Tensor, Tensor]] | None = None
-        # Mapped rows are copied outside Python's lock: threads read them, and hand over a batch for nothing. HDF5,
-        # which reads compressed rows, has a lock of its own: that takes processes, which copy each batch once more.
+        # Mapped rows are copied outside Python's lock: threads read them, and hand over a batch for nothing.
+        # Compressed rows are unpacked one by one in Python: that takes processes, which copy each batch once more.
         if workers and any(bank.index.compression != "none" for bank in dataset.banks):
             self._processes = DataLoader(
                 _Whole(dataset),

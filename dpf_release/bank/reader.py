@@ -206,7 +206,7 @@ class FeatureBank:
     def will_need(self, start: int, stop: int) -> None:
         """Asks the system to have rows `start` to `stop` in memory soon; returns at once."""
         if self.index.compression != "none":
-            return  # HDF5 cannot be told
+            return  # unpacking takes longer than the disk
         for number in range(len(self._shards)):
             first, last = self._starts[number], self._starts[number + 1]
             shard = self._shard(number) if start < last and first < stop else None
