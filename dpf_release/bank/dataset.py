@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from dpf_release.bank.format import SplitName
 from dpf_release.bank.reader import FeatureBank, row_numbers
+from dpf_release.bank.rows import Concat
 from dpf_release.errors import BankError
 
 BLOCK_BYTES = 8 * 2**20  # long enough for a disk to read at its full speed
@@ -38,7 +39,7 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, banks: Sequence[FeatureBank], names: Sequence[str], targets: Sequence[NDArray[Any]]) -> None:
         self.banks, self.names = tuple(banks), tuple(names)
         self.targets = np.concatenate(targets)
-        self._starts = np.cumsum([0, *(len(bank) for bank in banks)])
+        self._rows = Concat(self.banks)
 
     @classmethod
     def open(cls, folder: str | Path, split: SplitName, names: Sequence[str] = ()) -> BankDataset:
@@ -58,7 +59,7 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         return cls([bank], names, [bank.targets])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._rows)
 
     def __getitem__(self, rows: int | slice) -> tuple[Tensor, Tensor]:
         """Features and targets: (C, H, W) and one target of a row, (n, C, H, W) and (n, ...) of a slice."""
@@ -101,10 +102,8 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         if len(self.banks) == 1:
             self.banks[0].read(rows, out)
         else:
-            of_bank = np.searchsorted(self._starts, rows, side="right") - 1
-            for bank in np.unique(of_bank):
-                mine = np.flatnonzero(of_bank == bank)
-                out[mine] = self.banks[bank].read(rows[mine] - self._starts[bank])
+            for bank, places, mine in self._rows.split(rows):
+                out[places] = self.banks[bank].read(mine)
         return features, torch.from_numpy(self.targets[rows])
 
     def numpy(self, rows: slice | Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.float16], NDArray[Any]]:
@@ -114,7 +113,7 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def will_need(self, start: int, stop: int) -> None:
         """Asks the system to have rows `start` to `stop` in memory soon; returns at once."""
-        for bank, first in zip(self.banks, self._starts, strict=False):
+        for bank, first in zip(self.banks, self._rows.starts, strict=True):
             bank.will_need(max(0, start - int(first)), stop - int(first))
 
     def loader(
@@ -270,8 +269,8 @@ class BankLoader:
         self._pin = device is not None and device.type == "cuda"
         self._workers = workers
         self._processes: DataLoader[tuple[Tensor, Tensor]] | None = None
-        # Mapped rows are copied outside Python's lock: threads read them, and hand over a batch for nothing. HDF5,
-        # which reads compressed rows, has a lock of its own: that takes processes, which copy each batch once more.
+        # Mapped rows are copied outside Python's lock: threads read them, and hand over a batch for nothing.
+        # Compressed rows are unpacked one by one in Python: that takes processes, which copy each batch once more.
         if workers and any(bank.index.compression != "none" for bank in dataset.banks):
             self._processes = DataLoader(
                 _Whole(dataset),

@@ -205,6 +205,7 @@ class FeatureBank:
         if len(self._shards) == 1:
             self._shard(0).read(rows, out)
             return out
+        # Not a `rows.Concat` of shards, whose parts are read to arrays of their own: each row is copied once here.
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shards):
             self._shard(int(number)).read_some(rows - self._starts[number], np.flatnonzero(shards == number), out)
@@ -213,7 +214,7 @@ class FeatureBank:
     def will_need(self, start: int, stop: int) -> None:
         """Asks the system to have rows `start` to `stop` in memory soon; returns at once."""
         if self.index.compression != "none":
-            return  # HDF5 cannot be told
+            return  # unpacking takes longer than the disk
         for number in range(len(self._shards)):
             first, last = self._starts[number], self._starts[number + 1]
             shard = self._shard(number) if start < last and first < stop else None
