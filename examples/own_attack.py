@@ -5,8 +5,8 @@ Lay this file beside `dpf.toml`, then
     dpf-release attack --attack own_attack:ScaleBlind --trust-code --profile quick
 
 It is scored as all others are: against the same baseline and ceiling, and it must first break what it declares. What it
-holds is what `view` has, and nothing else. An installed package names its attacks under the entry points
-`dpf_release.attacks`; they are run without being asked for.
+holds is what `view` has, and nothing else. Where an installed package names an attack under the entry points
+`dpf_release.attacks`, that name takes the place of `own_attack:ScaleBlind`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,10 @@ from dpf_release.attacks.toolkit.shadows import (
     union,
     with_moments_of_q,
 )
+from dpf_release.core.progress import announce
 from dpf_release.errors import ConfigError, NotGrantedError
+
+LACKS = "no function of P's own kind could be fitted on the public images"
 
 
 @register
@@ -35,8 +38,8 @@ class ShadowFunctions(Attack):
     planted = ("weak-noise", "channel-affine")
 
     def trainings(self, budget: Budget) -> float:
-        """The shadow functions, on fewer pictures; a decoder for each m, and one for those of P's own kind."""
-        return budget.shadows * SHARE * STEP_COST + len(_counts(budget.shadows)) + 1
+        """The shadow functions, on fewer pictures; a decoder for each m; and what imitating P's own kind takes."""
+        return budget.shadows * SHARE * STEP_COST + len(_counts(budget.shadows)) + budget.own_kind
 
     def members(self, view: ReleaseView) -> Mapping[str, nn.Module]:
         """Its `dpf` functions, which are known to be weak."""
@@ -64,15 +67,16 @@ class ShadowFunctions(Attack):
         try:
             own_kind = of_its_own_kind(view)
         except (ConfigError, NotGrantedError) as error:
-            return Reconstructions(decoders, series=series, lacks=f"no shadow function of P's own kind: {error}")
+            announce(f"A3: no shadow function of P's own kind: {error}")  # in whose words may stand what is private
+            return Reconstructions(decoders, series=series, lacks=LACKS)
         if own_kind is not None:
             network = train_decoder(
                 view,
                 "A3 decoder for P's own kind",
-                own_kind,
+                own_kind.inputs,
                 architecture=DECODERS[0][1],
                 loss=DECODERS[0][2],
-                depends_on={"function": view.function, "shadows": len(shadows)},
+                depends_on=own_kind.depends_on,
                 start=clean_decoder(view).state_dict(),
                 shape=view.feature_shape,
             )

@@ -137,23 +137,26 @@ def register(attack: type[Attack]) -> type[Attack]:
         >>> Blank.version
         1
     """
+    known, ours = ATTACKS.get(attack.code, attack), attack.__module__.startswith("dpf_release.")
+    if (known.__module__, known.__qualname__) != (attack.__module__, attack.__qualname__):
+        raise ConfigError(f"{known.__qualname__} has the code {attack.code} already. Give your attack another.")
+    if attack.sets_ceiling and not ours:  # what leakage is measured by is not for others to move
+        raise ConfigError(f"{attack.code} sets the ceiling, which only attacks of this package do. Leave that out.")
     ATTACKS[attack.code] = attack
     return attack
 
 
 def registered() -> list[Attack]:
-    """One of each, A1 before A10; those of installed packages (entry points `dpf_release.attacks`) too."""
-    for name in installed(ENTRY_POINTS):
-        load_attack(name)
+    """One of each that is known, A1 before A10."""
     return [ATTACKS[code]() for code in sorted(ATTACKS, key=lambda code: (code.rstrip("0123456789"), _number(code)))]
 
 
 @cache
 def load_attack(name: str) -> type[Attack]:
-    """An attack from outside this package, known to the suite from then on.
+    """An attack from outside this package, known to the suite from then on. Its code is imported: ask before.
 
     Args:
-        name: `package.module:Class`, or that of an entry point.
+        name: `package.module:Class`, or that of an entry point `dpf_release.attacks` of an installed package.
 
     Raises:
         ConfigError: there is none.

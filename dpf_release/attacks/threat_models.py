@@ -37,6 +37,7 @@ class Budget:
         decoders: how many decoders an attack of several trains.
         shadows: poisoning functions that the attacker fits (A3).
         deep: whether what takes hours is done too: a student of the network's answers.
+        own_kind: what imitating P's own kind costs A3, in trainings of a decoder; see `shadows.own_kind_cost`.
         share: of `images`, what a training on one bank alone gets: less on planted functions, which yield sooner.
     """
 
@@ -45,6 +46,7 @@ class Budget:
     shadows: int
     deep: bool = False
     share: float = 1.0
+    own_kind: float = 0.0
 
     @property
     def bank_images(self) -> int:

@@ -43,7 +43,7 @@ PublicOption = Annotated[
 ]
 OwnAttackOption = Annotated[
     list[str] | None,
-    typer.Option("--attack", help="Also run an attack of your own, package.module:Class; with --trust-code."),
+    typer.Option("--attack", help="Also run an attack from outside, package.module:Class; with --trust-code."),
 ]
 
 
@@ -136,14 +136,16 @@ def _featurize_downstream(release: Path, images: Path, out: Path, shard_size: st
 
 
 @app.command()
-def functions() -> None:
+def functions(trust_code: TrustCodeOption = False) -> None:
     """List the poisoning functions, with their parameters, bounds and defaults.
+
+    With --trust-code also those of installed packages.
 
     Example: dpf-release functions
     """
     from dpf_release.poisoning.reference import TABLE_HEADER, table_rows
 
-    print_table("Poisoning functions", TABLE_HEADER, table_rows())
+    print_table("Poisoning functions", TABLE_HEADER, table_rows(trust_code))
     print("In dpf.toml, or with fit-poison --function: NAME, NAME:PARAMETER=VALUE,..., or a chain NAME+NAME.")
 
 

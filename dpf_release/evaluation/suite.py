@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Reconstructions, registered
 from dpf_release.attacks.threat_models import LeakedVault, ReleaseView, TwoReleases
+from dpf_release.attacks.toolkit.shadows import own_kind_cost
 from dpf_release.core.files import make_folder
 from dpf_release.core.memory import keeping_large_blocks
 from dpf_release.core.progress import announce
@@ -109,7 +110,9 @@ class _Run:
 
     def _within(self, limit: float | None, images: int | None) -> _Run:
         """With trainings that take so many minutes, or are shown so many pictures; says how long that is."""
-        setting, profile, full = self.setting, self.profile, self.profile.budget
+        setting, profile, chain = self.setting, self.profile, self.candidate.function.chain
+        own_kind = own_kind_cost(chain.spec, chain.learns, profile.budget.shadows)
+        full = replace(profile.budget, own_kind=own_kind)
         of_profile = [attack for attack in registered() if profile.runs(attack)]
         attacks = [attack for attack in of_profile if attack.code in self.wanted]
         trained = _with_beside(attacks, profile)

@@ -110,6 +110,9 @@ def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
         torch.manual_seed(seed)  # the start of P is as secret as P
         chain = build_chain(section.function, spec)
 
+    for straw in section.straw_men:  # also where the function has no use for them: `poison` measures with them
+        straw_man(project, straw)
+
     def planned(plans: Plans) -> Plans:
         project.ranks.once(lambda: write_plans(vault, folder, plans))
         return read_plans(vault, chain, secret, folder)
@@ -132,7 +135,7 @@ def _material(
         return Split(banks[name], lambda rows: images.read(rows_of[name][rows]))
 
     def checkpoint(training: str) -> Path | None:
-        return vault.checkpoint(folder / f"{'-'.join(filter(None, ['checkpoint', training]))}.safetensors")
+        return vault.checkpoint(folder / f"checkpoint-{training}.safetensors")
 
     return Material(
         features=spec,
@@ -200,9 +203,12 @@ def _begin(vault: Vault, folder: Path, recipe: dict[str, Any], subject: dict[str
 
 
 def _finish(vault: Vault, chain: Chain, folder: Path, histories: dict[str, Any]) -> None:
-    if state := chain.state():
+    state = chain.state()
+    if state:
         vault.write_bytes(folder / STATE, state_file(state))
     vault.write_json(folder / "history.json", histories)
     record = vault.read_record(folder / "function.json", "fit-poison")
-    vault.write_json(folder / "function.json", record | {"fitted": True, "statement": chain.statement()})
+    vault.write_json(
+        folder / "function.json", record | {"fitted": True, "learned": bool(state), "statement": chain.statement()}
+    )
     vault.remove(*checkpoints(vault, folder))

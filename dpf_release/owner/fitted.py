@@ -96,12 +96,12 @@ def load_function(project: Project, name: str) -> FittedFunction:
         )
     spec = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
     chain = build_chain(record["recipe"]["function"], spec, allow_import=project.trusts_code)
-    if vault.holds(folder / STATE):
+    if record["learned"]:  # without its state it would be another function: the first weights of dpf are the identity
         chain.load(parse_state(vault.read_bytes(folder / STATE, f"fit-poison --name {name}"), folder / STATE))
     for network in chain.networks():
         project.frozen(network)
     plans = read_plans(vault, chain, bytes.fromhex(record["secret"]), folder)
-    learned = [vault.sha256(folder / STATE)] if vault.holds(folder / STATE) else []
+    learned = [vault.sha256(folder / STATE)] if record["learned"] else []
     plan_sha256 = vault.sha256(folder / PLAN)
     parts = [*learned, record.get("fitted_plan_sha256", plan_sha256)]
     digest = hashlib.sha256("".join([record["secret"], json.dumps([record["recipe"], record["for"]]), *parts]).encode())
@@ -157,7 +157,7 @@ def drop_rows(removal: Removal, name: str) -> None:
     """Takes rows out of a function's plans; of one that is not fitted to its end goes what it has drawn and learned."""
     vault, folder = removal.project.vault, removal.project.vault.function(name)
     if not is_fitted(removal.project, name):
-        vault.remove(*checkpoints(vault, folder), folder / PLAN)
+        vault.remove(*checkpoints(vault, folder), folder / PLAN, folder / STATE, folder / "history.json")
         return
     function, rebuilt = without_rows(removal, name)
     planned = any(plan.arrays for plans in function.plans.values() for plan in plans)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
+from dpf_release.core.files import sha256_of
 from dpf_release.core.own_code import imported, installed
 from dpf_release.core.parameters import parse_parameters
 from dpf_release.errors import ConfigError
@@ -42,6 +45,13 @@ class Chain:
     def needs_adversaries(self) -> bool:
         """Whether a stage is trained against adversaries."""
         return any(stage.needs_adversaries for stage in self.stages)
+
+    def outside_code(self) -> list[str]:
+        """SHA-256 of the files that stages from outside this package are written in: what is kept depends on them."""
+        modules = sorted({type(stage).__module__ for stage in self.stages})
+        theirs = [name for name in modules if not name.startswith("dpf_release.")]
+        files = [getattr(sys.modules.get(name), "__file__", None) for name in theirs]
+        return [sha256_of(Path(file)) if file else "unknown" for file in files]
 
     @property
     def learns(self) -> bool:
@@ -116,16 +126,16 @@ class Chain:
     def contributors(self, rows: Rows, plans: Sequence[Plan], stages: int | None = None) -> Contributors:
         """Which rows of the source are in which of `rows` after the first `stages` stages (all by default).
 
-        After two stages that mix rows, those that may be in them: pieces are not followed through both, and each counts
-        as one.
+        After two stages that mix rows, those that may be in them: pieces are not followed through both. Their numbers
+        are products then, and tell which of them is likely to be seen most of.
         """
         found = Contributors.themselves(rows)
         for stage, plan in reversed(list(zip(self.stages, plans, strict=False))[:stages]):
             below = stage.contributors(found.members, plan)
             pairs = np.stack([found.positions[below.positions], below.members], axis=1)
-            unique, first = np.unique(pairs, axis=0, return_index=True)
-            mixed_before = (found.pieces > 1).any()
-            pieces = np.ones(len(unique), np.int64) if mixed_before else below.pieces[first]
+            unique, which = np.unique(pairs, axis=0, return_inverse=True)
+            pieces = np.zeros(len(unique), np.int64)
+            np.add.at(pieces, which.reshape(-1), found.pieces[below.positions] * below.pieces)
             found = Contributors(unique[:, 0], unique[:, 1], pieces)
         return found
 
@@ -165,9 +175,9 @@ def _build_stage(text: str, features: FeatureSpec, allow_import: bool) -> Poison
     return cls(features, **parse_parameters(name, rest, cls.parameters))
 
 
-def known_functions() -> dict[str, type[PoisoningFunction]]:
-    """All functions that can be named: ours, and those of installed packages (`dpf_release.functions`)."""
-    return FUNCTIONS | {name: import_function(name) for name in installed(ENTRY_POINTS)}
+def known_functions(trust_code: bool = False) -> dict[str, type[PoisoningFunction]]:
+    """All functions that have a name: ours; where their code is trusted, also those of installed packages."""
+    return FUNCTIONS | ({name: import_function(name) for name in installed(ENTRY_POINTS)} if trust_code else {})
 
 
 def import_function(name: str, allow_import: bool = True) -> type[PoisoningFunction]:
@@ -188,7 +198,8 @@ def import_function(name: str, allow_import: bool = True) -> type[PoisoningFunct
         raise ConfigError(f"the poisoning function {name!r} cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, PoisoningFunction)):
         raise ConfigError(f"expected a poisoning function, one of {known} or package.module:Class, found {name!r}.")
-    found.name = found.name or name
+    if "name" not in vars(found):  # that of a parent would stand for another function
+        found.name = name
     return found
 
 

@@ -25,8 +25,8 @@ class ClassGaussian(PoisoningFunction):
     The draw is keyed by (secret, id); what is below zero is zero where φ1's features are. For regression, about `bins`
     quantile bins of the targets are the classes. A class has at least `k` rows: the moments of one would be its own.
 
-    A row is made of no picture more than of another of its class. Its plan has no pieces, so what asks for contributors
-    (near rows, an objective behind it, a scorer) is given the row that bears the same id.
+    A row is made of no picture more than of another of its class. What asks for contributors (near rows, an objective
+    behind it, a scorer) is given the row that bears the same id.
     """
 
     mixes_rows = True

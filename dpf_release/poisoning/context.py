@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -123,7 +124,7 @@ class FitContext:
         train: rows to learn from, as the stages before leave them.
         val: rows to choose by; may be none.
         secret: 32 bytes of this stage's own.
-        histories: what each training did, by its name.
+        histories: what each training did, by stage and name.
     """
 
     material: Material
@@ -170,7 +171,12 @@ class FitContext:
         Returns:
             The best epoch's facts.
         """
-        material = self.material
+        material, key = self.material, f"{self.stage}-{name}" if name else str(self.stage)
+        if key in self.histories or not re.fullmatch(r"[A-Za-z0-9_-]{0,40}", name):
+            raise ConfigError(
+                "expected a name of letters, digits, '_' and '-' for each training of a stage, another each time, "
+                f"found {name!r}."
+            )
         if validate is None and read_batch is None and len(self.val):
             validate = lambda: self._loss_on_val(network, loss)  # noqa: E731
         history: History = fit(
@@ -183,12 +189,12 @@ class FitContext:
             device=material.device,
             ranks=material.ranks,
             validate=validate,
-            checkpoint=material.checkpoint("-".join(filter(None, [str(self.stage or ""), name]))),
-            subject=material.subject,
+            checkpoint=material.checkpoint(key),
+            subject=f"{key} {material.subject}",
             row_bytes=material.row_bytes,
         )
         network.eval().requires_grad_(False)
-        self.histories[name] = asdict(history)
+        self.histories[key] = asdict(history)
         return history.epochs[history.best_epoch]
 
     @contextmanager

@@ -45,7 +45,7 @@ def fit_chain(
         train, val = (_fit_rows(chain, split, plans[name], number) for name, split in splits.items())
         context = FitContext(material, number, train, val, chain.stage_secret(material.secret, number))
         facts = stage.fit(context) or facts
-        histories |= {" ".join(filter(None, [stage.name, name])): entry for name, entry in context.histories.items()}
+        histories |= context.histories
         for network in stage.networks():
             network.eval().requires_grad_(False)
         for name, rows in (("train", train), ("val", val)):

@@ -163,6 +163,9 @@ def register(name: str) -> Callable[[type[Function]], type[Function]]:
     """
 
     def keep(cls: type[Function]) -> type[Function]:
+        known = FUNCTIONS.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"{known.__qualname__} is called {name!r} already. Give your function another name.")
         cls.name = name
         FUNCTIONS[name] = cls
         return cls

@@ -38,7 +38,7 @@ class Plan:
 
 
 class Contributors(NamedTuple):
-    """Which rows of a source some rows are made of, each pair once, ordered by position.
+    """Which rows of a source some rows are made of, each pair once.
 
     A row that no pair names is made of nobody: it was drawn, and belongs to no image.
 

@@ -9,10 +9,10 @@ from dpf_release.poisoning.chain import known_functions
 TABLE_HEADER = ("function", "parameter", "default", "from", "to", "what it is")
 
 
-def table_rows() -> list[tuple[str, ...]]:
+def table_rows(trust_code: bool = False) -> list[tuple[str, ...]]:
     """One row a function, and one for each of its parameters: name, parameter, default, bounds, help."""
     rows: list[tuple[str, ...]] = []
-    for name, cls in sorted(known_functions().items()):
+    for name, cls in sorted(known_functions(trust_code).items()):
         summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
         rows.append((name, "", "", "", "", summary))
         for parameter in cls.parameters:

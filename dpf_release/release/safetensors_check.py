@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,15 @@ def read_tensor_file(path: Path) -> TensorFile:
             if length > MAX_HEADER_BYTES:
                 _refuse(path, f"its header would take {length} bytes, at most {MAX_HEADER_BYTES} are read")
             text = file.read(length)
-        with safe_open(path, "np"):
-            return _parsed(path, text)
+            with safe_open(path, "np"):  # opens it again
+                same, now = os.fstat(file.fileno()), path.stat()
+            if (same.st_dev, same.st_ino, same.st_mtime_ns) != (now.st_dev, now.st_ino, now.st_mtime_ns):
+                _refuse(path, "it was changed while it was read")
+        return _parsed(path, text)
     except OSError as error:
         raise WeightsError(f"{path.name} cannot be read: {error.strerror}. Fetch it again.") from error
     except (SafetensorError, ValueError) as error:
-        _refuse(path, f"its header: {str(error)[:200]}")
+        _refuse(path, f"its header: {ascii(str(error))[:200]}")
 
 
 def _parsed(path: Path, text: bytes) -> TensorFile:

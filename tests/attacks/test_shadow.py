@@ -345,12 +345,12 @@ def test_the_attack_is_tried_on_its_own_shadow_functions(
 def test_a_function_of_another_kind_is_imitated_by_functions_of_that_kind(setting: Setting) -> None:
     view = grant(ReleaseView, target_of(setting, "clean"), setting)
     few = replace(view, budget=Budget(images=64, decoders=1, shadows=2), function="recombine:k=2,patch=1")
-    assert shadows.of_its_own_kind(replace(few, function="dpf:depth=2")) is None
+    assert shadows.of_its_own_kind(replace(few, function="dpf")) is None
     assert shadows.of_its_own_kind(replace(few, function="")) is None
     own_kind = shadows.of_its_own_kind(few)
     assert own_kind is not None
     rows = np.arange(8)
-    seen, clean = own_kind(few.public, rows, np.random.default_rng(0)), few.features_of(few.public, rows)
+    seen, clean = own_kind.inputs(few.public, rows, np.random.default_rng(0)), few.features_of(few.public, rows)
     assert seen.shape == clean.shape
     assert not torch.allclose(seen, clean, atol=0.05)
     # Each place of a row comes from a picture of Q, and more of them from its own than a stranger's would.

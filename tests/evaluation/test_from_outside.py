@@ -76,6 +76,8 @@ def test_an_installed_package_names_attacks_by_entry_points(monkeypatch: pytest.
     assert [attack.code for attack in interface.registered()] == ["A1"]
     monkeypatch.setattr(interface, "installed", lambda group: {entry.name: entry})
     interface.load_attack.cache_clear()
+    assert [attack.code for attack in interface.registered()] == ["A1"]  # nothing is imported before it is asked for
+    interface.load_attack("linkage")
     assert [attack.code for attack in interface.registered()] == ["A1", "A5"]
     for name, words in (
         ("dpf_release.errors:ConfigError", "expected an attack"),

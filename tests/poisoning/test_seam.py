@@ -101,8 +101,8 @@ def test_a_stage_learns_from_the_rows_that_the_stages_before_leave_it() -> None:
     assert float(learned.spread) == pytest.approx(4 * blurred.std(ddof=1), rel=1e-4)
     assert abs(float(learned.spread) - 4 * train.features.std()) > 0.1  # the control: not of the clean rows
     assert facts["loss"] > 0
-    assert list(histories) == ["two-stages flat"]
-    assert len(histories["two-stages flat"]["epochs"]) == 2
+    assert list(histories) == ["1-flat"]
+    assert len(histories["1-flat"]["epochs"]) == 2
     assert [len(of) for of in plans.values()] == [2, 2]
     assert not any(parameter.requires_grad for parameter in learned.network.parameters())
 
@@ -230,7 +230,8 @@ def test_an_installed_package_names_functions_by_entry_points(monkeypatch: pytes
         build_chain("another-identity", FeatureSpec(SHAPE, True))
     monkeypatch.setattr(chain_module, "installed", lambda group: {entry.name: entry})
     assert type(build_chain("another-identity", FeatureSpec(SHAPE, True)).stages[0]) is FUNCTIONS["identity"]
-    assert "another-identity" in known_functions()
+    assert "another-identity" in known_functions(trust_code=True)
+    assert "another-identity" not in known_functions()
     with pytest.raises(ConfigError, match="--trust-code"):
         build_chain("another-identity", FeatureSpec(SHAPE, True), allow_import=False)
     with pytest.raises(ConfigError, match="one of another-identity, class-gaussian"):

@@ -19,7 +19,7 @@ from dpf_release.attacks.interface import ATTACKS
 from dpf_release.attacks.threat_models import HeldPictures, HeldRows, ReleaseView, batches
 from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import LEARNING_RATE, VALIDATION_PICTURES, Inputs
-from dpf_release.attacks.toolkit.poisoned_public import Poison, poisoned_public, room_for
+from dpf_release.attacks.toolkit.poisoned_public import Poison, PoisonedPublic, poisoned_public, room_for
 from dpf_release.attacks.toolkit.trained import freeze_on, recipe_for, schedule, seeded
 from dpf_release.bank.rows import ComputedRows
 from dpf_release.core.arrays import Rows
@@ -98,13 +98,18 @@ def fitted_on_public(view: ReleaseView, name: str, recipe: ShadowRecipe) -> Chai
     }
     with seeded(recipe.seed):
         chain = build_chain(recipe.function, _features(view))
+    if code := chain.outside_code():
+        subject["code"] = code
     kept = view.kept.load(name, subject)
     if kept is not None:
         chain.load(kept)
     elif chain.learns:
-        fit_chain(chain, _material(view, name, recipe, replace(training, seed=recipe.seed), rows, subject))
+        material = _material(view, name, recipe, replace(training, seed=recipe.seed), rows, subject)
+        _, _, histories = fit_chain(chain, material)
         if state := chain.state():
             view.kept.save(name, subject, state)
+        for path in filter(None, map(material.checkpoint, histories)):
+            path.unlink(missing_ok=True)
     for network in chain.networks():
         freeze_on(network, view)
     return chain
@@ -159,23 +164,38 @@ def _scale(view: ReleaseView) -> Tensor | None:
     return answers.std(dim=0, correction=0) + 1e-6
 
 
-def of_its_own_kind(view: ReleaseView) -> Inputs | None:
-    """Rows of Q under shadow functions of P's own kind, each picture through one that is drawn; None where P is `dpf`.
+@dataclass(frozen=True, eq=False)
+class OwnKind:
+    """What a decoder sees of P's own kind.
 
-    Each of them is planned for Q as a bank of the attacker's, whose labels are φ2's answers.
+    Attributes:
+        inputs: pictures of Q → their rows, each under one of the functions, drawn anew.
+        depends_on: recipes and code of the functions.
+    """
+
+    inputs: Inputs
+    depends_on: dict[str, Any]
+
+
+def of_its_own_kind(view: ReleaseView) -> OwnKind | None:
+    """Shadow functions of P's own kind; None where P is `dpf` as A3's others are, or not known.
+
+    Each is planned for Q as a bank of the attacker's, whose labels are φ2's answers.
 
     Raises:
         ConfigError: P's kind cannot be fitted on Q.
         NotGrantedError: Q has no class that is large enough for it.
     """
-    if not view.function or view.function.split(":")[0].split("+")[0] == "dpf" and "+" not in view.function:
+    if view.function in ("", "dpf"):
         return None
     _, rows = schedule(view.budget.images, len(view.public))
     count = room_for(view, rows, view.budget.shadows)
-    banks = []
+    banks: list[PoisonedPublic] = []
+    fitted: list[Any] = []
     for number in range(view.budget.shadows):
         recipe = own_kind_recipe(view, number)
         chain = fitted_on_public(view, f"A3 own kind {number}", recipe)
+        fitted.append([asdict(recipe), *chain.outside_code()])
         banks.append(poisoned_public(view, poison_with(chain, view.phi_2, f"shadow {recipe.seed}"), count))
 
     def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
@@ -187,7 +207,12 @@ def of_its_own_kind(view: ReleaseView) -> Inputs | None:
                 out[drawn == number] = bank.with_most_of(held, rows[(drawn == number).numpy()])
         return out
 
-    return inputs
+    return OwnKind(inputs, {"function": view.function, "shadows": fitted})
+
+
+def own_kind_cost(function: str, learns: bool, shadows: int) -> float:
+    """What `of_its_own_kind` and its decoder cost, in trainings of a decoder."""
+    return 0.0 if function in ("", "dpf") else 1 + learns * shadows * SHARE * STEP_COST
 
 
 def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Poison:

@@ -83,6 +83,7 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
     poison = shadow_function(project, clean, pictures, recipe)
     if poison is None:
         return {}
+    clean = replace(clean, function=recipe["function"])
     shadow = replace(clean, bank=poison(clean.bank)[0], bank_subject=f"{SEED}, poisoned")
     asked = spread(min(len(rows), len(images.rows("val")) or len(rows)))
     found: dict[str, Tensor] = {}
@@ -141,6 +142,8 @@ def shadow_function(
         "pictures": len(pictures),
         "seed": view.seed,
     }
+    if code := chain.outside_code():
+        subject["code"] = code
     kept = view.kept.load(KEPT, subject)
     if kept is not None:
         chain.load(kept)

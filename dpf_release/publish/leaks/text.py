@@ -285,7 +285,9 @@ def _fixed_texts(project: Project) -> Iterator[str]:
         yield json.dumps(schema.model_json_schema())
     yield from public_architectures()
     yield from (attack.title for attack in registered())
-    yield from (function(FeatureSpec((1, 32, 32), True)).statement() for function in FUNCTIONS.values())
+    spec = FeatureSpec(project.cut.record.feature_shape, project.cut.split.non_negative)
+    ours = [function for function in FUNCTIONS.values() if function.__module__.startswith("dpf_release.")]
+    yield from (function(spec).statement() for function in ours)
     parts = project.cut.split
     yield from [*parts.featurizer.state_dict(), *parts.classifier.state_dict()]
     yield from [*project.output_names, project.config.task.unit]
