@@ -147,7 +147,7 @@ def test_the_map_is_trained_anew_for_another_bank_alone(setting: Setting, monkey
 def test_copies_tell_which_rows_swapped_pieces_and_of_what_size(setting: Setting, patch: int, k: int) -> None:
     clean = setting.workbench.private.rows
     view = view_of(setting, "clean")
-    recombine = Recombine(FeatureSpec(view.feature_shape, view.non_negative), k, patch)
+    recombine = Recombine(FeatureSpec(view.feature_shape, view.non_negative), k=k, patch=patch)
     plan = recombine.plan(clean, view.phi_2, bytes(32))
     bank = HeldRows(clean.targets, lambda rows: recombine.apply(rows, clean, plan))
     swaps = find_swaps(replace(view, bank=bank))

@@ -41,6 +41,7 @@ from dpf_release.models.hooks import split
 from dpf_release.models.metrics import ssim
 from dpf_release.models.zoo import build_network
 from dpf_release.owner.project import Project
+from dpf_release.poisoning.plan import Contributors
 
 SIZE = 16
 
@@ -288,9 +289,7 @@ def test_an_answer_for_some_rows_scores_as_those_rows_do_among_all_the_pictures(
         at = torch.from_numpy(truth.asked[positions])
         return 0.6 * originals[at].float() / 255 + 0.4 * noise[at]
 
-    def itself(rows: Rows) -> tuple[Rows, Rows]:
-        return np.arange(len(rows)), rows
-
+    itself = Contributors.themselves
     target = Target("", HeldRows(np.zeros(120), lambda rows: rows), lambda bank: bank, itself, "")
     places = np.array([3, 10, 61, 119])
     part = score_decoders(Reconstructions({"one": noisy}, places), target, truth)["one"]
