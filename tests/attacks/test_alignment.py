@@ -241,7 +241,7 @@ def test_two_releases_give_away_more_than_one_does_and_wrongly_joined_less(
         monkeypatch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
     monkeypatch.setattr(trained, "TRAINING_BATCH", 16)
     nothing_kept = replace(setting.workbench, kept=Memory())  # type: ignore[arg-type]
-    setting = replace(setting, budget=Budget(images=4000, decoders=1, shadows=0), workbench=nothing_kept)
+    setting = replace(setting, budget=Budget(images=10000, decoders=1, shadows=0), workbench=nothing_kept)
     clean = target_of(setting.workbench, "clean")
     some = np.asarray(clean.rows.read(np.arange(64)), np.float32)
 
