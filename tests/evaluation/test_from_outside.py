@@ -86,3 +86,17 @@ def test_an_installed_package_names_attacks_by_entry_points(monkeypatch: pytest.
         with pytest.raises(ConfigError, match=words):
             interface.load_attack(name)
     interface.load_attack.cache_clear()
+
+
+def test_no_attack_from_outside_takes_the_place_of_one_of_ours_or_moves_the_ceiling() -> None:
+    class Mild(interface.Attack):
+        code, title = "A3", "looks away"
+
+    class Generous(interface.Attack):
+        code, title, sets_ceiling = "X9", "sets the ceiling", True
+
+    for attack, words in ((Mild, "has the code A3 already"), (Generous, "sets the ceiling")):
+        with pytest.raises(ConfigError, match=words):
+            interface.register(attack)
+    assert interface.ATTACKS["A3"] is not Mild
+    assert "X9" not in interface.ATTACKS

@@ -168,6 +168,14 @@ def test_a_fit_that_was_cut_off_goes_on_and_a_finished_one_is_not_overwritten(pr
     assert json.loads(record.read_text())["secret"] != before
 
 
+def test_a_function_whose_weights_are_lost_is_refused_and_not_taken_for_the_identity(project_folder: Path) -> None:
+    project = open_project(project_folder)
+    assert load_function(project, "default").chain.learned_secret
+    (project.vault.function("default") / "state.safetensors").unlink()
+    with pytest.raises(VaultError, match=r"state\.safetensors, found none"):
+        load_function(project, "default")
+
+
 def test_features_cut_off_midway_are_gone_on_with_to_the_same_bytes(project_folder: Path) -> None:
     project = open_project(project_folder)
     features = project.vault.features

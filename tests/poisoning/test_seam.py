@@ -19,9 +19,9 @@ from dpf_release.errors import ConfigError
 from dpf_release.models.training import Recipe
 from dpf_release.poisoning import chain as chain_module
 from dpf_release.poisoning.chain import build_chain, known_functions
-from dpf_release.poisoning.context import FitContext, Material, Split
+from dpf_release.poisoning.context import FitContext, FitRows, Material, Split
 from dpf_release.poisoning.fitting import fit_chain
-from dpf_release.poisoning.interface import FUNCTIONS, PoisoningFunction, State
+from dpf_release.poisoning.interface import FUNCTIONS, PoisoningFunction, State, register
 from dpf_release.poisoning.objective import Adversaries, Objective, PoisonBatch, TaskLoss
 from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
 from rows_in_memory import SECRET, Rows, rows_of
@@ -163,6 +163,37 @@ def test_rows_of_nobody_pass_through_a_chain_as_nobodys(monkeypatch: pytest.Monk
         assert chain.contributors(rows, plans).foremost(rows).tolist() == rows.tolist()
 
 
+@pytest.mark.parametrize("before", ["gaussian-noise", "mean-filter"])
+def test_a_stage_that_leaves_rows_their_images_leaves_their_pieces_too(before: str) -> None:
+    source, rows = rows_of(np.repeat([0, 1], 10), (2, 8, 8)), np.arange(20)
+    alone, behind = (
+        build_chain(spec, FeatureSpec((2, 8, 8), True)) for spec in ("recombine:k=4", f"{before}+recombine:k=4")
+    )
+    plans = behind.plan(source, nn.Flatten(), SECRET)
+    found, wanted = behind.contributors(rows, plans), alone.contributors(rows, plans[1:])
+    assert all(np.array_equal(one, two) for one, two in zip(found, wanted, strict=True))
+    assert found.pieces.max() > 1
+    assert (found.foremost(rows) != rows).any()
+
+
+def test_each_training_of_a_stage_has_a_name_of_its_own() -> None:
+    train = rows_of(np.zeros(8), SHAPE)
+    context = FitContext(material(train, train), 0, *(fit_rows(train) for _ in range(2)), SECRET)
+
+    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {"loss": network(batch[0]).square().mean()}
+
+    context.fit(nn.Conv2d(2, 2, 1), loss, name="a")
+    context.fit(nn.Conv2d(2, 2, 1), loss, name="b")
+    for name in ("a", "a/b", "a b"):
+        with pytest.raises(ConfigError, match="another each time"):
+            context.fit(nn.Conv2d(2, 2, 1), loss, name=name)
+
+
+def fit_rows(rows: Rows) -> FitRows:
+    return FitRows(rows, rows, Contributors.themselves, lambda members: torch.zeros(len(members), 3, 16, 16).byte())
+
+
 # --------------------------------------------------------------------------------------------- parameters
 
 
@@ -236,3 +267,9 @@ def test_an_installed_package_names_functions_by_entry_points(monkeypatch: pytes
         build_chain("another-identity", FeatureSpec(SHAPE, True), allow_import=False)
     with pytest.raises(ConfigError, match="one of another-identity, class-gaussian"):
         build_chain("nothing", FeatureSpec(SHAPE, True))
+
+
+def test_no_function_takes_the_name_of_another() -> None:
+    with pytest.raises(ConfigError, match="DeepPoisoningFunction is called 'dpf' already"):
+        register("dpf")(TwoStages)
+    assert FUNCTIONS["dpf"] is not TwoStages
