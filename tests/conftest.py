@@ -61,11 +61,11 @@ batch_size = 16
 learning_rate = 0.05
 
 [reconstructor]
-epochs = 10
+epochs = 28
 batch_size = 16
 
 [poison]
-epochs = 24
+epochs = 36
 batch_size = 16
 
 [bank]
