@@ -273,7 +273,7 @@ def test_a_mistake_with_restart_costs_nothing(project_folder: Path) -> None:
 def test_an_attacker_is_trained_anew_where_its_images_or_its_featurizer_changed(project_folder: Path) -> None:
     straw = project_folder / "vault" / "reconstructors" / "px2s2.safetensors"
     before = sha256_of(straw)
-    straw_man(open_project(project_folder, reconstructor__epochs=10), "px2s2")
+    straw_man(open_project(project_folder, reconstructor__epochs=28), "px2s2")
     assert sha256_of(straw) == before
     for path in sorted((project_folder / "images" / "public").rglob("*.png"))[20:]:
         path.unlink()
