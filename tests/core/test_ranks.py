@@ -161,7 +161,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on_to_the_same_byt
 @pytest.mark.slow
 def test_what_two_ranks_trained_and_fitted_is_of_use(project_folder: Path) -> None:
     config = project_folder / "dpf.toml"
-    config.write_text(config.read_text().replace("epochs = 10", "epochs = 2"))  # of ψ
+    config.write_text(config.read_text().replace("epochs = 28", "epochs = 2"))  # of ψ
     before = digests(project_folder / "vault")
     out, _ = run_two_ranks("train", "--restart", "--epochs", "2", folder=project_folder)
     assert out.count("val: top-1") == 1
