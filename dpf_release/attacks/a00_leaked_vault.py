@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
-from dpf_release.attacks.threat_models import Budget, HeldPictures, LeakedVault, ReleaseView
+from dpf_release.attacks.threat_models import Budget, LeakedVault, ReleaseView
 from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import DecoderLoss, decode, train_decoder
-from dpf_release.attacks.toolkit.poisoned_public import poisoned_public, room_for
+from dpf_release.attacks.toolkit.poisoned_public import poisoned_public, with_room
 from dpf_release.attacks.toolkit.trained import schedule
 
 # A decoder's loss, and its share of the pictures. Both begin with A1's first decoder.
@@ -34,9 +33,8 @@ class LeakedP(Attack):
         assert isinstance(view, LeakedVault)
         start = clean_decoder(view).state_dict()  # on all of Q: it is A1's
         _, rows = schedule(view.budget.bank_images, len(view.public))
-        count = room_for(view, rows)
-        view = replace(view, public=HeldPictures(count, view.public.read, view.public.remembered))
-        poisoned = functools.cache(lambda: poisoned_public(view, view.poison, count))  # not made where all is kept
+        view = with_room(view, rows)
+        poisoned = functools.cache(lambda: poisoned_public(view, view.poison))  # not made where all is kept
         decoders = {}
         for loss, share in LOSSES:
             network = train_decoder(

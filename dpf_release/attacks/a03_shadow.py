@@ -71,7 +71,7 @@ class ShadowFunctions(Attack):
             return Reconstructions(decoders, series=series, lacks=LACKS)
         if own_kind is not None:
             network = train_decoder(
-                view,
+                own_kind.view,
                 "A3 decoder for P's own kind",
                 own_kind.inputs,
                 architecture=DECODERS[0][1],

@@ -170,7 +170,7 @@ def test_a_decoder_learns_from_pairs_what_no_linear_map_undoes(
 def test_public_pictures_get_p_itself_and_keep_their_own_picture(setting: Setting) -> None:
     view = grant(LeakedVault, target_of(setting, "channel-permutation"), setting)
     assert isinstance(view, LeakedVault)
-    poisoned_q = poisoned_public.poisoned_public(view, view.poison, len(view.public))
+    poisoned_q = poisoned_public.poisoned_public(view, view.poison)
     stored, foremost = poisoned_q.rows, poisoned_q.foremost
     assert len(stored) == len(view.public) + len(view.public_val)
     assert np.array_equal(foremost, np.arange(len(stored)))
@@ -218,7 +218,7 @@ def test_classes_too_small_for_p_join_what_is_next_until_p_takes_them(setting: S
         assert np.bincount(given.pop(), minlength=3).tolist() == counts
     with pytest.raises(NotGrantedError, match="too few"):
         poisoned_public._poisoned_bank(view, choosy(101), clean, answers)
-    poisoned_q = poisoned_public.poisoned_public(view, view.poison, len(view.public))  # P that mixes rows, in earnest
+    poisoned_q = poisoned_public.poisoned_public(view, view.poison)  # P that mixes rows, in earnest
     stored, foremost = poisoned_q.rows, poisoned_q.foremost
     most = (foremost[:50] == np.arange(50)).mean()  # of two, a row has the most pieces of either
     assert 0.3 < most < 0.9
@@ -342,7 +342,9 @@ def test_the_attack_is_tried_on_its_own_shadow_functions(
     assert result.granted == "ReleaseView"
 
 
-def test_a_function_of_another_kind_is_imitated_by_functions_of_that_kind(setting: Setting) -> None:
+def test_a_function_of_another_kind_is_imitated_by_functions_of_that_kind(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     view = grant(ReleaseView, target_of(setting, "clean"), setting)
     few = replace(view, budget=Budget(images=64, decoders=1, shadows=2), function="recombine:k=2,patch=1")
     assert shadows.of_its_own_kind(replace(few, function="dpf")) is None
@@ -359,6 +361,13 @@ def test_a_function_of_another_kind_is_imitated_by_functions_of_that_kind(settin
     answer = shadow.ShadowFunctions().run(few)
     assert isinstance(answer, Reconstructions)
     assert "2 shadows of its own kind" in answer.decoders
+    # Where not all of Q has room, a decoder is shown the pictures that have: beyond them, rows are of other pictures.
+    monkeypatch.setattr(poisoned_public, "ON_DISK", 1)
+    monkeypatch.setattr(poisoned_public, "BATCH", 20)
+    tight = shadows.of_its_own_kind(few)
+    assert tight is not None
+    assert len(tight.view.public) == 20 < len(own_kind.view.public)
+    assert tight.inputs(tight.view.public_val, rows, None).shape == clean.shape
     assert answer.lacks == ""
 
 

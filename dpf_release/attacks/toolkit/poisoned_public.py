@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dpf_release.core.arrays import Rows
 from dpf_release.errors import ConfigError, NotGrantedError
 
 Poison = Callable[[HeldRows], tuple[HeldRows, Rows]]
+View = TypeVar("View", bound=ReleaseView)
 IN_MEMORY, ON_DISK = 2**28, 2**32  # bytes of rows
 FLOAT16_LARGEST = 65504.0
 LEAST_ROWS = 32  # of a class, to begin with: functions that mix rows refuse classes smaller than they need
@@ -30,13 +31,11 @@ class PoisonedPublic:
 
     Attributes:
         view: whose Q.
-        count: pictures of `view.public` that are in it; those of `view.public_val` come after them.
-        rows: (N, C, H, W).
+        rows: (N, C, H, W); first those of `view.public`, then those of `view.public_val`.
         foremost: (N,) picture of each row, numbered as rows are.
     """
 
     view: ReleaseView
-    count: int
     rows: NDArray[np.float16]
     foremost: Rows
 
@@ -46,11 +45,11 @@ class PoisonedPublic:
 
     def originals(self, held: HeldPictures, numbers: Rows) -> Tensor:
         """Of each of those rows, the picture that it has the most of, (n, 3, H, W) uint8."""
-        view, shown = self.view, self.foremost[self._number(held, numbers)]
-        if (shown < self.count).all():
+        view, shown, count = self.view, self.foremost[self._number(held, numbers)], len(self.view.public)
+        if (shown < count).all():
             return view.public.read(shown)
-        pictures = view.public_val.read(np.maximum(shown - self.count, 0)).clone()
-        pictures[torch.from_numpy(shown < self.count)] = view.public.read(shown[shown < self.count])
+        pictures = view.public_val.read(np.maximum(shown - count, 0)).clone()
+        pictures[torch.from_numpy(shown < count)] = view.public.read(shown[shown < count])
         return pictures
 
     def with_most_of(self, held: HeldPictures, numbers: Rows) -> Tensor:
@@ -64,33 +63,33 @@ class PoisonedPublic:
         return rows
 
     def _number(self, held: HeldPictures, numbers: Rows) -> Rows:
-        return numbers + (self.count if held is self.view.public_val else 0)
+        return numbers + (len(self.view.public) if held is self.view.public_val else 0)
 
     def _read(self, rows: Rows) -> Tensor:
         features = torch.from_numpy(np.asarray(self.rows[rows], np.float32)).to(self.view.device)
         return features.contiguous(memory_format=torch.channels_last)
 
 
-def room_for(view: ReleaseView, wanted: int, banks: int = 1) -> int:
-    """How many pictures of Q fit where several such banks are kept: on disk, at most 2 GiB in all."""
-    return min(wanted, len(view.public), max(BATCH, ON_DISK // 2 // banks // _bytes(1, view.feature_shape)))
+def with_room(view: View, wanted: int, banks: int = 1) -> View:
+    """The view, with only as many pictures of Q as fit where several such banks are kept: on disk, 2 GiB in all."""
+    count = min(wanted, len(view.public), max(BATCH, ON_DISK // 2 // banks // _bytes(1, view.feature_shape)))
+    return replace(view, public=HeldPictures(count, view.public.read, view.public.remembered))
 
 
-def poisoned_public(view: ReleaseView, poison: Poison, count: int) -> PoisonedPublic:
+def poisoned_public(view: ReleaseView, poison: Poison) -> PoisonedPublic:
     """P of φ1(Q): (N, C, H, W), first all of `view.public`, then the pictures that a decoder is validated on.
 
     Q gets the labels that φ2 gives it. Classes that P finds too small for it go to what φ2 takes them for next; of
     several regression targets the first stands for all then.
 
     Args:
-        view: whose Q.
+        view: whose Q, all of it; see `with_room`.
         poison: P; see `LeakedVault.poison`.
-        count: pictures of `view.public`, the first; see `room_for`.
 
     Raises:
         NotGrantedError: Q has no class that is large enough for P.
     """
-    sets = [(view.public, count), (view.public_val, min(len(view.public_val), VALIDATION_PICTURES))]
+    sets = [(view.public, len(view.public)), (view.public_val, min(len(view.public_val), VALIDATION_PICTURES))]
     clean, answers = room(sum(some_of for _, some_of in sets), view.feature_shape), []
     done = 0
     for pictures, some_of in sets:
@@ -103,7 +102,7 @@ def poisoned_public(view: ReleaseView, poison: Poison, count: int) -> PoisonedPu
     poisoned = room(done, view.feature_shape)
     for rows in batches(np.arange(done)):
         poisoned[rows] = _float16(bank.read(rows))
-    return PoisonedPublic(view, count, poisoned, foremost)
+    return PoisonedPublic(view, poisoned, foremost)
 
 
 def _poisoned_bank(

@@ -19,7 +19,7 @@ from dpf_release.attacks.interface import ATTACKS
 from dpf_release.attacks.threat_models import HeldPictures, HeldRows, ReleaseView, batches
 from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
 from dpf_release.attacks.toolkit.decoder import LEARNING_RATE, VALIDATION_PICTURES, Inputs
-from dpf_release.attacks.toolkit.poisoned_public import Poison, PoisonedPublic, poisoned_public, room_for
+from dpf_release.attacks.toolkit.poisoned_public import Poison, PoisonedPublic, poisoned_public, with_room
 from dpf_release.attacks.toolkit.trained import freeze_on, recipe_for, schedule, seeded
 from dpf_release.bank.rows import ComputedRows
 from dpf_release.core.arrays import Rows
@@ -118,14 +118,15 @@ def fitted_on_public(view: ReleaseView, name: str, recipe: ShadowRecipe) -> Chai
 def _material(
     view: ReleaseView, name: str, recipe: ShadowRecipe, training: Recipe, rows: int, subject: Mapping[str, Any]
 ) -> Material:
+    train = _labelled(view, view.public, rows)
     return Material(
         features=_features(view),
         phi_1=view.phi_1,
         phi_2=view.phi_2,
         task=TaskLoss(_scale(view)),
-        train=_labelled(view, view.public, rows),
+        train=train,
         val=_labelled(view, view.public_val, min(len(view.public_val), VALIDATION_PICTURES)),
-        public=_labelled(view, view.public, rows).rows,
+        public=train.rows,
         adversaries=lambda: Adversaries({"psi": clean_decoder(view, recipe.straw_man)}),
         objective=recipe.objective,
         lambda_=recipe.lambda_,
@@ -169,10 +170,12 @@ class OwnKind:
     """What a decoder sees of P's own kind.
 
     Attributes:
+        view: with as many pictures of Q as there are such rows of: what a decoder of them is trained on.
         inputs: pictures of Q → their rows, each under one of the functions, drawn anew.
         depends_on: recipes and code of the functions.
     """
 
+    view: ReleaseView
     inputs: Inputs
     depends_on: dict[str, Any]
 
@@ -189,14 +192,14 @@ def of_its_own_kind(view: ReleaseView) -> OwnKind | None:
     if view.function in ("", "dpf"):
         return None
     _, rows = schedule(view.budget.images, len(view.public))
-    count = room_for(view, rows, view.budget.shadows)
+    small = with_room(view, rows, view.budget.shadows)
     banks: list[PoisonedPublic] = []
     fitted: list[Any] = []
     for number in range(view.budget.shadows):
         recipe = own_kind_recipe(view, number)
         chain = fitted_on_public(view, f"A3 own kind {number}", recipe)
         fitted.append([asdict(recipe), *chain.outside_code()])
-        banks.append(poisoned_public(view, poison_with(chain, view.phi_2, f"shadow {recipe.seed}"), count))
+        banks.append(poisoned_public(small, poison_with(chain, view.phi_2, f"shadow {recipe.seed}")))
 
     def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
         generator = generator or np.random.default_rng([view.seed, 4, int(rows[0])])
@@ -207,7 +210,7 @@ def of_its_own_kind(view: ReleaseView) -> OwnKind | None:
                 out[drawn == number] = bank.with_most_of(held, rows[(drawn == number).numpy()])
         return out
 
-    return OwnKind(inputs, {"function": view.function, "shadows": fitted})
+    return OwnKind(small, inputs, {"function": view.function, "shadows": fitted})
 
 
 def own_kind_cost(function: str, learns: bool, shadows: int) -> float:
