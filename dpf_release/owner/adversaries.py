@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,19 @@ from dpf_release.models.training import Recipe, fit
 from dpf_release.models.weights import parse_state, state_file
 from dpf_release.owner.project import Project
 from dpf_release.poisoning.context import VALIDATION_ROWS
-from dpf_release.poisoning.objective import AttributeAttacker
+from dpf_release.poisoning.objective import Adversaries, AttributeAttacker
 
 # The identity classifier of the paper's section 4.4 is trained on people with enough pictures, none overrepresented.
 ATTRIBUTE_MIN_ROWS, ATTRIBUTE_MAX_ROWS = 10, 30
+
+
+def adversaries_of(project: Project) -> Adversaries:
+    """Whom `[poison]` names; trained where the vault has none."""
+    section = project.config.poison
+    return Adversaries(
+        {name: straw_man(project, name) for name in section.straw_men},
+        {column: attribute_classifier(project, column) for column in section.confuse},
+    )
 
 
 def straw_man(project: Project, name: str) -> Reconstructor:
@@ -40,26 +49,20 @@ def straw_man(project: Project, name: str) -> Reconstructor:
         ImageError: an image of Q is one of S.
     """
     network = new_straw_man(project, name)
-    path = project.vault.reconstructors / f"{name}.safetensors"
     _refuse_shared_images(project)
     subject = {
         "featurizer_sha256": project.cut.featurizer_sha256,
         "public_images_sha256": project.public_images.digest,
         "recipe": project.config.reconstructor.model_dump(),
     }
-    if not _kept(project, path, subject):
-        make_folder(project.vault.reconstructors)
-        _keep(project, path, network, subject, _fit_straw_man(project, network, name, subject))
-    network.load_state_dict(parse_state(project.vault.read_bytes(path, "fit-poison"), path))
-    project.frozen(network)
+    _trained(project, name, network, subject, lambda: _fit_straw_man(project, network, name, subject))
     return network
 
 
 def public_features(project: Project) -> RowSource:
     """φ1(Q), computed as it is read, as rows of the `train` split of Q; targets where Q is labelled."""
     images = project.public_images
-    rows = images.rows("train")
-    phi_1 = project.frozen(project.cut.split.featurizer)
+    rows, phi_1 = images.rows("train"), project.frozen(project.cut.split.featurizer)
 
     def features(numbers: Rows) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -71,11 +74,7 @@ def public_features(project: Project) -> RowSource:
 
 
 def new_straw_man(project: Project, name: str) -> Reconstructor:
-    """ψ of that name, untrained.
-
-    Raises:
-        ConfigError: no such name, or the pictures are too small for SSIM.
-    """
+    """ψ of that name, untrained; the same errors as `straw_man`."""
     size = project.config.model.size
     if min(size) < WINDOW:
         raise ConfigError(f"expected pictures of {WINDOW} px or more for SSIM ([model] size), found {list(size)}.")
@@ -158,26 +157,19 @@ def attribute_classifier(project: Project, column: str) -> AttributeAttacker:
             f"expected two values of {column!r} with {ATTRIBUTE_MIN_ROWS} train images, found {len(values)}."
         )
     network = AttributeClassifier(project.cut.record.feature_shape, len(values))
-    path = project.vault.reconstructors / f"attribute-{column}.safetensors"
-    subject = {
-        "bank": project.bank_id,
-        "values": values.tolist(),
-        "recipe": project.config.reconstructor.model_dump(),
-    }
-    if not _kept(project, path, subject):
-        make_folder(project.vault.reconstructors)
-        _keep(project, path, network, subject, _fit_attribute_classifier(project, network, bank, labels, values))
-    network.load_state_dict(parse_state(project.vault.read_bytes(path, "fit-poison"), path))
-    project.frozen(network)
+    subject = {"bank": project.bank_id, "values": values.tolist(), "recipe": project.config.reconstructor.model_dump()}
+    _trained(
+        project,
+        f"attribute-{column}",
+        network,
+        subject,
+        lambda: _fit_attribute_classifier(project, network, bank, labels, values),
+    )
     return AttributeAttacker(network, tuple(values.tolist()))
 
 
 def _fit_attribute_classifier(
-    project: Project,
-    network: nn.Module,
-    bank: FeatureBank,
-    labels: NDArray[np.str_],
-    values: NDArray[np.str_],
+    project: Project, network: nn.Module, bank: FeatureBank, labels: NDArray[np.str_], values: NDArray[np.str_]
 ) -> dict[str, Any]:
     # The bank's order is random, so the first rows of a person are a random choice of them.
     rows = np.concatenate([np.flatnonzero(labels == value)[:ATTRIBUTE_MAX_ROWS] for value in values])
@@ -188,40 +180,18 @@ def _fit_attribute_classifier(
 
     def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         scores = network(batch[0].float()).float()
-        return {
-            "loss": F.cross_entropy(scores, batch[1]),
-            "top1": (scores.argmax(1) == batch[1]).float().mean(),
-        }
+        return {"loss": F.cross_entropy(scores, batch[1]), "top1": (scores.argmax(1) == batch[1]).float().mean()}
 
-    section = project.config.reconstructor
-    world_size = project.ranks.world_size
-    batch_size = min(section.batch_size, len(rows) // world_size * world_size)
-    recipe = Recipe(
-        3 * section.epochs,
-        batch_size,
-        section.learning_rate,
-        weight_decay=1e-4,
-        bf16=project.config.compute.bf16,
-    )
-    history = fit(
-        network,
-        len(rows),
-        read_batch,
-        loss,
-        recipe,
-        title="Training the attribute classifier",
-        device=project.device,
-        ranks=project.ranks,
-    )
+    section, ranks, bf16 = project.config.reconstructor, project.ranks, project.config.compute.bf16
+    batch_size = min(section.batch_size, len(rows) // ranks.world_size * ranks.world_size)
+    recipe = Recipe(3 * section.epochs, batch_size, section.learning_rate, weight_decay=1e-4, bf16=bf16)
+    title = "Training the attribute classifier"
+    history = fit(network, len(rows), read_batch, loss, recipe, title=title, device=project.device, ranks=ranks)
     return {"values": len(values), "rows": len(rows), "history": asdict(history)}
 
 
 def attribute_of_rows(project: Project, column: str, split: SplitName) -> NDArray[np.str_]:
-    """The attribute of each bank row of a split, (N,) texts.
-
-    Raises:
-        ImageError: the private images have no such column.
-    """
+    """The attribute of each bank row of a split, (N,) texts; an `ImageError` where there is no such column."""
     attributes = project.private_table.attributes
     if column not in attributes:
         raise ImageError(f"expected an attribute column {column!r} (confuse), found {sorted(attributes) or 'none'}.")
@@ -229,20 +199,23 @@ def attribute_of_rows(project: Project, column: str, split: SplitName) -> NDArra
     return np.array([attributes[column][row] for row in rows[split]])
 
 
-def _kept(project: Project, path: Path, subject: dict[str, Any]) -> bool:
-    """Whether the vault has an attacker for exactly this: the first rank's word."""
-    vault, record = project.vault, path.with_suffix(".json")
-    there = vault.holds(path) and vault.holds(record)
-    kept = there and vault.read_record(record, "fit-poison")["for"] == subject
-    return bool(project.ranks.from_first(np.array([kept]))[0])
+def _trained(
+    project: Project, name: str, network: nn.Module, subject: dict[str, Any], train: Callable[[], dict[str, Any]]
+) -> None:
+    """The network as the vault has it for exactly this subject, frozen; trained where it has none."""
+    vault, path = project.vault, project.vault.reconstructors / f"{name}.safetensors"
+    record = path.with_suffix(".json")
+    there = vault.holds(path) and vault.holds(record) and vault.read_record(record, "fit-poison")["for"] == subject
+    if not project.ranks.from_first(np.array([there]))[0]:
+        make_folder(vault.reconstructors)
+        facts = train()
 
+        def keep() -> None:
+            vault.remove(record)  # weights without a record are trained again
+            vault.write_bytes(path, state_file(network.state_dict()))
+            vault.write_json(record, {"for": subject, **facts})
+            vault.remove(path.with_suffix(".checkpoint.safetensors"))
 
-def _keep(project: Project, path: Path, network: nn.Module, subject: dict[str, Any], facts: dict[str, Any]) -> None:
-    def write() -> None:
-        vault, record = project.vault, path.with_suffix(".json")
-        vault.remove(record)  # weights without a record are trained again
-        vault.write_bytes(path, state_file(network.state_dict()))
-        vault.write_json(record, {"for": subject, **facts})
-        vault.remove(path.with_suffix(".checkpoint.safetensors"))
-
-    project.ranks.once(write)
+        project.ranks.once(keep)
+    network.load_state_dict(parse_state(vault.read_bytes(path, "fit-poison"), path))
+    project.frozen(network)

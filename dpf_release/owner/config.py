@@ -216,22 +216,14 @@ class Config(_Section):
         return (self.folder / path.expanduser()).resolve()
 
     def with_options(self, options: Mapping[str, Any]) -> Config:
-        """The configuration with options laid over it, by dotted keys as `read_config` takes them.
-
-        Raises:
-            ConfigError: options that do not fit, all of them.
-        """
+        """The configuration with options laid over it, by dotted keys as `read_config` takes them."""
         tree = self.model_dump(by_alias=True)
         _lay_over(tree, options)
         return parse_config(tree, self.folder, str(self.folder / CONFIG_NAME))
 
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """`dpf.toml` with options laid over it.
-
-    Args:
-        path: the file.
-        overrides: dotted keys as in the file (`"poison.epochs"`); `None` values are passed over.
+    """`dpf.toml` with options laid over it: dotted keys (`"poison.epochs"`); `None` values are passed over.
 
     Raises:
         ConfigError: no file, not TOML, or keys that do not fit; all of them at once.
@@ -257,11 +249,7 @@ def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
 
 
 def parse_config(tree: Mapping[str, Any], folder: Path, source: str = CONFIG_NAME) -> Config:
-    """A configuration from parsed TOML.
-
-    Raises:
-        ConfigError: every key that does not fit, with what was expected and found.
-    """
+    """A configuration from parsed TOML; or a `ConfigError` with every key that does not fit."""
     if "folder" in tree:
         raise ConfigError(f"{source}: `folder` is not a key of the configuration. Remove it.")
     try:

@@ -23,10 +23,9 @@ from dpf_release.release.model_record import CUSTOM, ModelRecord, PreprocessReco
 
 
 def import_from(folder: Path) -> None:
-    """Lets `package.module:function` of a `dpf.toml` be found beside it.
+    """Lets `package.module:function` of a `dpf.toml` be found beside it: never in a stranger's release.
 
-    Last on the path, and only ever the owner's folder: nothing there can take the place of a module of ours, and a
-    stranger's release is never imported from.
+    Last on the path: nothing there can take the place of a module of ours.
     """
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
@@ -34,12 +33,7 @@ def import_from(folder: Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class CutNetwork:
-    """Φ in two.
-
-    Attributes:
-        record: of Φ, with hook point and feature shape of this cut.
-        split: φ1 and φ2.
-    """
+    """Φ in two, φ1 and φ2, with its record for the hook point and feature shape of this cut."""
 
     record: ModelRecord
     split: Split
@@ -81,11 +75,7 @@ def new_network(model: ModelSection, outputs: int, trusts_code: bool, seed: int 
 
 
 def save_network(network: nn.Module, output_names: tuple[str, ...], config: Config, vault: Vault) -> None:
-    """Φ into the vault, with the record that rebuilds it.
-
-    Raises:
-        HookError: it cannot be cut at the configured hook point.
-    """
+    """Φ into the vault, with the record that rebuilds it; a `HookError` where it cannot be cut as configured."""
     model, task = config.model, config.task
     hook = split(network.cpu(), model.hook, model.size).hook
     record = ModelRecord(
@@ -106,11 +96,10 @@ def save_network(network: nn.Module, output_names: tuple[str, ...], config: Conf
 
 
 def read_cut(vault: Vault, model: ModelSection, trusts_code: bool) -> CutNetwork:
-    """Φ from the vault, cut at the configured hook point.
+    """Φ from the vault, cut at the configured hook point; a `HookError` where it cannot be.
 
     Raises:
         VaultError: no network in the vault, or one of another architecture or preprocessing.
-        HookError: it cannot be cut there.
     """
     path, weights = vault.network / "network.json", vault.network / "phi.safetensors"
     if not vault.holds(path):

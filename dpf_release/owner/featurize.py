@@ -15,10 +15,9 @@ from dpf_release.bank.writer import SplitRows
 from dpf_release.core.files import make_folder
 from dpf_release.images.dataset import BadImage
 from dpf_release.owner.banks import bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
-from dpf_release.owner.private_bank import bank_plan, rows_were_retracted, source_facts
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import import_network
-from dpf_release.owner.vault.vault import BANK
+from dpf_release.owner.vault.vault import BANK, ID_COLUMNS
 from dpf_release.release.featurize import featurized
 
 
@@ -70,13 +69,13 @@ def featurize(
 def _featurize(project: Project, restart: bool) -> BankIndex:
     project.ranks.once(lambda: import_network(project, restart))
     cut, images, vault = project.cut, project.private_images, project.vault
-    facts = source_facts(images, cut, project.output_names) | bank_facts(project)
+    facts = project.source_facts() | bank_facts(project)
     project.ranks.once(lambda: _draw_plan(project, facts, restart))
-    known = bank_plan(vault, project.retracted)
+    known = project.bank_plan
     changed = changed_facts(known, facts) + ["ids.csv"] * (vault.sha256(vault.ids) != known["ids_sha256"])
     anew = "start anew with --restart (new ids; functions fitted on the old bank are void)"
     refuse_other_plan(str(vault.features), changed, anew)
-    if rows_were_retracted(vault, project.retracted) and vault.holds(vault.features / INDEX):
+    if project.bank_lost_rows and vault.holds(vault.features / INDEX):
         # Whole; its shards are not those that would be written now, after it was forgotten.
         return read_index(vault.opened(vault.features, INDEX))
     rows_of, ids_of = project.bank_order
@@ -100,15 +99,7 @@ def _draw_plan(project: Project, facts: dict[str, Any], restart: bool) -> None:
     for name in SPLITS:
         for row, source in enumerate(generator.permutation(images.rows(name))):
             attributes = {key: values[source] for key, values in images.table.attributes.items()}
-            fixed = {
-                "id": secrets.token_hex(ID_BYTES),
-                "split": name,
-                "row": row,
-                "source": images.table.paths[source],
-            }
+            fixed = {"id": secrets.token_hex(ID_BYTES), "split": name, "row": row, "source": images.table.paths[source]}
             lines.append(attributes | fixed)
-    vault.write_ids(
-        lines,
-        [key for key in images.table.attributes if key not in {"id", "split", "row", "source"}],
-    )
+    vault.write_ids(lines, [key for key in images.table.attributes if key not in ID_COLUMNS])
     vault.write_json(vault.plan, {**facts, "ids_sha256": vault.sha256(vault.ids)})

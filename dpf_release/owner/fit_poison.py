@@ -17,13 +17,7 @@ from dpf_release.errors import ConfigError, VaultError
 from dpf_release.images.dataset import BadImage
 from dpf_release.models.training import Recipe
 from dpf_release.models.weights import state_file
-from dpf_release.owner.adversaries import (
-    attribute_classifier,
-    attribute_of_rows,
-    new_straw_man,
-    public_features,
-    straw_man,
-)
+from dpf_release.owner.adversaries import adversaries_of, attribute_of_rows, new_straw_man, public_features, straw_man
 from dpf_release.owner.fitted import CANDIDATE, PLAN, STATE, checkpoints, read_plans, write_plans
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import TargetTask
@@ -31,7 +25,6 @@ from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
 from dpf_release.poisoning.context import Material, Split
 from dpf_release.poisoning.fitting import Plans, fit_chain
-from dpf_release.poisoning.objective import Adversaries
 from dpf_release.poisoning.plan import FeatureSpec
 
 
@@ -137,6 +130,7 @@ def _material(
     def checkpoint(training: str) -> Path | None:
         return vault.checkpoint(folder / f"checkpoint-{training}.safetensors")
 
+    bf16 = project.config.compute.bf16
     return Material(
         features=spec,
         phi_1=project.frozen(project.cut.split.featurizer),
@@ -148,9 +142,7 @@ def _material(
         adversaries=lambda: adversaries_of(project),
         objective=section.objective,
         lambda_=section.lambda_,
-        recipe=Recipe(
-            section.epochs, section.batch_size, section.learning_rate, seed=seed, bf16=project.config.compute.bf16
-        ),
+        recipe=Recipe(section.epochs, section.batch_size, section.learning_rate, seed=seed, bf16=bf16),
         secret=secret,
         device=project.device,
         title=f"Training the poisoning function {folder.name}",
@@ -158,15 +150,6 @@ def _material(
         ranks=project.ranks,
         checkpoint=checkpoint,
         row_bytes=banks["train"].index.row_bytes,
-    )
-
-
-def adversaries_of(project: Project) -> Adversaries:
-    """Whom `[poison]` names; trained where the vault has none."""
-    section = project.config.poison
-    return Adversaries(
-        {name: straw_man(project, name) for name in section.straw_men},
-        {column: attribute_classifier(project, column) for column in section.confuse},
     )
 
 
@@ -203,12 +186,10 @@ def _begin(vault: Vault, folder: Path, recipe: dict[str, Any], subject: dict[str
 
 
 def _finish(vault: Vault, chain: Chain, folder: Path, histories: dict[str, Any]) -> None:
-    state = chain.state()
+    state, record = chain.state(), folder / "function.json"
     if state:
         vault.write_bytes(folder / STATE, state_file(state))
     vault.write_json(folder / "history.json", histories)
-    record = vault.read_record(folder / "function.json", "fit-poison")
-    vault.write_json(
-        folder / "function.json", record | {"fitted": True, "learned": bool(state), "statement": chain.statement()}
-    )
+    learned = {"fitted": True, "learned": bool(state), "statement": chain.statement()}
+    vault.write_json(record, vault.read_record(record, "fit-poison") | learned)
     vault.remove(*checkpoints(vault, folder))

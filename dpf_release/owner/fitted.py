@@ -17,8 +17,8 @@ from dpf_release.bank.format import RELEASED_SPLITS, SplitName
 from dpf_release.bank.rows import RowSource
 from dpf_release.errors import ConfigError, VaultError
 from dpf_release.models.weights import parse_state
+from dpf_release.owner.banks import Removal, RowsOfSplit
 from dpf_release.owner.project import Project
-from dpf_release.owner.removal import Removal, RowsOfSplit
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
 from dpf_release.poisoning.plan import FeatureSpec, Plan
@@ -50,10 +50,7 @@ class FittedFunction:
 
 
 def write_plans(
-    vault: Vault,
-    folder: Path,
-    plans: Mapping[str, Sequence[Plan]],
-    more: Mapping[str, NDArray[Any]] | None = None,
+    vault: Vault, folder: Path, plans: Mapping[str, Sequence[Plan]], more: Mapping[str, NDArray[Any]] | None = None
 ) -> None:
     """A function's plans, for each split one a stage, into the vault; with what else is to be known of them."""
     arrays = {
@@ -118,20 +115,16 @@ def checkpoints(vault: Vault, folder: Path) -> list[Path]:
 
 def is_fitted(project: Project, name: str) -> bool:
     """Whether there is a function of that name, fitted to the end for today's bank."""
-    path = project.vault.function(name) / "function.json"
-    if not project.vault.holds(path):
-        return False
-    record = project.vault.read_record(path, "fit-poison")
-    return bool(record["fitted"] and record["for"]["bank"] == project.bank_id)
+    vault, path = project.vault, project.vault.function(name) / "function.json"
+    record: dict[str, Any] = vault.read_record(path, "fit-poison") if vault.holds(path) else {}
+    return bool(record.get("fitted") and record["for"]["bank"] == project.bank_id)
 
 
 def without_rows(removal: Removal, name: str) -> tuple[FittedFunction, RowsOfSplit]:
     """A function with the plans of the rows that stay, and the numbers of those that come out otherwise by them.
 
-    The draw is the function's secret's and the retraction's number's: a run that was cut off draws the same.
-
-    Raises:
-        ConfigError: too few rows of a class would be left for it.
+    The draw is the function's secret's and the retraction's number's: a run that was cut off draws the same. A
+    `ConfigError`, where too few rows of a class would be left for it.
     """
     project, vault = removal.project, removal.project.vault
     function, folder = load_function(project, name), vault.function(name)

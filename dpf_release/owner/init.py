@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from dpf_release.core.files import make_folder, replacing, write_json, write_text
+from dpf_release.core.files import make_folder, write_text
 from dpf_release.errors import ConfigError
-from dpf_release.models.weights import load_state, save_state
-from dpf_release.owner.config import CONFIG_NAME, read_config
+from dpf_release.models.weights import load_state, state_file
+from dpf_release.owner.config import CONFIG_NAME, ModelSection, read_config
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.release.model_record import CUSTOM, ModelRecord, PreprocessRecord
+from dpf_release.release.model_record import CUSTOM, ModelRecord
 from dpf_release.release.release import Release
 
 # As the template has them for an owner with a network of their own.
@@ -22,7 +22,6 @@ kind = "classification"          # or "regression", with the columns of the CSV 
 # unit = "degrees\""""
 _CLASSES = '# classes = ["cat", "dog"]       # only these, in this order'
 _WEIGHTS = '# weights = "phi.safetensors"   # .safetensors or a torch state_dict; without it, run `dpf-release train`'
-_PREPROCESS = PreprocessRecord(size=(224, 224), resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -69,52 +68,40 @@ def init(folder: Path | str, *, from_release: Path | str | None = None) -> InitR
     write_text(config, _template(folder, release.record if release else None), 0o644)
     read_config(config)  # the template is tested where it is used
     if release:
-        _take_network(vault, release)
+        parts = [load_state(release.folder / "model" / f"{part}.safetensors") for part in ("featurizer", "classifier")]
+        make_folder(vault.network)
+        vault.write_bytes(vault.network / "phi.safetensors", state_file(parts[0] | parts[1]))
+        vault.write_json(vault.network / "network.json", release.record.model_dump(mode="json"))
     return InitResult(config, vault.root)
-
-
-def _take_network(vault: Vault, release: Release) -> None:
-    make_folder(vault.network)
-    parts = [load_state(release.folder / "model" / f"{part}.safetensors") for part in ("featurizer", "classifier")]
-    with replacing(vault.network / "phi.safetensors") as partial:
-        save_state(partial, parts[0] | parts[1])
-    write_json(vault.network / "network.json", release.record.model_dump(mode="json"))
 
 
 def _template(folder: Path, record: ModelRecord | None) -> str:
     """The commented `dpf.toml`, with the network, the task and the classes of a release where there is one."""
     name = "".join(letter if letter.isalnum() else "-" for letter in folder.resolve().name).strip("-") or "my-release"
-    preprocess = record.preprocess if record else _PREPROCESS
-    pairs = ", ".join(f"{key} = {value}" for key, value in (record.arguments if record else {}).items())
+    model: ModelRecord | ModelSection = record or ModelSection()
+    preprocess = record.preprocess if record else ModelSection()
+    pairs = ", ".join(f"{key} = {value}" for key, value in model.arguments.items())
     task, classes = _TASK, _CLASSES
     if record and record.task == "regression":
-        task = f'kind = "regression"\ntargets = {_toml_list(record.targets)}\nunit = {_toml_text(record.unit)}'
+        task = f'kind = "regression"\ntargets = {_toml(record.targets)}\nunit = {_toml(record.unit)}'
     elif record:
-        classes = f"classes = {_toml_list(record.classes)}  # only these, in this order"
-    return (
-        files("dpf_release.owner")
-        .joinpath(CONFIG_NAME)
-        .read_text(encoding="utf-8")
-        .format(
-            name=name[:64],
-            task=task,
-            classes=classes,
-            arch=record.arch if record else "resnet18",
-            hook=record.hook if record else "conv4_1",
-            weights="# weights: those of the release are in the vault" if record else _WEIGHTS,
-            size=list(preprocess.size),
-            resize=preprocess.resize or 0,
-            mean=list(preprocess.mean),
-            std=list(preprocess.std),
-            arguments=f"arguments = {{ {pairs} }}\n" if pairs else "",
-        )
+        classes = f"classes = {_toml(record.classes)}  # only these, in this order"
+    template = files("dpf_release.owner").joinpath(CONFIG_NAME).read_text(encoding="utf-8")
+    return template.format(
+        name=name[:64],
+        task=task,
+        classes=classes,
+        arch=model.arch,
+        hook=model.hook,
+        weights="# weights: those of the release are in the vault" if record else _WEIGHTS,
+        size=list(preprocess.size),
+        resize=preprocess.resize or 0,
+        mean=list(preprocess.mean),
+        std=list(preprocess.std),
+        arguments=f"arguments = {{ {pairs} }}\n" if pairs else "",
     )
 
 
-def _toml_list(names: tuple[str, ...]) -> str:
-    return "[" + ", ".join(map(_toml_text, names)) + "]"
-
-
-def _toml_text(text: str) -> str:
-    # A JSON string is a TOML basic string; both escape in the same way.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+def _toml(value: str | tuple[str, ...]) -> str:
+    # A JSON string is a TOML basic string, and a list of them a list; both escape in the same way.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

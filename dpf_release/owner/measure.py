@@ -58,24 +58,24 @@ def measure_task(project: Project, name: str = "default") -> dict[str, Any]:
     The vault is held by the caller; nothing is written.
     """
     load_function(project, name)  # a candidate of another featurizer, or of rows since written anew, is refused
-    vault = project.vault
-    candidate = FeatureBank(vault.opened(vault.candidate(name) / "features", INDEX, "val"), "val")
-    report: dict[str, Any] = _Judge(project, [], []).compare("val", project.private_bank("val"), candidate)["task"]
-    return report
+    report = _Judge(project, [], []).compare("val", project.private_bank("val"), _candidate(project, name))
+    return dict(report["task"])
+
+
+def _candidate(project: Project, name: str) -> FeatureBank:
+    """Its `val`, as it lies on disk."""
+    return FeatureBank(project.vault.opened(project.vault.candidate(name) / "features", INDEX, "val"), "val")
 
 
 def _measure(project: Project, name: str) -> dict[str, Any]:
-    function = load_function(project, name)
-    vault = project.vault
-    features = vault.opened(vault.candidate(name) / "features", INDEX, "val")
-    candidate = FeatureBank(features, "val")
+    vault, function, candidate = project.vault, load_function(project, name), _candidate(project, name)
     recipe = vault.read_record(vault.function(name) / "function.json", "fit-poison")["recipe"]
     judge = _Judge(project, recipe["straw_men"], recipe["confuse"])
     clean = project.private_bank("val")
     report: dict[str, Any] = {
         "function": recipe["function"],
         "objective": recipe["objective"] if function.chain.needs_adversaries else None,
-        "index_sha256": sha256_of(features / "index.json"),
+        "index_sha256": sha256_of(candidate.folder / INDEX),
         "val": judge.compare("val", clean, candidate),
         "test": _on_test(project, function, judge),
     }
@@ -106,8 +106,7 @@ class _Judge:
 
     def compare(self, split: SplitName, clean: FeatureBank, poisoned: RowSource) -> dict[str, Any]:
         answers = self._run(self.phi_2, clean), self._run(self.phi_2, poisoned)
-        report: dict[str, Any] = {"rows": len(clean), "task": self._task(*answers, clean.targets)}
-        report["reconstruction"] = {
+        reconstruction = {
             name: {
                 f"{metric}_{kind}": float(values.mean())
                 for kind, source in (("clean", clean), ("poisoned", poisoned))
@@ -115,11 +114,12 @@ class _Judge:
             }
             for name, network in self.reconstructors.items()
         }
-        report["attributes"] = {
+        identified = {
             column: self._identified(split, column, attacker, clean, poisoned)
             for column, attacker in self.attributes.items()
         }
-        return report
+        task = self._task(*answers, clean.targets)
+        return {"rows": len(clean), "task": task, "reconstruction": reconstruction, "attributes": identified}
 
     def draw(self, path: Path, clean: FeatureBank, poisoned: RowSource) -> None:
         if not self.reconstructors:
@@ -136,10 +136,9 @@ class _Judge:
     def _task(self, clean: Tensor, poisoned: Tensor, targets: NDArray[Any]) -> dict[str, Any]:
         wanted = torch.from_numpy(targets)
         if self.project.config.task.kind == "regression":
-            errors = [mean_absolute_error(outputs, wanted).mean(dim=1).numpy() for outputs in (clean, poisoned)]
-            return _paired("mae", errors[0], errors[1])
-        correct = [topk_correct(outputs, wanted, 1).float().numpy() for outputs in (clean, poisoned)]
-        report = _paired("top1", correct[0], correct[1])
+            errors = (mean_absolute_error(outputs, wanted).mean(dim=1).numpy() for outputs in (clean, poisoned))
+            return _paired("mae", *errors)
+        report = _paired("top1", *(topk_correct(outputs, wanted, 1).float().numpy() for outputs in (clean, poisoned)))
         if clean.shape[1] > 5:
             report["top5_clean"], report["top5_poisoned"] = (
                 float(topk_correct(outputs, wanted, 5).float().mean()) for outputs in (clean, poisoned)
@@ -151,8 +150,7 @@ class _Judge:
         parts: dict[str, list[Tensor]] = {"l1": [], "psnr": [], "ssim": [], "abs_ssim": []}
         for start in range(0, min(len(source), RECONSTRUCTED_ROWS), 256):
             rows = np.arange(start, min(start + 256, len(source), RECONSTRUCTED_ROWS))
-            original = self._pictures(split, rows)
-            reconstruction = self._batch(network, source, rows)
+            original, reconstruction = self._pictures(split, rows), self._batch(network, source, rows)
             parts["l1"].append(l1(reconstruction, original))
             parts["psnr"].append(psnr(reconstruction, original).clamp_max(PSNR_LIMIT))
             parts["ssim"].append(ssim(reconstruction, original))
@@ -167,15 +165,14 @@ class _Judge:
         if not len(known):
             return {"not_measured": f"no row of {split} has a value of {column!r} that the classifier knows"}
         truth = np.searchsorted(attacker.values, labels[known])
-        right = [
+        right = (
             (self._run(attacker.network, source)[known].argmax(1).numpy() == truth).astype(np.float32)
             for source in (clean, poisoned)
-        ]
-        return _paired("top1", right[0], right[1]) | {"rows": len(known), "values": len(attacker.values)}
+        )
+        return _paired("top1", *right) | {"rows": len(known), "values": len(attacker.values)}
 
     def _pictures(self, split: SplitName, rows: Rows) -> Tensor:
-        table_rows = self.project.bank_order[0][split]
-        return self.project.private_images.pictures.read(table_rows[rows]).float() / 255
+        return self.project.private_images.pictures.read(self.project.bank_order[0][split][rows]).float() / 255
 
     def _run(self, network: nn.Module, source: RowSource) -> Tensor:
         starts = range(0, len(source), 256)

@@ -20,11 +20,10 @@ from dpf_release.bank.writer import Span, SplitRows
 from dpf_release.core.files import make_folder, sha256_of
 from dpf_release.errors import BankError
 from dpf_release.images.dataset import BadImage
-from dpf_release.owner.banks import bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
+from dpf_release.owner.banks import Removal, bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
 from dpf_release.owner.fitted import CANDIDATE, PLAN, FittedFunction, is_fitted, load_function, without_rows
 from dpf_release.owner.measure import measure
 from dpf_release.owner.project import Project
-from dpf_release.owner.removal import Removal
 from dpf_release.owner.vault.vault import BANK, Vault
 
 
@@ -55,7 +54,7 @@ def poison(
     shard_size: str | None = None,
     restart: bool = False,
 ) -> PoisonResult:
-    """Writes the candidate P(φ1(S)) into the vault, and measures it.
+    """Writes the candidate P(φ1(S)) into the vault, as `package` will publish it, and measures it.
 
     A run that was cut off goes on. Under `torchrun` the shards are divided among the ranks.
 
@@ -86,15 +85,7 @@ def poison(
 
 
 def write_candidate(project: Project, name: str = "default", restart: bool = False) -> BankIndex:
-    """P(φ1(S)) of `train` and `val`, and the public weights, exactly as `package` will publish them.
-
-    A run that was cut off goes on. Under `torchrun` the shards are divided among the ranks.
-
-    Raises:
-        VaultError: no function of that name is fitted, or it was fitted for another bank or featurizer; or the folder
-            holds a candidate, or half of one, made under another plan, and `restart` is not set.
-        StorageError: another run works in the vault, or the disk has not enough room.
-    """
+    """The first half of `poison`: the candidate, not measured."""
     with project.working():
         function = load_function(project, name)
         banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
@@ -147,7 +138,10 @@ def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart:
         _refuse_other_candidate(name, changed)
     forget_measurements(vault, name)  # of the candidate before
     vault.write_json(record, plan | {"index_sha256": None})
-    _write_public_model(project, folder / "model")
+    model, cut = make_folder(folder / "model"), project.cut
+    vault.write_bytes(model / "featurizer.safetensors", cut.featurizer_file)
+    vault.write_bytes(model / "classifier.safetensors", cut.classifier_file)
+    vault.write_json(model / "model.json", cut.public_record.model_dump(mode="json"))
 
 
 def forget_measurements(vault: Vault, name: str) -> None:
@@ -168,37 +162,18 @@ def candidate_origin(project: Project, function: FittedFunction) -> dict[str, st
 
 
 def changed_since_poison(project: Project, name: str, function: FittedFunction, index: Path) -> list[str]:
-    """In what a candidate's bank is not what today's function makes of today's features and network, in words.
-
-    Args:
-        project: the owner's.
-        name: of the function.
-        function: as it is today.
-        index: its `features/index.json`, in the clear.
-    """
+    """In what a candidate, whose `index` is in the clear, is not what today's function makes of today's features."""
     made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
     today = candidate_origin(project, function)
     problems = [f"another {key} than today's" for key in today if made["origin"].get(key) != today[key]]
     return problems + ["features/index.json changed since"] * (made["index_sha256"] != sha256_of(index))
 
 
-def _write_public_model(project: Project, folder: Path) -> None:
-    make_folder(folder)
-    cut = project.cut
-    for name, data in (("featurizer", cut.featurizer_file), ("classifier", cut.classifier_file)):
-        project.vault.write_bytes(folder / f"{name}.safetensors", data)
-    project.vault.write_json(folder / "model.json", cut.public_record.model_dump(mode="json"))
-
-
 # --------------------------------------------------------------------------------------------- without rows
 
 
 def drop_rows(removal: Removal, name: str) -> bool:
-    """Takes rows out of a candidate, and makes those anew that its function mixed of them.
-
-    Returns:
-        Whether it is lost: it was half written, or of another bank, and is removed.
-    """
+    """Takes rows out of a candidate, and makes anew what it mixed of them; whether it is lost, and so removed."""
     vault, number = removal.project.vault, removal.number
     features, record = vault.candidate(name) / "features", vault.function(name) / CANDIDATE
     if not (is_fitted(removal.project, name) and _is_whole(vault, name)):
@@ -210,19 +185,11 @@ def drop_rows(removal: Removal, name: str) -> bool:
     steps = known.get("retracted", [])
     if not steps or steps[-1]["number"] != number:
         rebuilt = _drop_from_bank(removal, name)
-        step = {
-            "number": number,
-            "rebuilt": rebuilt,
-            "dropped_from": sha256_of(features / BEFORE),
-            "dropped": removal.retracted.retractions[-1].released_rows,
-        }
+        dropped = removal.retracted.retractions[-1].released_rows
+        step = {"number": number, "rebuilt": rebuilt, "dropped_from": sha256_of(features / BEFORE), "dropped": dropped}
         changed = {"plan": vault.sha256(vault.function(name) / PLAN), "rows": vault.sha256(vault.ids)}
-        update = {
-            "origin": known["origin"] | changed,
-            "index_sha256": sha256_of(features / INDEX),
-            "retracted": [*steps, step],
-        }
-        vault.write_json(record, known | update)
+        update = {"origin": known["origin"] | changed, "index_sha256": sha256_of(features / INDEX)}
+        vault.write_json(record, known | update | {"retracted": [*steps, step]})
     (features / BEFORE).unlink(missing_ok=True)
     return False
 
@@ -246,8 +213,8 @@ def _is_whole(vault: Vault, name: str) -> bool:
     """Whether a candidate was written to its end, and is whole or what a retraction that was cut off left of it."""
     record, features = vault.function(name) / CANDIDATE, vault.candidate(name) / "features"
     known = vault.read_record(record, "poison") if vault.holds(record) else {}
-    indexes = [path for path in (features / BEFORE, features / INDEX) if path.is_file()]
-    if known.get("index_sha256") not in {sha256_of(path) for path in indexes}:
+    indexes = (features / BEFORE, features / INDEX)
+    if known.get("index_sha256") not in {sha256_of(path) for path in indexes if path.is_file()}:
         return False
     if (features / BEFORE).is_file():
         return True  # its shards were well before it was begun with

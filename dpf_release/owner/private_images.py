@@ -9,7 +9,7 @@ import numpy as np
 from dpf_release.core.ranks import Ranks
 from dpf_release.images.dataset import BadImage, Pictures
 from dpf_release.images.decode import Preprocess
-from dpf_release.images.read import Earlier, read_table, read_unlabelled
+from dpf_release.images.read import Earlier, read_table
 from dpf_release.images.survey import ImageSet, refuse_bad, survey_together
 from dpf_release.images.table import ImageTable
 from dpf_release.owner.config import Config
@@ -48,12 +48,6 @@ def splitting(config: Config) -> dict[str, Any]:
     return config.images.private.model_dump(mode="json", include={"group", "val_fraction", "test_fraction", "seed"})
 
 
-def public_table(config: Config) -> ImageTable:
-    """The files of Q; none is decoded."""
-    section = config.images.public
-    return read_unlabelled(config.locate(section.path), classes=section.classes)
-
-
 def surveyed(
     name: Literal["private", "public"],
     table: ImageTable,
@@ -64,8 +58,7 @@ def surveyed(
 ) -> ImageSet:
     """A set with its unreadable images found; the finding is kept in the vault while the files stay the same.
 
-    Raises:
-        ImageError: more of them are unreadable than `max_bad` allows.
+    An `ImageError`, where more of them are unreadable than `max_bad` allows.
     """
     pictures = Pictures(table, preprocess, config.compute.workers)
     path, digest = vault.survey(name), table.digest()
@@ -84,13 +77,7 @@ def surveyed(
 
 
 def drop_from_survey(vault: Vault, table: ImageTable, before: str) -> None:
-    """Keeps what is known of the images that stay: they need not be looked at again.
-
-    Args:
-        vault: where the survey is.
-        table: S, as it will be.
-        before: digest of S as it was.
-    """
+    """Keeps what is known of the images that stay in S, of digest `before` as it was: `table`, as it will be."""
     path = vault.survey("private")
     known = vault.read_record(path, "featurize") if vault.holds(path) else {}
     if known.get("digest") == before:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from dpf_release.bank.format import SplitName
+from dpf_release.bank.build import changed_facts
+from dpf_release.bank.format import ID_BYTES, INDEX, SPLITS, SplitName
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce
 from dpf_release.core.ranks import Ranks
 from dpf_release.errors import RankError, VaultError
 from dpf_release.images.decode import Preprocess
+from dpf_release.images.read import read_unlabelled
 from dpf_release.images.survey import ImageSet
 from dpf_release.images.table import ImageTable
 from dpf_release.models.hooks import split
@@ -25,8 +31,7 @@ from dpf_release.models.training import pick_device
 from dpf_release.models.weights import freeze
 from dpf_release.owner.config import CONFIG_NAME, Config, read_config
 from dpf_release.owner.cut_network import CutNetwork, import_from, new_network, preprocess_of, read_cut
-from dpf_release.owner.private_bank import BankOrder, bank_id, bank_order, open_split, source_facts
-from dpf_release.owner.private_images import public_table, surveyed, table_without
+from dpf_release.owner.private_images import surveyed, table_without
 from dpf_release.owner.vault.retractions import Retracted, read_retracted
 from dpf_release.owner.vault.vault import Vault
 
@@ -89,11 +94,7 @@ class Project:
         return cls(read, vault, Ranks.of_torchrun())
 
     def with_options(self, options: Mapping[str, Any]) -> Project:
-        """The project with options laid over its configuration: dotted keys, as `"poison.epochs"`; None: as it is.
-
-        Raises:
-            ConfigError: options that do not fit, all of them.
-        """
+        """The project with options laid over its configuration: dotted keys, as `"poison.epochs"`; None: as it is."""
         if all(value is None for value in options.values()):
             return self
         return replace(self, config=self.config.with_options(options))
@@ -108,28 +109,28 @@ class Project:
             retracting: whether the step takes images out of S: no survey, and one that was cut off is gone on with.
 
         Raises:
-            VaultError: a retraction was cut off.
+            VaultError: a retraction was cut off; or it is encrypted, and there are several ranks or no identity.
             StorageError: another run works in the vault.
-            VaultError: it is encrypted, and there are several ranks or no identity.
             RankError: there are several ranks, and the step is one process's work.
         """
         if self.ranks.world_size > 1 and not together:
             raise RankError("expected one process for this step, found several. Run it without torchrun.")
-        self.vault.storage.refuse_several_processes(self.ranks.world_size)
+        if self.ranks.world_size > 1 and self.vault.is_sealed:  # what one opens, another would not know of
+            raise VaultError(
+                "expected one process for a sealed vault, found several. Run it without torchrun, or open the vault "
+                "for good with `dpf-release vault open`."
+            )
         with self.ranks.holding(self.vault.root), self.vault.run():
             self.ranks.once(self.vault.begin_run)
             if not retracting:
-                self._refuse_unfinished_retraction()
+                if read_retracted(self.vault).unfinished is not None:
+                    raise VaultError(
+                        "a retraction was cut off, and some of its rows are still in the vault. Run `dpf-release "
+                        "retract` to finish it."
+                    )
                 # Here, where all ranks come by: a survey is shared, and must not begin on one of them alone.
                 _ = self.private_images, self.public_images if public else None
             yield
-
-    def _refuse_unfinished_retraction(self) -> None:
-        if read_retracted(self.vault).unfinished is not None:
-            raise VaultError(
-                "a retraction was cut off, and some of its rows are still in the vault. Run `dpf-release retract` to "
-                "finish it."
-            )
 
     def forget(self, *names: str) -> None:
         """Lets the named properties be read from the vault again: a step calls it for what it is about to replace."""
@@ -167,7 +168,9 @@ class Project:
     @cached_property
     def public_images(self) -> ImageSet:
         """Q."""
-        return surveyed("public", public_table(self.config), self.preprocess, self.config, self.vault, self.ranks)
+        section = self.config.images.public
+        table = read_unlabelled(self.config.locate(section.path), classes=section.classes)
+        return surveyed("public", table, self.preprocess, self.config, self.vault, self.ranks)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -189,17 +192,70 @@ class Project:
         """The network where it computes, in evaluation mode, without gradients for its weights."""
         return freeze(network).to(self.device).to(memory_format=torch.channels_last)
 
+    # ------------------------------------------------------------------------------------------ φ1(S)
+
     @property
     def bank_id(self) -> str:
-        """What φ1(S) in the vault is; see `private_bank.bank_id`."""
-        return bank_id(self.vault)
+        """What φ1(S) in the vault is: a digest of the plan that it was written under; or a `VaultError`."""
+        vault = self.vault
+        if not vault.holds(vault.plan):
+            raise VaultError(f"expected features in {vault.features}, found none. Run `dpf-release featurize` first.")
+        return vault.sha256(vault.plan)
+
+    @property
+    def bank_lost_rows(self) -> bool:
+        """Whether φ1(S) has lost rows since it was written: its shards are not those that would be written now."""
+        return self.retracted.bank == self.bank_id
+
+    @property
+    def bank_plan(self) -> dict[str, Any]:
+        """The plan of φ1(S), with what retractions have changed since."""
+        plan: dict[str, Any] = self.vault.read_record(self.vault.plan, "featurize")
+        return plan | (self.retracted.facts if self.bank_lost_rows else {})
 
     @cached_property
-    def bank_order(self) -> BankOrder:
-        """Which image and which id each bank row has; see `private_bank.bank_order`."""
-        return bank_order(self.vault, self.private_table)
+    def bank_order(self) -> tuple[dict[SplitName, Rows], dict[SplitName, NDArray[np.uint8]]]:
+        """For each split, the image table's row and the id (16 bytes) of each bank row, in bank order.
+
+        A `VaultError`, where there is no id map, or an image of it is no longer there.
+        """
+        row_of = {source: row for row, source in enumerate(self.private_table.paths)}
+        rows = {name: array("q") for name in SPLITS}
+        ids = {name: bytearray() for name in SPLITS}
+        for line in self.vault.read_ids():
+            if line["source"] not in row_of:
+                raise VaultError(f"{line['source']} is in {self.vault.ids} but no longer among the private images.")
+            split_name: SplitName = line["split"]  # type: ignore[assignment]
+            rows[split_name].append(row_of[line["source"]])
+            ids[split_name] += bytes.fromhex(line["id"])
+        return (
+            {name: np.frombuffer(members, np.int64) for name, members in rows.items()},
+            {name: np.frombuffer(members, np.uint8).reshape(-1, ID_BYTES) for name, members in ids.items()},
+        )
+
+    def source_facts(self) -> dict[str, Any]:
+        """What a bank of S is made from today; a `VaultError` where Φ's outputs are not what S is labelled with."""
+        images, cut = self.private_images, self.cut
+        answers = cut.record.classes or cut.record.targets
+        if answers != self.output_names:
+            raise VaultError(
+                f"the vault's network answers {list(answers)}, in this order; the images and [task] say "
+                f"{list(self.output_names)}. Set [images.private] classes or [task] targets to those, or train anew."
+            )
+        return {
+            "source_sha256": images.digest,
+            "undecodable": [{"name": bad.name, "reason": bad.reason} for bad in images.bad],
+            "names": list(self.output_names),
+            "featurizer_sha256": cut.featurizer_sha256,
+        }
 
     def private_bank(self, split_name: SplitName) -> FeatureBank:
-        """One split of φ1(S); see `open_split`."""
-        facts = source_facts(self.private_images, self.cut, self.output_names)
-        return open_split(self.vault, self.retracted, facts, split_name)
+        """One split of φ1(S); a `VaultError` where it was made of other images, labels, names or networks."""
+        vault, facts, known = self.vault, self.source_facts(), self.bank_plan
+        changed = changed_facts(known, facts) + ["ids.csv"] * (vault.sha256(vault.ids) != known["ids_sha256"])
+        if changed:
+            raise VaultError(
+                f"the features in {vault.features} were made from something else; changed since: "
+                f"{', '.join(changed)}. Put that back, or run `dpf-release featurize --restart`."
+            )
+        return FeatureBank(vault.opened(vault.features, INDEX, split_name), split_name)

@@ -15,11 +15,10 @@ from dpf_release.core.files import PARTIAL
 from dpf_release.errors import ConfigError, VaultError
 from dpf_release.images.table import ImageTable
 from dpf_release.owner import fitted, poison
+from dpf_release.owner.banks import Removal
 from dpf_release.owner.fitted import is_fitted, without_rows
-from dpf_release.owner.private_bank import bank_plan
 from dpf_release.owner.private_images import drop_from_survey, splitting, table_without
 from dpf_release.owner.project import Project
-from dpf_release.owner.removal import Removal
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.retractions import Retracted, Retraction, digest_of_name, next_version, write_retracted
 from dpf_release.owner.vault.vault import Vault
@@ -92,11 +91,7 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
 
 
 def read_names(path: Path) -> list[str]:
-    """The names in a text file, one a line.
-
-    Raises:
-        ConfigError: there is no such file, or it is no UTF-8 text.
-    """
+    """The names in a text file, one a line; a `ConfigError` where there is no such file, or it is no UTF-8 text."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -144,7 +139,7 @@ def _begin(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> Non
     table = _table_after(project, lines, removal)
     for name in filter(partial(is_fitted, project), _names(project.vault)):
         without_rows(removal, name)
-    drop_from_survey(project.vault, table, bank_plan(project.vault, project.retracted)["source_sha256"])
+    drop_from_survey(project.vault, table, project.bank_plan["source_sha256"])
     (project.vault.features / BEFORE).unlink(missing_ok=True)  # of an earlier one that ended with this line undone
     write_retracted(project.vault, after.model_copy(update={"facts": {"source_sha256": table.digest()}}))
     project.forget("retracted", "private_table", "private_images", "bank_order")
@@ -166,7 +161,7 @@ def _planned(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> R
     return Retracted(
         retractions=(*before.retractions, retraction),
         sources=tuple(sorted({*before.sources, *(digest_of_name(line["source"]) for line in lines)})),
-        classes=() if project.config.task.targets else tuple(bank_plan(project.vault, project.retracted)["names"]),
+        classes=() if project.config.task.targets else tuple(project.bank_plan["names"]),
         splitting=splitting(project.config),
         bank=project.bank_id,
         unfinished={split: tuple(rows) for split, rows in gone.items()},
@@ -179,12 +174,8 @@ def _version(project: Project) -> str:
 
 
 def _table_after(project: Project, lines: Sequence[Line], removal: Removal) -> ImageTable:
-    """S without these images.
-
-    Raises:
-        VaultError: φ1(S) was made of something else than S is today.
-    """
-    plan, vault = bank_plan(project.vault, project.retracted), project.vault
+    """S without these images; a `VaultError` where φ1(S) was made of something else than S is today."""
+    plan, vault = project.bank_plan, project.vault
     table, _ = table_without(project.config, vault, removal.retracted)
     if all((table.root / line["source"]).is_file() for line in lines):
         same = table_without(project.config, vault, project.retracted)[0].digest() == plan["source_sha256"]
@@ -212,7 +203,7 @@ def _has_rows(project: Project, table: ImageTable, gone: Set[str], removal: Remo
         if row is None or table.splits[row] != line["split"]:
             return False
         rows[line["split"]].append(row)
-    return set(row_of) <= {bad["name"] for bad in bank_plan(project.vault, project.retracted)["undecodable"]} and all(
+    return set(row_of) <= {bad["name"] for bad in project.bank_plan["undecodable"]} and all(
         np.array_equal(table.targets[rows[split]], removal.bank(split).targets) for split in removal.kept
     )
 
@@ -235,11 +226,7 @@ def _finish(project: Project) -> RetractionReport:
 
 
 def _drop_from_all_but_features(project: Project) -> list[str]:
-    """Every kind of member does without the rows; φ1(S) goes last, for rows are made anew from it.
-
-    Returns:
-        The candidates that are lost.
-    """
+    """Every kind of member does without the rows, φ1(S) last: rows are made anew from it; which candidates are lost."""
     vault, removal = project.vault, Removal.of(project, project.retracted)
     vault.drop_ids(project.retracted.ids)
     # What attackers have trained on a bank, and the pictures that they made, may show who is to go.

@@ -46,12 +46,12 @@ def train(
 ) -> TrainResult:
     """Trains Φ on S train; `val` chooses the epoch. Weights named under [model] are where it starts.
 
-    Under `torchrun` the ranks share each batch.
+    Under `torchrun` the ranks share each batch. What is not given is as the configuration says.
 
     Args:
         project: the owner's.
-        epochs: passes over S train; by default as the configuration says.
-        device: where it is trained, as `"cuda:1"`; by default as the configuration says.
+        epochs: passes over S train.
+        device: where it is trained, as `"cuda:1"`.
         restart: train anew; the network that is there is lost.
 
     Raises:
@@ -75,24 +75,32 @@ def _train(project: Project, restart: bool) -> dict[str, float]:
     if vault.holds(vault.network / "network.json") and not restart:
         raise VaultError(f"{vault.network} holds a network already. Use it, or train anew with --restart.")
     project.ranks.refuse_uneven(train=section.batch_size)
-    network, task = _first_network(project), TargetTask.of(project)
+    network, task, rows = _first_network(project), TargetTask.of(project), images.rows("train")
+
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        pictures = augment(images.pictures.read(rows[chosen]), generator, section.flip, section.shift)
+        return pictures, torch.from_numpy(images.table.targets[rows[chosen]])
+
+    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {"loss": task.loss(network(project.preprocess.normalise(batch[0])).float(), batch[1])}
+
     checkpoint = make_folder(vault.network) / "checkpoint.safetensors"
     project.ranks.once(lambda: vault.remove(checkpoint) if restart else None)
-    # A wrong hook point is refused now, not after hours of training.
-    split(network, project.config.model.hook, project.config.model.size)
+    model = project.config.model
+    split(network, model.hook, model.size)  # a wrong hook point is refused now, not after hours of training
     rate, decay, bf16 = section.learning_rate, section.weight_decay, project.config.compute.bf16
     history = fit(
         network,
-        len(images.rows("train")),
-        _augmented_batches(images, section.flip, section.shift),
-        _task_loss(project, task),
+        len(rows),
+        read_batch,
+        loss,
         Recipe(section.epochs, section.batch_size, rate, "sgd", decay, bf16=bf16),
         title="Training the network",
         device=project.device,
         ranks=project.ranks,
         validate=(lambda: _judged(project, network, "val", task.error)) if len(images.rows("val")) else None,
         checkpoint=vault.checkpoint(checkpoint),
-        subject=json.dumps([images.digest, section.model_dump(), project.config.model.model_dump(mode="json")]),
+        subject=json.dumps([images.digest, section.model_dump(), model.model_dump(mode="json")]),
     )
     scores = {}
     if project.ranks.is_first:
@@ -115,32 +123,15 @@ def _first_network(project: Project) -> nn.Module:
     return network
 
 
-def _augmented_batches(
-    images: ImageSet, flip: bool, shift: int
-) -> Callable[[Rows, np.random.Generator], tuple[Tensor, ...]]:
-    """Positions in S train → (pictures, targets)."""
-    train = images.rows("train")
-
-    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
-        pictures = augment(images.pictures.read(train[chosen]), generator, flip, shift)
-        return pictures, torch.from_numpy(images.table.targets[train[chosen]])
-
-    return read_batch
-
-
-def _task_loss(project: Project, task: TargetTask) -> Callable[[nn.Module, tuple[Tensor, ...]], dict[str, Tensor]]:
-    def loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        pictures, targets = batch
-        outputs = network(project.preprocess.normalise(pictures))
-        return {"loss": task.loss(outputs.float(), targets)}
-
-    return loss
-
-
 def _judged(project: Project, network: nn.Module, split_name: str, judge: Callable[[Tensor, Rows], float]) -> float:
-    """What `judge` makes of Φ's answers on a split of S."""
-    rows = project.private_images.rows(split_name)
-    return judge(_answers(project, network, rows), rows)
+    """What `judge` makes of Φ's answers, (n, outputs), on a split of S."""
+    images, normalise = project.private_images, project.preprocess.normalise
+    rows = images.rows(split_name)
+    network.eval()
+    with torch.inference_mode():
+        batches = (images.pictures.read(rows[start : start + 256]) for start in range(0, len(rows), 256))
+        answers = [network(normalise(batch.to(project.device))).float().cpu() for batch in batches]
+    return judge(torch.cat(answers), rows)
 
 
 def import_network(project: Project, restart: bool = False) -> None:
@@ -210,18 +201,3 @@ def augment(pictures: Tensor, generator: np.random.Generator, flip: bool, shift:
             [picture[:, y : y + height, x : x + width] for picture, (y, x) in zip(padded, corners, strict=True)]
         )
     return pictures
-
-
-def _answers(project: Project, network: nn.Module, rows: Rows, batch: int = 256) -> Tensor:
-    """Φ's outputs for rows of S, (n, outputs), on the CPU."""
-    read = project.private_images.pictures.read
-    network.eval()
-    with torch.inference_mode():
-        return torch.cat(
-            [
-                network(project.preprocess.normalise(read(rows[start : start + batch]).to(project.device)))
-                .float()
-                .cpu()
-                for start in range(0, len(rows), batch)
-            ]
-        )

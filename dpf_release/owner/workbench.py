@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from dpf_release.attacks.threat_models import Kept
@@ -23,7 +25,6 @@ from dpf_release.errors import NotGrantedError, VaultError
 from dpf_release.images.decode import Preprocess
 from dpf_release.images.survey import ImageSet
 from dpf_release.owner.fitted import FittedFunction, load_function
-from dpf_release.owner.kept import kept_in
 from dpf_release.owner.measure import measure_task
 from dpf_release.owner.poison import changed_since_poison
 from dpf_release.owner.project import Project
@@ -35,14 +36,7 @@ from dpf_release.release.model_record import ModelRecord
 
 @dataclass(frozen=True, eq=False)
 class PrivateRows:
-    """φ1(S), and the pictures that it was made of.
-
-    Attributes:
-        rows: the released splits, numbered through.
-        bank_id: what φ1(S) is.
-        table_rows: (N,) of each row, the image table's.
-        images: S.
-    """
+    """φ1(S), its released splits numbered through, and S; `table_rows` are the rows' numbers in its table, (N,)."""
 
     rows: Concat
     bank_id: str
@@ -59,18 +53,10 @@ class Workbench:
     """What is attacked with, and what is known only to those who score.
 
     Attributes:
-        phi_1: the featurizer, frozen, on the device.
-        phi_2: the classifier, likewise.
+        phi_1: the featurizer, frozen, on the device; `phi_2`: the classifier, likewise.
         record: of Φ, as cut there.
-        features: what rows are.
-        preprocess: of pictures, for φ1.
-        task: of φ2.
-        device: where networks run.
         bf16: as in `training.Recipe`.
-        featurizer_sha256: of φ1's file.
-        classifier_sha256: of φ2's file.
         public: Q.
-        kept: where attackers keep what they train.
         limits: of `[gate]`, by name.
         attribute: the column of `[claims] attribute`.
         group: the column of `[images.private] group`.
@@ -100,11 +86,7 @@ class Workbench:
 
     @cached_property
     def private(self) -> PrivateRows:
-        """φ1(S) and S, looked at only when asked for: who shows what anyone may see, does not.
-
-        Raises:
-            VaultError: the features were made from something else than there is today.
-        """
+        """φ1(S) and S, looked at only when asked for: who shows what anyone may see, does not."""
         return self.open_private()
 
 
@@ -143,13 +125,39 @@ def workbench_of(project: Project) -> Workbench:
     )
 
 
+def kept_in(vault: Vault) -> Kept:
+    """Where attackers keep what they train: three functions and no vault, as an attack holds nothing of the owner's."""
+
+    def path_of(name: str, subject: Mapping[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps([name, subject], sort_keys=True).encode()).hexdigest()
+        return vault.root / "attackers" / f"{name.split(' ', 1)[0]}-{digest[:32]}.safetensors"
+
+    def path_to_write(name: str, subject: Mapping[str, Any]) -> Path:
+        path = path_of(name, subject)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        return path
+
+    def load_kept(name: str, subject: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        path = path_of(name, subject)
+        return load(vault.read_bytes(path, "attack")) if vault.holds(path) else None
+
+    def save_kept(name: str, subject: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        path = path_to_write(name, subject)
+        vault.write_bytes(path, save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}))
+        vault.remove(path.with_suffix(".checkpoint"))
+
+    def checkpoint(name: str, subject: Mapping[str, Any]) -> Path | None:
+        return vault.checkpoint(path_to_write(name, subject).with_suffix(".checkpoint"))
+
+    return Kept(load_kept, save_kept, checkpoint)
+
+
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A candidate as it lies on disk, which is what its function makes of today's features.
 
     Attributes:
         name: of the function.
-        function: fitted.
         banks: its released splits.
         index_sha256: of its `features/index.json`.
         second: the candidate that was published last of the same features under another function, and its
@@ -171,11 +179,7 @@ class Candidate:
 
 
 def open_candidate(project: Project, name: str) -> Candidate:
-    """The candidate of a fitted function.
-
-    Raises:
-        VaultError: it is not what that function makes of today's features: which row is made of which is not known.
-    """
+    """The candidate of a fitted function; a `VaultError` where it is not what that makes of today's features."""
     function = load_function(project, name)
     banks, index = _read_candidate(project.vault, name)
     if problems := changed_since_poison(project, name, function, index):
@@ -201,11 +205,8 @@ def _read_candidate(vault: Vault, name: str) -> tuple[dict[SplitName, FeatureBan
 
 def _released_too(vault: Vault, bank_id: str, digest: str) -> tuple[Concat, str]:
     """As of `Candidate.second`; for the function of that digest."""
-    others = [
-        entry
-        for entry in releases(vault)
-        if entry["function_digest"] != digest and entry["bank"] == bank_id and entry.get("published", True)
-    ]
+    published = (entry for entry in releases(vault) if entry.get("published", True))
+    others = [entry for entry in published if entry["function_digest"] != digest and entry["bank"] == bank_id]
     if not others:
         raise NotGrantedError("the ledger has no other release of these images under another function")
     name, index_sha256 = others[-1]["function"], others[-1]["index_sha256"]

@@ -128,9 +128,9 @@ def _vault(folder: Path) -> list[Table]:
         tables.append(_bank(f"candidate {candidate.parent.parent.name}", read_index(candidate.parent)))
     vault = Vault(folder)
     holdings = [
-        (str(member.relative_to(folder)), str(file.stat().st_size), str(at_rest(file.name)))
+        (str(member.relative_to(folder)), str(file.stat().st_size), at_rest(file.name))
         for member in vault.members()
         if member.suffix != ".h5" and "candidates" not in member.relative_to(folder).parts
-        for file in [vault.storage.file_of(member)]
+        for file in [vault.file_of(member)]
     ]
     return [*tables, Table("Private files", ("file", "bytes", ""), holdings)]

@@ -24,9 +24,9 @@ from dpf_release.evaluation.suite import _Run, attack
 from dpf_release.evaluation.targets import Target
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.owner.fit_poison import fit_poison
-from dpf_release.owner.kept import kept_in
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
+from dpf_release.owner.workbench import kept_in
 from dpf_release.release.attack_report import Interval
 
 COMMAND = ("attack", "--profile", "quick", "--only", "A1,A2", "--images", "100")

@@ -29,11 +29,7 @@ def is_sealed_form(path: Path) -> bool:
 
 
 def load_pyrage() -> Any:
-    """The package that reads and writes the age format.
-
-    Raises:
-        VaultError: it is not installed.
-    """
+    """The package that reads and writes the age format; a `VaultError` where it is not installed."""
     try:
         import pyrage
     except ImportError as error:
@@ -44,11 +40,7 @@ def load_pyrage() -> Any:
 
 
 def read_recipients(recipients: Sequence[str]) -> list[Any]:
-    """Public keys from their texts, `age1...`.
-
-    Raises:
-        VaultError: one is none, or there are none.
-    """
+    """Public keys from their texts, `age1...`; a `VaultError` where one is none, or there are none."""
     pyrage = load_pyrage()
     if not recipients:
         raise VaultError("expected a recipient to seal for (--recipient age1...), found none.")
@@ -67,11 +59,7 @@ def _shortened(text: str) -> str:
 
 
 def read_identity(path: Path) -> list[Any]:
-    """Secret keys from a file as `age-keygen` writes it: one `AGE-SECRET-KEY-1...` a line, comments after `#`.
-
-    Raises:
-        VaultError: it cannot be read, or holds something else.
-    """
+    """Secret keys from a file as `age-keygen` writes it: one a line, comments after `#`; or a `VaultError`."""
     pyrage = load_pyrage()
     try:
         with path.open("rb") as file:
@@ -90,11 +78,7 @@ def read_identity(path: Path) -> list[Any]:
 
 
 def refuse_other_identity(path: Path, recipients: Sequence[str]) -> None:
-    """That an identity file opens what is sealed for these recipients.
-
-    Raises:
-        VaultError: it has the secret key of none of them, or is no identity file.
-    """
+    """That an identity file opens what is sealed for these recipients; or a `VaultError`."""
     own, expected = ([str(key.to_public()) for key in read_identity(path)], list(map(str, read_recipients(recipients))))
     if set(own).isdisjoint(expected):
         raise VaultError(
@@ -104,21 +88,13 @@ def refuse_other_identity(path: Path, recipients: Sequence[str]) -> None:
 
 
 def encrypt(data: bytes, recipients: Sequence[str]) -> bytes:
-    """The sealed form of a few bytes.
-
-    Raises:
-        VaultError: a recipient is none.
-    """
+    """The sealed form of a few bytes."""
     sealed: bytes = load_pyrage().encrypt(data, read_recipients(recipients))
     return sealed
 
 
 def decrypt(path: Path, identity: Path) -> bytes:
-    """What a sealed file holds, in memory.
-
-    Raises:
-        VaultError: the key is another, or the file is cut off or changed.
-    """
+    """What a sealed file holds, in memory; a `VaultError` where the key is another, or the file cut off or changed."""
     pyrage, identities = load_pyrage(), read_identity(identity)
     try:
         data: bytes = pyrage.decrypt(path.read_bytes(), identities)
@@ -154,12 +130,7 @@ def encrypt_file(path: Path, sealed: Path, recipients: Sequence[str]) -> None:
 
 
 def decrypt_file(sealed: Path, target: Path, identity: Path) -> None:
-    """Writes what a sealed file holds, whole or not at all, in little memory.
-
-    Raises:
-        VaultError: the key is another, or the file is cut off or changed.
-        StorageError: the disk does not take it.
-    """
+    """As `decrypt`, written whole or not at all, in little memory; a `StorageError` where the disk does not take it."""
     identities = read_identity(identity)
     with replacing(target) as partial, sealed.open("rb") as file, partial.open("wb") as plain:
         try:
@@ -176,12 +147,7 @@ def _not_opened(sealed: Path, identity: Path, error: Exception) -> VaultError:
 
 
 def _convert(convert: Callable[..., None], source: BinaryIO, take: Callable[[bytes], object], keys: list[Any]) -> None:
-    """Reads a file to its end through pyrage.
-
-    Raises:
-        ValueError: it does not open.
-        OSError: what takes the result could not.
-    """
+    """Reads a file to its end through pyrage; a `ValueError` where it does not open."""
     pyrage, taker = load_pyrage(), _Taker(take)
     try:
         convert(source, taker, keys)

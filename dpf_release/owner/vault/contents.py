@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ SEALS = "sealed.json"  # in the clear: for whom the vault is sealed, and the nam
 OPENED = ".opened"  # what of a sealed vault a run that holds its lock reads or writes by paths, in the clear
 STAGED = ".staged"  # what such a run has changed, sealed; with a `sealed.json` it is all there, and takes its place
 CLEAR = {".gitignore", LOCK, SEALS, UNPUBLISHED}  # what a vault keeps for itself; nothing of S or P is in it
+SHOWN = 5
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _SHARD = r"(train|val|test)/shard-[0-9]{5}\.h5"
@@ -89,23 +91,9 @@ def role_in_vault(path: str) -> tuple[str, str]:
     return next(known, ("unknown", "not a file that this version writes: look at it"))
 
 
-@dataclass(frozen=True)
-class AtRest:
-    """How a file lies on the disk.
-
-    Attributes:
-        sealed: encrypted.
-    """
-
-    sealed: bool = False
-
-    def __str__(self) -> str:
-        return "sealed" if self.sealed else "in the clear"
-
-
-def at_rest(path: str) -> AtRest:
-    """How a file of a vault lies there, by its name."""
-    return AtRest(path.endswith(SEALED))
+def at_rest(path: str) -> Literal["sealed", "in the clear"]:
+    """How a file lies on the disk, by its name."""
+    return "sealed" if path.endswith(SEALED) else "in the clear"
 
 
 class Seals(BaseModel):
@@ -120,11 +108,7 @@ class Seals(BaseModel):
 
 
 def read_seals(root: Path) -> Seals | None:
-    """For whom a vault is sealed; None where it is not.
-
-    Raises:
-        VaultError: the record is damaged.
-    """
+    """For whom a vault is sealed; None where it is not; a `VaultError` where the record is damaged."""
     try:
         return Seals.model_validate_json((root / SEALS).read_bytes())
     except FileNotFoundError:
@@ -172,7 +156,7 @@ def look_at(root: Path) -> VaultState:
     return VaultState(seals, *(tuple(sorted(part)) for part in parts))
 
 
-def listed(names: tuple[str, ...], shown: int = 5) -> str:
+def listed(names: Sequence[str], separator: str = ", ") -> str:
     """The first few of many names, for a message."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return separator.join(names[:SHOWN]) + more

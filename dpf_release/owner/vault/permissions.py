@@ -8,37 +8,24 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from dpf_release.core.files import PRIVATE_FILE, PRIVATE_FOLDER
 from dpf_release.errors import VaultError
+from dpf_release.owner.vault.contents import listed
 
-SHOWN = 5
 OTHERS = 0o077
 
 
 def refuse_others(root: Path, *, fix: bool = False) -> None:
     """That no one but the owner has a right in a folder or to anything below it, and that nothing there is a link.
 
-    Args:
-        root: the folder; may be a link itself.
-        fix: take away the rights of others first: folders become 0700, files 0600.
-
-    Raises:
-        VaultError: how many do not fit, and the first few.
+    The folder may be a link itself. With `fix`, the rights of others are taken away first.
     """
-    count = 0
-    shown: list[str] = []
-    for problem in _problems(root.resolve(), fix):
-        count += 1
-        if len(shown) < SHOWN:
-            shown.append(problem)
-    if count:
-        more = f" and {count - SHOWN} more" if count > SHOWN else ""
+    if problems := list(_problems(root.resolve(), fix)):
         raise VaultError(
-            f"the vault {root} is not its owner's alone; it holds what undoes every release. Found {count}: "
-            f"{'; '.join(shown)}{more}. For the modes run the command again with --fix-permissions, or `chmod -R "
+            f"the vault {root} is not its owner's alone; it holds what undoes every release. Found {len(problems)}: "
+            f"{listed(problems, '; ')}. For the modes run the command again with --fix-permissions, or `chmod -R "
             f"go-rwx {root}`; replace links by what they point to, and take over what is another user's, or remove it."
         )
 
@@ -87,11 +74,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def refuse_tracked(root: Path) -> None:
-    """That git has no file of a folder in its index. Without git, and outside a repository, there is nothing to ask.
-
-    Raises:
-        VaultError: how many it has, the first few, and what to do; or git does not answer.
-    """
+    """That git has no file of a folder in its index. Without git, and outside a repository, there is nothing to ask."""
     git = shutil.which("git")
     if git is None:
         return
@@ -115,9 +98,8 @@ def refuse_tracked(root: Path) -> None:
         )
     names = [os.fsdecode(name) for name in asked.stdout.split(b"\0") if name not in {b"", b".gitignore"}]
     if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         raise VaultError(
-            f"git tracks {len(names)} files of the vault {root}: {', '.join(islice(names, SHOWN))}{more}. Whoever has "
+            f"git tracks {len(names)} files of the vault {root}: {listed(names)}. Whoever has "
             f"the repository has them. Run `git rm -r --cached {root}` and commit. The history keeps what was "
             "committed: rewrite it (git filter-repo), and where it was pushed treat those files as published."
         )

@@ -80,11 +80,7 @@ class Retracted(Record):
 
 
 def read_retracted(vault: Vault) -> Retracted:
-    """What was retracted in a vault; nothing where nothing was.
-
-    Raises:
-        VaultError: the record is not one of ours, or it is sealed and does not open.
-    """
+    """What was retracted in a vault; nothing where nothing was; a `VaultError` where the record is not one of ours."""
     path = vault.root / RETRACTED
     if not vault.holds(path):
         return Retracted()

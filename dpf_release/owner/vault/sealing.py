@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dpf_release.bank.format import INDEX
 from dpf_release.core.files import flush_to_disk, refuse_small_disk, write_json
@@ -12,11 +12,21 @@ from dpf_release.core.locks import locked
 from dpf_release.core.progress import Progress
 from dpf_release.errors import VaultError
 from dpf_release.owner.vault.age import decrypt_file, read_identity, read_recipients, sealed_form
-from dpf_release.owner.vault.contents import BANK_FILE, SEALS, STAGED, Seals, VaultState, listed, look_at, read_seals
+from dpf_release.owner.vault.contents import (
+    BANK_FILE,
+    SEALS,
+    SHOWN,
+    STAGED,
+    Seals,
+    VaultState,
+    listed,
+    look_at,
+    read_seals,
+)
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.retractions import read_retracted
 from dpf_release.owner.vault.staging import remove_unpublished
-from dpf_release.owner.vault.storage import EncryptedStorage, flush_folders
+from dpf_release.owner.vault.storage import flush_folders
 from dpf_release.owner.vault.vault import Vault
 
 FORGETTABLE = ("features", "candidates", "figures")
@@ -26,17 +36,10 @@ DELETION = (
     "folder. Overwriting would not reach those either. Bytes that are only ever written to an encrypted disk go with "
     "its key; remove old snapshots and backups yourself."
 )
-SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Forgotten:
-    """What was removed.
-
-    Attributes:
-        files: how many.
-        bytes: their sizes.
-    """
+class Forgotten(NamedTuple):
+    """How many files were removed, and their size."""
 
     files: int
     bytes: int
@@ -60,7 +63,6 @@ def seal(vault: Vault, recipients: Sequence[str] = (), forgotten: Collection[str
     """
     if unknown := sorted(set(forgotten) - set(FORGETTABLE)):
         raise VaultError(f"expected {', '.join(FORGETTABLE)} to forget, found {', '.join(unknown)}.")
-    storage = EncryptedStorage(vault.root)
     with locked(vault.root), vault.run():
         known = read_seals(vault.root)
         if known and recipients and set(known.recipients) != set(recipients):
@@ -70,14 +72,13 @@ def seal(vault: Vault, recipients: Sequence[str] = (), forgotten: Collection[str
             )
         read_recipients(recipients or (known.recipients if known else ()))
         remove_unpublished(vault.root)
-        storage.remove_unfinished()
-        storage.refuse_strangers()
+        vault.remove_unfinished()
+        vault.refuse_strangers()
         if not known:
             _refuse_unfinished_retraction(vault)  # which may have half a file, or want what is forgotten
-            seals = Seals(recipients=tuple(dict.fromkeys(recipients)))
-            write_json(vault.root / SEALS, seals.model_dump(mode="json"))
+            write_json(vault.root / SEALS, Seals(recipients=tuple(dict.fromkeys(recipients))).model_dump(mode="json"))
         _forget(vault, forgotten)
-        storage.seal_the_rest()
+        vault.seal_the_rest()
     return look_at(vault.root)
 
 
@@ -94,17 +95,15 @@ def unseal(vault: Vault) -> VaultState:
 
     Raises:
         VaultError: members do not open (another key, cut off, changed). They stay sealed, and so does what is noted.
-        StorageError: another run works in the vault, or the disk has not the room.
     """
-    storage = EncryptedStorage(vault.root, vault.identity)
-    with locked(vault.root), storage.run():
+    with locked(vault.root), vault.run(sealed=True):
         sealed = [vault.root / name for name in look_at(vault.root).sealed]
         if read_seals(vault.root) is None and not sealed:
             raise VaultError(f"{vault.root} is not sealed. There is nothing to open.")
-        identity = storage.identity_for(vault.root)
+        identity = vault.identity_for(vault.root)
         read_identity(identity)  # said once, before the first member is tried
         remove_unpublished(vault.root)
-        storage.remove_unfinished()
+        vault.remove_unfinished()
         problems = []
         with Progress("Opening", len(sealed), "files") as progress:
             for member in sealed:
@@ -138,7 +137,6 @@ def forget(vault: Vault) -> Forgotten:
 
     Raises:
         VaultError: no release was made yet, or a retraction was cut off.
-        StorageError: another run works in the vault.
     """
     with locked(vault.root), vault.run():
         vault.begin_run()

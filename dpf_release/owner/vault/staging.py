@@ -38,11 +38,7 @@ def removed_manifest(root: Path) -> str | None:
 
 
 def remove_unpublished(root: Path) -> None:
-    """Removes a release that is not in its place; the digest of its manifest stays, for the ledger to be settled.
-
-    Raises:
-        StorageError: something of it stays.
-    """
+    """Removes a release that is not in its place; the digest of its manifest stays, for the ledger to be settled."""
     note, folder = root / UNPUBLISHED, unpublished_folder(root)
     if folder is not None:
         if (folder / MANIFEST).is_file():

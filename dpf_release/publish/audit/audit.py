@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpf_release.core.bounded_json import MAX_BYTES
 from dpf_release.core.files import sha256_of
@@ -18,7 +18,7 @@ from dpf_release.owner.config import CONFIG_NAME, read_config
 from dpf_release.owner.cut_network import import_from
 from dpf_release.owner.fitted import load_function
 from dpf_release.owner.project import Project
-from dpf_release.owner.vault.contents import AtRest, at_rest, plain_name, role_in_vault
+from dpf_release.owner.vault.contents import at_rest, plain_name, role_in_vault
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.audit.checks import CHECKS, vault_entries
@@ -45,7 +45,7 @@ class Artefact:
         mode: permissions, octal.
         passed: names of the checks that looked at it and found nothing; none after the first that did.
         failed: names of the checks that found something.
-        at_rest: whether it is encrypted (private side).
+        at_rest: how it lies there (private side).
         releases: names and versions of those that it belongs to, by the ledger (private side).
     """
 
@@ -58,13 +58,13 @@ class Artefact:
     mode: str
     passed: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
-    at_rest: AtRest = AtRest()
+    at_rest: Literal["sealed", "in the clear"] = "in the clear"
     releases: tuple[str, ...] = ()
 
     def as_tree(self) -> dict[str, Any]:
-        """For JSON; `at_rest` is spread out."""
+        """For JSON."""
         tree = asdict(self)
-        return tree | tree.pop("at_rest")
+        return tree | {"sealed": tree.pop("at_rest") == "sealed"}
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def audit(release: Path, project: Project | None = None, public_key: Path | None
         >>> audit(Path("my-release/release")).findings
         ()
     """
-    with project.vault.storage.reading() if project else contextlib.nullcontext():
+    with project.vault.reading() if project else contextlib.nullcontext():
         return _audit(release.resolve(), project, public_key)
 
 
@@ -324,7 +324,7 @@ def _digest(path: Path, status: os.stat_result, limit: int | None = None) -> str
 def _releases(project: Project) -> dict[str, tuple[str, ...]]:
     """By function, the releases in the ledger that today's function of that name made."""
     vault = project.vault
-    if vault.storage.unreadable:
+    if vault.unreadable:
         return {}
     made: dict[str, tuple[str, ...]] = {}
     for entry in releases(vault):

@@ -118,7 +118,7 @@ class Subject:
         Raises:
             NotRunError: no vault was given, or one that does not open without its key.
         """
-        if reason := self.owners.vault.storage.unreadable:
+        if reason := self.owners.vault.unreadable:
             raise NotRunError(reason)
         return self.owners
 

@@ -15,7 +15,7 @@ def test_what_compare_writes_can_be_sealed(name: str) -> None:
 
 
 def test_whether_a_file_is_sealed_follows_from_its_name() -> None:
-    assert [str(at_rest(name)) for name in ("ids.csv.age", "ids.csv")] == ["sealed", "in the clear"]
+    assert [at_rest(name) for name in ("ids.csv.age", "ids.csv")] == ["sealed", "in the clear"]
 
 
 @pytest.mark.parametrize("name", [".gitignore", "sealed.json", "ids.csv.partial", "notes.txt"])

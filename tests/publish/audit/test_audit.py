@@ -133,7 +133,7 @@ def test_a_function_fitted_anew_no_longer_belongs_to_the_release(project_folder:
     (vault / "notes.txt").touch(0o600)
     artefacts = {artefact.path: artefact for artefact in audited(project_folder).of("private")}
     assert artefacts["functions/default/state.safetensors"].releases == ()
-    assert (artefacts["ids.csv.age"].at_rest.sealed, artefacts["ids.csv"].at_rest.sealed) == (True, False)
+    assert (artefacts["ids.csv.age"].at_rest, artefacts["ids.csv"].at_rest) == ("sealed", "in the clear")
     assert artefacts["ids.csv.age"].holds == artefacts["ids.csv"].holds
     assert artefacts["notes.txt"].role == "unknown"
 
@@ -162,7 +162,7 @@ def test_a_sealed_vault_is_audited_with_its_key_as_an_open_one(sealed: tuple[Pat
     for found in (without, opened):
         artefacts = {artefact.path: artefact for artefact in found.of("private")}
         assert not [path for path in artefacts if path.startswith(OPENED)]
-        clear = {path for path, artefact in artefacts.items() if not artefact.at_rest.sealed}
+        clear = {path for path, artefact in artefacts.items() if artefact.at_rest == "in the clear"}
         assert clear - {LOCK} == {".gitignore", SEALS}
         assert not [artefact.path for artefact in artefacts.values() if artefact.role == "unknown"]
     assert artefacts["ids.csv.age"].releases == ("shapes 1.0.0",)
