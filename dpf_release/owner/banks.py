@@ -63,12 +63,9 @@ def remove_bank(vault: Vault, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Removal:
-    """The rows of the last retraction, and those that stay.
+    """The rows of the last retraction of `retracted`, which is unfinished, and those that stay.
 
-    Attributes:
-        project: the owner's.
-        retracted: all retractions, the last one unfinished.
-        kept: for each split the rows of φ1(S) that stay, by the numbers that they have had.
+    `kept` are these for each split of φ1(S), by the numbers that they have had.
     """
 
     project: Project

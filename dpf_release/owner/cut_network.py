@@ -19,6 +19,7 @@ from dpf_release.models.weights import parse_state, state_file
 from dpf_release.models.zoo import build_network, is_public_architecture
 from dpf_release.owner.config import Config, ModelSection
 from dpf_release.owner.vault.vault import Vault
+from dpf_release.poisoning.plan import FeatureSpec
 from dpf_release.release.model_record import CUSTOM, ModelRecord, PreprocessRecord, parse_model_record
 
 
@@ -37,6 +38,11 @@ class CutNetwork:
 
     record: ModelRecord
     split: Split
+
+    @property
+    def features(self) -> FeatureSpec:
+        """What a row of φ1's is."""
+        return FeatureSpec(self.record.feature_shape, self.split.non_negative)
 
     @property
     def public_record(self) -> ModelRecord:

@@ -23,13 +23,7 @@ from dpf_release.release.featurize import featurized
 
 @dataclass(frozen=True)
 class FeaturizeResult:
-    """The private bank.
-
-    Attributes:
-        index: of φ1(S).
-        folder: where it lies, in the vault.
-        unreadable: images of S that have no row.
-    """
+    """φ1(S): its index, its folder in the vault, and the images of S that have no row."""
 
     index: BankIndex
     folder: Path

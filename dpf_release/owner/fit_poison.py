@@ -25,16 +25,14 @@ from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
 from dpf_release.poisoning.context import Material, Split
 from dpf_release.poisoning.fitting import Plans, fit_chain
-from dpf_release.poisoning.plan import FeatureSpec
 
 
 @dataclass(frozen=True)
 class FitPoisonResult:
     """A fitted poisoning function.
 
-    Attributes:
-        last: the entry of the training's history that was kept; empty for a stationary function.
-        unreadable: images of Q that the straw men were trained without.
+    `last` is the entry of the training's history that was kept, empty for a stationary function; `unreadable` are the
+    images of Q that the straw men were trained without.
     """
 
     last: dict[str, Any]
@@ -92,8 +90,7 @@ def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
     section, vault = project.config.poison, project.vault
     folder = vault.function(name)
     banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
-    spec = FeatureSpec(project.cut.record.feature_shape, project.cut.split.non_negative)
-    _refuse_mistakes(project, spec)  # before anything that is there is given up
+    _refuse_mistakes(project)  # before anything that is there is given up
     wanted = section.model_dump(by_alias=True, mode="json")
     subject = {"featurizer_sha256": project.cut.featurizer_sha256, "bank": project.bank_id}
     project.ranks.once(lambda: _begin(vault, folder, wanted, subject, restart))
@@ -101,7 +98,7 @@ def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
     seed = int.from_bytes(hashlib.sha256(secret + b"training").digest()[:8]) >> 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the start of P is as secret as P
-        chain = build_chain(section.function, spec)
+        chain = build_chain(section.function, project.cut.features)
 
     for straw in section.straw_men:  # also where the function has no use for them: `poison` measures with them
         straw_man(project, straw)
@@ -111,13 +108,13 @@ def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
         return read_plans(vault, chain, secret, folder)
 
     known = read_plans(vault, chain, secret, folder) if vault.holds(folder / PLAN) else {}
-    _, facts, histories = fit_chain(chain, _material(project, banks, spec, secret, seed, folder), known, planned)
+    _, facts, histories = fit_chain(chain, _material(project, banks, secret, seed, folder), known, planned)
     project.ranks.once(lambda: _finish(vault, chain, folder, histories))
     return facts
 
 
 def _material(
-    project: Project, banks: dict[SplitName, FeatureBank], spec: FeatureSpec, secret: bytes, seed: int, folder: Path
+    project: Project, banks: dict[SplitName, FeatureBank], secret: bytes, seed: int, folder: Path
 ) -> Material:
     """What P is fitted from: φ1(S), its images, and Q."""
     section, vault = project.config.poison, project.vault
@@ -132,7 +129,7 @@ def _material(
 
     bf16 = project.config.compute.bf16
     return Material(
-        features=spec,
+        features=project.cut.features,
         phi_1=project.frozen(project.cut.split.featurizer),
         phi_2=project.frozen(project.cut.split.classifier),
         task=TargetTask.of(project),
@@ -153,10 +150,10 @@ def _material(
     )
 
 
-def _refuse_mistakes(project: Project, spec: FeatureSpec) -> None:
+def _refuse_mistakes(project: Project) -> None:
     section = project.config.poison
     project.ranks.refuse_uneven(poison=section.batch_size, reconstructor=project.config.reconstructor.batch_size)
-    chain = build_chain(section.function, spec)
+    chain = build_chain(section.function, project.cut.features)
     for name in section.straw_men:
         new_straw_man(project, name)
     for column in section.confuse:

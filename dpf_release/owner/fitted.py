@@ -21,7 +21,7 @@ from dpf_release.owner.banks import Removal, RowsOfSplit
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, build_chain
-from dpf_release.poisoning.plan import FeatureSpec, Plan
+from dpf_release.poisoning.plan import Plan
 
 CANDIDATE = "candidate.json"  # beside a function: the plan that its candidate is written under
 PLAN = "plan.safetensors"
@@ -91,8 +91,7 @@ def load_function(project: Project, name: str) -> FittedFunction:
             f"the function {name!r} was fitted for another featurizer or hook point, or for features since "
             f"written anew. Fit it again: `dpf-release fit-poison --name {name} --restart`."
         )
-    spec = FeatureSpec(cut.record.feature_shape, cut.split.non_negative)
-    chain = build_chain(record["recipe"]["function"], spec, allow_import=project.trusts_code)
+    chain = build_chain(record["recipe"]["function"], cut.features, allow_import=project.trusts_code)
     if record["learned"]:  # without its state it would be another function: the first weights of dpf are the identity
         chain.load(parse_state(vault.read_bytes(folder / STATE, f"fit-poison --name {name}"), folder / STATE))
     for network in chain.networks():
@@ -108,9 +107,6 @@ def load_function(project: Project, name: str) -> FittedFunction:
 def checkpoints(vault: Vault, folder: Path) -> list[Path]:
     """What trainings of a function have kept to go on from."""
     return [path for path in vault.members(folder) if path.name.startswith("checkpoint")]
-
-
-# --------------------------------------------------------------------------------------------- without rows
 
 
 def is_fitted(project: Project, name: str) -> bool:

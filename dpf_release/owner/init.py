@@ -26,12 +26,7 @@ _WEIGHTS = '# weights = "phi.safetensors"   # .safetensors or a torch state_dict
 
 @dataclass(frozen=True)
 class InitResult:
-    """What `init` made.
-
-    Attributes:
-        config: the `dpf.toml`, to be edited.
-        vault: the folder of what is private.
-    """
+    """What `init` made: the `dpf.toml`, to be edited, and the folder of what is private."""
 
     config: Path
     vault: Path

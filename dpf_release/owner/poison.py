@@ -29,14 +29,10 @@ from dpf_release.owner.vault.vault import BANK, Vault
 
 @dataclass(frozen=True)
 class PoisonResult:
-    """A candidate, and what it keeps and hides.
+    """P(φ1(S)): its index, its folder in the vault, and the images of S that have no row.
 
-    Attributes:
-        index: of P(φ1(S)).
-        folder: where it lies, in the vault.
-        unreadable: images of S that have no row.
-        measurements: as `measure` returns them; of several ranks only the first has them.
-        pictures: originals and reconstructions side by side, private; None where there are none in the clear.
+    `measurements` are what `measure` returns; of several ranks only the first has them. `pictures`, originals and
+    reconstructions side by side, are private; None where there are none in the clear.
     """
 
     index: BankIndex
@@ -165,11 +161,8 @@ def changed_since_poison(project: Project, name: str, function: FittedFunction, 
     """In what a candidate, whose `index` is in the clear, is not what today's function makes of today's features."""
     made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
     today = candidate_origin(project, function)
-    problems = [f"another {key} than today's" for key in today if made["origin"].get(key) != today[key]]
+    problems = [f"another {key} than today's" for key in changed_facts(made["origin"], today)]
     return problems + ["features/index.json changed since"] * (made["index_sha256"] != sha256_of(index))
-
-
-# --------------------------------------------------------------------------------------------- without rows
 
 
 def drop_rows(removal: Removal, name: str) -> bool:

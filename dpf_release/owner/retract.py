@@ -129,9 +129,6 @@ def _asked_for(project: Project, ids: Sequence[str], sources: Sequence[str]) -> 
     return list(found.values())
 
 
-# --------------------------------------------------------------------------------------------- before anything changes
-
-
 def _begin(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> None:
     """Looks at all that can be refused, then notes the retraction: from there on it is gone through with."""
     after = _planned(project, lines, asked)
@@ -206,9 +203,6 @@ def _has_rows(project: Project, table: ImageTable, gone: Set[str], removal: Remo
     return set(row_of) <= {bad["name"] for bad in project.bank_plan["undecodable"]} and all(
         np.array_equal(table.targets[rows[split]], removal.bank(split).targets) for split in removal.kept
     )
-
-
-# --------------------------------------------------------------------------------------------- what then changes
 
 
 def _finish(project: Project) -> RetractionReport:

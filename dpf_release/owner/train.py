@@ -29,12 +29,10 @@ IMPORTED = "imported.json"  # beside an imported network: the digest of the weig
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A trained Φ.
+    """A trained Φ, and the images of S that it was trained without.
 
-    Attributes:
-        scores: on `val` and `test`, accuracy (0 to 1) or mean absolute error in the target's unit; of several ranks
-            only the first knows them.
-        unreadable: images of S that it was trained without.
+    `scores` are those on `val` and `test`: accuracy (0 to 1) or mean absolute error in the target's unit; of several
+    ranks only the first knows them.
     """
 
     scores: dict[str, float]

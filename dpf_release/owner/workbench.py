@@ -107,7 +107,7 @@ def workbench_of(project: Project) -> Workbench:
         phi_1=project.frozen(cut.split.featurizer),
         phi_2=project.frozen(cut.split.classifier),
         record=cut.record,
-        features=FeatureSpec(cut.record.feature_shape, cut.split.non_negative),
+        features=cut.features,
         preprocess=project.preprocess,
         task=config.task.kind,
         device=project.device,
@@ -187,14 +187,11 @@ def open_candidate(project: Project, name: str) -> Candidate:
             f"the candidate {name!r} is not of today: {'; '.join(problems)}. Run `dpf-release poison --name {name}` "
             "again, then attack what it makes."
         )
-    return Candidate(
-        name,
-        function,
-        banks,
-        sha256_of(index),
-        lambda: _released_too(project.vault, project.bank_id, function.digest),
-        lambda: measure_task(project, name),
-    )
+
+    def second() -> tuple[Concat, str]:
+        return _released_too(project.vault, project.bank_id, function.digest)
+
+    return Candidate(name, function, banks, sha256_of(index), second, lambda: measure_task(project, name))
 
 
 def _read_candidate(vault: Vault, name: str) -> tuple[dict[SplitName, FeatureBank], Path]:

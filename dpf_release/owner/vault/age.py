@@ -89,18 +89,16 @@ def refuse_other_identity(path: Path, recipients: Sequence[str]) -> None:
 
 def encrypt(data: bytes, recipients: Sequence[str]) -> bytes:
     """The sealed form of a few bytes."""
-    sealed: bytes = load_pyrage().encrypt(data, read_recipients(recipients))
-    return sealed
+    return bytes(load_pyrage().encrypt(data, read_recipients(recipients)))
 
 
 def decrypt(path: Path, identity: Path) -> bytes:
     """What a sealed file holds, in memory; a `VaultError` where the key is another, or the file cut off or changed."""
     pyrage, identities = load_pyrage(), read_identity(identity)
     try:
-        data: bytes = pyrage.decrypt(path.read_bytes(), identities)
+        return bytes(pyrage.decrypt(path.read_bytes(), identities))
     except (pyrage.DecryptError, OSError) as error:
         raise _not_opened(path, identity, error) from error
-    return data
 
 
 def encrypt_file(path: Path, sealed: Path, recipients: Sequence[str]) -> None:

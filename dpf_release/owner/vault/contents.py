@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dpf_release.core.files import write_json
 from dpf_release.core.locks import LOCK
 from dpf_release.errors import VaultError
 from dpf_release.owner.vault.age import SEALED, is_sealed_form
@@ -25,14 +26,12 @@ SHOWN = 5
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _SHARD = r"(train|val|test)/shard-[0-9]{5}\.h5"
 BANK_FILE = re.compile(rf"features/(index(-before)?\.json|{_SHARD})")
+_MODEL_FILE = r"model/((featurizer|classifier)\.safetensors|model\.json)"
+_CHECKPOINT = rf"(network/|functions/{_NAME}/|reconstructors/[^/]+\.)checkpoint[-0-9A-Za-z_]*\.safetensors"
 
 # Pattern, role, words. From each of these S or P, or a part of them, could be had.
 _MEMBERS: tuple[tuple[str, str, str], ...] = (
-    (
-        rf"(network/|functions/{_NAME}/|reconstructors/[^/]+\.)checkpoint[-0-9A-Za-z_]*\.safetensors",
-        "checkpoint",
-        "a training that was cut off, to go on from",
-    ),
+    (_CHECKPOINT, "checkpoint", "a training that was cut off, to go on from"),
     (r"network/phi\.safetensors", "network", "Φ, all its weights, as trained or imported"),
     (r"network/network\.json", "network", "what rebuilds Φ: architecture, hook point, preprocessing, classes"),
     (r"network/(history|imported)\.json", "network", "how Φ was trained, or the digest of the file that it came from"),
@@ -49,11 +48,7 @@ _MEMBERS: tuple[tuple[str, str, str], ...] = (
     (rf"functions/{_NAME}/plan\.safetensors", "function", "P: what it drew before it saw a row"),
     (rf"functions/{_NAME}/history\.json", "function", "P: how its training went"),
     (rf"functions/{_NAME}/candidate\.json", "function", "what the candidate was made from"),
-    (
-        rf"candidates/{_NAME}/({BANK_FILE.pattern}|model/((featurizer|classifier)\.safetensors|model\.json))",
-        "candidate",
-        "a file as `package` publishes it",
-    ),
+    (rf"candidates/{_NAME}/({BANK_FILE.pattern}|{_MODEL_FILE})", "candidate", "a file as `package` publishes it"),
     (
         r"attackers/[^/]+\.(safetensors|checkpoint)",
         "attacker",
@@ -105,6 +100,14 @@ class Seals(BaseModel):
     version: Literal[1] = 1
     recipients: Annotated[tuple[str, ...], Field(min_length=1)]
     members: tuple[str, ...] = ()
+
+    def of(self, members: Set[str]) -> Seals:
+        """For the same recipients, with other members."""
+        return self.model_copy(update={"members": tuple(sorted(members))})
+
+    def write(self, folder: Path) -> None:
+        """Puts it into the vault, or to what is staged for it."""
+        write_json(folder / SEALS, self.model_dump(mode="json"))
 
 
 def read_seals(root: Path) -> Seals | None:

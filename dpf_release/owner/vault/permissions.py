@@ -81,15 +81,8 @@ def refuse_tracked(root: Path) -> None:
     # Not the repository that a hook, whose child this may be, works in.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment |= {"LC_ALL": "C", "GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"}
-    asked = subprocess.run(
-        # No program that the repository's configuration names.
-        [git, "-c", "core.fsmonitor=false", "ls-files", "-z"],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    ask = [git, "-c", "core.fsmonitor=false", "ls-files", "-z"]  # no program that the repository's configuration names
+    asked = subprocess.run(ask, cwd=root, env=environment, capture_output=True, check=False, stdin=subprocess.DEVNULL)
     said = " ".join(os.fsdecode(asked.stderr).split())
     if asked.returncode and "not a git repository (or any" not in said:
         raise VaultError(

@@ -7,28 +7,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpf_release.bank.format import INDEX
-from dpf_release.core.files import flush_to_disk, refuse_small_disk, write_json
+from dpf_release.core.files import flush_to_disk, refuse_small_disk
 from dpf_release.core.locks import locked
 from dpf_release.core.progress import Progress
 from dpf_release.errors import VaultError
 from dpf_release.owner.vault.age import decrypt_file, read_identity, read_recipients, sealed_form
-from dpf_release.owner.vault.contents import (
-    BANK_FILE,
-    SEALS,
-    SHOWN,
-    STAGED,
-    Seals,
-    VaultState,
-    listed,
-    look_at,
-    read_seals,
-)
+from dpf_release.owner.vault.contents import BANK_FILE, SEALS, STAGED, Seals, VaultState, listed, look_at, read_seals
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.retractions import read_retracted
 from dpf_release.owner.vault.staging import remove_unpublished
 from dpf_release.owner.vault.storage import flush_folders
 from dpf_release.owner.vault.vault import Vault
 
+SHOWN = 5
 FORGETTABLE = ("features", "candidates", "figures")
 DELETION = (
     "Deleted is not erased. The names are gone and the room is free; the bytes may stay: in blocks that an SSD has put "
@@ -76,7 +67,7 @@ def seal(vault: Vault, recipients: Sequence[str] = (), forgotten: Collection[str
         vault.refuse_strangers()
         if not known:
             _refuse_unfinished_retraction(vault)  # which may have half a file, or want what is forgotten
-            write_json(vault.root / SEALS, Seals(recipients=tuple(dict.fromkeys(recipients))).model_dump(mode="json"))
+            Seals(recipients=tuple(dict.fromkeys(recipients))).write(vault.root)
         _forget(vault, forgotten)
         vault.seal_the_rest()
     return look_at(vault.root)

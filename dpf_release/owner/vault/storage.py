@@ -22,7 +22,6 @@ from dpf_release.core.files import (
     refuse_small_disk,
     remove_folder,
     replacing,
-    write_json,
 )
 from dpf_release.core.locks import locked
 from dpf_release.core.progress import Progress
@@ -236,7 +235,7 @@ class Storage:
             age.encrypt_file(copies / name, sealed_form(staged / name), seals.recipients)
         flush_folders(self.root, (staged / name for name in changed))
         gone = {path.relative_to(copies).as_posix() for path in before.keys() - after.keys()}
-        _write_seals(make_folder(staged), seals, {*seals.members, *map(Path.as_posix, changed)} - gone)
+        seals.of({*seals.members, *map(Path.as_posix, changed)} - gone).write(make_folder(staged))
         self._take_in()
 
     def _take_in(self) -> None:
@@ -299,7 +298,7 @@ class Storage:
         seals = self._seals()
         members = {*seals.members, *sealed} - gone
         if members != set(seals.members):
-            _write_seals(self.root, seals, members)
+            seals.of(members).write(self.root)
 
     def _name(self, member: Path) -> str:
         return member.relative_to(self.root).as_posix()
@@ -310,10 +309,6 @@ def flush_folders(root: Path, members: Iterable[Path]) -> None:
     for folder in {folder for member in members for folder in member.parents if folder.is_relative_to(root)}:
         if folder.is_dir():
             flush_to_disk(folder)
-
-
-def _write_seals(folder: Path, seals: Seals, members: set[str]) -> None:
-    write_json(folder / SEALS, seals.model_dump(mode="json") | {"members": sorted(members)})
 
 
 def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
