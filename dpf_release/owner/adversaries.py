@@ -143,10 +143,8 @@ def _fit_straw_man(project: Project, network: Reconstructor, name: str, subject:
 def attribute_classifier(project: Project, column: str) -> AttributeAttacker:
     """The byproduct attacker of section 4.4, trained on φ1(S train) and kept in the vault where missing.
 
-    It knows the values of an attribute column with at least 10 rows, and learns from at most 30 of each.
-
-    Raises:
-        ImageError: the private images have no such column, or it has fewer than two such values.
+    It knows the values of an attribute column with at least 10 rows, and learns from at most 30 of each. An
+    `ImageError`, where the private images have no such column, or it has fewer than two such values.
     """
     bank = project.private_bank("train")
     labels = attribute_of_rows(project, column, "train")

@@ -29,8 +29,7 @@ RowsOfSplit = dict[SplitName, Rows]
 def bank_facts(project: Project) -> dict[str, Any]:
     """How a bank is written, as its plan keeps it."""
     section = project.config.bank
-    written = section.model_dump() | {"shard_size": parse_size(section.shard_size)}
-    return written | machine_facts(project.device)
+    return section.model_dump() | {"shard_size": parse_size(section.shard_size)} | machine_facts(project.device)
 
 
 def bank_writer(project: Project, folder: Path, poisoned: bool) -> BankWriter:

@@ -77,11 +77,7 @@ def read_plans(vault: Vault, chain: Chain, secret: bytes, folder: Path) -> dict[
 
 
 def load_function(project: Project, name: str) -> FittedFunction:
-    """A fitted function from the vault.
-
-    Raises:
-        VaultError: there is none of that name, or it was fitted for another featurizer.
-    """
+    """A fitted function from the vault; a `VaultError` where it is not there, or was fitted for another featurizer."""
     vault, folder, cut = project.vault, project.vault.function(name), project.cut
     record = vault.read_record(folder / "function.json", f"fit-poison --name {name}")
     if not record.get("fitted"):

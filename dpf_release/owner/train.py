@@ -135,10 +135,8 @@ def _judged(project: Project, network: nn.Module, split_name: str, judge: Callab
 def import_network(project: Project, restart: bool = False) -> None:
     """Φ from the weights that [model] names, into the vault, where there is none.
 
-    Raises:
-        VaultError: neither configuration nor vault has a network, or the weights file is no longer the one that the
-            vault's network came from, and `restart` is not set.
-        WeightsError: the weights do not fit the architecture, or are not in a safe format.
+    A `VaultError`, where neither has a network, or the weights file is no longer the one that the vault's network came
+    from, and `restart` is not set; a `WeightsError`, where they do not fit, or are not in a safe format.
     """
     vault, weights = project.vault, project.config.model.weights
     there, came_from = vault.holds(vault.network / "network.json"), vault.network / IMPORTED

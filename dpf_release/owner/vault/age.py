@@ -102,14 +102,10 @@ def decrypt(path: Path, identity: Path) -> bytes:
 
 
 def encrypt_file(path: Path, sealed: Path, recipients: Sequence[str]) -> None:
-    """Writes the sealed form of a file, in little memory, and sees that it can be opened again.
+    """Writes the sealed form of a file, in little memory, and sees that it can be opened again, or a `VaultError`.
 
     The secret keys are not here. So it is sealed for a key of this call too, read back with that, and that forgotten:
     pyrage does not tell where the last bytes found no room, and the plain file is about to go.
-
-    Raises:
-        VaultError: what was written does not open to what was read.
-        StorageError: the disk does not take it.
     """
     pyrage = load_pyrage()
     witness, digest = pyrage.x25519.Identity.generate(), hashlib.sha256()

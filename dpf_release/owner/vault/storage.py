@@ -102,11 +102,7 @@ class Storage:
         return BytesIO(age.decrypt(sealed_form(member), self.identity_for(member)))
 
     def read_bytes(self, member: Path, made_by: str) -> bytes:
-        """A small member; nothing of it comes to the disk. `made_by`: the command that makes it, for the message.
-
-        Raises:
-            VaultError: it is not there, or does not open.
-        """
+        """A small member, in memory; a `VaultError` where it does not open, or was not `made_by` that command yet."""
         with self._open(member, made_by) as file:
             return file.read()
 
