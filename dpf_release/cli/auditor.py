@@ -105,4 +105,4 @@ def inspect(
     from dpf_release.publish.inspect import inspect as run
 
     for table in run(path, size, width, trust_code=trust_code):
-        print_table(table.title, table.header, table.rows)
+        print_table(*table)

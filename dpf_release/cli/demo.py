@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from dpf_release.cli.printing import print_measurements
 from dpf_release.core.files import write_text
 from dpf_release.errors import ConfigError, RefusedError
 from dpf_release.evaluation.suite import attack
@@ -21,6 +20,7 @@ from dpf_release.owner.poison import poison
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import train
 from dpf_release.publish.package import package
+from dpf_release.release.manifest import MANIFEST, SUMS
 from dpf_release.release.verify import verify
 
 # What training the attackers may take: enough to show what they do, not enough for a pass.
@@ -70,35 +70,8 @@ batch_size = 32
 """
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo made.
-
-    Attributes:
-        measurements: as `measure` returns them.
-        public_files: paths inside the release.
-        attacks: verdict of each attack, and what it reached, in a sentence each.
-        refusal: what `package` said before the risk was accepted.
-        accepted_risk: the reason that was then given.
-        not_claimed: what this does not show.
-        figure: originals, reconstructions before and after; private.
-        release: the published folder.
-        seconds: wall clock.
-    """
-
-    measurements: dict[str, Any]
-    public_files: list[str]
-    attacks: list[str]
-    refusal: str
-    accepted_risk: str
-    not_claimed: str
-    figure: Path
-    release: Path
-    seconds: float
-
-
-def demo(out: Path) -> DemoResult:
-    """Images, configuration, network, features, P, candidate, attacks, release, all in a new folder.
+def demo(out: Path) -> None:
+    """Images, configuration, network, features, P, candidate, attacks, release, all in a new folder; says what came.
 
     Raises:
         ConfigError: the folder is there and is not empty.
@@ -112,22 +85,19 @@ def demo(out: Path) -> DemoResult:
     report = attack(project, profile="quick", images=ATTACK_IMAGES)
     refusal = _refusal(project)
     manifest = package(project, accept_risk=ACCEPTED_RISK)
-    release = out / "release"
+    release, figure = out / "release", project.vault.reports("default") / "reconstructions.png"
     if problems := verify(release):
         raise AssertionError(f"the demo's own release does not verify: {problems}")
-    return DemoResult(
-        measurements=candidate.measurements,
-        public_files=sorted([file.path for file in manifest.files] + ["SHA256SUMS", "manifest.json"]),
-        attacks=[
-            f"{result.code} {result.title}: {', '.join([result.verdict, *result.reasons])}" for result in report.attacks
-        ],
-        refusal=refusal,
-        accepted_risk=ACCEPTED_RISK,
-        not_claimed=NOT_CLAIMED,
-        figure=project.vault.reports("default") / "reconstructions.png",
-        release=release,
-        seconds=time.monotonic() - started,
-    )
+    print_measurements(candidate.measurements)
+    print("\nAttacks:")
+    for result in report.attacks:
+        print(f"  {result.code} {result.title}: {', '.join([result.verdict, *result.reasons])}")
+    print(f"\ndpf-release package: {refusal}")
+    print(f'\ndpf-release package --accept-risk "{ACCEPTED_RISK}"\n\nPublic files:')
+    for name in sorted([file.path for file in manifest.files] + [SUMS, MANIFEST]):
+        print(f"  {name}")
+    print(f"\n{NOT_CLAIMED}")
+    print(f"\nPictures (private): {figure}\nRelease: {release}\n{time.monotonic() - started:.0f} s")
 
 
 def new_project(out: Path) -> Project:

@@ -22,37 +22,17 @@ from dpf_release.cli.app import (
     app,
     open_project,
 )
-from dpf_release.cli.printing import print_bank, print_measurements, print_published, print_table, print_unreadable
+from dpf_release.cli.printing import print_bank, print_measurements, print_table, print_unreadable
 
-BudgetOption = Annotated[
-    float | None,
-    typer.Option("--budget", min=0.01, help="Minutes of training; with less than it takes no claim passes."),
-]
-ImagesOption = Annotated[
-    int | None,
-    typer.Option("--images", min=1, help="Pictures a training is shown; or say --budget, which reckons them."),
-]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of all that is drawn.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON (docs/attacks.md) in the place of tables.")]
-AttackAnewOption = Annotated[
-    bool, typer.Option("--restart", help="Attack anew; networks that attackers trained, and what failed, are kept.")
-]
-PublicOption = Annotated[
-    Path | None,
-    typer.Option("--public", help="Also write a page that anyone may see: its numbers, and pictures of Q only."),
-]
-OwnAttackOption = Annotated[
-    list[str] | None,
-    typer.Option("--attack", help="Also run an attack from outside, package.module:Class; with --trust-code."),
-]
 
 
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="The project's folder; made where missing.")],
     from_release: Annotated[
-        Path | None,
-        typer.Option("--from-release", help="Share the φ1 and φ2 of this release, as a second owner."),
+        Path | None, typer.Option("--from-release", help="Share the φ1 and φ2 of this release, as a second owner.")
     ] = None,
 ) -> None:
     """Write a commented dpf.toml and an empty vault.
@@ -116,23 +96,18 @@ def featurize(
             raise typer.BadParameter(
                 "--restart is the owner's; to begin a bank of your own anew, remove --out's folder"
             )
-        _featurize_downstream(release, images, out, shard_size or "1 GiB", max_bad, device or "auto")
+        from dpf_release.release.featurize import featurize_new
+        from dpf_release.release.release import Release
+
+        opened, size = Release.open(release), shard_size or "1 GiB"
+        index, bad = featurize_new(opened, images, out, shard_size=size, max_bad=max_bad, device=device or "auto")
+        print_bank(index, out, bad)
         return
     from dpf_release.owner.featurize import featurize as run
 
     project = open_project(config, identity, fix_permissions)
     written = run(project, device=device, shard_size=shard_size, restart=restart)
     print_bank(written.index, written.folder, written.unreadable)
-
-
-def _featurize_downstream(release: Path, images: Path, out: Path, shard_size: str, max_bad: float, device: str) -> None:
-    from dpf_release.release.featurize import featurize_new
-    from dpf_release.release.release import Release
-
-    index, unreadable = featurize_new(
-        Release.open(release), images, out, shard_size=shard_size, max_bad=max_bad, device=device
-    )
-    print_bank(index, out, unreadable)
 
 
 @app.command()
@@ -154,8 +129,7 @@ def fit_poison(
     config: ConfigOption = CONFIG,
     name: NameOption = "default",
     function: Annotated[
-        str | None,
-        typer.Option("--function", help="dpf, recombine:k=20, gaussian-filter+dpf, ... (see dpf.toml)"),
+        str | None, typer.Option("--function", help="dpf, recombine:k=20, gaussian-filter+dpf, ... (see dpf.toml)")
     ] = None,
     objective: Annotated[str | None, typer.Option("--objective", help="equivalence or paper.")] = None,
     lambda_: Annotated[float | None, typer.Option("--lambda", help="Weight of the byproduct attackers' term.")] = None,
@@ -182,9 +156,8 @@ def fit_poison(
         restart=restart,
     )
     print_unreadable(fitted.unreadable)
-    facts = ", ".join(f"{key} {value:.4g}" for key, value in fitted.last.items())
-    facts = facts or "a stationary function: nothing to train"
-    print(f"Fitted {name}: {facts}. Next: dpf-release poison --name {name}")
+    facts = [f"{key} {value:.4g}" for key, value in fitted.last.items()] or ["a stationary function: nothing to train"]
+    print(f"Fitted {name}: {', '.join(facts)}. Next: dpf-release poison --name {name}")
 
 
 @app.command()
@@ -220,15 +193,29 @@ def attack(
     only: Annotated[
         str, typer.Option("--only", help="Codes of attacks and utilities, as A1,A5,U3; default: all of the profile.")
     ] = "",
-    budget: BudgetOption = None,
-    images: ImagesOption = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", min=0.01, help="Minutes of training; with less than it takes no claim passes."),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option("--images", min=1, help="Pictures a training is shown; or say --budget, which reckons them."),
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
-    public: PublicOption = None,
-    own: OwnAttackOption = None,
+    public: Annotated[
+        Path | None,
+        typer.Option("--public", help="Also write a page that anyone may see: its numbers, and pictures of Q only."),
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option("--attack", help="Also run an attack from outside, package.module:Class; with --trust-code."),
+    ] = None,
     trust_code: TrustCodeOption = False,
     device: DeviceOption = None,
-    restart: AttackAnewOption = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Attack anew; networks that attackers trained, and what failed, are kept.")
+    ] = False,
     identity: IdentityOption = None,
     fix_permissions: FixPermissionsOption = False,
 ) -> None:
@@ -328,7 +315,15 @@ def package(
 
     project = open_project(config, identity, fix_permissions)
     manifest = run(project, name, out, sign, second_function, accept_risk)
-    print_published(manifest, out or project.config.folder / "release", project.config.release.version)
+    print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
+    for file in manifest.files:
+        print(f"  {file.path}  {file.bytes} bytes  {file.role}")
+    if manifest.version != (asked := project.config.release.version):
+        print(f"As {manifest.version}, and not as {asked}, which was published with rows that are retracted since.")
+    made, not_made = (", ".join(claims) or "none" for claims in (manifest.claims.made, manifest.claims.not_made))
+    print(f"Claims made: {made}. Claims not made: {not_made}.")
+    if not manifest.of_role("attack-report"):
+        print("No attack battery was run on it.")
 
 
 @app.command()
@@ -380,14 +375,4 @@ def demo(out: Annotated[Path, typer.Option("--out", help="A new folder.")] = Pat
     """
     from dpf_release.cli.demo import demo as run
 
-    result = run(out)
-    print_measurements(result.measurements)
-    print("\nAttacks:")
-    for attacked in result.attacks:
-        print(f"  {attacked}")
-    print(f"\ndpf-release package: {result.refusal}")
-    print(f'\ndpf-release package --accept-risk "{result.accepted_risk}"\n\nPublic files:')
-    for name in result.public_files:
-        print(f"  {name}")
-    print(f"\n{result.not_claimed}")
-    print(f"\nPictures (private): {result.figure}\nRelease: {result.release}\n{result.seconds:.0f} s")
+    run(out)

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
     from dpf_release.bank.format import BankIndex
     from dpf_release.images.dataset import BadImage
-    from dpf_release.release.manifest import Manifest
 
 
 def print_unreadable(images: Sequence[BadImage]) -> None:
@@ -22,21 +21,7 @@ def print_unreadable(images: Sequence[BadImage]) -> None:
 def print_bank(index: BankIndex, folder: Path, unreadable: Sequence[BadImage]) -> None:
     """What was written where, after a line for each image that has no row."""
     print_unreadable(unreadable)
-    counts = {split: sum(shard.rows for shard in shards) for split, shards in index.splits.items()}
-    print(f"Wrote {folder}: {counts}, {index.row_bytes} bytes a row")
-
-
-def print_published(manifest: Manifest, folder: Path, version: str) -> None:
-    """A release's files and claims, and its version where that is not the one that was asked for."""
-    print(f"Published {manifest.name} {manifest.version} in {folder}:")
-    for file in manifest.files:
-        print(f"  {file.path}  {file.bytes} bytes  {file.role}")
-    if manifest.version != version:
-        print(f"As {manifest.version}, and not as {version}, which was published with rows that are retracted since.")
-    made, not_made = (", ".join(claims) or "none" for claims in (manifest.claims.made, manifest.claims.not_made))
-    print(f"Claims made: {made}. Claims not made: {not_made}.")
-    if not any(file.role == "attack-report" for file in manifest.files):
-        print("No attack battery was run on it.")
+    print(f"Wrote {folder}: {index.rows}, {index.row_bytes} bytes a row")
 
 
 def print_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -61,24 +46,22 @@ def print_measurements(report: Mapping[str, Any]) -> None:
             print(f"{split}: {part['not_measured']}")
             continue
         rows = []
-        for task_metric in ("top1", "top5", "mae"):
-            if f"{task_metric}_clean" in part["task"]:
-                rows.append(_measured_row(f"φ2 {task_metric}", part["task"], task_metric))
+        for metric in ("top1", "top5", "mae"):
+            if f"{metric}_clean" in part["task"]:
+                rows.append(_measured_row("φ2", part["task"], metric))
         for straw_man, values in part["reconstruction"].items():
-            rows += [
-                _measured_row(f"{straw_man} {metric}", values, metric) for metric in ("l1", "psnr", "ssim", "abs_ssim")
-            ]
+            rows += [_measured_row(straw_man, values, metric) for metric in ("l1", "psnr", "ssim", "abs_ssim")]
         for column, values in part["attributes"].items():
             if "not_measured" in values:
                 rows.append((f"{column} top1", "", "", values["not_measured"]))
             else:
-                rows.append(_measured_row(f"{column} top1", values, "top1"))
+                rows.append(_measured_row(column, values, "top1"))
         objective = f", objective {report['objective']}" if report["objective"] else ""
         title = f"{split}, {part['rows']} rows, {report['function']}{objective}"
         print_table(title, ("", "clean", "poisoned", "clean - poisoned, 95 %"), rows)
 
 
-def _measured_row(label: str, values: Mapping[str, Any], metric: str) -> tuple[str, ...]:
+def _measured_row(whose: str, values: Mapping[str, Any], metric: str) -> tuple[str, ...]:
     interval = values.get(f"{metric}_difference_95")
     shown = f"{values[f'{metric}_difference']:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
-    return label, f"{values[f'{metric}_clean']:.4f}", f"{values[f'{metric}_poisoned']:.4f}", shown
+    return f"{whose} {metric}", f"{values[f'{metric}_clean']:.4f}", f"{values[f'{metric}_poisoned']:.4f}", shown

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpf_release.cli.app import CONFIG, ConfigOption, FixPermissionsOption, IdentityOption, app
+
 if TYPE_CHECKING:
     from dpf_release.owner.vault.vault import Vault
-from dpf_release.cli.app import CONFIG, ConfigOption, FixPermissionsOption, IdentityOption, app
 
 key_app = typer.Typer(
     help="Keys that sign releases.\n\nExample: dpf-release key new --out ~/owner-key", no_args_is_help=True
@@ -75,9 +76,7 @@ def vault_open(
 
 @vault_app.command("forget")
 def vault_forget(
-    config: ConfigOption = CONFIG,
-    identity: IdentityOption = None,
-    fix_permissions: FixPermissionsOption = False,
+    config: ConfigOption = CONFIG, identity: IdentityOption = None, fix_permissions: FixPermissionsOption = False
 ) -> None:
     """Remove φ1(S), the candidates and the figures, once a release is made; they can be made again from S.
 

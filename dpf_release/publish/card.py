@@ -12,44 +12,10 @@ from dpf_release.core.files import PUBLIC_FILE, write_text
 from dpf_release.evaluation.report.headline import strongest
 from dpf_release.owner.config import ReleaseSection
 from dpf_release.owner.vault.retractions import Retracted
-from dpf_release.publish.card_text import (
-    ACCEPTED_RISK,
-    AMONG,
-    ANEW,
-    ATTACKS,
-    BANK_BEFORE,
-    CARD,
-    CATEGORIES,
-    CLAIMED,
-    CLAIMS,
-    CUT_SHORT,
-    DROPPED,
-    IN_UNIT,
-    LIMIT,
-    NAMES,
-    NO_ATTACKS,
-    NO_CLAIM,
-    NO_DESCRIPTION,
-    NO_LIMIT,
-    NOT_APPLICABLE,
-    NOT_CLAIMED,
-    NOT_DEFINED,
-    NOT_GATED,
-    NOT_MEASURED,
-    NOT_RUN,
-    OF_ATTRIBUTE,
-    POWER,
-    REBUILT,
-    REBUILT_TOO,
-    RETRACTED_SINCE,
-    RETRACTIONS,
-    SECOND_FUNCTION,
-    THIS_BANK,
-    score_rows,
-)
+from dpf_release.publish import card_text as words
 from dpf_release.publish.gate import Passage
 from dpf_release.release.attack_report import AttackReport, AttackResult, Interval
-from dpf_release.release.manifest import ATTACK_REPORT, Claims
+from dpf_release.release.manifest import ATTACK_REPORT
 from dpf_release.release.model_record import ModelRecord
 
 
@@ -61,8 +27,8 @@ def write_card(
     scores: Mapping[str, Any],
     passage: Passage,
     statement: str,
-    second_function: str = "",
-    retractions: str = "",
+    second_function: str,
+    retractions: str,
 ) -> None:
     """Writes the card.
 
@@ -77,41 +43,32 @@ def write_card(
         second_function: why the same images are published once more, under another function; empty where they are not.
         retractions: as `retractions_section` says it.
     """
-    text = CARD.format(
-        **_facts(release, record, index),
+    text = words.CARD.format(
+        release=release,
+        arch=record.arch,
+        hook=record.hook,
+        name=json.dumps(release.name),
+        licence=json.dumps(release.licence.lower()),
+        category=words.CATEGORIES[record.task],
+        description=release.description.strip() or words.NO_DESCRIPTION,
+        task=record.task + (words.IN_UNIT.format(unit=record.unit) if record.unit else ""),
+        names_label=words.NAMES[record.task],
+        names=_cell(", ".join(record.targets if record.task == "regression" else record.classes)),
+        rows=", ".join(f"{split}: {rows}" for split, rows in index.rows.items()),
+        shape=" x ".join(map(str, record.feature_shape)),
+        size=" x ".join(map(str, record.preprocess.size)),
+        mean=list(record.preprocess.mean),
+        std=list(record.preprocess.std),
         statement=statement,
-        scores="\n".join(f"| {label} | {value} |" for label, value in score_rows(scores, record.unit)),
-        claims_made=", ".join(passage.claims.made) or NO_CLAIM,
-        claims=_claims(passage.claims, passage.attribute),
-        attacks=NO_ATTACKS if passage.report is None else attacks_section(passage.report),
+        scores="\n".join(f"| {label} | {value} |" for label, value in words.score_rows(scores, record.unit)),
+        claims_made=", ".join(passage.claims.made) or words.NO_CLAIM,
+        claims=_claims(passage),
+        attacks=words.NO_ATTACKS if passage.report is None else _attacks(passage.report),
         accepted_risk=_accepted_risk(passage),
-        second_function=SECOND_FUNCTION.format(reason=second_function) if second_function else "",
+        second_function=words.SECOND_FUNCTION.format(reason=second_function) if second_function else "",
         retractions=retractions,
     )
     write_text(path, text, PUBLIC_FILE)
-
-
-def _facts(release: ReleaseSection, record: ModelRecord, index: BankIndex) -> dict[str, Any]:
-    """What the card says of the release, its network and its rows, by the places in `CARD`."""
-    return {
-        "name": json.dumps(release.name),
-        "licence": json.dumps(release.licence.lower()),
-        "licence_text": release.licence,
-        "category": CATEGORIES[record.task],
-        "title": release.name,
-        "version": release.version,
-        "description": release.description.strip() or NO_DESCRIPTION,
-        "arch": record.arch,
-        "hook": record.hook,
-        "task": record.task + (IN_UNIT.format(unit=record.unit) if record.unit else ""),
-        "names_label": NAMES[record.task],
-        "names": _cell(", ".join(record.targets if record.task == "regression" else record.classes)),
-        "rows": ", ".join(f"{split}: {rows}" for split, rows in index.rows.items()),
-        "shape": " x ".join(map(str, record.feature_shape)),
-        "size": " x ".join(map(str, record.preprocess.size)),
-        "mean": list(record.preprocess.mean),
-        "std": list(record.preprocess.std),
-    }
 
 
 def retractions_section(retracted: Retracted, steps: Sequence[Mapping[str, Any]]) -> str:
@@ -133,78 +90,69 @@ def retractions_section(retracted: Retracted, steps: Sequence[Mapping[str, Any]]
         if retraction.published_index == step["dropped_from"]:
             base, count = retraction.published[-1], 0
         count += step["rebuilt"]
-    others = (REBUILT if count else DROPPED).format(base=base, count=count) if base else ANEW
-    shown = REBUILT_TOO if base and count else ""
-    told = ", ".join(RETRACTED_SINCE.format(count=count, version=version) for version, count in rows.items())
-    return RETRACTIONS.format(rows=told, others=others, shown=shown)
+    others = (words.REBUILT if count else words.DROPPED).format(base=base, count=count) if base else words.ANEW
+    shown = words.REBUILT_TOO if base and count else ""
+    told = ", ".join(words.RETRACTED_SINCE.format(count=count, version=version) for version, count in rows.items())
+    return words.RETRACTIONS.format(rows=told, others=others, shown=shown)
 
 
-def _claims(claims: Claims, attribute: str) -> str:
-    of = {"attribute": OF_ATTRIBUTE.format(attribute=attribute)} if attribute else {}
-    lines = [CLAIMED.format(name=name, of=of.get(name, ""), claim=CLAIMS[name]) for name in claims.made]
-    lines += [NOT_CLAIMED.format(name=name, claim=CLAIMS[name]) for name in claims.not_made]
+def _claims(passage: Passage) -> str:
+    of = {"attribute": words.OF_ATTRIBUTE.format(attribute=passage.attribute)} if passage.attribute else {}
+    made, not_made = passage.claims.made, passage.claims.not_made
+    lines = [words.CLAIMED.format(name=name, of=of.get(name, ""), claim=words.CLAIMS[name]) for name in made]
+    lines += [words.NOT_CLAIMED.format(name=name, claim=words.CLAIMS[name]) for name in not_made]
     return "".join(f"\n{line}" for line in lines) + "\n"
 
 
-def attacks_section(report: AttackReport) -> str:
+def _attacks(report: AttackReport) -> str:
     """The table of what attacks reached: one row an attack, and one for each that does not apply."""
     rows = [_attack_row(result) for result in report.attacks]
-    rows += [(code, *[""] * 7, NOT_APPLICABLE) for code in sorted(report.not_applicable)]
-    rows += [(code, *[""] * 7, NOT_RUN) for code in report.not_run]
+    rows += [(code, *[""] * 7, words.NOT_APPLICABLE) for code in sorted(report.not_applicable)]
+    rows += [(code, *[""] * 7, words.NOT_RUN) for code in report.not_run]
     dropped = report.dropped_since
-    return ATTACKS.format(
+    return words.ATTACKS.format(
         profile=report.profile,
-        bank=BANK_BEFORE.format(count=dropped) if dropped else THIS_BANK,
+        bank=words.BANK_BEFORE.format(count=dropped) if dropped else words.THIS_BANK,
         file=ATTACK_REPORT,
         rows="\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in rows),
-        limits=", ".join(f"{name} {limit:g}" for name, limit in sorted(report.limits.items())) or NO_LIMIT,
+        limits=", ".join(f"{name} {limit:g}" for name, limit in sorted(report.limits.items())) or words.NO_LIMIT,
     )
 
 
 def _attack_row(result: AttackResult) -> tuple[str, ...]:
+    best = strongest(result)
+    reached = best.found.value if best else None
     return (
         f"{result.code} {result.title}",
-        result.claim or NOT_GATED,
-        _number(result.baseline),
-        _number(reached(result)),
-        _number(result.ceiling),
-        _interval(result.leakage, "{:.3f}") or NOT_DEFINED,
+        result.claim or words.NOT_GATED,
+        *("" if value is None else f"{value:.3f}" for value in (result.baseline, reached, result.ceiling)),
+        _interval(result.leakage, "{:.3f}") if result.leakage else words.NOT_DEFINED,
         _re_identified(result),
-        POWER[result.power.passed],
+        words.POWER[result.power.passed],
         result.verdict,
     )
 
 
 def _re_identified(result: AttackResult) -> str:
     if result.re_identification is None:
-        return NOT_MEASURED
-    text = AMONG.format(share=_interval(result.re_identification, "{:.1%}"), count=result.among)
+        return words.NOT_MEASURED
+    text = words.AMONG.format(share=_interval(result.re_identification, "{:.1%}"), count=result.among)
     limit = result.re_identification_limit if result.claim else None
-    return text if limit is None else text + LIMIT.format(limit=limit)
+    return text if limit is None else text + words.LIMIT.format(limit=limit)
 
 
-def reached(result: AttackResult) -> float | None:
-    """What an attack reached, in the measure of its baseline and its ceiling."""
-    best = strongest(result)
-    return best.found.value if best else None
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _interval(found: Interval | None, form: str) -> str:
-    return "" if found is None else f"{form.format(found.value)} [{form.format(found.low)}, {form.format(found.high)}]"
+def _interval(found: Interval, form: str) -> str:
+    return f"{form.format(found.value)} [{form.format(found.low)}, {form.format(found.high)}]"
 
 
 def _accepted_risk(passage: Passage) -> str:
     if not passage.accepted_risk:
         return ""
     listed = "\n".join(f"- {objection}" for objection in passage.objections)
-    return ACCEPTED_RISK.format(objections=listed, reason=passage.accepted_risk)
+    return words.ACCEPTED_RISK.format(objections=listed, reason=passage.accepted_risk)
 
 
 def _cell(text: str, limit: int = 500) -> str:
     """Text that stays within its table cell."""
     text = text.replace("|", "\\|").replace("\n", " ")
-    return text if len(text) <= limit else text[:limit] + CUT_SHORT
+    return text if len(text) <= limit else text[:limit] + words.CUT_SHORT

@@ -19,7 +19,7 @@ tags:
 - dpf-release
 ---
 
-# {title} {version}
+# {release.name} {release.version}
 
 {description}
 
@@ -35,7 +35,7 @@ A feature bank in the place of an image data set. The rows are P(φ1(S)): images
 | rows | {rows} |
 | a row | {shape}, float16 |
 | images for φ1 | RGB, {size} px, mean {mean}, std {std} |
-| licence | {licence_text} |
+| licence | {release.licence} |
 {scores}
 
 ## Use
@@ -114,7 +114,6 @@ IN_UNIT, CUT_SHORT = ", in {unit}", " ... (all in model/model.json)"
 CATEGORIES = {"classification": "image-classification", "regression": "other"}
 SCORES = {"top1": ("top-1", "{:.2%}"), "mae": ("mean absolute error", "{:.3g} {unit}")}
 
-
 RETRACTIONS = """
 ## Retracted
 
@@ -149,11 +148,7 @@ def score_rows(scores: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
 
 
 def fixed_card_text() -> str:
-    """All that the words of a card are made of, but for what is the owner's."""
-    scores = [*(label for label, _ in SCORES.values()), str(score_rows({}, ""))]
-    claims = [*CLAIMS, *CLAIMS.values(), CLAIMED, NOT_CLAIMED, OF_ATTRIBUTE, NO_CLAIM]
-    attacks = [NO_ATTACKS, ATTACKS, THIS_BANK, BANK_BEFORE, *POWER.values(), NOT_APPLICABLE, NOT_RUN, NOT_DEFINED]
-    attacks += [NOT_MEASURED, NOT_GATED, NO_LIMIT, AMONG, LIMIT]
-    retractions = [RETRACTIONS, RETRACTED_SINCE, DROPPED, REBUILT, REBUILT_TOO, ANEW]
-    facts = [NO_DESCRIPTION, *NAMES.values(), IN_UNIT, CUT_SHORT, *CATEGORIES.values()]
-    return "\n".join([CARD, *facts, *scores, *claims, *attacks, ACCEPTED_RISK, SECOND_FUNCTION, *retractions])
+    """All that the words of a card are made of, but for what is the owner's: what stands above."""
+    above = [value for name, value in globals().items() if name.isupper()]
+    texts = [str([*value.values()] if isinstance(value, dict) else value) for value in above]
+    return "\n".join([*texts, str(score_rows({}, ""))])

@@ -30,7 +30,7 @@ class Passage:
         claims: those that are made, and those that are not.
         report: its public numbers; None: no attack was run on this bank.
         attribute: of which the claim `attribute` is made.
-        accepted_risk: the owner's reason to publish although claims were wanted that are not made; empty: none were.
+        accepted_risk: why to publish although claims were wanted that are not made; empty: none were.
         objections: what speaks against those claims; nothing in it is private.
     """
 
@@ -78,26 +78,20 @@ def pass_gate(
         if counts and failure.claim in against and failure not in told:
             against[failure.claim].append(str(failure))
     listed = tuple(f"{claim}: {objection}" for claim, of in against.items() for objection in of)
-    reason = _reason_for_risk(accept_risk, listed, name, gate)
+    reason = " ".join(accept_risk.split()) if listed else ""
+    if listed and not reason:
+        raise RefusedError(
+            "attacks do not bear out what [claims] in dpf.toml promises. Nothing was published.\n"
+            + "\n".join(f"  {objection}" for objection in listed)
+            + f"\nRun `dpf-release attack --name {name} --profile {gate.profile}`, where that was not done. Where an "
+            "attack breaks the function, fit another. Or promise less under [claims]; or publish without these claims "
+            'with --accept-risk "REASON" (it will be on the card, with all this).'
+        )
     made = tuple(claim for claim in CLAIMS if claim in against and not against[claim])
     claims = Claims(made=made, not_made=tuple(claim for claim in CLAIMS if claim not in made))
     if report is not None:
         report = public_report(report).model_copy(update={"claims_not_made": claims.not_made})
     return Passage(claims, report, wanted.attribute or "" if "attribute" in made else "", reason, listed)
-
-
-def _reason_for_risk(given: str, against: Sequence[str], name: str, gate: GateSection) -> str:
-    """Why to publish although something speaks against the claims; empty where nothing does."""
-    reason = " ".join(given.split()) if against else ""
-    if against and not reason:
-        raise RefusedError(
-            "attacks do not bear out what [claims] in dpf.toml promises. Nothing was published.\n"
-            + "\n".join(f"  {objection}" for objection in against)
-            + f"\nRun `dpf-release attack --name {name} --profile {gate.profile}`, where that was not done. Where an "
-            "attack breaks the function, fit another. Or promise less under [claims]; or publish without these claims "
-            'with --accept-risk "REASON" (it will be on the card, with all this).'
-        )
-    return reason
 
 
 def objections(
@@ -110,9 +104,8 @@ def objections(
 ) -> list[str]:
     """What in a report of attacks on a bank speaks against a claim; nothing: it passes.
 
-    A `pass` counts where it was given at the gate's profile or a harder one, under limits no wider than today's, to the
-    version of the attack that there is today. Each attack of the gate's profile has to be there, unless it does not
-    apply; one that fails counts whatever its profile.
+    A `pass` counts at the gate's profile or a harder one, under limits no wider than today's, of today's version of the
+    attack. Each attack of the gate's profile has to be there, unless it does not apply; any that fails counts.
     """
     found = _run_otherwise(claim, report, wanted, gate)
     results = {result.code: result for result in report.attacks}
@@ -122,13 +115,12 @@ def objections(
         if of != claim or PROFILE_ORDER.index(attack.profile) > PROFILE_ORDER.index(gate.profile):
             continue
         needed.add(attack.code)
-        result = results.get(attack.code)
-        if result is None:
-            missing = attack.code not in report.not_applicable or attack.view in required
-            problem = "was not run" if missing else ""
-        else:
+        problem = ""
+        if result := results.get(attack.code):
             problem = _objection(attack, result, beside)
             passed += not problem
+        elif attack.code not in report.not_applicable or attack.view in required:
+            problem = "was not run"
         if problem:
             found.append(f"{attack.code} {attack.title}: {problem}")
     for code, result in results.items():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
+from torch import nn
 
 from dpf_release.bank.format import INDEX, BankIndex, open_shard, read_index
 from dpf_release.errors import ConfigError
-from dpf_release.models.hooks import HookPoint, hook_points
+from dpf_release.models.hooks import hook_points
 from dpf_release.models.zoo import build_network, is_public_architecture
 from dpf_release.owner.config import CONFIG_NAME, read_config
 from dpf_release.owner.cut_network import import_from
@@ -21,15 +22,8 @@ from dpf_release.release.model_record import ModelRecord, read_model_record
 from dpf_release.release.release import Release
 
 
-@dataclass(frozen=True)
-class Table:
-    """Something to print.
-
-    Attributes:
-        title: what it is.
-        header: names of the columns.
-        rows: their cells.
-    """
+class Table(NamedTuple):
+    """Something to print: what it is, names of the columns, their cells."""
 
     title: str
     header: tuple[str, ...]
@@ -50,8 +44,7 @@ def inspect(path: str, size: int = 224, width: int | None = None, *, trust_code:
     """
     place = Path(path)
     if is_public_architecture(path):
-        network = build_network(path, 10, {} if width is None else {"width": width})
-        return [_hooks(f"{path}, {size} x {size} px", hook_points(network, (size, size)))]
+        return [_hooks(path, build_network(path, 10, {} if width is None else {"width": width}), (size, size))]
     if place.suffix == ".h5" and place.is_file():
         return [_shard(place)]
     if place.suffix == ".toml":
@@ -59,8 +52,7 @@ def inspect(path: str, size: int = 224, width: int | None = None, *, trust_code:
         if trust_code:
             import_from(config.folder)
         model = config.model
-        network = build_network(model.arch, 10, model.arguments, allow_import=trust_code)
-        return [_hooks(f"{model.arch}, {model.size[0]} x {model.size[1]} px", hook_points(network, model.size))]
+        return [_hooks(model.arch, build_network(model.arch, 10, model.arguments, allow_import=trust_code), model.size)]
     if (place / MANIFEST).is_file():
         release = Release.open(place)
         files = [(file.path, file.role, str(file.bytes)) for file in release.manifest.files]
@@ -78,9 +70,11 @@ def inspect(path: str, size: int = 224, width: int | None = None, *, trust_code:
     )
 
 
-def _hooks(title: str, points: list[HookPoint]) -> Table:
+def _hooks(name: str, network: nn.Module, size: tuple[int, int]) -> Table:
+    points = hook_points(network, size)
     rows = [(p.name, p.path, " x ".join(map(str, p.shape)), str(p.bytes_per_row)) for p in points]
-    return Table(f"Hook points of {title}", ("hook", "module", "shape", "bytes a row"), rows)
+    title = f"Hook points of {name}, {size[0]} x {size[1]} px"
+    return Table(title, ("hook", "module", "shape", "bytes a row"), rows)
 
 
 def _bank(title: str, index: BankIndex) -> Table:

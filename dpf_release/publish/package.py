@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dpf_release.attacks.threat_models import LeakedVault, ReleaseView, TwoReleases
+from dpf_release.attacks.threat_models import LeakedVault, TwoReleases
 from dpf_release.bank.format import BankIndex, read_index
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.files import (
@@ -29,7 +29,6 @@ from dpf_release.owner.fitted import CANDIDATE, FittedFunction, load_function
 from dpf_release.owner.poison import candidate_origin, changed_since_poison
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import forget_release, releases, remember_release
-from dpf_release.owner.vault.retractions import Retracted
 from dpf_release.owner.vault.staging import build_beside, remove_unpublished, removed_manifest
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.card import retractions_section, write_card
@@ -56,7 +55,14 @@ from dpf_release.release.manifest import (
 )
 from dpf_release.release.model_record import read_model_record
 from dpf_release.release.signing import read_private_key, write_signature
-from dpf_release.release.verify import read_manifest
+from dpf_release.release.verify import Problem, read_manifest
+
+IS_UNSOUND = "Run `dpf-release poison --restart`, and report it where that does not help."
+TELLS = (
+    "Texts: change [release] in dpf.toml, or the reason that was given. Rows of φ1(S): fit with more epochs or a "
+    "larger lambda, and poison again. Order, ids and tensors are ours to get right: run `dpf-release poison "
+    "--restart`, and report it where that does not help."
+)
 
 
 def package(
@@ -97,21 +103,55 @@ def package(
         '1.1.0'
     """
     with project.working(together=False):
-        out = (out or project.config.folder / "release").resolve()
-        return _package(project, name, out, sign, second_function, accept_risk)
+        vault, config = project.vault, project.config
+        out = (out or config.folder / "release").resolve()
+        recover(out)
+        _settle_ledger(vault, config.folder)
+        # First of all: a key in the release's folder is also a file that has no place there, and is named as a key.
+        key = None if sign is None else read_private_key(sign, outside=(out, vault.candidate(name)))
+        _refuse_place(out, project)
+        _refuse_unknown_releases(out, vault, config)
+        candidate = _checked_candidate(project, name)
+        reason = _reason_for_function(vault, candidate.function, second_function)
+        passage = _ask_gate(project, candidate, accept_risk)
+
+        staging = build_beside(vault.root, out)
+        try:
+            manifest = _build(staging, project, candidate, passage, reason)
+            if key is not None:
+                write_signature(staging, key)
+            # As any reader can, in a limited child; only then are its files opened here, for what only the owner sees.
+            _refuse(verify_deep(staging), "hold files that are not what they should be", IS_UNSOUND)
+            _refuse(private_facts(staging, project, name), "tell what is private", TELLS)
+        except BaseException:
+            remove_folder(staging)
+            remove_unpublished(vault.root)
+            raise
+        entry = {
+            "name": manifest.name,
+            "version": manifest.version,
+            "function": name,
+            "function_digest": candidate.function.digest,
+            "bank": project.bank_id,
+            "second_function": reason,
+            "accepted_risk": passage.accepted_risk,
+            "index_sha256": candidate.index_sha256,
+            "manifest_sha256": sha256_of(staging / MANIFEST),
+            "place": os.path.relpath(out, config.folder),
+        }
+        remember_release(vault, entry | {"published": False})  # so that nothing is public that the ledger does not know
+        staging.chmod(PUBLIC_FOLDER)
+        swap(staging, out)
+        remember_release(vault, entry | {"published": True})
+        remove_unpublished(vault.root)
+        return manifest
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A bank and a network that may be published, as they lie in the vault.
+    """A bank and a network that may be published, as they lie in the vault; in `folder` in the clear.
 
-    Attributes:
-        name: of the fitted function.
-        folder: `model/` and `features/`, in the clear.
-        index: of the bank.
-        index_sha256: of its file.
-        function: that made it.
-        retractions: by which rows were taken out of it, the first first.
+    `retractions` are those by which rows were taken out of it, the first first.
     """
 
     name: str
@@ -120,48 +160,6 @@ class Candidate:
     index_sha256: str
     function: FittedFunction
     retractions: list[dict[str, Any]]
-
-
-def _package(
-    project: Project, name: str, out: Path, sign: Path | None, second_function: str, accept_risk: str
-) -> Manifest:
-    vault, config = project.vault, project.config
-    recover(out)
-    _settle_ledger(vault, config.folder)
-    # First of all: a key in the release's folder is also a file that has no place there, and has to be named as a key.
-    key = None if sign is None else read_private_key(sign, outside=(out, vault.candidate(name)))
-    _refuse_place(out, project)
-    _refuse_unknown_releases(out, vault, config)
-    candidate = _checked_candidate(project, name)
-    reason = _reason_for_function(vault, candidate.function, second_function)
-    passage = _ask_gate(project, candidate, accept_risk)
-
-    staging = build_beside(project.vault.root, out)
-    try:
-        manifest = _build(staging, project, candidate, passage, reason)
-        if key is not None:
-            write_signature(staging, key)
-        # As any reader can, in a limited child; only then are its files opened here, for what only the owner can see.
-        _refuse_unsound(staging)
-        _refuse_private_facts(staging, project, name)
-    except BaseException:
-        remove_folder(staging)
-        remove_unpublished(project.vault.root)
-        raise
-    entry = {
-        "name": manifest.name,
-        "version": manifest.version,
-        "function": name,
-        "function_digest": candidate.function.digest,
-        "bank": project.bank_id,
-        "second_function": reason,
-        "accepted_risk": passage.accepted_risk,
-        "index_sha256": candidate.index_sha256,
-        "manifest_sha256": sha256_of(staging / MANIFEST),
-        "place": os.path.relpath(out, config.folder),
-    }
-    _publish(vault, staging, out, entry)
-    return manifest
 
 
 def _checked_candidate(project: Project, name: str) -> Candidate:
@@ -174,21 +172,37 @@ def _checked_candidate(project: Project, name: str) -> Candidate:
     candidate = Candidate(name, folder, index, digest, function, made.get("retracted", []))
     _refuse_strangers(candidate)
     _refuse_other_origin(project, candidate)
-    _refuse_unpoisoned(candidate)
-    _refuse_retracted(candidate, project.retracted.ids)
+    if not (index.poisoned and function.chain.poisons):
+        raise RefusedError(
+            "this bank is not poisoned: its function changes nothing, and a reconstructor shows the pictures in it. "
+            "Nothing was published. Fit a function with `dpf-release fit-poison`."
+        )
+    if gone := project.retracted.ids:
+        banks = [FeatureBank(folder / "features", split) for split in index.splits]
+        if any(row_id.tobytes() in gone for bank in banks for row_id in bank.ids):
+            raise RefusedError(
+                "the candidate has rows that were retracted. Nothing was published. Write it anew: `dpf-release poison "
+                f"--name {name} --restart`."
+            )
     return candidate
 
 
 def _ask_gate(project: Project, candidate: Candidate, accept_risk: str) -> Passage:
-    beside = _released_beside(project.vault, project.bank_id, candidate.function)
-    required = _views_that_apply(candidate.function, beside)
+    """Attacks count here that want a leaked P, or the last release of each other function on these features beside."""
+    function = candidate.function
+    mine = [entry for entry in releases(project.vault) if entry["bank"] == project.bank_id]
+    last = {entry["function_digest"]: entry["index_sha256"] for entry in mine}
+    beside = [index for digest, index in last.items() if digest != function.digest]
+    views = {LeakedVault: not function.chain.learned_secret, TwoReleases: bool(beside)}
+    required = [view for view, applies in views.items() if applies]
     index_sha256, retractions = candidate.index_sha256, candidate.retractions
     return pass_gate(project, candidate.name, index_sha256, retractions, accept_risk, required, beside)
 
 
 def _build(staging: Path, project: Project, candidate: Candidate, passage: Passage, reason: str) -> Manifest:
     """All files of the release but a signature, in a folder that nobody sees yet."""
-    record, release = project.cut.public_record, _next_version(project.config.release, project.retracted)
+    record, release = project.cut.public_record, project.config.release
+    release = release.model_copy(update={"version": project.retracted.version_after(release.version)})
     _copy_public(candidate.folder, staging)
     scores = _scores(project.vault, candidate)
     retractions = retractions_section(project.retracted, candidate.retractions)
@@ -213,18 +227,15 @@ def _build(staging: Path, project: Project, candidate: Candidate, passage: Passa
     return manifest
 
 
-def _publish(vault: Vault, staging: Path, out: Path, entry: dict[str, Any]) -> None:
-    """Noted before the swap, so that nothing is public that the ledger does not know; `published` only when it is."""
-    remember_release(vault, entry | {"published": False})
-    staging.chmod(PUBLIC_FOLDER)
-    swap(staging, out)
-    remember_release(vault, entry | {"published": True})
-    remove_unpublished(vault.root)
+def _refuse(problems: Sequence[Problem], what: str, advice: str) -> None:
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise RefusedError(f"the release would {what}. Nothing was published.\n{listed}\n{advice}")
 
 
 def _refuse_place(out: Path, project: Project) -> None:
     config = project.config
-    if nested := nested_with(out, project.config, project.vault.root):
+    if nested := nested_with(out, config, project.vault.root):
         raise VaultError(f"{out} is no place for a release: {'; '.join(nested)}. Name another place with --out.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -234,9 +245,7 @@ def _refuse_place(out: Path, project: Project) -> None:
             f"{out} is there and is not a release named {config.release.name!r}; it would be replaced. "
             "Name another place with --out."
         )
-    listed = UNLISTED | {record.path for record in there.files}
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
-    if foreign := sorted(found - listed):
+    if foreign := sorted(set(_files_below(out)) - UNLISTED - {record.path for record in there.files}):
         raise VaultError(
             f"{out} holds what its manifest does not list: {', '.join(foreign[:10])}{' ...' if foreign[10:] else ''}. "
             "It would be gone with the release that is replaced. Move it elsewhere. Nothing was changed."
@@ -256,14 +265,19 @@ def _refuse_unknown_releases(out: Path, vault: Vault, config: Config) -> None:
             )
 
 
+def _files_below(folder: Path) -> dict[str, bool]:
+    """All that is no folder below one, and whether it is a plain file."""
+    return {
+        path.relative_to(folder).as_posix(): path.is_file() and not path.is_symlink()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
 def _refuse_strangers(candidate: Candidate) -> None:
     """That the candidate holds the files of a release, each of them, and nothing else."""
     expected = {MODEL, FEATURIZER, CLASSIFIER, BANK_INDEX, *shards_of(candidate.index)}
-    found = {
-        path.relative_to(candidate.folder).as_posix(): path.is_file() and not path.is_symlink()
-        for path in candidate.folder.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    }
+    found = _files_below(candidate.folder)
     strangers = sorted({name for name, plain in found.items() if not plain} | (set(found) - expected))
     strangers += sorted(name for name in expected if role_of(name) is None)
     missing = sorted(expected - set(found))
@@ -300,25 +314,6 @@ def _scores(vault: Vault, candidate: Candidate) -> dict[str, Any]:
     return {split: report[split]["task"] for split in ("val", "test") if "task" in report[split]}
 
 
-def _next_version(release: ReleaseSection, retracted: Retracted) -> ReleaseSection:
-    """`[release]`; with the next version where the one that it says was published with rows since retracted."""
-    return release.model_copy(update={"version": retracted.version_after(release.version)})
-
-
-def _refuse_retracted(candidate: Candidate, gone: Set[bytes]) -> None:
-    features = candidate.folder / "features"
-    if gone and any(
-        row_id.tobytes() in gone for split in candidate.index.splits for row_id in FeatureBank(features, split).ids
-    ):
-        raise RefusedError(
-            "the candidate has rows that were retracted. Nothing was published. Write it anew: `dpf-release poison "
-            f"--name {candidate.name} --restart`."
-        )
-
-
-# --------------------------------------------------------------------------------------------- the ledger
-
-
 def _settle_ledger(vault: Vault, folder: Path) -> None:
     """After a crash around the swap: a release that stands in its place is published, one removed before it is not.
 
@@ -337,19 +332,6 @@ def _manifest_digest(folder: Path) -> str | None:
     return sha256_of(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
 
 
-def _released_beside(vault: Vault, bank: str, function: FittedFunction) -> tuple[str, ...]:
-    """Digests of the indexes of the last release of each other function on these features."""
-    mine = [entry for entry in releases(vault) if entry["bank"] == bank]
-    others = {entry["function_digest"]: entry["index_sha256"] for entry in mine}
-    return tuple(index for digest, index in others.items() if digest != function.digest)
-
-
-def _views_that_apply(function: FittedFunction, beside: Sequence[str]) -> list[type[ReleaseView]]:
-    """What an attacker of this release holds, although the attack that wants it is not always one on a release."""
-    held: list[type[ReleaseView]] = [] if function.chain.learned_secret else [LeakedVault]
-    return [*held, TwoReleases] if beside else held
-
-
 def _reason_for_function(vault: Vault, function: FittedFunction, given: str) -> str:
     """Why another function is published than the first of this vault; empty for the first itself."""
     reasons = {entry["function_digest"]: entry.get("second_function", "") for entry in releases(vault)}
@@ -364,41 +346,6 @@ def _reason_for_function(vault: Vault, function: FittedFunction, given: str) -> 
             "(it will be on the card)."
         )
     return reason if reasons else ""
-
-
-# --------------------------------------------------------------------------------------------- is anything private?
-
-
-def _refuse_unpoisoned(candidate: Candidate) -> None:
-    if not (candidate.index.poisoned and candidate.function.chain.poisons):
-        raise RefusedError(
-            "this bank is not poisoned: its function changes nothing, and a reconstructor shows the pictures in it. "
-            "Nothing was published. Fit a function with `dpf-release fit-poison`."
-        )
-
-
-def _refuse_unsound(staging: Path) -> None:
-    """That the digests are right, each file is what its role says, the records agree, and every row is finite."""
-    if problems := verify_deep(staging):
-        raise RefusedError(
-            "the release would hold files that are not what they should be. Nothing was published.\n"
-            + "\n".join(f"  {problem}" for problem in problems)
-            + "\nRun `dpf-release poison --restart`, and report it where that does not help."
-        )
-
-
-def _refuse_private_facts(staging: Path, project: Project, name: str) -> None:
-    if problems := private_facts(staging, project, name):
-        raise RefusedError(
-            "the release would tell what is private. Nothing was published.\n"
-            + "\n".join(f"  {problem}" for problem in problems)
-            + "\nTexts: change [release] in dpf.toml, or the reason that was given. Rows of φ1(S): fit "
-            "with more epochs or a larger lambda, and poison again. Order, ids and tensors are ours to get right: run "
-            "`dpf-release poison --restart`, and report it where that does not help."
-        )
-
-
-# --------------------------------------------------------------------------------------------- publishing
 
 
 def _copy_public(candidate: Path, staging: Path) -> None:

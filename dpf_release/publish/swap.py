@@ -15,8 +15,7 @@ from dpf_release.owner.config import Config
 def swap(staging: Path, out: Path) -> None:
     """Puts `staging` in the place of `out`: whoever looks finds the old folder or the new one, whole.
 
-    Linux exchanges the two in one step. Elsewhere two renames are needed; after a crash between them the next `package`
-    puts the old release back first.
+    Where the system cannot exchange the two in one step there are two renames, and `recover` after a crash between.
     """
     flush_to_disk(staging)
     if not out.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -37,15 +38,11 @@ class Artefact:
 
     Attributes:
         path: inside the release, or inside the vault.
-        side: whether anyone can have it.
         role: of the manifest; in a vault, what it belongs to.
-        bytes: its size.
         sha256: hexadecimal; None where it was not read: a link, no plain file, or a large one that nobody lists.
         holds: one line in words; empty where it failed a check and was not opened.
         mode: permissions, octal.
-        passed: names of the checks that looked at it and found nothing; none after the first that did.
-        failed: names of the checks that found something.
-        at_rest: how it lies there (private side).
+        passed: the checks that looked at it and found nothing; none after the first that did.
         releases: names and versions of those that it belongs to, by the ledger (private side).
     """
 
@@ -61,11 +58,6 @@ class Artefact:
     at_rest: Literal["sealed", "in the clear"] = "in the clear"
     releases: tuple[str, ...] = ()
 
-    def as_tree(self) -> dict[str, Any]:
-        """For JSON."""
-        tree = asdict(self)
-        return tree | {"sealed": tree.pop("at_rest") == "sealed"}
-
 
 @dataclass(frozen=True)
 class Audit:
@@ -73,7 +65,6 @@ class Audit:
 
     Attributes:
         manifest: of the release; None where it cannot be read.
-        manifest_sha256: its digest.
         private: whether a vault was given: then all of this is the owner's.
         results: of each check, in their order.
         artefacts: every file, the public ones first, by path.
@@ -114,7 +105,11 @@ class Audit:
     @property
     def complete(self) -> bool:
         """Whether every check was run, but for the signature's, which says nothing of what the files hold."""
-        return {result.check.name for result in self.results if result.reason} <= {"signature"}
+        return {*self._not_run} <= {"signature"}
+
+    @property
+    def _not_run(self) -> list[str]:
+        return [result.check.name for result in self.results if result.reason]
 
     @property
     def status(self) -> Status:
@@ -128,27 +123,23 @@ class Audit:
         if any(check.side == "public" for check in failed):
             return f"{self.title} must not be used, passed on or published before this is cleared up."
         if failed:
-            return (
-                f"Nothing was found in {self.title} itself, but others may have what undoes it: put the vault in order "
-                "before anything else."
-            )
+            order = "put the vault in order before anything else"
+            return f"Nothing was found in {self.title} itself, but others may have what undoes it: {order}."
+        listed = f"The files of {self.title} are those that its manifest lists"
         if not self.private:
-            said = (
-                f"The files of {self.title} are those that its manifest lists. Whether anything private is in them was "
-            )
-            said += "not looked for: that takes its owner's vault."
+            said = f"{listed}. Whether anything private is in them was not looked for: that takes its owner's vault."
         elif self.complete:
-            said = (
-                f"The files of {self.title} are those that its manifest lists, and nothing private was found in them."
-            )
+            said = f"{listed}, and nothing private was found in them."
         else:
             said = f"Not all of {self.title} could be compared with the vault."
-        not_run = ", ".join(result.check.name for result in self.results if result.reason)
+        not_run = f"; not run: {', '.join(self._not_run)}." if self._not_run else "."
         passed = sum(result.status == "passed" for result in self.results)
-        return f"{said} {passed} of {len(self.results)} checks passed" + (f"; not run: {not_run}." if not_run else ".")
+        return f"{said} {passed} of {len(self.results)} checks passed{not_run}"
 
     def as_json(self) -> str:
         """The whole of it, as docs/audit.md describes; sorted keys, ASCII."""
+        artefacts = [asdict(artefact) for artefact in self.artefacts]
+        fields = {"name", "version", "previous", "licence", "task", "classes", "targets", "splits"}
         tree: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -156,16 +147,11 @@ class Audit:
             "passed": not self.findings,
             "headline": self.headline,
             "verdict": self.verdict,
-            "release": self._release_facts(),
+            "release": self.manifest
+            and self.manifest.model_dump(mode="json", include=fields) | {"manifest_sha256": self.manifest_sha256},
             "checks": [
-                {
-                    "name": result.check.name,
-                    "status": result.status,
-                    "proves": result.check.proves,
-                    "cannot_see": result.check.cannot_see,
-                    "advice": result.check.advice,
-                    "reason": result.reason,
-                }
+                {key: getattr(result.check, key) for key in ("name", "proves", "cannot_see", "advice")}
+                | {"status": result.status, "reason": result.reason}
                 for result in self.results
             ],
             "findings": [
@@ -173,16 +159,10 @@ class Audit:
                 for result in self.results
                 for finding in result.findings
             ],
-            "artefacts": [artefact.as_tree() for artefact in self.artefacts],
+            "artefacts": [of | {"sealed": of.pop("at_rest") == "sealed"} for of in artefacts],
             "claims": self.claims.model_dump(mode="json"),
         }
         return json.dumps(tree, indent=2, sort_keys=True)
-
-    def _release_facts(self) -> dict[str, Any] | None:
-        if self.manifest is None:
-            return None
-        fields = {"name", "version", "previous", "licence", "task", "classes", "targets", "splits"}
-        return self.manifest.model_dump(mode="json", include=fields) | {"manifest_sha256": self.manifest_sha256}
 
 
 def audit(release: Path, project: Project | None = None, public_key: Path | None = None) -> Audit:
@@ -206,22 +186,19 @@ def audit(release: Path, project: Project | None = None, public_key: Path | None
         >>> audit(Path("my-release/release")).findings
         ()
     """
+    release = release.resolve()
     with project.vault.reading() if project else contextlib.nullcontext():
-        return _audit(release.resolve(), project, public_key)
-
-
-def _audit(release: Path, project: Project | None, public_key: Path | None) -> Audit:
-    manifest = read_manifest(release)
-    subject = Subject(release, manifest if isinstance(manifest, Manifest) else None, project, public_key)
-    results: list[Result] = []
-    for check in CHECKS:
-        results.append(run_check(check, subject))
-        subject = subject.after(results[-1])
-    artefacts = [*_public_artefacts(subject, results)]
-    if project is not None:
-        artefacts += _private_artefacts(project, results)
-    digest = next((artefact.sha256 for artefact in artefacts if artefact.path == MANIFEST), None)
-    return Audit(subject.manifest, digest, project is not None, tuple(results), tuple(artefacts))
+        manifest = read_manifest(release)
+        subject = Subject(release, manifest if isinstance(manifest, Manifest) else None, project, public_key)
+        results: list[Result] = []
+        for check in CHECKS:
+            results.append(run_check(check, subject))
+            subject = subject.after(results[-1])
+        artefacts = [*_public_artefacts(subject, results)]
+        if project is not None:
+            artefacts += _private_artefacts(project, results)
+        digest = next((artefact.sha256 for artefact in artefacts if artefact.path == MANIFEST), None)
+        return Audit(subject.manifest, digest, project is not None, tuple(results), tuple(artefacts))
 
 
 def project_of(vault: Path, identity: Path | None = None, *, trust_code: bool = False) -> Project:
@@ -265,41 +242,20 @@ def _public_artefacts(subject: Subject, results: Sequence[Result]) -> Iterator[A
             passed = ()  # nothing is known of a file that no manifest lists
         needed = {check.name for check in CHECKS if check.name in {"files", "structure"} and role in check.roles}
         whole = bool(needed) and needed <= set(passed) and not failed
-        listed = subject.files.get(name)
-        yield Artefact(
-            name,
-            "public",
-            role,
-            status.st_size,
-            listed.sha256 if listed and "files" in passed else _digest(subject.release / name, status, MAX_BYTES),
-            public_contents(subject.release, name, subject.manifest) if whole and subject.manifest else "",
-            f"{stat.S_IMODE(status.st_mode):04o}",
-            passed,
-            failed,
-        )
+        known = subject.files[name].sha256 if name in subject.files and "files" in passed else ""
+        digest = known or _digest(subject.release / name, status, MAX_BYTES)
+        holds = public_contents(subject.release, name, subject.manifest) if whole and subject.manifest else ""
+        yield Artefact(name, "public", role, status.st_size, digest, holds, _mode(status), passed, failed)
 
 
 def _private_artefacts(project: Project, results: Sequence[Result]) -> Iterator[Artefact]:
     root, made = project.vault.root, _releases(project)
-    entries, _ = vault_entries(root)
-    for name, status in entries.items():
+    for name, status in vault_entries(root)[0].items():
         if stat.S_ISDIR(status.st_mode):
             continue
-        role, holds = role_in_vault(name)
-        passed, failed = _judged("private", name, role, results)
-        yield Artefact(
-            name,
-            "private",
-            role,
-            status.st_size,
-            _digest(root / name, status),
-            holds,
-            f"{stat.S_IMODE(status.st_mode):04o}",
-            passed,
-            failed,
-            at_rest(name),
-            _releases_of(name, made),
-        )
+        (role, holds), digest = role_in_vault(name), _digest(root / name, status)
+        judged, of = _judged("private", name, role, results), _releases_of(name, made)
+        yield Artefact(name, "private", role, status.st_size, digest, holds, _mode(status), *judged, at_rest(name), of)
 
 
 def _judged(side: Side, path: str, role: str, results: Sequence[Result]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -315,26 +271,22 @@ def _judged(side: Side, path: str, role: str, results: Sequence[Result]) -> tupl
     return tuple(passed), tuple(failed)
 
 
-def _digest(path: Path, status: os.stat_result, limit: int | None = None) -> str | None:
-    if not stat.S_ISREG(status.st_mode) or (limit is not None and status.st_size > limit):
-        return None
-    return sha256_of(path)
+def _digest(path: Path, status: os.stat_result, limit: float = math.inf) -> str | None:
+    return sha256_of(path) if stat.S_ISREG(status.st_mode) and status.st_size <= limit else None
+
+
+def _mode(status: os.stat_result) -> str:
+    return f"{stat.S_IMODE(status.st_mode):04o}"
 
 
 def _releases(project: Project) -> dict[str, tuple[str, ...]]:
     """By function, the releases in the ledger that today's function of that name made."""
-    vault = project.vault
-    if vault.unreadable:
-        return {}
     made: dict[str, tuple[str, ...]] = {}
-    for entry in releases(vault):
+    for entry in [] if project.vault.unreadable else releases(project.vault):
         name = entry["function"]
-        try:
-            today = load_function(project, name).digest
-        except DPFReleaseError:  # forgotten, or fitted for another network
-            continue
-        if entry["function_digest"] == today:
-            made[name] = (*made.get(name, ()), f"{entry['name']} {entry['version']}")
+        with contextlib.suppress(DPFReleaseError):  # forgotten, or fitted for another network
+            if load_function(project, name).digest == entry["function_digest"]:
+                made[name] = (*made.get(name, ()), f"{entry['name']} {entry['version']}")
     return made
 
 

@@ -20,10 +20,9 @@ from dpf_release.owner.vault.contents import OPENED
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.permissions import problem_of, refuse_tracked
 from dpf_release.publish.audit.engine import Check, Finding, NotRunError, Subject
+from dpf_release.publish.leaks.drawn import source_order, telling_ids
 from dpf_release.publish.leaks.findings import Sources
-from dpf_release.publish.leaks.ids import telling_ids
 from dpf_release.publish.leaks.near_rows import SAME_ROW_COSINE
-from dpf_release.publish.leaks.order import source_order
 from dpf_release.publish.leaks.private_facts import private_rows
 from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.leaks.text import private_words
@@ -37,9 +36,6 @@ from dpf_release.release.verify import Problem, verify
 
 BANK = ("bank-index", "shard")
 WEIGHTS = ("featurizer", "classifier")
-
-
-# --------------------------------------------------------------------------------------------- the release alone
 
 
 def _structure(subject: Subject) -> list[Problem]:
@@ -68,15 +64,10 @@ def _signature(subject: Subject) -> list[Problem]:
     return [problem for problem in found if problem.kind == "bad signature"]
 
 
-# --------------------------------------------------------------------------------------------- with the vault
-
-
 def _ledger(subject: Subject) -> Iterable[Finding]:
     vault = subject.opened.vault
-    manifest = subject.release / MANIFEST
     subject.refuse_gaps([])
-    digest = sha256_of(manifest)
-    entries = releases(vault)
+    digest, entries = sha256_of(subject.release / MANIFEST), releases(vault)
     if digest not in [entry["manifest_sha256"] for entry in entries]:
         known = ", ".join(f"{entry['name']} {entry['version']}" for entry in entries) or "none"
         detail = f"the vault's ledger has no release with this manifest; it has: {known}"
@@ -85,10 +76,7 @@ def _ledger(subject: Subject) -> Iterable[Finding]:
 
 def _network(subject: Subject) -> list[Finding]:
     cut = subject.opened.cut
-    expected = {
-        FEATURIZER: cut.featurizer_sha256,
-        CLASSIFIER: hashlib.sha256(cut.classifier_file).hexdigest(),
-    }
+    expected = {FEATURIZER: cut.featurizer_sha256, CLASSIFIER: hashlib.sha256(cut.classifier_file).hexdigest()}
     detail = "not the bytes that the vault's network gives at its hook point"
     found = [
         Finding("foreign weights", path, detail)
@@ -123,32 +111,18 @@ def _function(subject: Subject) -> str | None:
     return None
 
 
-def _words(subject: Subject) -> list[Problem]:
-    return private_words(subject.release, subject.comparable)
-
-
-def _tensors(subject: Subject) -> list[Problem]:
-    return private_tensors(subject.release, subject.comparable.vault)
-
-
-def _ids(subject: Subject) -> list[Problem]:
+def _sources(subject: Subject) -> Sources:
     project = subject.comparable
-    return telling_ids(subject.release, Sources.of(project.vault, project.private_table))
+    return Sources.of(project.vault, project.private_table)
 
 
-def _order(subject: Subject) -> list[Problem]:
-    project = subject.comparable
-    return source_order(subject.release, Sources.of(project.vault, project.private_table))
-
-
-def _place(subject: Subject) -> Iterable[Finding]:
+def _place(subject: Subject) -> list[Finding]:
     owners = subject.owners
-    reasons = nested_with(subject.release, owners.config, owners.vault.root)
-    return [Finding("place", ".", reason) for reason in reasons]
+    return [Finding("place", ".", why) for why in nested_with(subject.release, owners.config, owners.vault.root)]
 
 
 def vault_entries(root: Path) -> tuple[dict[str, os.stat_result], dict[str, str]]:
-    """As of `Tree`: what a vault holds, but for the copies that this audit reads; what is unseen."""
+    """`entries` of a vault's `Tree`, but for the copies that this audit reads, and what of it is `unseen`."""
     with Tree.open(root) as tree:
         return {path: found for path, found in tree.entries.items() if path.split("/")[0] != OPENED}, tree.unseen
 
@@ -171,8 +145,6 @@ def _vault(subject: Subject) -> Iterable[Finding]:
     except VaultError as error:
         yield Finding("git", ".", str(error))
 
-
-# --------------------------------------------------------------------------------------------- all of them
 
 CHECKS: tuple[Check, ...] = (
     Check(
@@ -249,7 +221,7 @@ CHECKS: tuple[Check, ...] = (
         "No public text says the name of a source file, of the owner, of the machine or of a folder.",
         "Words of fewer than six letters, other languages' forms of a name, what the pictures show.",
         "Take the release down, change [release] in dpf.toml, and package again.",
-        _words,
+        lambda subject: private_words(subject.release, subject.comparable),
         ("card", "croissant", "model-record", "attack-report", *WEIGHTS, *BANK),
     ),
     Check(
@@ -257,7 +229,7 @@ CHECKS: tuple[Check, ...] = (
         "No public tensor or row equals one of P, ψ or another private member of the vault.",
         "A tensor that was changed, if only by its last bit in float16.",
         "Take the release down: with P, or enough of it, the poisoning is undone.",
-        _tensors,
+        lambda subject: private_tensors(subject.release, subject.comparable.vault),
         (*WEIGHTS, *BANK),
     ),
     Check(
@@ -265,7 +237,7 @@ CHECKS: tuple[Check, ...] = (
         "The ids are those that the vault's plan drew, in its order; they look random and are no digest of an image.",
         "A derivation that it does not try.",
         "Take the release down: who guesses an image finds its row.",
-        _ids,
+        lambda subject: telling_ids(subject.release, _sources(subject)),
         ("shard",),
     ),
     Check(
@@ -274,7 +246,7 @@ CHECKS: tuple[Check, ...] = (
         "steps through it.",
         "Orders by something else than the image table; other orders that can be reckoned.",
         "Take the release down, and write the features anew with `dpf-release featurize --restart`.",
-        _order,
+        lambda subject: source_order(subject.release, _sources(subject)),
         ("shard",),
     ),
     Check(

@@ -22,10 +22,6 @@ def public_contents(release: Path, path: str, manifest: Manifest) -> str:
     return _PUBLIC[role](file) if role in _PUBLIC else ""
 
 
-def _checksums(file: Path) -> str:
-    return f"{len(file.read_bytes().splitlines())} SHA-256 digests, for `sha256sum -c`"
-
-
 def _card(file: Path) -> str:
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     title = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), "no title")
@@ -43,21 +39,16 @@ def _model(file: Path) -> str:
     )
 
 
-def _weights(part: str) -> Callable[[Path], str]:
-    def describe(file: Path) -> str:
-        tensors = read_tensor_file(file).tensors
-        values = sum(math.prod(tensor.shape) for tensor in tensors)
-        return f"weights of {part}: {len(tensors)} tensors, {values:,} values"
-
-    return describe
+def _weights(file: Path) -> str:
+    tensors = read_tensor_file(file).tensors
+    part, values = "φ1" if file.stem == "featurizer" else "φ2", sum(math.prod(tensor.shape) for tensor in tensors)
+    return f"weights of {part}: {len(tensors)} tensors, {values:,} values"
 
 
 def _bank_index(file: Path) -> str:
     index = read_index(file.parent)
-    splits = ", ".join(
-        f"{split}: {rows:,} rows in {len(index.splits[split])} shards" for split, rows in index.rows.items()
-    )
-    return f"{splits}; {_extents(index.feature_shape)} {index.encoding}, poisoned: {_yes(index.poisoned)}"
+    splits = [f"{split}: {rows:,} rows in {len(index.splits[split])} shards" for split, rows in index.rows.items()]
+    return f"{', '.join(splits)}; {_extents(index.feature_shape)} {index.encoding}, poisoned: {_yes(index.poisoned)}"
 
 
 def _attack_report(file: Path) -> str:
@@ -76,13 +67,13 @@ def _shard(file: Path) -> str:
 
 
 _PUBLIC: dict[str, Callable[[Path], str]] = {
-    "checksums": _checksums,
+    "checksums": lambda file: f"{len(file.read_bytes().splitlines())} SHA-256 digests, for `sha256sum -c`",
     "signature": lambda file: "the signer's public key" if file.name == SIGNER else "Ed25519, over manifest.json",
     "croissant": lambda file: "the data files, for tools that read Croissant",
     "card": _card,
     "model-record": _model,
-    "featurizer": _weights("φ1"),
-    "classifier": _weights("φ2"),
+    "featurizer": _weights,
+    "classifier": _weights,
     "bank-index": _bank_index,
     "attack-report": _attack_report,
     "shard": _shard,

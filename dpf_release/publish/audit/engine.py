@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from dpf_release.bank.format import BankIndex, read_index
 from dpf_release.errors import (
@@ -21,6 +21,7 @@ from dpf_release.errors import (
 from dpf_release.owner.project import Project
 from dpf_release.release.contents import shards_of
 from dpf_release.release.manifest import BANK_INDEX, FileRecord, Manifest
+from dpf_release.release.verify import Problem
 
 Side = Literal["public", "private"]
 Status = Literal["passed", "failed", "not run"]
@@ -35,22 +36,9 @@ class NotRunError(DPFReleaseError):
 VAULT_LACKS = (NotRunError, VaultError, ConfigError, ImageError, HookError, WeightsError)
 
 
-class FoundProblem(Protocol):
-    """What a check gives back: a `verification.Problem`, or a `Finding`."""
-
-    @property
-    def kind(self) -> str: ...  # noqa: D102
-
-    @property
-    def path(self) -> str: ...  # noqa: D102
-
-    @property
-    def detail(self) -> str: ...  # noqa: D102
-
-
 @dataclass(frozen=True)
 class Finding:
-    """Something that must not be.
+    """Something that must not be; as a `Problem`, whose kinds are a closed list.
 
     Attributes:
         kind: in a word or two.
@@ -70,8 +58,6 @@ class Subject:
     Attributes:
         release: the folder, resolved.
         manifest: of the release; None where it cannot be read.
-        project: of the vault, where one was given.
-        public_key: of the signer, where one was given.
         unsound: paths in the release that failed a check.
         structured: whether `structure` looked at every file: only then the unpacked ones are opened in this process.
     """
@@ -102,32 +88,20 @@ class Subject:
 
     @property
     def owners(self) -> Project:
-        """The project of the vault.
-
-        Raises:
-            NotRunError: none was given.
-        """
+        """The project of the vault; NotRunError where none was given."""
         if self.project is None:
             raise NotRunError("no vault was given (--vault)")
         return self.project
 
     @property
     def opened(self) -> Project:
-        """The project of a vault whose members can be read.
-
-        Raises:
-            NotRunError: no vault was given, or one that does not open without its key.
-        """
+        """The project of a vault whose members can be read; NotRunError where it does not open without its key."""
         if reason := self.owners.vault.unreadable:
             raise NotRunError(reason)
         return self.owners
 
     def refuse_gaps(self, paths: Iterable[str]) -> None:
-        """That all of these can be opened.
-
-        Raises:
-            NotRunError: there is no manifest, one of them is missing, or failed a check.
-        """
+        """That all of these can be opened; NotRunError where one is missing or failed a check."""
         if self.manifest is None:
             raise NotRunError("the release has no manifest that can be read")
         unsound = next((path for path in paths if not self.is_sound(path)), None)
@@ -136,11 +110,7 @@ class Subject:
 
     @property
     def bank(self) -> BankIndex:
-        """The index of the public bank, all of whose files can be opened.
-
-        Raises:
-            NotRunError: one of them failed a check, or the manifest lists others.
-        """
+        """The index of the public bank; NotRunError where not all of its files can be opened."""
         if not self.structured:
             raise NotRunError("what the files hold was not looked at (structure), and the bank is not opened")
         shards = self.manifest.of_role("shard") if self.manifest else {}
@@ -152,11 +122,7 @@ class Subject:
 
     @property
     def comparable(self) -> Project:
-        """As `opened`, for a comparison with the whole release, whose parser trusts the structure of what it reads.
-
-        Raises:
-            NotRunError: also where something of the release is missing or failed a check.
-        """
+        """As `opened`, for a comparison with the whole release: all of it must have the structure that it should."""
         project, _ = self.opened, self.bank
         self.refuse_gaps(self.files)
         return project
@@ -180,7 +146,7 @@ class Check:
         proves: what is so where the check passes; one sentence.
         cannot_see: what may be wrong all the same; one sentence.
         advice: what to do where it finds something.
-        run: all problems of a subject. Raises `NotRunError` where it has nothing to look at.
+        run: all problems of a subject; NotRunError where it has nothing to look at.
         roles: of the files that it looks at; empty: at none, or at the vault's.
         side: where the paths of its findings lie.
     """
@@ -189,20 +155,14 @@ class Check:
     proves: str
     cannot_see: str
     advice: str
-    run: Callable[[Subject], Iterable[FoundProblem]]
+    run: Callable[[Subject], Iterable[Problem | Finding]]
     roles: tuple[str, ...] = ()
     side: Side = "public"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a check gave.
-
-    Attributes:
-        check: which.
-        findings: in the order in which they were found.
-        reason: why it was not run; empty where it was.
-    """
+    """What a check gave: its findings, and why it was not run; the reason is empty where it was."""
 
     check: Check
     findings: tuple[Finding, ...] = ()
@@ -221,25 +181,20 @@ class Result:
     @property
     def status(self) -> Status:
         """Passed, failed or not run."""
-        if self.reason:
-            return "not run"
-        return "failed" if self.findings else "passed"
+        return "not run" if self.reason else "failed" if self.findings else "passed"
 
 
 def run_check(check: Check, subject: Subject) -> Result:
     """The result of one check: what it lacks is a reason, what is wrong with the release a finding."""
     try:
-        problems = list(check.run(subject))
+        found: list[Problem | Finding] = [*check.run(subject)]
     except SigningError:
         raise  # the key that was given is the user's mistake, not the release's
     except VAULT_LACKS as error:
         return Result(check, reason=subject.without_folders(str(error)))
     except DPFReleaseError as error:
-        problems = [Finding("unreadable", ".", str(error))]
-    return Result(
-        check,
-        tuple(Finding(problem.kind, problem.path, subject.without_folders(problem.detail)) for problem in problems),
-    )
+        found = [Finding("unreadable", ".", str(error))]
+    return Result(check, tuple(Finding(one.kind, one.path, subject.without_folders(one.detail)) for one in found))
 
 
 def lineage(path: str) -> list[str]:

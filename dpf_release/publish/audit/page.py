@@ -13,7 +13,6 @@ from dpf_release.core.html import render_page
 from dpf_release.core.sizes import readable_size
 from dpf_release.errors import ConfigError
 from dpf_release.publish.audit.audit import Audit
-from dpf_release.release.manifest import Claims
 
 SHORT_DIGEST = 12
 TONES = {"passed": "good", "failed": "bad", "not run": "open"}
@@ -30,12 +29,7 @@ NOT_MEASURED = (
 
 
 def write_page(audit: Audit, path: Path, release: Path) -> None:
-    """Writes the page: for its owner alone (0600) where it was made with a vault.
-
-    Args:
-        audit: what was found.
-        path: the file; what is there is replaced.
-        release: the folder that was audited.
+    """Writes the page on a release: for its owner alone (0600) where it was made with a vault.
 
     Raises:
         ConfigError: the file would lie inside the release.
@@ -65,14 +59,6 @@ def page(audit: Audit) -> str:
     return render_page("dpf_release.publish.audit", values, filters, finalize=_shown)
 
 
-def claims_in_words(claims: Claims) -> list[str]:
-    """Two sentences: what the release claims, and what it does not."""
-    return [
-        f"{label}: {'; '.join(f'{name} ({CLAIMS[name]})' if name in CLAIMS else name for name in names) or 'none'}."
-        for label, names in (("Claims made", claims.made), ("Claims not made", claims.not_made))
-    ]
-
-
 def printable(text: str) -> str:
     """Text of bounded length in which control characters, marks of direction and undecodable bytes are spelt out."""
     text = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
@@ -82,7 +68,7 @@ def printable(text: str) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Of what the template prints: names are a stranger's."""
+    """Of what the template prints."""
     return printable(value) if type(value) is str else value
 
 

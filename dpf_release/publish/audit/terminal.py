@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dpf_release.core.sizes import readable_size
 from dpf_release.publish.audit.audit import Artefact, Audit
 from dpf_release.publish.audit.engine import Result
-from dpf_release.publish.audit.page import NOT_MEASURED, SHORT_DIGEST, claims_in_words, printable
+from dpf_release.publish.audit.page import CLAIMS, NOT_MEASURED, SHORT_DIGEST, printable
 
 WIDE = 120  # columns, from which the facts of a file stand side by side
 STYLES = {"passed": "green", "failed": "bold red", "not run": "yellow"}
@@ -25,8 +25,10 @@ def print_audit(audit: Audit, console: Console | None = None) -> None:
     console.print(Text(printable(f"{audit.headline}. {audit.verdict}"), STYLES[audit.status]))
     for result in audit.results:
         if result.findings:
-            console.print()
-            console.print(_findings(result))
+            console.print(Text(f"\n{result.check.name}: {result.check.advice}", "bold"))
+        for finding in result.findings:
+            where = ("vault/" if result.check.side == "private" else "") + finding.path
+            console.print(Text(printable(f"  {finding.kind}: {where}: {finding.detail}")))
     _print_table(
         console, "Checks", ("check", "result", "what it proves, and cannot see"), map(_check_row, audit.results)
     )
@@ -39,16 +41,10 @@ def print_audit(audit: Audit, console: Console | None = None) -> None:
         if artefacts:
             _print_table(console, title, header, map(_artefact_row if wide else _artefact_block, artefacts))
     console.print()
-    for sentence in (*claims_in_words(audit.claims), NOT_MEASURED):
-        console.print(Text(printable(sentence)))
-
-
-def _findings(result: Result) -> Group:
-    lines = [Text(f"{result.check.name}: {result.check.advice}", "bold")]
-    for finding in result.findings:
-        where = ("vault/" if result.check.side == "private" else "") + finding.path
-        lines.append(Text(printable(f"  {finding.kind}: {where}: {finding.detail}")))
-    return Group(*lines)
+    for label, names in (("Claims made", audit.claims.made), ("Claims not made", audit.claims.not_made)):
+        told = "; ".join(f"{name} ({CLAIMS[name]})" if name in CLAIMS else name for name in names) or "none"
+        console.print(Text(printable(f"{label}: {told}.")))
+    console.print(Text(NOT_MEASURED))
 
 
 def _check_row(result: Result) -> tuple[Text, ...]:

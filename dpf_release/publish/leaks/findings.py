@@ -22,8 +22,6 @@ from dpf_release.release.manifest import MANIFEST, SUMS
 from dpf_release.release.tree import Tree
 from dpf_release.release.verify import Problem, read_manifest
 
-__all__ = ["Problem", "Rows", "Sources", "public_banks", "public_files", "shard_of"]
-
 
 @contextlib.contextmanager
 def public_files(release: Path) -> Iterator[tuple[Tree, list[str]]]:
@@ -48,12 +46,9 @@ def public_banks(release: Path) -> list[FeatureBank]:
 def shard_of(index: BankIndex, split: SplitName, rows: Rows) -> dict[str, Rows]:
     """Rows of a split by the shard that holds them: its path in the release, and row numbers inside it."""
     shards = index.splits[split]
-    found: dict[str, Rows] = {}
     starts = np.cumsum([0, *(shard.rows for shard in shards)])
     numbers = np.searchsorted(starts, rows, side="right") - 1
-    for number in np.unique(numbers):
-        found[f"features/{shards[number].file}"] = rows[numbers == number] - starts[number]
-    return found
+    return {f"features/{shards[n].file}": rows[numbers == n] - starts[n] for n in np.unique(numbers)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +69,7 @@ class Sources:
 
     @classmethod
     def of(cls, vault: Vault, table: ImageTable) -> Sources:
-        """Read from the vault.
-
-        Raises:
-            VaultError: there is no `ids.csv`.
-        """
+        """Read from the vault; VaultError where there is no `ids.csv`."""
         row_of = {source: row for row, source in enumerate(table.paths)}
         ids: dict[str, bytearray] = {}
         rows: dict[str, array[int]] = {}

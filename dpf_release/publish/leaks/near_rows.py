@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ SAME_ROW_COSINE = 0.999
 # 256 random signs estimate a cosine of 0.999 with a standard deviation of 0.002 / sqrt(256) = 0.000125: eight of them
 # below it lies what is looked at exactly.
 PROJECTED_DIMENSIONS, PROJECTED_COSINE = 256, 0.998
-# Candidates of one public row that are looked at, the likest first. A thousand rows liker than one that is as good as
-# equal are as good as equal themselves.
+# Of one public row, the likest. A thousand rows liker than one that is as good as equal are so themselves.
 MOST_CANDIDATES = 1000
 BATCH_VALUES = 2**23  # of float32, that several arrays have: 32 MB each, however large a row
 BLOCK = 2**14  # private rows, and dimensions of a row, that are multiplied at once
+Centre = tuple[NDArray[np.float32], NDArray[np.float32]]  # what public, and private, rows are less, (D,) each
 Contributors = Callable[[SplitName, Rows], tuple[Rows, Rows]]
 
 
@@ -41,31 +40,20 @@ def find_near_rows(
     a value of a row, and a few blocks.
 
     Args:
-        public: banks that are to be published.
+        public: banks that are to be published; of each the numbers of such rows come back, ascending.
         private: splits of φ1(S).
         contributors: from rows of a private split to pairs (position in them, row of that split that is in it).
-
-    Returns:
-        For each public bank the row numbers, ascending.
     """
     known = _PrivateRows(private)
     near = []
     with Progress("Comparing with the private rows", sum(map(len, public)), "rows") as progress:
         for bank in public:
             centres, found = known.centres(bank), []
-            for rows, features in known.batches(bank):
+            for rows, features in bank.batches(known.batch):
                 found.append(rows[known.has(bank.ids[rows], features, centres, contributors)])
                 progress.advance(len(rows))
             near.append(np.concatenate([np.empty(0, np.int64), *found]))
     return near
-
-
-@dataclass(frozen=True)
-class _Centre:
-    """What is subtracted before rows are compared, (D,) each."""
-
-    public: NDArray[np.float32]
-    private: NDArray[np.float32]
 
 
 class _PrivateRows:
@@ -75,48 +63,37 @@ class _PrivateRows:
         self.banks = banks
         self.rows = Concat(banks)
         self.dimensions = int(np.prod(banks[0].shape))
+        self.batch = max(1, min(256, BATCH_VALUES // self.dimensions))
         self.row_of = {row_id.tobytes(): row for row, row_id in enumerate(self.rows.ids)}
-        self.mean = self._mean(features for bank in banks for _, features in self.batches(bank))
+        self.mean = self._mean(features for bank in banks for _, features in bank.batches(self.batch))
         signs = np.random.default_rng().integers(0, 2, (self.dimensions, PROJECTED_DIMENSIONS), np.int8)
         self.signs = 2 * signs - 1
         self.projected = np.empty((len(self.rows), PROJECTED_DIMENSIONS), np.float32)  # of the rows less their mean
         for start, bank in zip(self.rows.starts, banks, strict=True):
-            for rows, features in self.batches(bank):
+            for rows, features in bank.batches(self.batch):
                 self.projected[start + rows] = self._project(self._flat(features) - self.mean)
 
-    def batches(self, bank: FeatureBank) -> Iterator[tuple[Rows, NDArray[np.float16]]]:
-        """All rows of a bank, so many at a time that their values stay few."""
-        return bank.batches(self.batch)
-
-    @property
-    def batch(self) -> int:
-        return max(1, min(256, BATCH_VALUES // self.dimensions))
-
-    def centres(self, bank: FeatureBank) -> list[_Centre]:
+    def centres(self, bank: FeatureBank) -> list[Centre]:
         """By what the rows of a public bank, and the private ones, are centred."""
         own = np.sort(self._own(bank.ids))
         own = own[own >= 0]
         theirs = self._mean(self.rows.read(own[at : at + self.batch]) for at in range(0, len(own), self.batch))
-        public = self._mean(features for _, features in self.batches(bank))
-        return [_Centre(self.mean, self.mean), _Centre(public, theirs if len(own) else self.mean)]
+        public = self._mean(features for _, features in bank.batches(self.batch))
+        return [(self.mean, self.mean), (public, theirs if len(own) else self.mean)]
 
     def has(
-        self,
-        ids: NDArray[np.uint8],
-        features: NDArray[np.float16],
-        centres: Sequence[_Centre],
-        contributors: Contributors | None,
+        self, ids: NDArray[np.uint8], features: NDArray[np.float16], centres: Sequence[Centre], mix: Contributors | None
     ) -> NDArray[np.bool_]:
-        """Which of the public rows are as good as equal to a private one."""
+        """Which of the public rows are as good as equal to a private one; `mix` says which rows contributed to one."""
         own = self._own(ids)
         known = np.flatnonzero(own >= 0)
         pairs = [(known, own[known])]  # positions of public rows, and the private rows to compare each with
-        if contributors is not None:
+        if mix is not None:
             for number, places, mine in self.rows.split(own[known]):
-                at, members = contributors(self.banks[number].split, mine)
+                at, members = mix(self.banks[number].split, mine)
                 pairs.append((known[places][at], members + self.rows.starts[number]))
         rows = self._flat(features)
-        pairs += [self._candidates(self._project(rows - centre.public), centre) for centre in centres]
+        pairs += [self._candidates(self._project(rows - public), private) for public, private in centres]
         near = np.zeros(len(ids), np.bool_)
         for at, members in pairs:
             self._confirm(rows, at, members, centres, near)
@@ -143,10 +120,10 @@ class _PrivateRows:
             out += rows[:, start : start + BLOCK] @ self.signs[start : start + BLOCK].astype(np.float32)
         return out
 
-    def _candidates(self, projected: NDArray[np.float32], centre: _Centre) -> tuple[Rows, Rows]:
+    def _candidates(self, projected: NDArray[np.float32], centre: NDArray[np.float32]) -> tuple[Rows, Rows]:
         """Pairs (public row, private row) whose projections are alike; of each public row the likest."""
         projected = _unit(projected)
-        shift = self._project((self.mean - centre.private)[None])  # (1, 256)
+        shift = self._project((self.mean - centre)[None])  # (1, 256)
         at, rows, likeness = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
         for start in range(0, len(self.projected), BLOCK):
             block = np.abs(projected @ _unit(self.projected[start : start + BLOCK] + shift).T)  # (n, block)
@@ -160,12 +137,7 @@ class _PrivateRows:
         return at, rows
 
     def _confirm(
-        self,
-        public: NDArray[np.float32],
-        at: Rows,
-        rows: Rows,
-        centres: Sequence[_Centre],
-        near: NDArray[np.bool_],
+        self, public: NDArray[np.float32], at: Rows, rows: Rows, centres: Sequence[Centre], near: NDArray[np.bool_]
     ) -> None:
         """Marks in `near` those public rows that one of the private rows beside them is as good as equal to."""
         order = np.argsort(rows, kind="stable")  # neighbours are read together
@@ -174,8 +146,8 @@ class _PrivateRows:
             pairs = pairs[~near[at[pairs]]]
             members, where = np.unique(rows[pairs], return_inverse=True)
             private = self._flat(self.rows.read(members))
-            for centre in centres:
-                ours, theirs = _unit(public[at[pairs]] - centre.public), _unit(private - centre.private)
+            for of_public, of_private in centres:
+                ours, theirs = _unit(public[at[pairs]] - of_public), _unit(private - of_private)
                 cosine = np.abs(np.einsum("nd,nd->n", ours, theirs[where]))
                 near[at[pairs[cosine > SAME_ROW_COSINE]]] = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from dpf_release.bank.format import SplitName, read_index
@@ -11,15 +12,12 @@ from dpf_release.errors import VaultError
 from dpf_release.owner.fitted import FittedFunction, load_function
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import BANK
+from dpf_release.publish.leaks.drawn import source_order, telling_ids
 from dpf_release.publish.leaks.findings import Sources, public_banks, shard_of
-from dpf_release.publish.leaks.ids import telling_ids
-from dpf_release.publish.leaks.near_rows import SAME_ROW_COSINE, Contributors, find_near_rows
-from dpf_release.publish.leaks.order import source_order
+from dpf_release.publish.leaks.near_rows import SAME_ROW_COSINE, find_near_rows
 from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.leaks.text import private_words
 from dpf_release.release.verify import Problem
-
-__all__ = ["private_facts", "private_rows", "private_tensors", "private_words", "source_order", "telling_ids"]
 
 
 def private_facts(release: Path, project: Project, name: str | None = None) -> list[Problem]:
@@ -30,9 +28,6 @@ def private_facts(release: Path, project: Project, name: str | None = None) -> l
         project: whose vault it was made from.
         name: the fitted function that made it, for the rows that contributed to each public one; `None` where it is
             no longer in the vault.
-
-    Returns:
-        Findings of the kinds `private text`, `private tensor`, `private row`, `source order` and `telling id`.
 
     Raises:
         BankError: a bank, public or private, is not whole.
@@ -60,7 +55,7 @@ def private_rows(release: Path, project: Project, name: str | None = None) -> li
     features = project.vault.opened(project.vault.features, *BANK)
     private = [FeatureBank(features, split) for split in read_index(features).splits]
     function = None if name is None else load_function(project, name)
-    contributors = _contributors(function) if function and function.chain.mixing_stages() else None
+    contributors = partial(_contributors, function) if function and function.chain.mixing_stages() else None
     public = public_banks(release)
     if {bank.shape for bank in public} - {bank.shape for bank in private}:
         raise VaultError(
@@ -76,9 +71,6 @@ def private_rows(release: Path, project: Project, name: str | None = None) -> li
     return problems
 
 
-def _contributors(function: FittedFunction) -> Contributors:
-    def contributors(split: SplitName, rows: Rows) -> tuple[Rows, Rows]:
-        made = function.chain.contributors(rows, function.plans.get(split, []))
-        return made.positions, made.members
-
-    return contributors
+def _contributors(function: FittedFunction, split: SplitName, rows: Rows) -> tuple[Rows, Rows]:
+    made = function.chain.contributors(rows, function.plans.get(split, []))
+    return made.positions, made.members

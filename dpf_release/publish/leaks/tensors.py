@@ -35,8 +35,7 @@ def private_tensors(release: Path, vault: Vault) -> list[Problem]:
     private: dict[bytes, str] = {}
     sizes = set()
     for path in vault.members():
-        # Candidates are what is published.
-        if path.suffix == ".safetensors" and not path.is_relative_to(vault.root / "candidates"):
+        if path.suffix == ".safetensors" and not path.is_relative_to(vault.root / "candidates"):  # which are published
             for key, digest, size in _private_digests(vault, path):
                 if digest not in own:
                     private[digest] = f"{path.relative_to(vault.root)}, {key}"

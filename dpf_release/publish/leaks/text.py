@@ -61,11 +61,6 @@ def private_words(release: Path, project: Project, sources: Sources | None = Non
     targets and weights' names of Φ, may be said. Of the vault's records, whatever 64 hexadecimal digits are no digest
     of something public: what P is drawn from, and what tells whether a guess of a private file is right.
 
-    Args:
-        release: the folder; only plain files that its manifest lists are read.
-        project: of the vault.
-        sources: its `ids.csv`, where it is read already.
-
     Raises:
         VerificationError: the release has no manifest, or a text is longer than any of a release.
         WeightsError: a safetensors file is damaged.
@@ -82,9 +77,8 @@ def private_words(release: Path, project: Project, sources: Sources | None = Non
     names = {words: what for words, what in names.items() if not _says(allowed, words)}
     problems = []
     for file, said in texts.items():
-        here = list(
-            islice((words for words in sorted(names) if any(_says(text, words) for text in said)), MOST_COMPARED)
-        )
+        heard = (words for words in sorted(names) if any(_says(text, words) for text in said))
+        here = list(islice(heard, MOST_COMPARED))
         longest = [words for words in here if not any(words in other for other in here if other != words)]
         found = [f"{words!r}, {names[words]}" for words in longest]
         if any(_IN_VAULT.search(text) for text in said):
@@ -96,17 +90,10 @@ def private_words(release: Path, project: Project, sources: Sources | None = Non
     return problems
 
 
-# --------------------------------------------------------------------------------------------- what is said
-
-
 def public_texts(release: Path) -> Iterator[tuple[str, str]]:
     """All texts of a release but format 1's in shards: (path of the file, text), the paths themselves too.
 
-    Of files that the manifest does not list, and of links, pipes and devices, the path only.
-
-    Raises:
-        VerificationError: the release has no manifest, or a text cannot be read or is longer than any of a release.
-        WeightsError: a safetensors file is damaged.
+    Of files that the manifest does not list, and of links, pipes and devices, the path only. Raises as `private_words`.
     """
     with public_files(release) as (tree, files):
         yield from ((path, path) for path in tree.entries)
@@ -131,18 +118,26 @@ def _read(tree: Tree, path: str) -> str:
 def _strings(text: str) -> Iterator[str]:
     """Keys and values of a JSON text, without its numbers; a text that is not JSON as it is."""
     try:
-        trees: list[Any] = [json.loads(text)]
+        tree = json.loads(text)
     except (ValueError, RecursionError):
         yield text
         return
-    while trees:
-        tree = trees.pop()
-        if isinstance(tree, str):
-            yield tree
-        elif isinstance(tree, dict):
-            trees += [*tree.keys(), *tree.values()]
-        elif isinstance(tree, list):
-            trees += tree
+    for key, part in _parts(tree):
+        yield key
+        if isinstance(part, str):
+            yield part
+
+
+def _parts(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every part of a JSON tree, and the key that it stands under; that of a list for what is in it."""
+    left = [("", tree)]
+    while left:
+        key, part = left.pop()
+        yield key, part
+        if isinstance(part, dict):
+            left += part.items()
+        elif isinstance(part, list):
+            left += ((key, value) for value in part)
 
 
 def _texts_of_weights(path: Path) -> Iterator[str]:
@@ -151,9 +146,6 @@ def _texts_of_weights(path: Path) -> Iterator[str]:
     for key, value in header.metadata.items():
         yield key
         yield from _strings(value)  # a record is JSON inside the header's JSON
-
-
-# --------------------------------------------------------------------------------------------- what must not be said
 
 
 def _plain(text: str) -> str:
@@ -194,28 +186,23 @@ def _names_of(source: str) -> Iterator[str]:
 
 def _trimmed(words: str) -> str:
     """From the first letter or digit to the last."""
-    runs = [match.span() for match in _RUN.finditer(words)]
-    return words[runs[0][0] : runs[-1][1]] if runs else ""
+    return re.sub(r"^[\W_]+|[\W_]+$", "", words)
 
 
 def _accounts(project: Project) -> dict[str, str]:
     """User, host and home folder names, plain, and what each is."""
-    names: dict[str, str] = {}
-    for host in {platform.node(), platform.node().split(".")[0]}:
-        names[host] = "the name of this host"
-    users = [user for uid in {os.getuid(), project.vault.root.stat().st_uid} for user in _users_of(uid)]
+    names = dict.fromkeys((platform.node(), platform.node().split(".")[0]), "the name of this host")
     with contextlib.suppress(KeyError, OSError, RuntimeError):  # a container's user may have no name and no home
         names[getpass.getuser()] = "a user's name"
         names[Path.home().name] = "the name of a home folder"
-    for user in users:
-        names |= {user.pw_name: "a user's name", user.pw_gecos.split(",")[0]: "a user's name"}
-        names[Path(user.pw_dir).name] = "the name of a home folder"
+    for uid in {os.getuid(), project.vault.root.stat().st_uid}:
+        with contextlib.suppress(KeyError):
+            user = pwd.getpwuid(uid)
+            names |= {user.pw_name: "a user's name", user.pw_gecos.split(",")[0]: "a user's name"}
+            names[Path(user.pw_dir).name] = "the name of a home folder"
     plain = {_trimmed(_plain(name)): what for name, what in names.items()}
-    return {
-        name: what
-        for name, what in plain.items()
-        if len(name) >= ACCOUNT_LENGTH and not name.isdecimal() and name not in COMMON_ACCOUNTS
-    }
+    telling = {name for name in plain if len(name) >= ACCOUNT_LENGTH and not name.isdecimal()} - COMMON_ACCOUNTS
+    return {name: what for name, what in plain.items() if name in telling}
 
 
 def _private_digits(vault: Vault) -> dict[str, str]:
@@ -225,23 +212,10 @@ def _private_digits(vault: Vault) -> dict[str, str]:
     members = [member for folder in folders for member in vault.members(folder) if member.suffix == ".json"]
     found: dict[str, str] = {}
     for member in [*filter(vault.holds, records), *members]:
-        trees: list[tuple[str, Any]] = [("", vault.read_record(member, "package"))]
-        while trees:
-            key, tree = trees.pop()
-            if isinstance(tree, dict):
-                trees += tree.items()
-            elif isinstance(tree, list):
-                trees += ((key, value) for value in tree)
-            elif isinstance(tree, str) and re.fullmatch("[0-9a-f]{64}", tree) and key not in PUBLIC_DIGESTS:
-                found[tree] = f"{key} of the private {member.relative_to(vault.root)}"
+        for key, part in _parts(vault.read_record(member, "package")):
+            if isinstance(part, str) and re.fullmatch("[0-9a-f]{64}", part) and key not in PUBLIC_DIGESTS:
+                found[part] = f"{key} of the private {member.relative_to(vault.root)}"
     return found
-
-
-def _users_of(uid: int) -> list[pwd.struct_passwd]:
-    try:
-        return [pwd.getpwuid(uid)]
-    except KeyError:
-        return []
 
 
 def _places(project: Project) -> dict[str, str]:
@@ -262,15 +236,9 @@ def _places(project: Project) -> dict[str, str]:
 
 
 def _addresses(folder: Path) -> list[str]:
+    asked = ["git", "config", "--get-regexp", r"^(user|author|committer)\.email$"]
     try:
-        done = subprocess.run(
-            ["git", "config", "--get-regexp", r"^(user|author|committer)\.email$"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
     except OSError:  # no git
         return []
     return [address for line in done.stdout.splitlines() for address in line.split()[1:]]

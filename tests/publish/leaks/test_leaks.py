@@ -35,12 +35,20 @@ from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.audit.audit import audit, project_of
-from dpf_release.publish.leaks import near_rows
-from dpf_release.publish.leaks import order as order_module
+from dpf_release.publish.leaks import drawn, near_rows
+from dpf_release.publish.leaks.drawn import (
+    CHANCE,
+    _chance_of_bits,
+    _commonest_step,
+    _deviations,
+    _from_texts,
+    _scores,
+    _unlikely_times,
+    source_order,
+    telling_ids,
+)
 from dpf_release.publish.leaks.findings import Sources
-from dpf_release.publish.leaks.ids import _chance_of_bits, _from_texts, telling_ids
 from dpf_release.publish.leaks.near_rows import find_near_rows
-from dpf_release.publish.leaks.order import CHANCE, _commonest_step, _deviations, _scores, _unlikely_times, source_order
 from dpf_release.publish.leaks.private_facts import private_facts, private_rows
 from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.leaks.text import private_words
@@ -731,7 +739,7 @@ def test_an_order_by_steady_steps_is_told_from_a_random_one(what: str) -> None:
 def test_a_random_order_has_its_commonest_step_as_seldom_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     times = np.array([_commonest_step(np.array(order))[1] for order in itertools.permutations(range(7))])
     for chance in (0.5, 0.1, 0.02):
-        monkeypatch.setattr(order_module, "CHANCE", chance)
+        monkeypatch.setattr(drawn, "CHANCE", chance)
         limit = _unlikely_times.__wrapped__(7)
         assert (times >= limit).mean() < chance, (chance, limit)
     assert limit < 7  # the control: it is not always infinite
