@@ -79,11 +79,9 @@ class PickedRows:
     @cached_property
     def digest(self) -> str:
         """Changes with any row."""
-        parts = [
-            [BankDataset([bank], (), [bank.targets]).digest, hashlib.sha256(rows.tobytes()).hexdigest()]
-            for bank, rows in self.parts
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        digests = [BankDataset([bank], (), [bank.targets]).digest for bank, _ in self.parts]
+        chosen = [hashlib.sha256(rows.tobytes()).hexdigest() for _, rows in self.parts]
+        return hashlib.sha256(json.dumps([*zip(digests, chosen, strict=True)]).encode()).hexdigest()
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Rows by number: (n, C, H, W) float16, and their targets."""

@@ -119,10 +119,8 @@ class Harness:
         known = truth.asked.tobytes() + target.subject.encode()
         if known not in self.made:
             ceiling, clean = self._ceiling(setting)
-            scores = {
-                name: score_pictures(truth, target.contributors, pictures)
-                for name, pictures in baselines(grant(ReleaseView, self.clean, setting), truth).items()
-            }
+            guesses = baselines(grant(ReleaseView, self.clean, setting), truth)
+            scores = {name: score_pictures(truth, target.contributors, of) for name, of in guesses.items()}
             _, baseline = best_of(scores)
             self.made[known] = References(baseline, ceiling, clean)
             announce(

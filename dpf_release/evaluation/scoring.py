@@ -65,10 +65,7 @@ def score_pictures(truth: Truth, contributors: MadeOf, reconstruct: Callable[[Ro
     within their pools, which no id gives away, scores by its matches as it did before. `reconstruct` makes pictures of
     positions in `truth.asked`.
     """
-    measures: dict[str, list[Tensor]] = {}
-    own: list[NDArray[np.bool_]] = []
-    guess: list[Numbers] = []
-    shown: list[Rows] = []
+    columns: dict[str, list[NDArray[Any]]] = {}
     done = 0
     for pool in truth.pools:
         originals = truth.read(pool.pictures).float() / 255
@@ -77,23 +74,23 @@ def score_pictures(truth: Truth, contributors: MadeOf, reconstruct: Callable[[Ro
         made_of = np.zeros((len(pool.rows), len(pool.pictures)), np.bool_)
         there = np.isin(members, pool.pictures)
         made_of[at[there], np.searchsorted(pool.pictures, members[there])] = True
-        guess.append(made_of.mean(axis=1))
         for places in batches(np.arange(len(pool.rows))):
             pictures = reconstruct(done + places).float().clamp(0, 1)
             correlation = (_directions(pictures) @ directions.T).abs()  # (n, M)
             match = correlation.argmax(dim=1)
-            own.append(made_of[places, match.numpy()])
             with_own, mine = correlation.where(torch.from_numpy(made_of[places]), -1).max(dim=1)
             nobody = with_own < 0  # a row that belongs to no picture has its match for its own
             with_own, mine = correlation.max(dim=1).values.where(nobody, with_own), match.where(nobody, mine)
-            shown.append(pool.pictures[mine.numpy()])
             found = _measure(pictures, originals[mine])
             found["affine_ssim_matched"] = ssim(affine_fit(pictures, originals[match]), originals[match])
-            for name, values in {**found, "correlation": with_own}.items():
-                measures.setdefault(name, []).append(values)
+            found["correlation"] = with_own
+            row = {"own": made_of[places, match.numpy()], "guess": made_of[places].mean(axis=1)}
+            row["pictures"] = pool.pictures[mine.numpy()]
+            for name, values in (row | {name: of.double().numpy() for name, of in found.items()}).items():
+                columns.setdefault(name, []).append(values)
         done += len(pool.rows)
-    joined = {name: torch.cat(parts).double().numpy() for name, parts in measures.items()}
-    return RowScores(joined, np.concatenate(own), np.concatenate(guess), np.concatenate(shown))
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return RowScores(own=joined.pop("own"), guess=joined.pop("guess"), pictures=joined.pop("pictures"), measures=joined)
 
 
 def _measure(pictures: Tensor, originals: Tensor) -> dict[str, Tensor]:

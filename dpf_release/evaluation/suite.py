@@ -180,9 +180,6 @@ class _Run:
         if claim is None:
             verdict, reasons = "reported", ()
         result = AttackResult(
-            code=attack.code,
-            title=attack.title,
-            version=attack.version,
             claim=claim,
             granted=attack.view.name,
             images=self.setting.budget.images,
@@ -191,6 +188,7 @@ class _Run:
             power=power,
             verdict=verdict,
             reasons=reasons,
+            **{key: getattr(attack, key) for key in ("code", "title", "version")},
             **{key: getattr(scored, key) for key in OF_SCORED},
         )
         leakage = "not defined" if scored.leakage is None else f"{scored.leakage.value:.3f}"

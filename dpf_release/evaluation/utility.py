@@ -117,12 +117,10 @@ class _Bench:
 
     def alone(self) -> dict[str, list[Training]]:
         """U2."""
+        kinds = {self.metric: ("the bank", self.bank), f"{self.metric} on clean rows": ("clean rows", self.clean)}
         return {
             name: [Training(f"U2 {what}", rows, self.test, seed) for seed in range(self.effort.seeds)]
-            for name, what, rows in (
-                (self.metric, "the bank", self.bank),
-                (f"{self.metric} on clean rows", "clean rows", self.clean),
-            )
+            for name, (what, rows) in kinds.items()
         }
 
     def joined(self) -> dict[str, list[Training]]:

@@ -206,15 +206,10 @@ def _draw_classes(target: Target, setting: Setting, generator: np.random.Generat
         own, with_picture = _rows_of(target, rows, asked, generator)
         members = generator.permutation(np.flatnonzero(own >= 0))[:each]
         others = generator.permutation(test[test_labels == label])[:each]
-        found.append(
-            _DrawnClass(
-                int(label),
-                rows,
-                np.concatenate([private.table_rows[asked[members]], others]),
-                np.concatenate([own[members], np.full(len(others), -1)]),
-                [with_picture[member] for member in members] + [np.empty(0, np.int64)] * len(others),
-            )
-        )
+        table_rows = np.concatenate([private.table_rows[asked[members]], others])
+        own = np.concatenate([own[members], np.full(len(others), -1)])
+        with_picture = [with_picture[member] for member in members] + [np.empty(0, np.int64)] * len(others)
+        found.append(_DrawnClass(int(label), rows, table_rows, own, with_picture))
     return found
 
 

@@ -84,9 +84,8 @@ def verdict_in_words(report: AttackReport) -> Sentence:
 
 def notes(report: AttackReport) -> list[str]:
     """What else belongs to the table: attacks that it lacks, and references that no attack is."""
-    found = [
-        f"{code}: not applicable{f', {reason}' if reason else ''}" for code, reason in report.not_applicable.items()
-    ]
+    lacks = report.not_applicable
+    found = [f"{code}: not applicable{f', {reason}' if reason else ''}" for code, reason in lacks.items()]
     limit = report.limits.get("leakage", LEAKAGE)
     for result in report.attacks:
         for name in result.series:

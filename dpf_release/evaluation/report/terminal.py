@@ -62,16 +62,8 @@ def _wide(table: Table, report: AttackReport) -> Table:
     for column in ("attack", "baseline", "attack's", "ceiling", "leakage", "re-identification", "power", "verdict"):
         table.add_column(column, overflow="fold", no_wrap=column != "attack")
     for result in report.attacks:
-        table.add_row(
-            _name(result),
-            number(result.baseline),
-            _reached(result),
-            number(result.ceiling),
-            interval(result.leakage),
-            share(result.re_identification),
-            power(result),
-            _verdict(result),
-        )
+        found = interval(result.leakage), share(result.re_identification), power(result)
+        table.add_row(_name(result), *_compared(result), *found, _verdict(result))
     return table
 
 
@@ -83,7 +75,7 @@ def _narrow(table: Table, report: AttackReport) -> Table:
     for result in report.attacks:
         table.add_row(
             _name(result),
-            f"{number(result.baseline)}  {_reached(result)}  {number(result.ceiling)}",
+            "  ".join(_compared(result)),
             interval(result.leakage).replace(" [", "\n["),
             share(result.re_identification).replace(" [", "\n["),
             _verdict(result).append("\n" + power(result).replace(", ", "\n"), "dim"),
@@ -99,9 +91,9 @@ def _name(result: AttackResult) -> Text:
     return Text.assemble((result.code, "bold"), f" {result.title}\n", (f"has {granted_to(result)}", "dim"))
 
 
-def _reached(result: AttackResult) -> str:
+def _compared(result: AttackResult) -> tuple[str, str, str]:
     best = strongest(result)
-    return number(best.found.value) if best else "–"
+    return number(result.baseline), number(best.found.value if best else None), number(result.ceiling)
 
 
 def _verdict(result: AttackResult) -> Text:
