@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +19,7 @@ from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.rows import Concat, Select
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce
+from dpf_release.evaluation.profiles import rate
 from dpf_release.owner.workbench import Workbench
 from dpf_release.release.attack_report import ProfileName
 from dpf_release.release.train import fit_classifier, score
@@ -30,21 +30,13 @@ LEARNING_RATE = 0.05  # at the largest batch
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is trained.
+    """How much is trained."""
 
-    Attributes:
-        seeds: how many times everything is.
-        own: numbers m of own images a class.
-        rows: that a training is shown, repeats counted, where it has many.
-        epochs: at the most, where it has few; but until it was shown `least_rows`.
-        least_rows: so that a classifier of few rows is not beaten for want of steps.
-    """
-
-    seeds: int
-    own: tuple[int, ...]
-    rows: int
-    epochs: int
-    least_rows: int
+    seeds: int  # how many times everything is
+    own: tuple[int, ...]  # numbers m of own images a class
+    rows: int  # that a training is shown, repeats counted, where it has many
+    epochs: int  # at the most, where it has few; but until it was shown `least_rows`
+    least_rows: int  # so that a classifier of few rows is not beaten for want of steps
 
     def schedule(self, rows: int) -> tuple[int, int, float]:
         """Epochs, batch size and peak learning rate for so many rows; few rows come in small batches."""
@@ -87,11 +79,9 @@ class PickedRows:
     @cached_property
     def digest(self) -> str:
         """Changes with any row."""
-        parts = [
-            [BankDataset([bank], (), [bank.targets]).digest, hashlib.sha256(rows.tobytes()).hexdigest()]
-            for bank, rows in self.parts
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        digests = [BankDataset([bank], (), [bank.targets]).digest for bank, _ in self.parts]
+        chosen = [hashlib.sha256(rows.tobytes()).hexdigest() for _, rows in self.parts]
+        return hashlib.sha256(json.dumps([*zip(digests, chosen, strict=True)]).encode()).hexdigest()
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Rows by number: (n, C, H, W) float16, and their targets."""
@@ -117,12 +107,7 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class Classifiers:
-    """Trains φ2's architecture anew, and keeps the scores.
-
-    Attributes:
-        workbench: the architecture, where to train, and where scores are kept.
-        effort: how much is trained.
-    """
+    """Trains φ2's architecture anew, and keeps the scores."""
 
     workbench: Workbench
     effort: Effort
@@ -141,8 +126,14 @@ class Classifiers:
 
     def minutes(self, trainings: Sequence[Training]) -> float:
         """What they take, by a short trial."""
+        if not trainings:
+            return 0.0
         shown = sum(len(training.rows) * self.effort.schedule(len(training.rows))[0] for training in trainings)
-        return shown / self._rate(trainings[0].rows) / 60 if trainings else 0.0
+        rows, device = trainings[0].rows, self.workbench.device
+        network = self.workbench.new_classifier(0).to(device).to(memory_format=torch.channels_last)
+        batch = rows.read(np.arange(min(len(rows), LARGEST_BATCH)))[0].float().to(device)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        return shown / rate(lambda: network(batch).float().mean().backward(), len(batch), device) / 60
 
     def _known(self, training: Training) -> float | None:
         subject = self._subject(training)
@@ -150,8 +141,8 @@ class Classifiers:
         return None if kept is None else float(kept["score"])
 
     def _train(self, training: Training) -> None:
-        epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
         kept, subject = self.workbench.kept, self._subject(training)
+        epochs, batch_size, learning_rate = subject["recipe"]
         network, name = self.workbench.new_classifier(training.seed), subject["utility"]
         fit_classifier(
             network,
@@ -165,34 +156,16 @@ class Classifiers:
             checkpoint=kept.checkpoint(name, subject),
             subject=json.dumps(subject, sort_keys=True),
         )
-        found = score(network, training.judge)
-        kept.save(name, subject, {"score": torch.tensor(found, dtype=torch.float64)})
+        kept.save(name, subject, {"score": torch.tensor(score(network, training.judge), dtype=torch.float64)})
 
     def _subject(self, training: Training) -> dict[str, Any]:
         """What a score depends on."""
-        epochs, batch_size, learning_rate = self.effort.schedule(len(training.rows))
         return {
             "utility": training.title.split(" ")[0],
             "version": 1,
             "network": self.workbench.record.model_dump(mode="json"),
             "rows": training.rows.digest,
             "judge": training.judge.digest,
-            "recipe": [epochs, batch_size, learning_rate],
+            "recipe": [*self.effort.schedule(len(training.rows))],
             "seed": training.seed,
         }
-
-    def _rate(self, rows: PickedRows, seconds: float = 1.0) -> float:
-        """Rows a second of training here; a short trial."""
-        device = self.workbench.device
-        network = self.workbench.new_classifier(0).to(device).to(memory_format=torch.channels_last)
-        batch = rows.read(np.arange(min(len(rows), LARGEST_BATCH)))[0].float().to(device)
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        step: Callable[[], None] = lambda: network(batch).float().mean().backward()  # noqa: E731
-        step()  # the first is slower than all others
-        started, done = time.monotonic(), 0
-        while not done or time.monotonic() - started < seconds:
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            done += len(batch)
-        return done / (time.monotonic() - started)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,13 +20,7 @@ LIMITS_OF: dict[Claim, tuple[str, ...]] = {
 
 
 class Failure(BaseModel):
-    """An attack that got past a limit.
-
-    Attributes:
-        index_sha256: of the bank that it was run on.
-        limits: of `[gate]`, then.
-        reasons: what it got, and the limit.
-    """
+    """An attack that got past a limit of `[gate]`, as they were then; the reasons say what it got."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,23 +47,18 @@ class Failure(BaseModel):
 
 def failed_in(report: AttackReport) -> list[Failure]:
     """The failures that a report tells of."""
-    shared: dict[str, Any] = {
-        key: getattr(report, key) for key in ("index_sha256", "profile", "seed", "scorer", "limits")
-    }
+    shared = report.model_dump(include={"index_sha256", "profile", "seed", "scorer", "limits"})
+    own = {"code", "title", "version", "claim", "reasons"}
     return [
-        Failure(**shared, **{key: getattr(result, key) for key in ("code", "title", "version", "claim", "reasons")})
+        Failure(**shared, **result.model_dump(include=own))
         for result in report.attacks
         if result.verdict == "fail" and result.claim is not None
     ]
 
 
 def failures(vault: Vault, name: str) -> list[Failure]:
-    """All that were noted of a function's candidates.
-
-    Raises:
-        VaultError: the file is not one of ours.
-    """
-    path = _file(vault, name)
+    """All that were noted of a function's candidates; where the file is not one of ours, a `VaultError`."""
+    path = vault.reports(name) / FAILURES
     try:
         tree = vault.read_record(path, "attack") if vault.holds(path) else []
         return [Failure.model_validate(entry) for entry in tree]
@@ -86,8 +73,5 @@ def note_failures(vault: Vault, name: str, found: Sequence[Failure]) -> None:
     """Adds failures to those that were noted before."""
     known = failures(vault, name)
     if new := [failure for failure in found if failure not in known]:
-        vault.write_json(_file(vault, name), [failure.model_dump(mode="json") for failure in [*known, *new]])
-
-
-def _file(vault: Vault, name: str) -> Path:
-    return vault.reports(name) / FAILURES
+        path = vault.reports(name) / FAILURES
+        vault.write_json(path, [failure.model_dump(mode="json") for failure in [*known, *new]])

@@ -27,20 +27,15 @@ def compare(
     """Attacks each candidate where that was not done yet, and keeps one point each as `vault/reports/frontier.json`.
 
     Beside it `frontier.svg` and `frontier.png`, and the functions' pages are written anew with the plots. All is
-    written again after each function, so that what is done can be looked at.
-
-    Args:
-        project: the owner's.
-        names: of fitted functions; by default all that have a candidate.
-        profile: as of `attack`.
-        budget_minutes: as of `attack`, for each function.
-        seed: of all that is drawn.
+    written again after each function, so that what is done can be looked at. Options are as of `attack`, for each
+    function; without names it is all that have a candidate.
 
     Raises:
         ConfigError: no such profile.
         VaultError: some of the functions have no candidate, or there are none.
     """
-    names = list(dict.fromkeys(names)) or _with_candidate(project)
+    candidates = sorted(path.name for path in project.vault.root.glob("candidates/*") if path.is_dir())
+    names = list(dict.fromkeys(names)) or [name for name in candidates if _has_candidate(project, name)]
     missing = [name for name in names if not _has_candidate(project, name)]
     if missing or not names:
         raise VaultError(
@@ -76,21 +71,11 @@ def _write(project: Project, reports: Mapping[str, AttackReport], profile: str) 
 
 def _described(project: Project, name: str) -> str:
     """What a function is: `dpf, equivalence, λ = 1`."""
-    recipe = _recipe(project, name)
+    record = project.vault.read_record(project.vault.function(name) / "function.json", f"fit-poison --name {name}")
+    recipe: Mapping[str, Any] = record["recipe"]
     learned = recipe["function"].split("+")[-1].split(":")[0] == "dpf"
     return recipe["function"] + (f", {recipe['objective']}, λ = {recipe['lambda']:g}" if learned else "")
 
 
-def _recipe(project: Project, name: str) -> Mapping[str, Any]:
-    record = project.vault.read_record(project.vault.function(name) / "function.json", f"fit-poison --name {name}")
-    recipe: Mapping[str, Any] = record["recipe"]
-    return recipe
-
-
 def _has_candidate(project: Project, name: str) -> bool:
     return project.vault.holds(project.vault.candidate(name) / "features" / INDEX)
-
-
-def _with_candidate(project: Project) -> list[str]:
-    folders = sorted(project.vault.root.glob("candidates/*"))
-    return [path.name for path in folders if path.is_dir() and _has_candidate(project, path.name)]

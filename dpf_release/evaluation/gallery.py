@@ -18,7 +18,7 @@ from torch import Tensor
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder
 from dpf_release.evaluation.scoring import WORST, RowScores, affine_fit
-from dpf_release.evaluation.truth import Truth
+from dpf_release.evaluation.targets import Truth
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.release.attack_report import AttackReport
 
@@ -33,18 +33,12 @@ def spread(count: int) -> Rows:
 
 
 def pictures_of(
-    truth: Truth,
-    scores: RowScores,
-    reconstruct: Callable[[Rows], Tensor],
-    clean: Callable[[Rows], Tensor],
+    truth: Truth, scores: RowScores, reconstruct: Callable[[Rows], Tensor], clean: Callable[[Rows], Tensor]
 ) -> dict[str, Tensor]:
     """What is shown of an attack: eight typical rows, and of the worst 1 % by affine-fit SSIM eight at most.
 
-    Args:
-        truth: the pools.
-        scores: of its strongest way.
-        reconstruct: that way: positions in `truth.asked` → pictures.
-        clean: the best that is made of unpoisoned rows: rows of the clean bank → pictures.
+    `reconstruct` is its strongest way, of positions in `truth.asked`; `clean` the best that is made of unpoisoned rows,
+    by their numbers in the clean bank.
     """
     count = len(scores.primary)
     typical = spread(count)

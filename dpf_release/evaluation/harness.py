@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from dpf_release.attacks.interface import Attack, Attributes, Links, Reconstructions, Result, registered
 from dpf_release.attacks.reference_outputs import Outputs
-from dpf_release.attacks.threat_models import ReleaseView
+from dpf_release.attacks.threat_models import Kept, ReleaseView
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce
 from dpf_release.errors import ConfigError
-from dpf_release.evaluation.control_network import MEMORISER, memorising_target
+from dpf_release.evaluation.controls import MEMORISER, memorising_target, planted_target
 from dpf_release.evaluation.profiles import PLANTED_SHARE, Profile
-from dpf_release.evaluation.score_attributes import score_attributes
-from dpf_release.evaluation.score_linkage import score_links
+from dpf_release.evaluation.score_guesses import score_attributes, score_links
 from dpf_release.evaluation.score_reconstructions import baselines, score_decoders, score_reconstructions
 from dpf_release.evaluation.scoring import References, RowScores, best_of, mean_interval, score_pictures
-from dpf_release.evaluation.targets import Target, draw_truth, planted_target
+from dpf_release.evaluation.targets import Target, draw_truth
 from dpf_release.evaluation.verdicts import Scored
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.release.attack_report import SCORER, Interval, Power
@@ -34,48 +33,30 @@ SHOWN = (Outputs(),)  # decoders that no attack is
 
 @dataclass(frozen=True, eq=False)
 class Harness:
-    """Runs attacks, and holds the truth.
+    """Runs attacks, and holds the truth."""
 
-    Attributes:
-        profile: which attacks set the ceiling.
-        target: the candidate.
-        clean: φ1(S), as if it were one.
-        made: what was reached without the bank, and at best, for each truth and target.
-        ceilings: the latter, for each truth.
-    """
-
-    profile: Profile
-    target: Target
-    clean: Target
-    made: dict[bytes, References] = field(default_factory=dict)
-    ceilings: dict[bytes, tuple[RowScores, Callable[[Rows], Tensor]]] = field(default_factory=dict)
+    profile: Profile  # which attacks set the ceiling
+    target: Target  # the candidate
+    clean: Target  # φ1(S), as if it were one
+    made: dict[bytes, References] = field(default_factory=dict)  # for each truth and target
+    ceilings: dict[bytes, tuple[RowScores, Callable[[Rows], Tensor]]] = field(default_factory=dict)  # for each truth
 
     def scored(self, attack: Attack, target: Target, setting: Setting) -> Scored:
-        """What an attack gets out of a bank.
-
-        Raises:
-            NotGrantedError: the owner lacks what the attack holds.
-        """
+        """What an attack gets out of a bank; where the owner lacks what it holds, a `NotGrantedError`."""
         scored = self._answered(attack, target, setting)
-        if scored.primary is None:
+        if not scored.primary:
             return scored
-        top = scored.ceiling
-        ceiling = self._reached_on_clean(attack, setting) if top is None else _exactly(top)
-        return scored if ceiling is None else scored.against(ceiling)
+        if (top := scored.ceiling) is not None:
+            return scored.against(Interval(value=top, low=top, high=top))
+        # What its best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget.
+        name, subject = f"{attack.code} on clean rows, {len(setting.truth.asked)}", self._subject(attack, setting)
+        reach = lambda: self._answered(attack, self.clean, setting).reached()  # noqa: E731
+        ceiling = _once(setting.workbench.kept, name, subject, "reached", reach)
+        return scored.against(ceiling) if ceiling else scored
 
     def _answered(self, attack: Attack, target: Target, setting: Setting) -> Scored:
         answer = attack.run(grant(attack.view, target, setting))
         return score_answer(answer, target, setting, lambda: self.references(target, setting))
-
-    def _reached_on_clean(self, attack: Attack, setting: Setting) -> Interval | None:
-        """What the attack's best way reaches where the bank is φ1(S); kept for this S, φ1, Q and budget."""
-        name = f"{attack.code} on clean rows, {len(setting.truth.asked)}"
-        subject = self._subject(attack, setting)
-        kept = setting.workbench.kept.load(name, subject)
-        if kept is None:
-            kept = {"reached": _as_tensor(self._answered(attack, self.clean, setting).reached())}
-            setting.workbench.kept.save(name, subject, kept)
-        return _as_interval(kept["reached"])
 
     def _subject(self, attack: Attack, setting: Setting) -> dict[str, Any]:
         """What a result that is kept depends on, beside the bank."""
@@ -120,11 +101,8 @@ class Harness:
     def _out_of(self, attack: Attack, name: str, target: Target, setting: Setting) -> Interval | None:
         """What an attack gets out of a planted function."""
         subject = {**self._subject(attack, setting), "planted": name}
-        kept = setting.workbench.kept.load(f"{attack.code} power on {name}", subject)
-        if kept is None:
-            kept = {"leakage": _as_tensor(self.scored(attack, target, setting).power())}
-            setting.workbench.kept.save(f"{attack.code} power on {name}", subject, kept)
-        return _as_interval(kept["leakage"])
+        tell = lambda: self.scored(attack, target, setting).power()  # noqa: E731
+        return _once(setting.workbench.kept, f"{attack.code} power on {name}", subject, "leakage", tell)
 
     def _planted(self, name: str, member: nn.Module | None, setting: Setting) -> Target:
         if name == MEMORISER:
@@ -141,10 +119,8 @@ class Harness:
         known = truth.asked.tobytes() + target.subject.encode()
         if known not in self.made:
             ceiling, clean = self._ceiling(setting)
-            scores = {
-                name: score_pictures(truth, target.contributors, pictures)
-                for name, pictures in baselines(grant(ReleaseView, self.clean, setting), truth).items()
-            }
+            guesses = baselines(grant(ReleaseView, self.clean, setting), truth)
+            scores = {name: score_pictures(truth, target.contributors, of) for name, of in guesses.items()}
             _, baseline = best_of(scores)
             self.made[known] = References(baseline, ceiling, clean)
             announce(
@@ -159,8 +135,8 @@ class Harness:
         known = truth.asked.tobytes()
         if known not in self.ceilings:
             reached, makers = {}, {}
-            for attack in registered():
-                if attack.sets_ceiling and self.profile.runs(attack):
+            for attack in self.profile.attacks():
+                if attack.sets_ceiling:
                     answer = attack.run(grant(attack.view, self.clean, setting))
                     assert isinstance(answer, Reconstructions)
                     for name, pictures in answer.decoders.items():
@@ -194,29 +170,27 @@ class Harness:
         return {"baselines": {"affine_ssim": mean_interval(references.baseline.primary, seed)}, "references": shown}
 
 
-def _as_tensor(interval: Interval | None) -> Tensor:
-    numbers = [interval.value, interval.low, interval.high] if interval else []
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _as_interval(numbers: Tensor) -> Interval | None:
-    if not len(numbers):
+def _once(
+    kept: Kept, name: str, subject: Mapping[str, Any], key: str, find: Callable[[], Interval | None]
+) -> Interval | None:
+    """What was found and kept, or is now."""
+    tensors = kept.load(name, subject)
+    if tensors is None:
+        found = find()
+        numbers = [found.value, found.low, found.high] if found else []
+        tensors = {key: torch.tensor(numbers, dtype=torch.float64)}
+        kept.save(name, subject, tensors)
+    if not len(tensors[key]):
         return None
-    value, low, high = numbers.tolist()
+    value, low, high = tensors[key].tolist()
     return Interval(value=value, low=low, high=high)
-
-
-def _exactly(value: float) -> Interval:
-    return Interval(value=value, low=value, high=value)
 
 
 def score_answer(answer: Result, target: Target, setting: Setting, references: Callable[[], References]) -> Scored:
     """What an answer is worth; one scorer for each kind of answer."""
-    return SCORERS[type(answer)](answer, target, setting, references)
-
-
-SCORERS: dict[type, Callable[[Any, Target, Setting, Callable[[], References]], Scored]] = {
-    Attributes: score_attributes,
-    Links: score_links,
-    Reconstructions: score_reconstructions,
-}
+    scorers: dict[type, Callable[..., Scored]] = {
+        Attributes: score_attributes,
+        Links: score_links,
+        Reconstructions: score_reconstructions,
+    }
+    return scorers[type(answer)](answer, target, setting, references)

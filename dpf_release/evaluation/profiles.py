@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from dpf_release.attacks.interface import Attack
+from dpf_release.attacks.interface import Attack, registered
 from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.attacks.toolkit.clean_decoders import disturb
 from dpf_release.attacks.toolkit.decoder import decoder_loss
@@ -23,19 +23,16 @@ PLANTED_SHARE = 0.5  # of a training's pictures, on a planted function: an attac
 
 @dataclass(frozen=True)
 class Profile:
-    """One of `quick`, `standard`, `full`.
-
-    Attributes:
-        name: which.
-        rows: that are asked for, where the bank has them.
-        least_rows: below which a result is no evidence.
-        budget: of each attack; a result with less is no evidence.
-    """
+    """One of `quick`, `standard`, `full`."""
 
     name: ProfileName
-    rows: int
-    least_rows: int
-    budget: Budget
+    rows: int  # that are asked for, where the bank has them
+    least_rows: int  # below which a result is no evidence
+    budget: Budget  # of each attack; a result with less is no evidence
+
+    def attacks(self) -> list[Attack]:
+        """Those that the profile has."""
+        return [attack for attack in registered() if self.runs(attack)]
 
     def runs(self, attack: Attack) -> bool:
         """Whether the profile has this attack."""
@@ -49,27 +46,33 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-def decoder_rate(view: ReleaseView, seconds: float = 1.0) -> float:
-    """Pictures a second that a decoder is shown in training here. A short trial."""
+def rate(step: Callable[[], None], things: int, device: torch.device, seconds: float = 1.0) -> float:
+    """Things a second that steps of so many go through here; a short trial."""
+    started, done = 0.0, -things  # the first step is slower than all others
+    while done <= 0 or time.monotonic() - started < seconds:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        done += things
+        started = started if done else time.monotonic()
+    return done / (time.monotonic() - started)
+
+
+def decoder_rate(view: ReleaseView) -> float:
+    """Pictures a second that a decoder is shown in training here."""
     bf16 = uses_bf16(view.bf16, view.device)
     chosen = np.arange(min(TRAINING_BATCH, len(view.public)))
     batch = view.public.read(chosen)
     network = build_reconstructor("rx2s2-c", view.feature_shape, (batch.shape[-2], batch.shape[-1])).to(view.device)
     network.to(memory_format=torch.channels_last)
-    started, done, generator = 0.0, 0, np.random.default_rng(0)
-    for step in range(1_000_000):
+    generator = np.random.default_rng(0)
+
+    def step() -> None:
         features = disturb(view.features_of(view.public, chosen), generator)
         with torch.autocast(view.device.type, torch.bfloat16, enabled=bf16):
             decoder_loss(network(features).float(), batch.to(view.device).float() / 255, "ssim").backward()
-        if view.device.type == "cuda":
-            torch.cuda.synchronize(view.device)
-        if step == 0:  # the first is slower than all others
-            started = time.monotonic()
-            continue
-        done += len(batch)
-        if time.monotonic() - started > seconds:
-            break
-    return done / (time.monotonic() - started)
+
+    return rate(step, len(batch), view.device)
 
 
 def minutes(attacks: Sequence[Attack], budget: Budget, rate: float) -> float:

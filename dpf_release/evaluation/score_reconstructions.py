@@ -13,8 +13,7 @@ from dpf_release.attacks.threat_models import BATCH, ReleaseView, batches
 from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.gallery import pictures_of
 from dpf_release.evaluation.scoring import References, RowScores, leakages_of, score_pictures, way_of
-from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.truth import LEAST_POOL, Truth
+from dpf_release.evaluation.targets import LEAST_POOL, Target, Truth
 from dpf_release.evaluation.verdicts import Criterion, Scored, re_identification_limit
 from dpf_release.evaluation.views import Setting
 from dpf_release.release.attack_report import Interval, Way
@@ -53,12 +52,12 @@ def score_reconstructions(
     answer: Reconstructions, target: Target, setting: Setting, references: Callable[[], References]
 ) -> Scored:
     """Every decoder against its rows' pictures; the one with the most leakage stands for the attack."""
-    truth, limits = setting.truth, setting.workbench.limits
-    scores = score_decoders(answer, target, truth)
-    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
-    clean, truth, between = references().clean, truth.at(places), references().at(places)
+    limits, scores = setting.workbench.limits, score_decoders(answer, target, setting.truth)
+    places, truth = _answered(answer, setting.truth)
+    clean, between = references().clean, references().at(places)
     ways = {name: way_of(of, between, truth.sizes, setting.seed) for name, of in scores.items()}
-    best = max(scores, key=lambda name: (_leakage(ways[name]), float(scores[name].primary.mean())))
+    leakages = {name: way.leakage.value if way.leakage else 0.0 for name, way in ways.items()}
+    best = max(scores, key=lambda name: (leakages[name], float(scores[name].primary.mean())))
     found = [way.measures.get("re_identification") for way in ways.values()]
     highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
     own = re_identification_limit(truth.sizes, limits["re_identification"], scores[best].guess)
@@ -68,35 +67,34 @@ def score_reconstructions(
         baseline=float(between.baseline.primary.mean()),
         ceiling=float(between.ceiling.primary.mean()),
         leakage=ways[best].leakage,
-        found=highest,
+        re_identification=highest,
         among=truth.among,
         criteria=(
-            *(Criterion("leakage", found, limits["leakage"]) for way in ways.values() for found in leakages_of(way)),
-            *(Criterion("re-identification", way.measures.get("re_identification"), own) for way in ways.values()),
+            *(Criterion("leakage", one, limits["leakage"]) for way in ways.values() for one in leakages_of(way)),
+            *(Criterion("re-identification", one, own) for one in found),
         ),
         series=_series(answer, ways),
-        pictures={}
-        if clean is None
-        else pictures_of(truth, scores[best], lambda at: answer.decoders[best](places[at]), clean),
+        pictures=pictures_of(truth, scores[best], lambda at: answer.decoders[best](places[at]), clean) if clean else {},
         rows=len(truth.asked),
         judged=int((truth.sizes >= LEAST_POOL).sum()),
         lacks=answer.lacks,
     )
 
 
-def _leakage(way: Way) -> float:
-    return way.leakage.value if way.leakage else 0.0
-
-
 def score_decoders(answer: Reconstructions, target: Target, truth: Truth) -> dict[str, RowScores]:
     """Scores of each decoder, of the rows that it answers for."""
-    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
-    part = truth.at(places)
+    places, part = _answered(answer, truth)
 
     def score_of(pictures: Callable[[Rows], Tensor]) -> RowScores:
         return score_pictures(part, target.contributors, lambda positions: pictures(places[positions]))
 
     return {name: score_of(pictures) for name, pictures in answer.decoders.items()}
+
+
+def _answered(answer: Reconstructions, truth: Truth) -> tuple[Rows, Truth]:
+    """Positions that there is an answer for, and the truth of those."""
+    places = np.arange(len(truth.asked)) if answer.answered is None else answer.answered
+    return places, truth.at(places)
 
 
 def _series(answer: Reconstructions, ways: Mapping[str, Way]) -> dict[str, dict[str, Interval]]:

@@ -5,7 +5,7 @@ Pictures are floats in [0, 1], (n, 3, H, W).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpf_release.attacks.threat_models import batches
 from dpf_release.core.arrays import Rows
-from dpf_release.evaluation.truth import LEAST_POOL, MadeOf, Truth
+from dpf_release.evaluation.targets import LEAST_POOL, MadeOf, Truth
 from dpf_release.models.metrics import l1, psnr, ssim
 from dpf_release.release.attack_report import Interval, Way
 
@@ -32,18 +32,14 @@ WORST = 0.01
 class RowScores:
     """One number an asked row.
 
-    Attributes:
-        measures: `affine_ssim` and the others, against the row's own picture (of several, the one that it is most
-            like); `affine_ssim_matched` against its match.
-        own: whether the match is a picture that the row is made of.
-        guess: share of its pool that the row is made of, which is how often a guess is right.
-        pictures: the own picture, as a row of the clean bank.
+    Measures are against the row's own picture (of several, the one that it is most like), but `affine_ssim_matched`
+    against its match.
     """
 
     measures: dict[str, Numbers]
-    own: NDArray[np.bool_]
-    guess: Numbers
-    pictures: Rows = field(default_factory=lambda: np.empty(0, np.int64))
+    own: NDArray[np.bool_]  # whether the match is a picture that the row is made of
+    guess: Numbers  # share of its pool that the row is made of, which is how often a guess is right
+    pictures: Rows = field(default_factory=lambda: np.empty(0, np.int64))  # the own one, as a row of the clean bank
 
     @property
     def primary(self) -> Numbers:
@@ -66,17 +62,10 @@ def score_pictures(truth: Truth, contributors: MadeOf, reconstruct: Callable[[Ro
     """Scores reconstructions of `truth.asked`: against their own picture, and against their match.
 
     The match is the picture of the pool that a reconstruction correlates with most. So a bank whose rows were shuffled
-    within their pools, which no id gives away, scores by its matches as it did before.
-
-    Args:
-        truth: the pools.
-        contributors: of what the rows are made.
-        reconstruct: positions in `truth.asked` → pictures.
+    within their pools, which no id gives away, scores by its matches as it did before. `reconstruct` makes pictures of
+    positions in `truth.asked`.
     """
-    measures: dict[str, list[Tensor]] = {}
-    own: list[NDArray[np.bool_]] = []
-    guess: list[Numbers] = []
-    shown: list[Rows] = []
+    columns: dict[str, list[NDArray[Any]]] = {}
     done = 0
     for pool in truth.pools:
         originals = truth.read(pool.pictures).float() / 255
@@ -85,23 +74,23 @@ def score_pictures(truth: Truth, contributors: MadeOf, reconstruct: Callable[[Ro
         made_of = np.zeros((len(pool.rows), len(pool.pictures)), np.bool_)
         there = np.isin(members, pool.pictures)
         made_of[at[there], np.searchsorted(pool.pictures, members[there])] = True
-        guess.append(made_of.mean(axis=1))
         for places in batches(np.arange(len(pool.rows))):
             pictures = reconstruct(done + places).float().clamp(0, 1)
             correlation = (_directions(pictures) @ directions.T).abs()  # (n, M)
             match = correlation.argmax(dim=1)
-            own.append(made_of[places, match.numpy()])
             with_own, mine = correlation.where(torch.from_numpy(made_of[places]), -1).max(dim=1)
             nobody = with_own < 0  # a row that belongs to no picture has its match for its own
             with_own, mine = correlation.max(dim=1).values.where(nobody, with_own), match.where(nobody, mine)
-            shown.append(pool.pictures[mine.numpy()])
             found = _measure(pictures, originals[mine])
             found["affine_ssim_matched"] = ssim(affine_fit(pictures, originals[match]), originals[match])
-            for name, values in {**found, "correlation": with_own}.items():
-                measures.setdefault(name, []).append(values)
+            found["correlation"] = with_own
+            row = {"own": made_of[places, match.numpy()], "guess": made_of[places].mean(axis=1)}
+            row["pictures"] = pool.pictures[mine.numpy()]
+            for name, values in (row | {name: of.double().numpy() for name, of in found.items()}).items():
+                columns.setdefault(name, []).append(values)
         done += len(pool.rows)
-    joined = {name: torch.cat(parts).double().numpy() for name, parts in measures.items()}
-    return RowScores(joined, np.concatenate(own), np.concatenate(guess), np.concatenate(shown))
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return RowScores(own=joined.pop("own"), guess=joined.pop("guess"), pictures=joined.pop("pictures"), measures=joined)
 
 
 def _measure(pictures: Tensor, originals: Tensor) -> dict[str, Tensor]:
@@ -142,17 +131,11 @@ def affine_fit(pictures: Tensor, originals: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class References:
-    """What leakage is measured between, of the same rows.
+    """What leakage is measured between, of the same rows."""
 
-    Attributes:
-        baseline: the best that needs no bank.
-        ceiling: the best on clean rows.
-        clean: the same, as pictures: rows of the clean bank → (n, 3, H, W), for the report; None: nothing is shown.
-    """
-
-    baseline: RowScores
-    ceiling: RowScores
-    clean: Callable[[Rows], Tensor] | None = None
+    baseline: RowScores  # the best that needs no bank
+    ceiling: RowScores  # the best on clean rows
+    clean: Callable[[Rows], Tensor] | None = None  # that one's pictures of rows of the clean bank, for the report
 
     def at(self, places: Rows) -> References:
         """Those of some of the rows."""
@@ -174,13 +157,15 @@ def way_of(scores: RowScores, references: References, sizes: Rows, seed: int) ->
         measures[f"{name}_worst"] = mean_interval(alike[:count] if name == "l1" else alike[-count:], seed)
     if (sizes >= LEAST_POOL).any():
         measures["re_identification"] = share_interval(scores.own[sizes >= LEAST_POOL])
-    leakages = {
-        name: ratio_interval(of(scores), of(references.baseline), of(references.ceiling), seed)
-        for name, of in (("leakage_own", lambda one: one.primary), ("leakage_matched", lambda one: one.matched))
-    }
-    defined = {name: found for name, found in leakages.items() if found is not None}
-    leakage = _higher([*defined.values()]) if len(defined) == len(leakages) else None
-    return Way(measures=measures | defined, leakage=leakage)
+    baseline, ceiling = references.baseline, references.ceiling
+    by_own = ratio_interval(scores.primary, baseline.primary, ceiling.primary, seed)
+    by_match = ratio_interval(scores.matched, baseline.matched, ceiling.matched, seed)
+    leakage = None
+    if by_own and by_match:
+        bounds = {name: max(getattr(by_own, name), getattr(by_match, name)) for name in ("value", "low", "high")}
+        leakage = Interval(**bounds)
+    defined = {"leakage_own": by_own, "leakage_matched": by_match}
+    return Way(measures=measures | {name: found for name, found in defined.items() if found}, leakage=leakage)
 
 
 def leakages_of(way: Way) -> list[Interval | None]:
@@ -189,21 +174,27 @@ def leakages_of(way: Way) -> list[Interval | None]:
     return [way.leakage] if way.leakage else [None, *parts]
 
 
-def _higher(intervals: Sequence[Interval]) -> Interval:
-    value, low, high = (max(getattr(one, name) for one in intervals) for name in ("value", "low", "high"))
-    return Interval(value=value, low=low, high=high)
+def interval_over(drawn: NDArray[np.float64], value: float) -> Interval:
+    """A number with its 95 % interval, by what bootstrap draws came to."""
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(value=value, low=float(low), high=float(high))
 
 
 def mean_interval(values: NDArray[Any], seed: int) -> Interval:
     """The mean of one number an image, with its bootstrap 95 % interval over images."""
-    low, high = np.quantile(_resampled([values], seed)[0], [0.025, 0.975])
-    return Interval(value=float(np.mean(values)), low=float(low), high=float(high))
+    return interval_over(_resampled([values], seed)[0], float(np.mean(values)))
 
 
 def share_interval(found: NDArray[np.bool_]) -> Interval:
     """A share of images, with its 95 % interval by Wilson: the bootstrap of none found would be exactly zero."""
-    interval = binomtest(int(found.sum()), len(found)).proportion_ci(0.95, "wilson")
-    return Interval(value=float(found.mean()), low=float(interval.low), high=float(interval.high))
+    low, high = wilson(int(found.sum()), len(found))
+    return Interval(value=float(found.mean()), low=low, high=high)
+
+
+def wilson(found: int, among: int) -> tuple[float, float]:
+    """The 95 % interval of a share."""
+    interval = binomtest(found, among).proportion_ci(0.95, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def ratio_interval(attack: Numbers, baseline: Numbers, ceiling: Numbers, seed: int) -> Interval | None:
@@ -212,9 +203,7 @@ def ratio_interval(attack: Numbers, baseline: Numbers, ceiling: Numbers, seed: i
         return None
     means = _resampled([attack, baseline, ceiling], seed)
     ratios = (means[0] - means[1]) / np.maximum(means[2] - means[1], 1e-9)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    value = (attack.mean() - baseline.mean()) / (ceiling.mean() - baseline.mean())
-    return Interval(value=float(value), low=float(low), high=float(high))
+    return interval_over(ratios, float((attack.mean() - baseline.mean()) / (ceiling.mean() - baseline.mean())))
 
 
 def _resampled(columns: list[NDArray[Any]], seed: int) -> NDArray[np.float64]:
@@ -223,11 +212,8 @@ def _resampled(columns: list[NDArray[Any]], seed: int) -> NDArray[np.float64]:
     generator = np.random.default_rng([seed, 2])
     count = table.shape[1]
     chunk = max(1, 2**21 // count)
-    parts = []
-    for first in range(0, DRAWS, chunk):
-        drawn = generator.integers(count, size=(min(chunk, DRAWS - first), count))
-        parts.append(table[:, drawn].mean(axis=2))
-    return np.concatenate(parts, axis=1)
+    sizes = [min(chunk, DRAWS - first) for first in range(0, DRAWS, chunk)]
+    return np.concatenate([table[:, generator.integers(count, size=(n, count))].mean(axis=2) for n in sizes], axis=1)
 
 
 def best_of(scores: Mapping[str, RowScores]) -> tuple[str, RowScores]:

@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 from torch import Tensor
 
-from dpf_release.attacks.interface import Attack, Reconstructions, registered
+from dpf_release.attacks.interface import Attack, Reconstructions
 from dpf_release.attacks.threat_models import LeakedVault, ReleaseView, TwoReleases
 from dpf_release.attacks.toolkit.shadows import own_kind_cost
 from dpf_release.core.files import make_folder
 from dpf_release.core.memory import keeping_large_blocks
 from dpf_release.core.progress import announce
 from dpf_release.errors import ConfigError, NotGrantedError
+from dpf_release.evaluation.controls import planted_target
 from dpf_release.evaluation.failed_attacks import failed_in, note_failures
 from dpf_release.evaluation.gallery import keep_pictures
 from dpf_release.evaluation.harness import SHOWN, Harness
 from dpf_release.evaluation.profiles import PROFILES, Profile, decoder_rate, minutes, within
 from dpf_release.evaluation.report.page import write_page
-from dpf_release.evaluation.targets import candidate_target, draw_truth, planted_target
-from dpf_release.evaluation.truth import LEAST_POOL
+from dpf_release.evaluation.targets import LEAST_POOL, candidate_target, draw_truth
 from dpf_release.evaluation.utility import UTILITIES, measure_utility, utility_minutes
 from dpf_release.evaluation.verdicts import Scored, judge
 from dpf_release.evaluation.views import Setting, grant
@@ -30,7 +30,12 @@ from dpf_release.models.metrics import WINDOW
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.owner.workbench import Candidate, open_candidate, workbench_of
-from dpf_release.release.attack_report import SCORER, AttackReport, AttackResult, Utility
+from dpf_release.release.attack_report import SCORER, AttackReport, AttackResult
+
+# What of a `Scored` is told as it is.
+OF_SCORED = (
+    "ways", "baseline", "ceiling", "leakage", "re_identification", "among", "re_identification_limit", "rows", "series",
+)  # fmt: skip
 
 
 def attack(
@@ -95,8 +100,7 @@ class _Run:
         images: int | None,
         seed: int,
     ) -> _Run:
-        profile = _profile(profile_name or project.config.gate.profile)
-        wanted = _wanted(profile, only)
+        profile, wanted = _asked_for(profile_name or project.config.gate.profile, only)
         if min(project.config.model.size) < WINDOW:
             raise ConfigError(
                 f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
@@ -111,9 +115,8 @@ class _Run:
     def _within(self, limit: float | None, images: int | None) -> _Run:
         """With trainings that take so many minutes, or are shown so many pictures; says how long that is."""
         setting, profile, chain = self.setting, self.profile, self.candidate.function.chain
-        own_kind = own_kind_cost(chain.spec, chain.learns, profile.budget.shadows)
-        full = replace(profile.budget, own_kind=own_kind)
-        of_profile = [attack for attack in registered() if profile.runs(attack)]
+        full = replace(profile.budget, own_kind=own_kind_cost(chain.spec, chain.learns, profile.budget.shadows))
+        of_profile = profile.attacks()
         attacks = [attack for attack in of_profile if attack.code in self.wanted]
         trained = _with_beside(attacks, profile)
         rate = decoder_rate(grant(ReleaseView, self.harness.target, setting))
@@ -133,16 +136,10 @@ class _Run:
         return replace(self, setting=replace(setting, budget=budget))
 
     def go(self, restart: bool) -> AttackReport:
-        attacks = [attack for attack in registered() if self.profile.runs(attack)]
-        report, known = self._empty(), None if restart else self._known()
-        if known and _same_run(known, report):
-            report = known
+        report = self._begun(restart)
         done, lacks = {result.code: result for result in report.attacks}, dict(report.not_applicable)
-        missing = [
-            attack
-            for attack in attacks
-            if attack.code in self.wanted and self._is_missing(done.get(attack.code), attack)
-        ]
+        wanted = [attack for attack in self.profile.attacks() if attack.code in self.wanted]
+        missing = [attack for attack in wanted if self._is_missing(done.get(attack.code), attack)]
         if any(attack.answers is Reconstructions for attack in missing):
             report = report.model_copy(update=self.harness.shown(self.setting))
         for attack in missing:
@@ -153,23 +150,17 @@ class _Run:
                 keep_pictures(self.vault, self.candidate.name, report, attack.code, pictures)
             else:
                 lacks[attack.code] = result[:500]
-            self._write(report, attacks, done, lacks)
-        utility = {**report.utility, **self._utility([code for code in UTILITIES if code in self.wanted])}
-        return self._write(report.model_copy(update={"utility": utility}), attacks, done, lacks)
+            self._write(report, done, lacks)
+        if codes := [code for code in UTILITIES if code in self.wanted]:
+            setting, share = self.setting, self.setting.budget.images / self.profile.budget.images
+            found = measure_utility(setting.workbench, self.candidate, self.profile.name, setting.seed, share, codes)
+            report = report.model_copy(update={"utility": {**report.utility, **found}})
+        return self._write(report, done, lacks)
 
     def _is_missing(self, kept: AttackResult | None, attack: Attack) -> bool:
         if kept is None or attack.view is TwoReleases:  # which other releases there are, changes
             return True
         return kept.version != attack.version or kept.images < self.setting.budget.images
-
-    def _utility(self, codes: Sequence[str]) -> dict[str, Utility]:
-        """With trainings that are shorter by as much as the attacks' are."""
-        if not codes:
-            return {}
-        share = self.setting.budget.images / self.profile.budget.images
-        return measure_utility(
-            self.setting.workbench, self.candidate, self.profile.name, self.setting.seed, share, codes
-        )
 
     # ------------------------------------------------------------------------------------------ one attack
 
@@ -189,54 +180,40 @@ class _Run:
         if claim is None:
             verdict, reasons = "reported", ()
         result = AttackResult(
-            code=attack.code,
-            title=attack.title,
-            version=attack.version,
             claim=claim,
             granted=attack.view.name,
-            rows=self._rows(scored),
             images=self.setting.budget.images,
             seconds=round(time.monotonic() - started, 1),
-            ways=scored.ways,
-            baseline=scored.baseline,
-            ceiling=scored.ceiling,
-            leakage=scored.leakage,
-            re_identification=scored.found,
-            among=scored.among,
-            re_identification_limit=scored.re_identification_limit,
             beside=self.harness.target.second()[1] if attack.view is TwoReleases else None,
             power=power,
             verdict=verdict,
             reasons=reasons,
-            series={key: dict(values) for key, values in scored.series.items()},
+            **{key: getattr(attack, key) for key in ("code", "title", "version")},
+            **{key: getattr(scored, key) for key in OF_SCORED},
         )
         leakage = "not defined" if scored.leakage is None else f"{scored.leakage.value:.3f}"
         announce(f"{attack.code} {attack.title}: leakage {leakage}, {verdict} ({result.seconds:.0f} s)")
         return result, scored.pictures
 
-    def _rows(self, scored: Scored) -> int:
-        return len(self.setting.truth.asked) if scored.rows is None else scored.rows
-
     def _shortage(self, attack: Attack, scored: Scored) -> list[str]:
         profile, found = self.profile, list[str]()
-        rows, least = self._rows(scored), min(profile.least_rows, attack.rows or profile.least_rows)
-        if rows < least:
-            found.append(f"{rows} rows, the profile wants {least}")
+        least = min(profile.least_rows, attack.rows or profile.least_rows)
+        if scored.rows < least:
+            found.append(f"{scored.rows} rows, the profile wants {least}")
         elif scored.judged is not None and scored.judged < least:
             found.append(f"{scored.judged} rows in pools of {LEAST_POOL} pictures or more, the profile wants {least}")
         if scored.lacks:
             found.append(scored.lacks)
-        if self.setting.budget.images < profile.budget.images:
-            found.append(
-                f"trainings of {self.setting.budget.images} pictures, the profile's are {profile.budget.images}"
-            )
+        if (images := self.setting.budget.images) < profile.budget.images:
+            found.append(f"trainings of {images} pictures, the profile's are {profile.budget.images}")
         return found
 
     # ------------------------------------------------------------------------------------------ the report
 
-    def _empty(self) -> AttackReport:
+    def _begun(self, restart: bool) -> AttackReport:
+        """What was told of this very run before; nothing where it is new."""
         workbench = self.setting.workbench
-        return AttackReport(
+        empty = AttackReport(
             index_sha256=self.harness.target.subject,
             featurizer_sha256=workbench.featurizer_sha256,
             public_images_sha256=workbench.public.digest,
@@ -248,20 +225,17 @@ class _Run:
             limits=dict(workbench.limits),
         )
 
-    def _known(self) -> AttackReport | None:
-        vault, path = self.vault, self.vault.reports(self.candidate.name) / report_file(self.profile.name)
+        path = self.vault.reports(self.candidate.name) / report_file(self.profile.name)
+        if restart or not self.vault.holds(path):
+            return empty
         try:
-            return AttackReport.model_validate(vault.read_record(path, "attack")) if vault.holds(path) else None
+            known = AttackReport.model_validate(self.vault.read_record(path, "attack"))
         except ValidationError:  # of another version of this tool: all of it is run anew
-            return None
+            return empty
+        return known if all(getattr(known, key) == getattr(empty, key) for key in empty.model_fields_set) else empty
 
-    def _write(
-        self,
-        report: AttackReport,
-        attacks: Sequence[Attack],
-        done: Mapping[str, AttackResult],
-        lacks: Mapping[str, str],
-    ) -> AttackReport:
+    def _write(self, report: AttackReport, done: Mapping[str, AttackResult], lacks: Mapping[str, str]) -> AttackReport:
+        attacks = self.profile.attacks()
         results = tuple(done[attack.code] for attack in attacks if attack.code in done)
         lacks = {code: reason for code, reason in lacks.items() if code not in done}
         not_run = tuple(attack.code for attack in attacks if attack.code not in {*done, *lacks})
@@ -279,8 +253,8 @@ def _with_beside(attacks: Sequence[Attack], profile: Profile) -> list[Attack]:
     if not any(attack.answers is Reconstructions for attack in attacks):
         return list(attacks)
     there = {attack.code for attack in attacks}
-    beside = [attack for attack in registered() if attack.sets_ceiling and attack.code not in there]
-    return [*attacks, *(attack for attack in [*beside, *SHOWN] if profile.runs(attack))]
+    beside = [attack for attack in profile.attacks() if attack.sets_ceiling and attack.code not in there]
+    return [*attacks, *beside, *(reference for reference in SHOWN if profile.runs(reference))]
 
 
 def report_file(profile: str) -> str:
@@ -288,25 +262,17 @@ def report_file(profile: str) -> str:
     return f"attack-{profile}.json"
 
 
-def _profile(name: str) -> Profile:
+def _asked_for(name: str, only: Sequence[str]) -> tuple[Profile, tuple[str, ...]]:
+    """A profile, and codes of its attacks and utilities, or of those that are asked for."""
     if name not in PROFILES:
         raise ConfigError(
             f"expected a profile of {', '.join(PROFILES)}, found {name!r} (--profile, or [gate] profile)."
         )
-    return PROFILES[name]
-
-
-def _wanted(profile: Profile, only: Sequence[str]) -> tuple[str, ...]:
-    """Codes of a profile's attacks and utilities, or of those that are asked for."""
-    codes = [*(attack.code for attack in registered() if profile.runs(attack)), *UTILITIES]
+    profile = PROFILES[name]
+    codes = [*(attack.code for attack in profile.attacks()), *UTILITIES]
     if unknown := set(only) - set(codes):
         raise ConfigError(
             f"expected attacks of profile {profile.name} ({', '.join(codes)}), found {', '.join(sorted(unknown))} in "
             "--only. A harder --profile has more of them."
         )
-    return tuple(code for code in codes if not only or code in only)
-
-
-def _same_run(one: AttackReport, other: AttackReport) -> bool:
-    keys = ("index_sha256", "featurizer_sha256", "public_images_sha256", "profile", "scorer", "seed", "attribute")
-    return all(getattr(one, key) == getattr(other, key) for key in (*keys, "limits"))
+    return profile, tuple(code for code in codes if not only or code in only)

@@ -1,65 +1,63 @@
-"""What is attacked: the candidate as it lies on disk, and planted functions of the same clean rows."""
+"""What is attacked: a bank, as the candidate that lies on disk; and the truth that only the scorer holds.
+
+That is the private pictures, in pools of one class, and which row is made of which.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-from torch import nn
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
 
 from dpf_release.attacks.threat_models import HeldRows
+from dpf_release.attacks.toolkit.poisoned_public import Poison
 from dpf_release.attacks.toolkit.shadows import poison_with
 from dpf_release.bank.format import RELEASED_SPLITS
 from dpf_release.bank.rows import Concat, RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import NotGrantedError
-from dpf_release.evaluation.controls import Member, planted
-from dpf_release.evaluation.truth import MadeOf, QueryTruth, Truth, bins_of, draw_pools
 from dpf_release.owner.workbench import Candidate, Workbench
 from dpf_release.poisoning.chain import Chain
 from dpf_release.poisoning.plan import Contributors, Plan
 
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """One bank, and what only the harness knows of it. Its rows are numbered through the released splits.
-
-    Attributes:
-        name: of the function.
-        rows: as an attacker holds them.
-        poison: P on another bank; and of each of its rows, which row of that bank it has the most of.
-        contributors: which clean rows each row is made of.
-        subject: what the bank is, for what is kept of it.
-        classifier: in the place of φ2, where a network is planted.
-        queries: the pictures that an attacker holds, where they belong to a planted network.
-        function: of what kind P is, as its name with its parameters; empty: of none that has a name.
-        learned_secret: whether more than P's draws is secret; without, whoever knows its name can do the same.
-        second: the same pictures under another function, as they are released too, and a digest of that bank.
-    """
-
-    name: str
-    rows: HeldRows
-    poison: Callable[[HeldRows], tuple[HeldRows, Rows]]
-    contributors: MadeOf
-    subject: str
-    classifier: nn.Module | None = None
-    queries: QueryTruth | None = None
-    function: str = ""
-    learned_secret: bool = True
-    second: Callable[[], tuple[HeldRows, str]] = lambda: _no_second()
-
-    def foremost(self, rows: Rows) -> Rows:
-        """The clean row that each of `rows` has the most of."""
-        return self.contributors(rows).foremost(rows)
+MadeOf = Callable[[Rows], Contributors]  # rows of a bank → rows of the clean bank that are in each
+POOL = 200  # pictures among which a row's own is looked for
+LEAST_POOL = 50  # below it a re-identification says nothing
 
 
 def _no_second() -> tuple[HeldRows, str]:
     raise NotGrantedError("this bank was released under one function only")
 
 
-def _made_of(bank: Concat, chain: Chain, plans: Sequence[Sequence[Plan]]) -> MadeOf:
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One bank, and what only the harness knows of it. Its rows are numbered through the released splits."""
+
+    name: str  # of the function
+    rows: HeldRows
+    poison: Poison  # P on another bank
+    contributors: MadeOf
+    subject: str  # what the bank is, for what is kept of it
+    classifier: nn.Module | None = None  # in the place of φ2, where a network is planted
+    queries: QueryTruth | None = None  # the pictures that an attacker holds, where they belong to a planted network
+    function: str = ""  # of what kind P is, as its name with its parameters; empty: of none that has a name
+    learned_secret: bool = True  # whether more than P's draws is secret; else whoever knows its name can do the same
+    # The same pictures under another function, as they are released too, and a digest of that bank.
+    second: Callable[[], tuple[HeldRows, str]] = _no_second
+
+    def foremost(self, rows: Rows) -> Rows:
+        """The clean row that each of `rows` has the most of."""
+        return self.contributors(rows).foremost(rows)
+
+
+def made_of(bank: Concat, chain: Chain, plans: Sequence[Sequence[Plan]]) -> MadeOf:
     """Which clean rows each row is made of, where every part of a bank has plans of its own."""
 
     def contributors(rows: Rows) -> Contributors:
@@ -89,7 +87,7 @@ def candidate_target(workbench: Workbench, candidate: Candidate) -> Target:
         candidate.name,
         held(candidate.rows),
         poison_with(function.chain, workbench.phi_2, subject),
-        _made_of(candidate.rows, function.chain, [function.plans[split] for split in RELEASED_SPLITS]),
+        made_of(candidate.rows, function.chain, [function.plans[split] for split in RELEASED_SPLITS]),
         subject,
         function=function.chain.spec,
         learned_secret=function.chain.learned_secret,
@@ -97,27 +95,153 @@ def candidate_target(workbench: Workbench, candidate: Candidate) -> Target:
     )
 
 
-def planted_target(workbench: Workbench, name: str, seed: int, member: nn.Module | None = None) -> Target:
-    """φ1(S) under a planted function (`evaluation.controls`), or under a network of the attacker's own."""
-    clean, features, phi_2 = workbench.private.rows, workbench.features, workbench.phi_2
-    chain = planted(name, features) if member is None else Chain(name, (Member(features, member),))
+# --------------------------------------------------------------------------------------------- the truth
 
-    def under(secret: str) -> list[Plan]:
-        return chain.plan(clean, phi_2, hashlib.sha256(f"{secret} {seed}".encode()).digest())
 
-    plans = under("planted")
-    subject = f"planted {name}, seed {seed}, {workbench.private.bank_id}"
-    return Target(
-        name,
-        held(chain.on(clean, plans)),
-        poison_with(chain, phi_2, f"planted {seed}"),
-        _made_of(Concat([clean]), chain, [plans]),
-        subject,
-        second=lambda: (held(chain.on(clean, under("second"))), f"second {subject}"),
-    )
+@dataclass(frozen=True)
+class Pool:
+    """Rows of one class that are asked for, and the private pictures that they are matched with."""
+
+    rows: Rows
+    pictures: Rows  # as rows of the clean bank, which has one for each picture
+    label: int  # class, or bin of the target
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What the attack is scored against."""
+
+    pools: tuple[Pool, ...]
+    read: Callable[[Rows], Tensor]  # rows of the clean bank → their pictures, (n, 3, H, W) uint8
+    bins: NDArray[np.int64]  # (N,) class, or bin of the target, of each row
+
+    @cached_property
+    def asked(self) -> Rows:
+        """All rows that are asked for, pool by pool."""
+        return np.concatenate([pool.rows for pool in self.pools])
+
+    @property
+    def among(self) -> int:
+        """Pictures in the smallest pool that is large enough for a match to say something, where one is."""
+        enough = self.sizes[self.sizes >= LEAST_POOL]
+        return int((enough if len(enough) else self.sizes).min())
+
+    @cached_property
+    def sizes(self) -> Rows:
+        """Of each asked row, among how many pictures its own is looked for."""
+        return np.repeat([len(pool.pictures) for pool in self.pools], [len(pool.rows) for pool in self.pools])
+
+    def at(self, places: Rows) -> Truth:
+        """With some rows only, by their places in `asked`, ascending; matched among as many pictures as before."""
+        pools, start = [], 0
+        for pool in self.pools:
+            mine = places[(places >= start) & (places < start + len(pool.rows))] - start
+            if len(mine):
+                pools.append(replace(pool, rows=pool.rows[mine]))
+            start += len(pool.rows)
+        return Truth(tuple(pools), self.read, self.bins)
+
+
+@dataclass(frozen=True, eq=False)
+class QueryTruth:
+    """Pictures that an attacker holds and asks about, and which of them are in the bank."""
+
+    read: Callable[[Rows], Tensor]  # numbers → (n, 3, H, W) uint8
+    labels: NDArray[np.int64]  # (n,) class, or bin of the target
+    pools: Rows  # (n, M) rows of the bank among which each one's is looked for, ascending
+    own: Rows  # (n,) the row of the pool that it is in; -1: it is in none
+    persons: NDArray[np.int64] | None = None  # (n,) whom it shows, as numbers; None: not known
+    trained_on: NDArray[np.bool_] | None = None  # (n,) whether Φ was; None: on all that are in the bank
+
+    @property
+    def members(self) -> NDArray[np.bool_]:
+        """Which are in the bank."""
+        return self.own >= 0
+
+
+def bins_of(targets: NDArray[Any], most: int = 10, least_rows: int = POOL) -> NDArray[np.int64]:
+    """Classes as they are; of regression targets, quantile bins of the first, as many as have 200 rows each."""
+    if targets.ndim == 1:
+        return targets.astype(np.int64)
+    count = int(np.clip(len(targets) // least_rows, 1, most))
+    edges = np.quantile(targets[:, 0], np.linspace(0, 1, count + 1)[1:-1])
+    bins = np.searchsorted(edges, targets[:, 0], side="right")
+    return np.unique(bins, return_inverse=True)[1].astype(np.int64)  # of targets that repeat, some bins are empty
+
+
+def bin_of(targets: NDArray[Any], edges: list[float]) -> NDArray[np.int64]:
+    """Of targets that are not in the bank: their class, or their bin, where each edge is the highest value of a bin."""
+    if targets.ndim == 1:
+        return targets.astype(np.int64)
+    return np.searchsorted(edges[:-1], targets[:, 0], side="left").astype(np.int64)
 
 
 def draw_truth(workbench: Workbench, target: Target, rows: int, seed: int) -> Truth:
     """The pools that a target is scored in."""
     bins = bins_of(target.rows.targets)
     return Truth(draw_pools(bins, target.contributors, rows, seed), workbench.private.pictures, bins)
+
+
+def draw_pools(bins: NDArray[np.int64], contributors: MadeOf, rows: int, seed: int) -> tuple[Pool, ...]:
+    """Pools of at most 200 pictures, of all classes alike, for about `rows` rows in all.
+
+    Pools of each class, or, where one each were more than twice as many rows, of some classes. The pictures that a row
+    is made of must be in its pool, or it could not be found, and the row's own, which is what clean rows are compared
+    with. So rows that share pictures go together: of a function that mixes rows within groups, whole groups, and the
+    pool is filled up with pictures of other rows. Of a group that is too large for a pool, each row brings its own
+    picture and one that it is made of.
+    """
+    generator = np.random.default_rng([seed, 1])
+    labels, counts = np.unique(bins, return_counts=True)
+    if np.minimum(counts, POOL).sum() > 2 * rows:
+        drawn = generator.permutation(len(labels))
+        enough = int(np.searchsorted(np.cumsum(np.minimum(counts, POOL)[drawn]), rows)) + 1
+        labels = np.sort(labels[drawn[:enough]])
+    each = POOL * max(1, round(rows / (POOL * len(labels))))
+    pools = []
+    for label in labels:
+        members = generator.permutation(np.flatnonzero(bins == label))
+        for chosen, own in _sets(members, *contributors(members)[:2], each, len(bins), generator):
+            size = max(min(POOL, len(members)), len(own))
+            others = generator.permutation(np.setdiff1d(members, own))[: size - len(own)]
+            pools.append(Pool(np.sort(chosen), np.sort(np.concatenate([own, others])), int(label)))
+    return tuple(pools)
+
+
+def _sets(
+    members: Rows, positions: Rows, pictures: Rows, most: int, total: int, generator: np.random.Generator
+) -> list[tuple[Rows, Rows]]:
+    """Sets of rows that share no picture with others, in all `most` rows or some more; and the pictures of each."""
+    group = _groups(positions, pictures, len(members), total)
+    group = generator.permutation(group.max() + 1)[group]
+    sets: list[tuple[Rows, Rows]] = []
+    order = np.argsort(group, kind="stable")
+    for places in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        mine = np.isin(positions, places)
+        parts = [(members[places], np.union1d(pictures[mine], members[places]))]
+        if len(parts[0][1]) > POOL:
+            shuffled = generator.permutation(np.flatnonzero(mine))
+            found, first = np.unique(positions[shuffled], return_index=True)
+            one = pictures[shuffled[first]]  # of each of `found`
+            parts = [
+                (members[found[some]], np.union1d(one[some], members[found[some]]))
+                for some in np.array_split(np.arange(len(found)), -(-2 * len(found) // POOL))
+            ]
+        for rows, own in parts:
+            both = np.union1d(sets[-1][1], own) if sets else own
+            if sets and len(both) <= POOL:
+                sets[-1] = np.concatenate([sets[-1][0], rows]), both
+            elif sum(len(chosen) for chosen, _ in sets) >= most:
+                return sets
+            else:
+                sets.append((rows, own))
+    return sets
+
+
+def _groups(positions: Rows, pictures: Rows, count: int, total: int) -> NDArray[np.int64]:
+    """Of each of `count` rows, the number of its group: rows that share pictures, by whatever way round, are in one."""
+    size = count + total  # rows, then pictures, in one graph
+    graph = coo_matrix((np.ones(len(positions), np.int8), (positions, count + pictures)), shape=(size, size))
+    _, labels = connected_components(graph, directed=False)
+    _, group = np.unique(labels[:count], return_inverse=True)
+    return group.astype(np.int64)

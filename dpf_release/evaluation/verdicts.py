@@ -11,22 +11,16 @@ from torch import Tensor
 
 from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.scoring import LEAST_GAP
-from dpf_release.evaluation.truth import LEAST_POOL, POOL
+from dpf_release.evaluation.targets import LEAST_POOL, POOL
 from dpf_release.release.attack_report import Interval, Power, Verdict, Way
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One measure of one way, and what it must stay under. Every way counts.
-
-    Attributes:
-        what: for the reason.
-        found: the measure; None: it could not be measured.
-        limit: of the claim.
-    """
+    """One measure of one way, and what it must stay under. Every way counts."""
 
     what: str
-    found: Interval | None
+    found: Interval | None  # None: it could not be measured
     limit: float
 
     def __str__(self) -> str:
@@ -38,41 +32,23 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the harness makes of an attack's answer.
-
-    Attributes:
-        ways: by name.
-        best: the name of the way that tells the most.
-        baseline: of the same measure.
-        ceiling: of the same measure; None: what the same attack reaches on clean rows (`against`).
-        leakage: of the best way.
-        found: re-identification, the highest of any way.
-        among: of how many; 0: nothing is matched.
-        criteria: of the claim.
-        series: what depends on a number (leakage against m): name → number → value.
-        primary: the measure that leakage is reckoned by, where it is not paired with reconstructions of clean rows.
-        told: what else the best way tells, each from 0, a guess, to 1: an attack must have power in all of it.
-        rows: how many were asked for, where it is not all of the truth's.
-        judged: of how many it was told whether they are found; None: of all.
-        pictures: for the report (`gallery.pictures_of`).
-        lacks: what the attacker could not try; see `Reconstructions`.
-    """
+    """What the harness makes of an attack's answer; what an `AttackResult` has too is described there."""
 
     ways: dict[str, Way]
-    best: str
+    best: str  # the name of the way that tells the most
     baseline: float | None
-    ceiling: float | None
-    leakage: Interval | None
-    found: Interval | None
-    among: int
     criteria: tuple[Criterion, ...]
-    series: Mapping[str, Mapping[str, Interval]]
-    primary: str | None = None
-    told: tuple[Interval, ...] = ()
-    rows: int | None = None
-    judged: int | None = None
-    pictures: Mapping[str, Tensor] = field(default_factory=dict)
-    lacks: str = ""
+    rows: int
+    ceiling: float | None = None  # None: what the same attack reaches on clean rows (`against`)
+    leakage: Interval | None = None
+    re_identification: Interval | None = None
+    among: int = 0  # 0: nothing is matched
+    series: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    primary: str = ""  # what leakage is reckoned by, where it is not paired with reconstructions of clean rows
+    told: tuple[Interval, ...] = ()  # what else the best way tells, from 0, a guess, to 1: power is wanted in all of it
+    judged: int | None = None  # of how many it was told whether they are found; None: of all
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)  # `gallery.pictures_of`
+    lacks: str = ""  # what the attacker could not try; see `Reconstructions`
 
     @property
     def re_identification_limit(self) -> float | None:
@@ -81,7 +57,7 @@ class Scored:
 
     def reached(self) -> Interval | None:
         """What the best way has of the measure that counts; None where it was not measured."""
-        return self.ways[self.best].measures.get(self.primary or "")
+        return self.ways[self.best].measures.get(self.primary)
 
     def power(self) -> Interval | None:
         """What is held against `POWER_LEAKAGE` where the bank is a planted one: the weaker of what it must tell."""
@@ -92,7 +68,7 @@ class Scored:
         base = self.baseline or 0.0
 
         def leakage(way: Way) -> Interval | None:
-            found = way.measures.get(self.primary or "")
+            found = way.measures.get(self.primary)
             if found is None or ceiling.value - base < LEAST_GAP:
                 return None
             share = lambda value, of: (value - base) / max(of - base, 1e-9)  # noqa: E731
@@ -125,22 +101,16 @@ def judge(criteria: Sequence[Criterion], power: Power, shortage: Sequence[str]) 
 
 def _worst_of_each(criteria: Sequence[Criterion]) -> tuple[str, ...]:
     """Of each measure the way that went furthest beyond."""
-    worst: dict[str, Criterion] = {}
-    for one in sorted(criteria, key=lambda one: one.found.high if one.found else 0.0):
-        worst[one.what] = one
+    worst = {one.what: one for one in sorted(criteria, key=lambda one: one.found.high if one.found else 0.0)}
     return tuple(str(worst[what]) for what in dict.fromkeys(one.what for one in criteria))
 
 
 def re_identification_limit(sizes: Rows, limit: float, guess: NDArray[np.float64] | None = None) -> float:
     """The limit among 200 (5 % is ten times chance); among fewer as many times chance. Each row counts by its own pool.
 
-    A row of several pictures is found by any of them. What a guess finds of those beyond the first is added; times
-    chance as the first is, rows of 20 pictures could all be recognised.
-
-    Args:
-        sizes: (n,) of each row, among how many its own is sought; those among fewer than 50 are not judged.
-        limit: among 200.
-        guess: (n,) of each row, the share of its pool that it is made of; None: one picture each.
+    Those whose own is sought among fewer than 50 are not judged. A row of several pictures is found by any of them:
+    what a guess (n,) finds of those beyond the first is added; times chance as the first is, rows of 20 pictures could
+    all be recognised.
     """
     judged = sizes >= LEAST_POOL
     if not judged.any():

@@ -28,8 +28,9 @@ from dpf_release.attacks.toolkit.alignment_map import AlignmentMap, discrepancy
 from dpf_release.attacks.toolkit.pieces import Grid, find_swaps, fits, train_fitting
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import NotGrantedError
+from dpf_release.evaluation.controls import planted_target
 from dpf_release.evaluation.scoring import score_pictures
-from dpf_release.evaluation.targets import Target, candidate_target, draw_truth, planted_target
+from dpf_release.evaluation.targets import Target, candidate_target, draw_truth
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.fitted import load_function

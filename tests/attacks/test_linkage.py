@@ -30,17 +30,19 @@ from dpf_release.attacks.threat_models import (
 )
 from dpf_release.attacks.toolkit import trained
 from dpf_release.errors import NotGrantedError
-from dpf_release.evaluation.control_network import memorising_target
+from dpf_release.evaluation.controls import memorising_target, planted_target
 from dpf_release.evaluation.harness import score_answer
-from dpf_release.evaluation.query_images import Labelled, draw_labelled, draw_queries
-from dpf_release.evaluation.score_attributes import from_the_label
-from dpf_release.evaluation.score_attributes import measure as measure_attribute
-from dpf_release.evaluation.score_linkage import measure, membership_measures, ranks
+from dpf_release.evaluation.score_guesses import (
+    from_the_label,
+    measure_attribute,
+    measure_links,
+    membership_measures,
+    ranks,
+)
 from dpf_release.evaluation.scoring import References
-from dpf_release.evaluation.targets import Target, draw_truth, planted_target
-from dpf_release.evaluation.truth import QueryTruth, Truth, bin_of
+from dpf_release.evaluation.targets import QueryTruth, Target, Truth, bin_of, draw_truth
 from dpf_release.evaluation.verdicts import Scored
-from dpf_release.evaluation.views import Setting, grant
+from dpf_release.evaluation.views import Labelled, Setting, draw_labelled, draw_queries, grant
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
@@ -153,7 +155,7 @@ def test_a_row_of_borrowed_pieces_is_told_by_the_copies_in_it(owner: Project, se
 def test_a_member_has_exactly_one_row_in_its_pool_and_others_none(owner: Project, setting: Setting) -> None:
     for name in ("clean", "recombine-2"):
         target = planted(owner, name)
-        queries = draw_queries(setting.workbench, target, setting.truth, seed=0)
+        queries = draw_queries(target, setting)
         positions, members, _ = target.contributors(np.arange(len(target.rows)))
         made_of: dict[int, set[int]] = {}
         for position, member in zip(positions.tolist(), members.tolist(), strict=True):
@@ -228,7 +230,7 @@ def test_where_q_has_the_attribute_it_is_learnt_there_too_and_under_shadow_funct
     assert {name for name in Attribute().run(view).probes if "Q" in name} == set()  # Q's table has no such column
     pictures = view.public.read(np.arange(len(view.public))).numpy().min(axis=1)  # (n, H, W)
     right = np.array([np.nonzero(picture > 130)[1].mean() >= 15 for picture in pictures]).astype(np.int64)
-    asked = draw_labelled(setting.workbench, target, setting.truth, setting.seed).asked_values
+    asked = draw_labelled(target, setting).asked_values
     shares = {}
     for learnt, values in (("sides", right), ("the other way round", 1 - right)):
         probes = Attribute().run(replace(view, public_values=values)).probes
@@ -243,7 +245,7 @@ def test_of_the_network_only_what_it_was_trained_on_is_a_member_and_of_the_bank_
     owner: Project, setting: Setting
 ) -> None:
     target = planted(owner, "clean")
-    queries = draw_queries(setting.workbench, target, setting.truth, 0)
+    queries = draw_queries(target, setting)
     assert queries.trained_on is not None
     trained_on = int((queries.members & queries.trained_on).sum())
     assert trained_on < queries.members.sum()  # `val` is in the bank too
@@ -297,7 +299,7 @@ def test_an_attribute_is_read_from_clean_rows_and_not_from_rows_that_say_nothing
 
 
 def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owner: Project, setting: Setting) -> None:
-    labelled = draw_labelled(setting.workbench, planted(owner, "clean"), setting.truth, seed=0)
+    labelled = draw_labelled(planted(owner, "clean"), setting)
     assert set(labelled.values) == {"left", "right"}
     assert not np.intersect1d(labelled.asked, labelled.known_rows).size
     assert abs(len(labelled.asked) - len(labelled.known_rows)) <= len(labelled.values)
@@ -306,7 +308,7 @@ def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owne
     assert np.array_equal(view.asked, labelled.asked)
     no_claim = replace(setting.workbench, attribute=None)
     with pytest.raises(NotGrantedError, match="no attribute"):
-        draw_labelled(no_claim, planted(owner, "clean"), setting.truth, seed=0)
+        draw_labelled(planted(owner, "clean"), replace(setting, workbench=no_claim))
 
 
 def test_probes_are_kept_and_one_of_another_bank_is_not_taken(
@@ -352,13 +354,16 @@ def test_linkage_is_scored_by_rank_and_persons_by_their_best_picture() -> None:
     likeness[0, 0], likeness[1, 5], likeness[1, 1] = 1, 2, 1
     queries = QueryTruth(lambda numbers: torch.zeros(0), np.zeros(4, np.int64), pools, own, np.array([7, 7, 8, 9]))
     assert ranks(likeness[:3], pools[:3], own[:3]).tolist() == [0, 1, 4.5]  # all alike: in the middle
-    found = measure(Likeness(likeness, np.array([3, 2, 1, 0], np.float32)), queries, queries.members, seed=0)
+    found = measure_links(Likeness(likeness, np.array([3, 2, 1, 0], np.float32)), queries, queries.members, seed=0)
     assert found["top1"].value == pytest.approx(1 / 3)
     assert found["top5"].value == 1.0
     assert found["persons"].value == 0.5
     assert found["auc"].value == 1.0
     likeness[:] = np.nan
-    assert measure(Likeness(likeness, np.zeros(4, np.float32)), queries, queries.members, seed=0)["top5"].value == 0.0
+    assert (
+        measure_links(Likeness(likeness, np.zeros(4, np.float32)), queries, queries.members, seed=0)["top5"].value
+        == 0.0
+    )
 
 
 def test_membership_measures_have_their_known_values() -> None:

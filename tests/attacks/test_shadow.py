@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dpf_release.evaluation.truth as truth_module
+import dpf_release.evaluation.targets as truth_module
 from attackers import Memory
 from dpf_release.attacks import a00_leaked_vault as leaked_vault
 from dpf_release.attacks import a01_clean_decoders as straw_men
@@ -23,11 +23,12 @@ from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, Kn
 from dpf_release.attacks.toolkit import clean_decoders, poisoned_public, shadows, trained
 from dpf_release.attacks.toolkit.clean_decoders import clean_decoder
 from dpf_release.errors import ConfigError, NotGrantedError
+from dpf_release.evaluation.controls import planted_target
 from dpf_release.evaluation.harness import Harness
 from dpf_release.evaluation.score_reconstructions import _series
 from dpf_release.evaluation.scoring import References, score_pictures
 from dpf_release.evaluation.suite import _Run
-from dpf_release.evaluation.targets import Target, candidate_target, draw_truth, planted_target
+from dpf_release.evaluation.targets import Target, candidate_target, draw_truth
 from dpf_release.evaluation.verdicts import judge
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.metrics import ssim

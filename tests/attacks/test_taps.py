@@ -34,8 +34,7 @@ from dpf_release.evaluation.profiles import PROFILES, minutes, within
 from dpf_release.evaluation.score_reconstructions import score_decoders
 from dpf_release.evaluation.scoring import affine_fit, score_pictures
 from dpf_release.evaluation.suite import attack
-from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.truth import Pool, Truth
+from dpf_release.evaluation.targets import Pool, Target, Truth
 from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import split
 from dpf_release.models.metrics import ssim
@@ -322,7 +321,7 @@ def test_the_battery_says_what_the_answers_give_away_and_for_how_many_rows_each_
     monkeypatch.setattr(optimisation, "ROWS", 5)
     monkeypatch.setattr(optimisation, "STEPS", 1)
     monkeypatch.setattr(PerSample, "rows", 5)
-    for module in ("suite", "harness"):
+    for module in ("profiles", "harness"):
         monkeypatch.setattr(f"dpf_release.evaluation.{module}.registered", lambda: [DeepTap(), PerSample()])
     full = attack(Project.open(project_folder / "dpf.toml"), profile="full", images=128)
     assert -1 < full.references["outputs"].low < full.references["outputs"].high < 1

@@ -28,8 +28,7 @@ from dpf_release.evaluation.scoring import (
     share_interval,
     way_of,
 )
-from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.truth import Truth, bins_of, draw_pools
+from dpf_release.evaluation.targets import Target, Truth, bins_of, draw_pools
 from dpf_release.evaluation.verdicts import Criterion, judge, re_identification_limit
 from dpf_release.models.metrics import ssim
 from dpf_release.owner.config import GateSection

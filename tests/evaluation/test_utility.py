@@ -176,7 +176,7 @@ def test_own_images_and_those_that_judge_are_not_the_same_and_a_larger_m_has_the
     with project.working(together=False):
         bench = utility._Bench.of(workbench_of(project), open_candidate(project, "clean"), LITTLE, 0)
         own, more = (set(bench._own(m, 0).parts[0][1]) for m in (1, 2))
-        judge = set(np.concatenate(bench._other_half))
+        judge = set(np.concatenate(bench._halves[1]))
         assert own < more
         assert not more & judge
         assert bench._own(1, 1).digest != bench._own(1, 0).digest != bench._own(2, 0).digest
@@ -273,7 +273,7 @@ def test_compare_puts_each_function_where_its_attacks_and_its_utility_are(
     short = replace(PROFILES["quick"], budget=Budget(images=600, decoders=1, shadows=0))
     monkeypatch.setitem(PROFILES, "quick", short)
     monkeypatch.setattr(
-        "dpf_release.evaluation.suite.registered", lambda: [interface.ATTACKS[code]() for code in ("A1", "A5")]
+        "dpf_release.evaluation.profiles.registered", lambda: [interface.ATTACKS[code]() for code in ("A1", "A5")]
     )
     project = Project.open(compared / "dpf.toml")
     with pytest.raises(VaultError, match="found none of nobody"):

@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 
 from pydantic import BaseModel, ConfigDict
 
-from dpf_release.evaluation.report.plots import scatter_panels, scatter_plot
+from dpf_release.evaluation.report.plots import Points, scatter_panels, scatter_plot
 from dpf_release.release.attack_report import AttackReport, Interval
 
 FRONTIER = "frontier.json"  # under the vault's reports
 
 
 class FrontierPoint(BaseModel):
-    """A fitted function between privacy and use.
-
-    Attributes:
-        name: of the fitted function.
-        function: what it is, as `dpf.toml` names it, with objective and weight where it is learned.
-        privacy: the most that an attack of the claim `reconstruction` leaks.
-        linkage: share of rows that A5 finds for a picture.
-        u2: of a classifier on the bank alone.
-        u3: of one with the most own images a class that were tried.
-    """
+    """A fitted function between privacy and use."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     name: str
-    function: str = ""
-    privacy: Interval | None = None
-    linkage: Interval | None = None
-    u2: Interval | None = None
-    u3: Interval | None = None
+    function: str = ""  # what it is, as `dpf.toml` names it, with objective and weight where it is learned
+    privacy: Interval | None = None  # the most that an attack of the claim `reconstruction` leaks
+    linkage: Interval | None = None  # share of rows that A5 finds for a picture
+    u2: Interval | None = None  # of a classifier on the bank alone
+    u3: Interval | None = None  # of one with the most own images a class that were tried
 
 
 class Frontier(BaseModel):
-    """`frontier.json`.
-
-    Attributes:
-        metric: what U2 and U3 are: `top1`, or `mae`, of which less is better.
-        references: what U2 and U3 are without any P: `u2 on clean rows`, `u3 with clean rows`, `u3 own images alone`.
-    """
+    """`frontier.json`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     points: tuple[FrontierPoint, ...] = ()
     profile: str = ""
-    metric: str = "top1"
-    references: dict[str, Interval] = {}
+    metric: str = "top1"  # what U2 and U3 are; or `mae`, of which less is better
+    references: dict[str, Interval] = {}  # what they are without any P: by names like `u2 on clean rows`
 
 
 AXES = {
@@ -56,11 +42,7 @@ AXES = {
     "u2": "U2: the bank alone",
     "u3": "U3: with own pictures",
 }
-REFERENCES = {
-    "u2": {"on clean rows": "u2 on clean rows"},
-    "u3": {"with clean rows": "u3 with clean rows", "own images alone": "u3 own images alone"},
-}
-Pairs = dict[str, tuple[Interval, Interval]]
+REFERENCES = {"u2": ("on clean rows",), "u3": ("with clean rows", "own images alone")}
 
 
 def point_of(name: str, function: str, report: AttackReport) -> FrontierPoint:
@@ -79,12 +61,7 @@ def point_of(name: str, function: str, report: AttackReport) -> FrontierPoint:
 
 def references_of(report: AttackReport) -> dict[str, Interval]:
     """What is the same for every function of a project."""
-    keys = {
-        "u2 on clean rows": ("U2", "on clean rows"),
-        "u3 with clean rows": ("U3", "with clean rows"),
-        "u3 own images alone": ("U3", "own images alone"),
-    }
-    found = {name: _found(report, code, what) for name, (code, what) in keys.items()}
+    found = {f"{y} {what}": _found(report, y.upper(), what) for y, labels in REFERENCES.items() for what in labels}
     return {name: interval for name, interval in found.items() if interval}
 
 
@@ -113,31 +90,17 @@ def frontier_plots(frontier: Frontier) -> list[tuple[str, str]]:
 
 
 def plot(frontier: Frontier, kind: str = "svg") -> bytes:
-    """All of these side by side, with the names of the points: a file that stands alone.
-
-    Args:
-        frontier: the points.
-        kind: `svg` or `png`.
-    """
+    """All of these side by side, with the names of the points: a file (`svg` or `png`) that stands alone."""
     panels = [(pairs, AXES[x], AXES[y], references) for x, y, pairs, references in _panels(frontier)]
     legend = [f"{number} {point.name}: {point.function}" for number, point in enumerate(frontier.points, 1)]
     return scatter_panels(panels, legend, kind)
 
 
-def _panels(frontier: Frontier) -> list[tuple[str, str, Pairs, dict[str, Interval]]]:
-    found = []
-    for x in ("privacy", "linkage"):
-        for y in ("u2", "u3"):
-            pairs = _pairs(frontier.points, x, y)
-            if pairs:
-                lines = {label: frontier.references.get(key) for label, key in REFERENCES[y].items()}
-                found.append((x, y, pairs, {label: at for label, at in lines.items() if at}))
+def _panels(frontier: Frontier) -> list[tuple[str, str, Points, dict[str, Interval]]]:
+    found: list[tuple[str, str, Points, dict[str, Interval]]] = []
+    for x, y in itertools.product(("privacy", "linkage"), REFERENCES):
+        both = {str(number): (getattr(point, x), getattr(point, y)) for number, point in enumerate(frontier.points, 1)}
+        if pairs := {number: pair for number, pair in both.items() if all(pair)}:
+            lines = {label: frontier.references.get(f"{y} {label}") for label in REFERENCES[y]}
+            found.append((x, y, pairs, {label: at for label, at in lines.items() if at}))
     return found
-
-
-def _pairs(points: Sequence[FrontierPoint], x: str, y: str) -> Pairs:
-    return {
-        str(number): (getattr(point, x), getattr(point, y))
-        for number, point in enumerate(points, 1)
-        if getattr(point, x) and getattr(point, y)
-    }

@@ -1,15 +1,18 @@
-"""What a report comes to, in a sentence for someone who has to decide. No torch, no pictures."""
+"""What a report comes to: in a sentence for someone who has to decide. No torch, no pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 from dpf_release.release.attack_report import AttackReport, AttackResult, Interval
 
-# What an attack is best known by: the first of these that any of its ways has.
-PRIMARY = ("affine_ssim", "top1", "accuracy", "auc")
+MEASURES = {  # what an attack is best known by: the first of these that any of its ways has
+    "affine_ssim": "SSIM after the best colour fit",
+    "top1": "right row first",
+    "accuracy": "balanced accuracy",
+    "auc": "AUC of membership",
+}
 GRANTED = {
     "ReleaseView": "the release",
     "Candidates": "the release, and pictures of which some are in it",
@@ -23,23 +26,15 @@ LEAKAGE = 0.1  # where a report has no limit
 EMPIRICAL = "This is measured, not proven: an attacker who does better than these may exist."
 
 
-@dataclass(frozen=True)
-class Sentence:
-    """The verdict.
-
-    Attributes:
-        headline: one sentence.
-        detail: how many attacks came to what, and what else is to be known.
-        tone: `bad` where an attack got through, `good` where none did and all could have, else `open`.
-    """
+class Sentence(NamedTuple):
+    """The verdict: a sentence; how many attacks came to what, and what else is to be known."""
 
     headline: str
     detail: str
-    tone: Literal["good", "bad", "open"]
+    tone: Literal["good", "bad", "open"]  # bad: an attack got through; good: none did and all could have
 
 
-@dataclass(frozen=True)
-class Strongest:
+class Strongest(NamedTuple):
     """The way of an attack that got the most, in the attack's own measure."""
 
     way: str
@@ -49,7 +44,7 @@ class Strongest:
 
 def strongest(result: AttackResult) -> Strongest | None:
     """The best way of an attack; None where it has none of the known measures."""
-    for measure in PRIMARY:
+    for measure in MEASURES:
         ways = {name: way.measures[measure] for name, way in result.ways.items() if measure in way.measures}
         if ways:
             leakages = {name: way.leakage.value for name, way in result.ways.items() if way.leakage}
@@ -68,40 +63,29 @@ def verdict_in_words(report: AttackReport) -> Sentence:
     judged = [result for result in report.attacks if result.verdict != "reported"]
     failed = [result for result in judged if result.verdict == "fail"]
     unknown = [result for result in judged if result.verdict == "inconclusive"]
-    if failed:
-        findings = [finding for result in failed for finding in _findings(result, report.attribute)]
-        _, headline = max(findings, key=lambda finding: finding[0])
-        return Sentence(headline, _detail(report, judged), "bad")
     if not judged:
         return Sentence("Nothing is known of this release yet: no attack was run to its end.", EMPIRICAL, "open")
+    detail, nobody_knows = _detail(report, judged), "It is not known whether this release is safe: "
+    if failed:
+        findings = [finding for result in failed for finding in _findings(result, report.attribute)]
+        return Sentence(max(findings, key=lambda finding: finding[0])[1], detail, "bad")
     if unknown:
-        headline = (
-            f"It is not known whether this release is safe: {len(unknown)} of {len(judged)} "
-            f"{'attack' if len(judged) == 1 else 'attacks'} could not tell."
-        )
-        return Sentence(headline, _detail(report, judged), "open")
-    if report.not_run:
-        apply = len(report.not_run) + len(report.attacks)
-        headline = (
-            f"It is not known whether this release is safe: {len(report.not_run)} of {apply} attacks of the profile "
-            f"{report.profile} were not run."
-        )
-        return Sentence(headline, _detail(report, judged), "open")
-    headline = f"No attack of the profile {report.profile} got past its limits."
+        attacks = "attack" if len(judged) == 1 else "attacks"
+        return Sentence(f"{nobody_knows}{len(unknown)} of {len(judged)} {attacks} could not tell.", detail, "open")
+    if missing := len(report.not_run):
+        all_of = f"{missing + len(report.attacks)} attacks of the profile {report.profile}"
+        return Sentence(f"{nobody_knows}{missing} of {all_of} were not run.", detail, "open")
+    past = f"attack of the profile {report.profile} got past its limits"
     if report.no_better_than_own:
-        headline = (
-            f"Safe and useless: no attack of the profile {report.profile} got past its limits, "
-            "and a user gets nothing either: own images are as good without it."
-        )
-        return Sentence(headline, _detail(report, judged), "open")
-    return Sentence(headline, _detail(report, judged), "good")
+        useless = "and a user gets nothing either: own images are as good without it."
+        return Sentence(f"Safe and useless: no {past}, {useless}", detail, "open")
+    return Sentence(f"No {past}.", detail, "good")
 
 
 def notes(report: AttackReport) -> list[str]:
     """What else belongs to the table: attacks that it lacks, and references that no attack is."""
-    found = [
-        f"{code}: not applicable{f', {reason}' if reason else ''}" for code, reason in report.not_applicable.items()
-    ]
+    lacks = report.not_applicable
+    found = [f"{code}: not applicable{f', {reason}' if reason else ''}" for code, reason in lacks.items()]
     limit = report.limits.get("leakage", LEAKAGE)
     for result in report.attacks:
         for name in result.series:
@@ -118,14 +102,9 @@ def notes(report: AttackReport) -> list[str]:
 
 
 def _detail(report: AttackReport, judged: Sequence[AttackResult]) -> str:
-    parts = []
     said_of = {"fail": "got through", "inconclusive": "could not tell", "pass": "stayed within limits"}
-    for verdict, words in said_of.items():
-        codes = [result.code for result in judged if result.verdict == verdict]
-        if codes:
-            parts.append(f"{', '.join(codes)} {words}")
-    if report.not_run:
-        parts.append(f"{', '.join(report.not_run)} not run")
+    came_to = {words: [one.code for one in judged if one.verdict == verdict] for verdict, words in said_of.items()}
+    parts = [f"{', '.join(codes)} {words}" for words, codes in (came_to | {"not run": report.not_run}).items() if codes]
     said = [f"Profile {report.profile}: {'; '.join(parts)}."]
     leaked = [result.leakage for result in judged if result.claim == "reconstruction" and result.leakage]
     if leaked and not any(result.verdict == "fail" for result in judged):  # beside a finding it would play it down
@@ -137,70 +116,40 @@ def _detail(report: AttackReport, judged: Sequence[AttackResult]) -> str:
 
 def _findings(result: AttackResult, attribute: str | None) -> list[tuple[float, str]]:
     """What an attack that got through found: how bad, from 0 to 1, and a sentence."""
-    found: list[tuple[float, str]] = []
-    if result.claim == "linkage":
-        if result.re_identification:
-            share = result.re_identification
-            found.append(
-                (
-                    share.value - (result.baseline or 0),
-                    "Someone who holds a photograph that is in this release can find its row: in "
-                    f"{_of_100(share)} cases, among {result.among}.",
-                )
-            )
-        aucs = [way.measures["auc"] for way in result.ways.values() if "auc" in way.measures]
-        if aucs:
-            auc = max(aucs, key=lambda value: value.value)
-            found.append(
-                (
-                    2 * auc.value - 1,
-                    "Someone who holds a photograph can tell whether it is in this release: in "
-                    f"{_of_100(auc)} cases, where guessing is right in 50.",
-                )
-            )
-    elif result.claim == "attribute":
-        best, guessed = strongest(result), result.baseline or 0.0
-        if best:
-            found.append(
-                (
-                    (best.found.value - guessed) / max(1 - guessed, 1e-9),
-                    f"Someone can read {attribute or 'an attribute'} from a row: right in {_of_100(best.found)} "
-                    f"cases, where the label alone is right in {round(100 * guessed)}.",
-                )
-            )
-    else:
-        found = _shown_and_recognised(result)
-    return found or [(0.0, f"The attack {result.code} ({result.title}) got through: {_first_reason(result)}.")]
+    told = {"linkage": _linked(result), "attribute": _read(result, attribute)}
+    reason = result.reasons[0][:LONGEST_REASON] if result.reasons else "no reason was kept"
+    unnamed = 0.0, f"The attack {result.code} ({result.title}) got through: {reason}."
+    return list(told.get(result.claim or "", _shown_and_recognised(result))) or [unnamed]
 
 
-def _shown_and_recognised(result: AttackResult) -> list[tuple[float, str]]:
+def _linked(result: AttackResult) -> Iterator[tuple[float, str]]:
+    holder = "Someone who holds a photograph"
+    if share := result.re_identification:
+        words = f"{holder} that is in this release can find its row: in {_of_100(share)} cases, among {result.among}."
+        yield share.value - (result.baseline or 0), words
+    if aucs := [way.measures["auc"] for way in result.ways.values() if "auc" in way.measures]:
+        auc = max(aucs, key=lambda value: value.value)
+        cases = f"in {_of_100(auc)} cases, where guessing is right in 50."
+        yield 2 * auc.value - 1, f"{holder} can tell whether it is in this release: {cases}"
+
+
+def _read(result: AttackResult, attribute: str | None) -> Iterator[tuple[float, str]]:
+    best, guessed = strongest(result), result.baseline or 0.0
+    if best:
+        words = f"Someone can read {attribute or 'an attribute'} from a row: right in {_of_100(best.found)} cases,"
+        label = f"where the label alone is right in {round(100 * guessed)}."
+        yield (best.found.value - guessed) / max(1 - guessed, 1e-9), f"{words} {label}"
+
+
+def _shown_and_recognised(result: AttackResult) -> Iterator[tuple[float, str]]:
     """Of a reconstruction, only that which broke its limit."""
-    found = []
-    if result.leakage and _broke(result, "leakage"):
-        found.append(
-            (
-                result.leakage.value,
-                f"A stranger's best reconstruction shows {_percent(result.leakage.value)} of what the unprotected "
-                "rows show.",
-            )
-        )
-    if result.re_identification and _broke(result, "re-identification"):
-        found.append(
-            (
-                result.re_identification.value,
-                "A stranger's reconstruction can be matched with the very picture behind it: in "
-                f"{_of_100(result.re_identification)} cases, among {result.among} of its class.",
-            )
-        )
-    return found
-
-
-def _broke(result: AttackResult, what: str) -> bool:
-    return any(reason.startswith(what) for reason in result.reasons)
-
-
-def _first_reason(result: AttackResult) -> str:
-    return result.reasons[0][:LONGEST_REASON] if result.reasons else "no reason was kept"
+    broke = {what for what in ("leakage", "re-identification") for reason in result.reasons if reason.startswith(what)}
+    if result.leakage and "leakage" in broke:
+        shown = f"shows {_percent(result.leakage.value)} of what the unprotected rows show."
+        yield result.leakage.value, f"A stranger's best reconstruction {shown}"
+    if (found := result.re_identification) and "re-identification" in broke:
+        cases = f"in {_of_100(found)} cases, among {result.among} of its class."
+        yield found.value, f"A stranger's reconstruction can be matched with the very picture behind it: {cases}"
 
 
 def _of_100(share: Interval) -> str:

@@ -35,6 +35,6 @@ def power(result: AttackResult) -> str:
     return ("yes" if result.power.passed else "no") + least
 
 
-def of_planted(planted: Mapping[str, Interval]) -> str:
+def planted(found: Mapping[str, Interval]) -> str:
     """What came out of each planted function."""
-    return "; ".join(f"{name} {interval(found)}" for name, found in planted.items())
+    return "; ".join(f"{name} {interval(one)}" for name, one in found.items())

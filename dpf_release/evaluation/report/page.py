@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,20 +17,14 @@ from dpf_release.core.html import render_page
 from dpf_release.errors import ConfigError
 from dpf_release.evaluation.gallery import Pictures, read_pictures
 from dpf_release.evaluation.report.frontier_points import FRONTIER, Frontier, frontier_plots
-from dpf_release.evaluation.report.headline import granted_to, notes, strongest, verdict_in_words
-from dpf_release.evaluation.report.numbers import interval, number, of_planted, power, share
+from dpf_release.evaluation.report.headline import MEASURES, granted_to, notes, strongest, verdict_in_words
+from dpf_release.evaluation.report.numbers import interval, number, planted, power, share
 from dpf_release.evaluation.report.plots import leakage_plot, series_plot
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.release.attack_report import AttackReport, AttackResult, public_report
 
 PAGE = "attack.html"
 TILE, GAP = 96, 2  # pixels: the longest side of a picture on the page, and between two
-MEASURES = {
-    "affine_ssim": "SSIM after the best colour fit",
-    "top1": "right row first",
-    "accuracy": "balanced accuracy",
-    "auc": "AUC of membership",
-}
 TYPICAL = {"original": "Original", "clean": "From the unprotected row"}
 WORST = {
     "worst original": "Original",
@@ -39,45 +32,22 @@ WORST = {
     "worst attack": "The attack",
     "worst fitted": "The attack, colours fitted",
 }
-FILTERS: dict[str, Callable[..., Any]] = {
-    "number": number,
-    "interval": interval,
-    "share": share,
-    "power": power,
-    "planted": of_planted,
-}
+FILTERS = {tell.__name__: tell for tell in (number, interval, share, power, planted)}
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Pictures side by side.
-
-    Attributes:
-        label: what they are.
-        code: of the attack that made them; empty for others.
-        source: a data URI.
-        alt: the same in words.
-        count: how many.
-    """
+    """Pictures side by side."""
 
     label: str
-    code: str
-    source: str
-    alt: str
+    code: str  # of the attack that made them; empty for others
+    source: str  # a data URI
+    alt: str  # the same in words
     count: int
 
 
 def write_page(vault: Vault, name: str, report: AttackReport) -> Path:
-    """Writes the owner's page into the vault, from what lies there: pictures of S are on it.
-
-    Args:
-        vault: with the pictures and the frontier, where there are such.
-        name: of the fitted function.
-        report: what was measured.
-
-    Returns:
-        Its path in the clear.
-    """
+    """Writes the owner's page into the vault, from what lies there: pictures of S are on it. Returns its path."""
     path, others = make_folder(vault.reports(name)) / PAGE, vault.root / "reports" / FRONTIER
     frontier = Frontier.model_validate(vault.read_record(others, "compare")) if vault.holds(others) else Frontier()
     function = vault.function(name) / "function.json"
@@ -88,27 +58,13 @@ def write_page(vault: Vault, name: str, report: AttackReport) -> Path:
 
 
 def write_public_page(report: AttackReport, pictures: Pictures, path: Path) -> None:
-    """Writes a page that anyone may have.
-
-    Args:
-        report: its numbers.
-        pictures: of Q, through another function than P (`public.public_pictures`).
-        path: the file; what is there is replaced.
-
-    Raises:
-        ConfigError: the file would lie inside a release.
-        StorageError: it cannot be written.
-    """
+    """Writes a page that anyone may have: a report's numbers, and pictures of Q (`public_page.public_pictures`)."""
     refuse_inside_release(path)
     write_text(path, page(public_report(report), pictures, Frontier(), private=False), PUBLIC_FILE)
 
 
 def refuse_inside_release(path: Path) -> None:
-    """That a page does not lie in a folder that is published as it was packaged.
-
-    Raises:
-        ConfigError: it would.
-    """
+    """That a page does not lie in a folder that is published as it was packaged."""
     if any((folder / "manifest.json").exists() for folder in path.resolve().parents):
         raise ConfigError(
             f"expected a place for the page outside of a release, found {path}: `verify` refuses a release with a file "
@@ -119,16 +75,11 @@ def refuse_inside_release(path: Path) -> None:
 def page(report: AttackReport, pictures: Pictures, frontier: Frontier, *, private: bool, statement: str = "") -> str:
     """The page as text; it says nothing that is not in what it is given.
 
-    Args:
-        report: what was measured.
-        pictures: as `gallery.read_pictures` has them.
-        frontier: of several candidates; without points, no such section.
-        private: whether the pictures are of S.
-        statement: what a row is made of, in a sentence.
+    `private` says that the pictures are of S, `statement` what a row is made of. A frontier without points is not told.
     """
     attacks = report.attacks
     values = {
-        **vars(verdict_in_words(report)),
+        **verdict_in_words(report)._asdict(),
         "report": report,
         "private": private,
         "statement": statement,

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.transforms import Bbox
 
 from dpf_release.release.attack_report import AttackResult, Interval
@@ -31,8 +32,8 @@ STYLE: Any = {  # of `rc_context`, whose type lists every key there is
     "axes.spines.right": False,
     "text.parse_math": False,
 }
-# Points, what x and y are, lines across.
-Panel = tuple[Mapping[str, tuple[Interval, Interval]], str, str, Mapping[str, Interval]]
+Points = Mapping[str, tuple[Interval, Interval]]
+Panel = tuple[Points, str, str, Mapping[str, Interval]]  # points, what x and y are, lines across
 DOT = 4  # points from the middle of a point that no label covers
 DISTANCES, DIRECTIONS = (5, 12, 20, 30, 42, 56, 72), 16  # points; tried in this order for a label
 WIDTH = 4.6  # inches: about as wide as a phone, so that the letters stay readable there
@@ -66,9 +67,8 @@ def series_plot(series: Mapping[str, Mapping[str, Interval]]) -> str:
             at, colour = [number for number, _ in points], SERIES[place % len(SERIES)]
             numbers += at
             axes.plot(at, [value.value for _, value in points], color=colour, marker="o", markersize=4, label=name)
-            axes.fill_between(
-                at, [v.low for _, v in points], [v.high for _, v in points], color=colour, alpha=0.2, linewidth=0
-            )
+            low, high = ([getattr(value, bound) for _, value in points] for bound in ("low", "high"))
+            axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
         if min(numbers) > 0 and max(numbers) / min(numbers) >= 10:
             axes.set_xscale("log")
         ticks = sorted(set(numbers))
@@ -81,9 +81,7 @@ def series_plot(series: Mapping[str, Mapping[str, Interval]]) -> str:
         return _svg(figure)
 
 
-def scatter_plot(
-    points: Mapping[str, tuple[Interval, Interval]], x: str, y: str, lines: Mapping[str, Interval] | None = None
-) -> str:
+def scatter_plot(points: Points, x: str, y: str, lines: Mapping[str, Interval] | None = None) -> str:
     """Points with intervals both ways, each with its label beside it; lines across, each with its own."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(3.4)
@@ -93,22 +91,13 @@ def scatter_plot(
 
 
 def scatter_panels(panels: Sequence[Panel], legend: Sequence[str], kind: str) -> bytes:
-    """Scatter plots side by side, two in a row, with a legend below.
-
-    Args:
-        panels: (points, x, y, lines) of each, as of `scatter_plot`.
-        legend: a line each.
-        kind: `svg` or `png`.
-    """
+    """Scatter plots side by side, two in a row, with a legend below, a line each; as `svg` or `png`."""
     with matplotlib.rc_context(STYLE):
         heights = [3.4] * -(-len(panels) // 2) + [0.2 * len(legend) + 0.1]  # inches
         figure = Figure(figsize=(2 * WIDTH, sum(heights)), layout="constrained")
         grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
         for place, panel in enumerate(panels):
-            axes = figure.add_subplot(grid[place // 2, place % 2])
-            axes.grid(color=GRID, linewidth=0.6)
-            axes.set_axisbelow(True)
-            _scatter(axes, *panel)
+            _scatter(_axes(figure, grid[place // 2, place % 2]), *panel)
         drawn = list(figure.axes)
         words = figure.add_subplot(grid[-1, :])
         words.axis("off")
@@ -122,9 +111,7 @@ def scatter_panels(panels: Sequence[Panel], legend: Sequence[str], kind: str) ->
         return file.getvalue()
 
 
-def _scatter(
-    axes: Axes, points: Mapping[str, tuple[Interval, Interval]], x: str, y: str, lines: Mapping[str, Interval]
-) -> None:
+def _scatter(axes: Axes, points: Points, x: str, y: str, lines: Mapping[str, Interval]) -> None:
     for place, (across, up) in enumerate(points.values()):
         _point(axes, across, up, SERIES[place % len(SERIES)])
     axes.margins(0.12)
@@ -136,7 +123,7 @@ def _scatter(
     axes.set_ylabel(y)
 
 
-def _label(figure: Figure, axes: Axes, points: Mapping[str, tuple[Interval, Interval]]) -> None:
+def _label(figure: Figure, axes: Axes, points: Points) -> None:
     """Each label as near to its point as it covers no point and no other text; a line leads to those farther off."""
     figure.draw_without_rendering()  # so that it is known where everything lies
     at = {label: (across.value, up.value) for label, (across, up) in points.items()}
@@ -164,10 +151,14 @@ def _label(figure: Figure, axes: Axes, points: Mapping[str, tuple[Interval, Inte
 
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.add_subplot()
+    return figure, _axes(figure)
+
+
+def _axes(figure: Figure, *place: SubplotSpec) -> Axes:
+    axes = figure.add_subplot(*place)
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    return figure, axes
+    return axes
 
 
 def _point(axes: Axes, across: Interval, up: Interval, colour: str) -> None:

@@ -10,23 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dpf_release.attacks.interface import ATTACKS, Reconstructions
 from dpf_release.attacks.threat_models import HeldPictures, HeldRows, ReleaseView, batches
+from dpf_release.attacks.toolkit.poisoned_public import Poison
 from dpf_release.attacks.toolkit.shadows import poison_with
 from dpf_release.attacks.toolkit.trained import seeded, weights_sha256
 from dpf_release.bank.rows import ComputedRows, Select
-from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.gallery import as_bytes, spread
 from dpf_release.evaluation.profiles import PROFILES
-from dpf_release.evaluation.query_images import public_rows
 from dpf_release.evaluation.report.headline import strongest
 from dpf_release.evaluation.report.page import refuse_inside_release, write_public_page
-from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.truth import Pool, Truth
-from dpf_release.evaluation.views import Setting, grant
+from dpf_release.evaluation.targets import Pool, Target, Truth
+from dpf_release.evaluation.views import Setting, grant, public_rows
 from dpf_release.models.training import Recipe
 from dpf_release.owner.adversaries import straw_man
 from dpf_release.owner.project import Project
@@ -45,13 +42,7 @@ SEED = "the public page"  # of all that is drawn: nothing of P's secret is in it
 
 
 def publish_page(project: Project, name: str, report: AttackReport, path: Path) -> None:
-    """Writes a page that anyone may see: the report's numbers, and pictures of Q under a shadow function.
-
-    Args:
-        project: the owner's.
-        name: of the fitted function.
-        report: of its candidate.
-        path: the file; what is there is replaced.
+    """Writes a page that anyone may see: the numbers of a function's report, and pictures of Q under a shadow function.
 
     Raises:
         ConfigError: the file would lie inside a release.
@@ -67,12 +58,8 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
     """What each attack makes of pictures of Q under a shadow function, as `gallery` names pictures.
 
     Only of attacks that need nothing but a release, and train and seek nothing on its bank: of others there are none.
-    Of a function that was trained against attribute classifiers alone there are none at all.
-
-    Args:
-        project: the owner's; of the vault, Φ's two parts, ψ, the attackers and P's recipe are read.
-        name: of the fitted function.
-        report: which attacks were run, how hard, and which of their ways is the strongest.
+    Of a function that was trained against attribute classifiers alone there are none at all. Of the vault, Φ's two
+    parts, ψ, the attackers and P's recipe are read; of the report, what was run, how hard, and which way is strongest.
     """
     images, profile = project.public_images, PROFILES[report.profile]
     rows = np.concatenate([public_rows(images, split, report.seed) for split in ("val", "train")])[:PICTURES]
@@ -87,7 +74,7 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
     shadow = replace(clean, bank=poison(clean.bank)[0], bank_subject=f"{SEED}, poisoned")
     asked = spread(min(len(rows), len(images.rows("val")) or len(rows)))
     found: dict[str, Tensor] = {}
-    originals = pictures.read(asked)
+    originals, every = pictures.read(asked), np.arange(len(asked))
     reference: Tensor | None = None
     for result in report.attacks:
         attack, best = ATTACKS.get(result.code), strongest(result)
@@ -101,26 +88,18 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
         if of_clean is None or of_shadow is None:
             continue
         if reference is None:  # of the first attack, A1: its decoders are those for clean rows
-            reference = as_bytes(of_clean(np.arange(len(asked))))
-        made = as_bytes(of_shadow(np.arange(len(asked))))
-        found |= {
-            f"{result.code}/original": originals,
-            f"{result.code}/clean": reference,
-            f"{result.code}/attack": made,
-        }
+            reference = as_bytes(of_clean(every))
+        shown = {"original": originals, "clean": reference, "attack": as_bytes(of_shadow(every))}
+        found |= {f"{result.code}/{key}": tensor for key, tensor in shown.items()}
     return found
 
 
 def shadow_function(
     project: Project, view: ReleaseView, pictures: HeldPictures, recipe: Mapping[str, Any]
-) -> Callable[[HeldRows], tuple[HeldRows, Rows]] | None:
+) -> Poison | None:
     """A function of P's kind that has nothing of P: planned, and where it is learned fitted, on Q.
 
-    Args:
-        project: whose ψ, fitted on Q.
-        view: whose bank is φ1(Q), labelled by φ2.
-        pictures: that it was made of.
-        recipe: what P was fitted by: `function`, `objective`, `lambda`, `straw_men`.
+    The view's bank is φ1(Q), of these pictures, labelled by φ2; the recipe is what P was fitted by; the project has ψ.
 
     Returns:
         As `poison_with`. None where P was trained against attribute classifiers alone, which are of S: its
@@ -182,28 +161,24 @@ def _material(
 def _clean_view(setting: Setting, pictures: HeldPictures) -> ReleaseView:
     """A release whose bank is φ1(Q), labelled by φ2."""
     no_rows = HeldRows(np.zeros(len(pictures), np.int64), lambda rows: np.empty(0))
-    target = Target(SEED, no_rows, poison=_none, contributors=lambda rows: Contributors.nobody(), subject=SEED)
-    view = grant(ReleaseView, target, setting)
-
-    def read(rows: Rows) -> NDArray[Any]:
-        features: NDArray[np.float32] = view.features(pictures.read(rows)).cpu().numpy()
-        return features
-
-    numbers = np.arange(len(pictures))
+    refused = _refused("P, found that it is asked for")
+    target = Target(SEED, no_rows, refused, contributors=lambda rows: Contributors.nobody(), subject=SEED)
+    view, numbers = grant(ReleaseView, target, setting), np.arange(len(pictures))
     answers = torch.cat([view.answers(view.features(pictures.read(some))).cpu() for some in batches(numbers)])
     targets = answers.argmax(1) if view.task == "classification" else answers
-    return replace(view, bank=HeldRows(targets.numpy(), read))
-
-
-def _none(rows: HeldRows) -> tuple[HeldRows, Rows]:
-    raise AssertionError("expected a public page to need no P, found that it is asked for")
+    bank = HeldRows(targets.numpy(), lambda rows: view.features(pictures.read(rows)).cpu().numpy())
+    return replace(view, bank=bank)
 
 
 def _nothing_asked(count: int) -> Truth:
     """Numbers of the bank, and no picture of S."""
-
-    def refuse(rows: Rows) -> Tensor:
-        raise AssertionError("expected a public page to need no private picture, found that one is read")
-
     every = np.arange(count)
-    return Truth((Pool(every, every, 0),), refuse, np.zeros(count, np.int64))
+    refused = _refused("private picture, found that one is read")
+    return Truth((Pool(every, every, 0),), refused, np.zeros(count, np.int64))
+
+
+def _refused(what: str) -> Callable[[Any], Any]:
+    def refuse(_: Any) -> Any:
+        raise AssertionError(f"expected a public page to need no {what}")
+
+    return refuse

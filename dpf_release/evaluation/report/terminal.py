@@ -25,7 +25,8 @@ def print_attacks(report: AttackReport, console: Console | None = None) -> None:
     if not report.attacks:
         return
     console.print()
-    console.print(_wide(report) if console.width >= WIDE else _narrow(report))
+    table = _table(f"Attacks{f' on {report.function}' if report.function else ''}, profile {report.profile}")
+    console.print((_wide if console.width >= WIDE else _narrow)(table, report))
     for result in report.attacks:
         for reason in result.reasons:
             console.print(Text.assemble((f"{result.code} {result.verdict}: ", VERDICTS[result.verdict]), reason))
@@ -50,42 +51,31 @@ def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
         table.add_column(column, overflow="fold", no_wrap=column != "function")
     for point in frontier.points:
         cells = (interval(point.privacy), share(point.linkage), interval(point.u2), interval(point.u3))
-        table.add_row(
-            Text.assemble((point.name, "bold"), f" {point.function}"), *(c.replace(" [", "\n[") for c in cells)
-        )
+        named = Text.assemble((point.name, "bold"), f" {point.function}")
+        table.add_row(named, *(cell.replace(" [", "\n[") for cell in cells))
     console.print(table)
     for name, found in frontier.references.items():
         console.print(f"{name}: {number(found.value)}", highlight=False)
 
 
-def _wide(report: AttackReport) -> Table:
-    table = _table(_title(report))
+def _wide(table: Table, report: AttackReport) -> Table:
     for column in ("attack", "baseline", "attack's", "ceiling", "leakage", "re-identification", "power", "verdict"):
         table.add_column(column, overflow="fold", no_wrap=column != "attack")
     for result in report.attacks:
-        table.add_row(
-            _name(result),
-            number(result.baseline),
-            _reached(result),
-            number(result.ceiling),
-            interval(result.leakage),
-            share(result.re_identification),
-            power(result),
-            _verdict(result),
-        )
+        found = interval(result.leakage), share(result.re_identification), power(result)
+        table.add_row(_name(result), *_compared(result), *found, _verdict(result))
     return table
 
 
-def _narrow(report: AttackReport) -> Table:
+def _narrow(table: Table, report: AttackReport) -> Table:
     """Intervals below their numbers, and what belongs together in one cell."""
-    table = _table(_title(report))
     table.add_column("attack", overflow="fold", ratio=1)
     for column in ("baseline, attack, ceiling", "leakage", "re-identified", "verdict, power"):
         table.add_column(column.replace(", ", ",\n", 1), no_wrap=True)
     for result in report.attacks:
         table.add_row(
             _name(result),
-            f"{number(result.baseline)}  {_reached(result)}  {number(result.ceiling)}",
+            "  ".join(_compared(result)),
             interval(result.leakage).replace(" [", "\n["),
             share(result.re_identification).replace(" [", "\n["),
             _verdict(result).append("\n" + power(result).replace(", ", "\n"), "dim"),
@@ -94,22 +84,16 @@ def _narrow(report: AttackReport) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False, show_lines=False
-    )
-
-
-def _title(report: AttackReport) -> str:
-    return f"Attacks{f' on {report.function}' if report.function else ''}, profile {report.profile}"
+    return Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
 
 
 def _name(result: AttackResult) -> Text:
     return Text.assemble((result.code, "bold"), f" {result.title}\n", (f"has {granted_to(result)}", "dim"))
 
 
-def _reached(result: AttackResult) -> str:
+def _compared(result: AttackResult) -> tuple[str, str, str]:
     best = strongest(result)
-    return number(best.found.value) if best else "–"
+    return number(result.baseline), number(best.found.value if best else None), number(result.ceiling)
 
 
 def _verdict(result: AttackResult) -> Text:

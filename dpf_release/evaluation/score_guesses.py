@@ -1,4 +1,4 @@
-"""The scorer of linkage: is a picture's own row found, and are those that are in S told from those that are not."""
+"""The scorers of what is guessed: whose row is it, which pictures are in S, which value has an attribute."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
-from dpf_release.attacks.interface import Likeness, Links
-from dpf_release.evaluation.query_images import draw_queries
-from dpf_release.evaluation.scoring import References, share_interval
-from dpf_release.evaluation.targets import Target
-from dpf_release.evaluation.truth import LEAST_POOL, QueryTruth
+from dpf_release.attacks.interface import Attributes, Likeness, Links
+from dpf_release.core.arrays import Rows
+from dpf_release.evaluation.scoring import DRAWS, References, interval_over, share_interval, wilson
+from dpf_release.evaluation.targets import LEAST_POOL, QueryTruth, Target
 from dpf_release.evaluation.verdicts import Criterion, Scored, re_identification_limit
-from dpf_release.evaluation.views import Setting
+from dpf_release.evaluation.views import Labelled, Setting, draw_labelled, draw_queries
 from dpf_release.release.attack_report import Interval, Way
 
-DRAWS = 500  # of members and non-members, for each way
+Alike = NDArray[np.float32]
+Counts = NDArray[np.int64]
+LINK_DRAWS = 500  # of members and non-members, for each way
 LEAST_NON_MEMBERS = 1000  # for a false positive rate of 0.1 %
 
 
 def score_links(answer: Links, target: Target, setting: Setting, references: Callable[[], References]) -> Scored:
     """Every way counts, in each measure. Leakage is reckoned by top-1, else by AUC: between a guess and certainty."""
-    queries = draw_queries(setting.workbench, target, setting.truth, setting.seed)
+    queries = draw_queries(target, setting)
     links = any(way.pools is not None for way in answer.ways.values())
     # What links no rows looks at the network alone, which has not learnt from all that is in the bank: `val` is, too.
     inside = queries.members if links or queries.trained_on is None else queries.members & queries.trained_on
-    ways = {name: Way(measures=measure(way, queries, inside, setting.seed)) for name, way in answer.ways.items()}
+    ways = {name: Way(measures=measure_links(way, queries, inside, setting.seed)) for name, way in answer.ways.items()}
     among = queries.pools.shape[1] if links else 0
     primary = "top1" if links else "auc"
     having = [name for name in ways if primary in ways[name].measures]
@@ -37,11 +37,9 @@ def score_links(answer: Links, target: Target, setting: Setting, references: Cal
         best=best,
         baseline=1 / among if links else 0.5,
         ceiling=1.0,
-        leakage=None,
-        found=ways[best].measures.get("top1") if among >= LEAST_POOL else None,
+        re_identification=ways[best].measures.get("top1") if among >= LEAST_POOL else None,
         among=among,
         criteria=_criteria(ways, among, setting.workbench.limits),
-        series={},
         primary=primary,
         told=_membership_told(ways),
         rows=int(inside.sum()),
@@ -61,14 +59,8 @@ def _criteria(ways: Mapping[str, Way], among: int, limits: Mapping[str, float]) 
     return tuple(criteria)
 
 
-def measure(way: Likeness, queries: QueryTruth, inside: NDArray[np.bool_], seed: int) -> dict[str, Interval]:
-    """What one way of looking found.
-
-    Args:
-        way: what it says of the pictures.
-        queries: the pictures: those that are in the bank, and others.
-        inside: (n,) those of them that are to be told from those that are not in the bank.
-        seed: of the bootstrap.
+def measure_links(way: Likeness, queries: QueryTruth, inside: NDArray[np.bool_], seed: int) -> dict[str, Interval]:
+    """What one way of looking found; `inside` (n,) are to be told from those that are not in the bank.
 
     Returns:
         `top1`, `top5`: share of members whose own row is the most alike of its pool, or among the five most. `persons`:
@@ -90,7 +82,7 @@ def measure(way: Likeness, queries: QueryTruth, inside: NDArray[np.bool_], seed:
     return measures
 
 
-def ranks(likeness: NDArray[np.float32], pools: NDArray[np.int64], own: NDArray[np.int64]) -> NDArray[np.float64]:
+def ranks(likeness: Alike, pools: Rows, own: Rows) -> NDArray[np.float64]:
     """How many rows of its pool are more alike than its own, (n,); of those just as alike, half."""
     mine = likeness[pools == own[:, None]][:, None]  # each pool has its own once
     more, same = (likeness > mine).sum(axis=1), (likeness == mine).sum(axis=1) - 1
@@ -98,11 +90,12 @@ def ranks(likeness: NDArray[np.float32], pools: NDArray[np.int64], own: NDArray[
     return np.where(np.isfinite(mine[:, 0]), more + same / 2, likeness.shape[1])
 
 
-def membership_measures(members: NDArray[np.float32], others: NDArray[np.float32], seed: int) -> dict[str, Interval]:
+def membership_measures(members: Alike, others: Alike, seed: int) -> dict[str, Interval]:
     """AUC, and the share of members found where at most 1 % (0.1 %) of others are taken for one. Bootstrap of both."""
     generator = np.random.default_rng([seed, 7])
-    drawn_members = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), DRAWS)  # weights
-    drawn_others = generator.multinomial(len(others), np.full(len(others), 1 / len(others)), DRAWS)
+    drawn_members, drawn_others = (  # (draws, n) how often each was drawn
+        generator.multinomial(count, np.full(count, 1 / count), LINK_DRAWS) for count in (len(members), len(others))
+    )
     out = {"auc": _auc(members, others, drawn_members, drawn_others)}
     for name, rate, least in (("tpr_at_1_percent", 0.01, 0), ("tpr_at_0.1_percent", 0.001, LEAST_NON_MEMBERS)):
         if len(others) >= least:
@@ -110,35 +103,22 @@ def membership_measures(members: NDArray[np.float32], others: NDArray[np.float32
     return out
 
 
-def _auc(
-    members: NDArray[np.float32],
-    others: NDArray[np.float32],
-    drawn_members: NDArray[np.int64],
-    drawn_others: NDArray[np.int64],
-) -> Interval:
+def _auc(members: Alike, others: Alike, drawn_members: Counts, drawn_others: Counts) -> Interval:
     ordered = np.sort(others)
     below, up_to = (np.searchsorted(ordered, members, side=side) for side in ("left", "right"))
     value = float((below + up_to).mean() / 2 / len(others))
     # The number of drawn others below a member, for each draw: a running sum over the ordered others.
     running = np.pad(np.cumsum(drawn_others[:, np.argsort(others)], axis=1), ((0, 0), (1, 0)))  # (draws, others + 1)
     wins = (running[:, below] + running[:, up_to]) / 2
-    drawn = (drawn_members * wins).sum(axis=1) / len(members) / len(others)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(value=value, low=float(low), high=float(high))
+    return interval_over((drawn_members * wins).sum(axis=1) / len(members) / len(others), value)
 
 
-def _tpr(
-    members: NDArray[np.float32],
-    others: NDArray[np.float32],
-    rate: float,
-    drawn_members: NDArray[np.int64],
-    drawn_others: NDArray[np.int64],
-) -> Interval:
+def _tpr(members: Alike, others: Alike, rate: float, drawn_members: Counts, drawn_others: Counts) -> Interval:
     """Of members and others just at the threshold, as many are taken, in the same proportion, as may be."""
     allowed, order = int(rate * len(others)), np.argsort(-others)
     falling = others[order]
 
-    def share(members_drawn: NDArray[np.int64], others_drawn: NDArray[np.int64]) -> float:
+    def share(members_drawn: Counts, others_drawn: Counts) -> float:
         # The first of the others, from the top, at which more than are allowed were taken for members.
         edge = falling[int((np.cumsum(others_drawn[order]) > allowed).argmax())]
         above, level = others_drawn[others > edge].sum(), others_drawn[others == edge].sum()
@@ -146,11 +126,11 @@ def _tpr(
         return float(members_drawn @ ((members > edge) + tied * (members == edge)) / len(members))
 
     value = share(np.ones(len(members), np.int64), np.ones(len(others), np.int64))
-    found = [share(*drawn) for drawn in zip(drawn_members, drawn_others, strict=True)]
-    low, high = np.quantile(found, [0.025, 0.975])
+    drawn = np.array([share(*drawn) for drawn in zip(drawn_members, drawn_others, strict=True)])
+    found = interval_over(drawn, value)
     # Few are found, or none: the bootstrap alone would be too sure.
-    wilson = binomtest(round(value * len(members)), len(members)).proportion_ci(0.95, "wilson")
-    return Interval(value=value, low=float(min(low, wilson.low)), high=float(max(high, wilson.high)))
+    low, high = wilson(round(value * len(members)), len(members))
+    return Interval(value=value, low=min(found.low, low), high=max(found.high, high))
 
 
 def _membership_told(ways: Mapping[str, Way]) -> tuple[Interval, ...]:
@@ -160,3 +140,73 @@ def _membership_told(ways: Mapping[str, Way]) -> tuple[Interval, ...]:
         return ()
     auc, tpr = (max((of[name] for of in told), key=lambda one: one.value) for name in ("auc", "tpr_at_1_percent"))
     return Interval(value=2 * auc.value - 1, low=2 * auc.low - 1, high=2 * auc.high - 1), tpr
+
+
+# --------------------------------------------------------------------------------------------- attributes
+
+
+def score_attributes(
+    answer: Attributes, target: Target, setting: Setting, references: Callable[[], References]
+) -> Scored:
+    """Balanced accuracy of each probe, and its gain over the best guess from the label alone."""
+    limit = setting.workbench.limits["attribute"]
+    labelled = draw_labelled(target, setting)
+    right = from_the_label(labelled, setting.truth.bins)
+    ways = {
+        name: Way(measures=measure_attribute(predicted, right, labelled.asked_values, setting.seed))
+        for name, predicted in answer.probes.items()
+    }
+    best = max(ways, key=lambda name: ways[name].measures["gain"].value)
+    return Scored(
+        ways=ways,
+        best=best,
+        baseline=float(np.average(right, weights=_weights(labelled.asked_values))),
+        criteria=tuple(Criterion("gain over the label", way.measures["gain"], limit) for way in ways.values()),
+        primary="accuracy",
+        rows=len(labelled.asked),
+    )
+
+
+def from_the_label(labelled: Labelled, bins: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which asked rows are guessed right by someone who has the label and the rows that are known, and no features.
+
+    The better of two guesses: the commonest value of the class (or bin), and the one that is commoner there than it is
+    elsewhere, which is the best that can be done for balanced accuracy.
+    """
+    counts = np.zeros((int(bins.max()) + 1, len(labelled.values)))
+    np.add.at(counts, (bins[labelled.known_rows], labelled.known_values), 1)
+    relative = counts / np.maximum(counts.sum(axis=0), 1)
+    guesses = [table.argmax(axis=1)[bins[labelled.asked]] == labelled.asked_values for table in (counts, relative)]
+    weights = _weights(labelled.asked_values)
+    return max(guesses, key=lambda right: float(np.average(right, weights=weights)))
+
+
+def measure_attribute(
+    predicted: NDArray[np.int64], by_label: NDArray[np.bool_], values: NDArray[np.int64], seed: int
+) -> dict[str, Interval]:
+    """What a probe found.
+
+    Returns:
+        `accuracy`: mean over values of the share of their rows that are right. `rank1`: share of rows that are right.
+        `gain`: accuracy above that of the label alone, over the same bootstrap draws.
+    """
+    right, weights = predicted == values, _weights(values)
+    drawn = np.random.default_rng([seed, 9]).multinomial(len(values), np.full(len(values), 1 / len(values)), DRAWS)
+    total = drawn @ weights
+    accuracy = float(np.average(right, weights=weights))
+    accuracies = drawn @ (weights * right) / total
+    gain = accuracy - float(np.average(by_label, weights=weights))
+    gains = accuracies - drawn @ (weights * by_label) / total
+    found = {"accuracy": interval_over(accuracies, accuracy), "gain": interval_over(gains, gain)}
+    # Where almost none or almost all are right, the bootstrap alone would be too sure.
+    effective = max(1, round(weights.sum() ** 2 / np.square(weights).sum()))
+    low, high = wilson(round(accuracy * effective), effective)
+    below, above = min(0.0, low - found["accuracy"].low), max(0.0, high - found["accuracy"].high)
+    wider = {key: Interval(value=of.value, low=of.low + below, high=of.high + above) for key, of in found.items()}
+    return {"accuracy": wider["accuracy"], "rank1": share_interval(right), "gain": wider["gain"]}
+
+
+def _weights(values: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of rows, so that each value weighs the same."""
+    weights: NDArray[np.float64] = 1 / np.bincount(values)[values]
+    return weights
