@@ -23,7 +23,6 @@ HEAVY = {"torch", "torchvision", "torchmetrics", "timm"}
 # What a reader with NumPy alone, or someone who verifies a release, imports; and what looks after a vault.
 WITHOUT_TORCH = (
     "bank.drop_rows",
-    "bank.encodings",
     "bank.format",
     "bank.hdf5_check",
     "bank.reader",

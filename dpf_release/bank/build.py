@@ -5,22 +5,16 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import h5py
 import numpy as np
 import PIL
 import torch
-from numpy.typing import NDArray
 
-from dpf_release.bank.format import (
-    BankIndex,
-    ShardRecord,
-    SplitName,
-    read_index,
-)
-from dpf_release.bank.writer import BankWriter, Shard, Span, SplitRows
+from dpf_release.bank.format import BankIndex, ShardRecord, SplitName, read_index
+from dpf_release.bank.writer import BankWriter, Features, Shard, Span, SplitRows
 from dpf_release.core.files import PARTIAL, make_folder, refuse_small_disk
 from dpf_release.core.progress import Progress, announce
 from dpf_release.core.ranks import Ranks
@@ -43,20 +37,14 @@ def changed_facts(known: Mapping[str, Any], today: Mapping[str, Any]) -> list[st
     return [name for name, value in today.items() if known.get(name) != value]
 
 
-# Batches of a bank, in order -> the features of each in turn, (n, C, H, W)
-Compute = Callable[[Sequence[Span]], Iterator[NDArray[np.floating[Any]]]]
+Compute = Callable[[Sequence[Span]], Features]  # of the batches of a bank, in order
 CALIBRATION_ROWS = 16
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
     """What the bytes of a bank depend on beside what it is made from: a resume under other facts is refused."""
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "h5py": h5py.__version__,
-        "hdf5": h5py.version.hdf5_version,
-        "pillow": PIL.__version__,
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "pillow": PIL.__version__}
+    versions |= {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -65,22 +53,9 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def write_bank(
-    writer: BankWriter,
-    rows: Mapping[SplitName, SplitRows],
-    compute: Compute,
-    ranks: Ranks,
-    title: str,
-    unit: str,
+    writer: BankWriter, rows: Mapping[SplitName, SplitRows], compute: Compute, ranks: Ranks, title: str, unit: str
 ) -> BankIndex:
-    """Writes the shards that are missing, each rank its share, and then the index.
-
-    Args:
-        writer: where and how.
-        rows: targets and ids of each split.
-        compute: the features.
-        ranks: who takes part.
-        title: for the progress line.
-        unit: what it counts.
+    """Writes the shards that are missing, each rank its share, and then the index; title and unit are for progress.
 
     Raises:
         BankError: features that do not fit the header, or float16.
@@ -91,28 +66,25 @@ def write_bank(
     shards = writer.shards(rows)
     mine = shards[ranks.share(len(shards))]
     missing = [shard for shard in mine if not writer.holds(shard, rows)]
-    missing_bytes = writer.bytes_of(missing)
     for shard in missing:  # what a killed run left would count against the room that there is
         (writer.folder / (shard.file + PARTIAL)).unlink(missing_ok=True)
-    wanted = int(ranks.total(np.array(missing_bytes)))
+    wanted = int(ranks.total(np.array(writer.bytes_of(missing))))
     ranks.once(lambda: refuse_small_disk(writer.folder, wanted))
     if missing:
         if ranks.is_first:
-            _announce(writer, missing, missing_bytes, len(mine), compute, ranks.world_size)
+            _announce(writer, missing, len(mine), compute, ranks.world_size)
         with (
             Progress(title, sum(map(len, mine)), unit, shown=ranks.is_first) as progress,
             contextlib.closing(ahead(compute(writer.batches(missing)))) as features,
         ):
             progress.skip(sum(map(len, mine)) - sum(map(len, missing)))
             writer.write(missing, rows, features, progress.advance)
-    records = _records(writer, shards, mine, ranks)
+    records = _records(writer, shards, ranks)
     ranks.once(lambda: writer.finish(records))
     return read_index(writer.folder)
 
 
-def _announce(
-    writer: BankWriter, missing: Sequence[Shard], size: int, share: int, compute: Compute, world_size: int
-) -> None:
+def _announce(writer: BankWriter, missing: Sequence[Shard], share: int, compute: Compute, world_size: int) -> None:
     """Says what is to come; the time from a few rows, the first of which warm up."""
     count = sum(map(len, missing))
     first = writer.batches(missing[:1])[0]
@@ -125,8 +97,8 @@ def _announce(
                 seconds = (time.monotonic() - started) * count / len(trial[0])
     whose = f" (rank 0 of {world_size})" if world_size > 1 else ""
     announce(
-        f"To write{whose}: {count} rows in {len(missing)} of {share} shards, at most {readable_size(size)}, "
-        f"about {_readable_time(seconds)}"
+        f"To write{whose}: {count} rows in {len(missing)} of {share} shards, at most "
+        f"{readable_size(writer.bytes_of(missing))}, about {_readable_time(seconds)}"
     )
 
 
@@ -136,20 +108,13 @@ def _readable_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _records(writer: BankWriter, shards: Sequence[Shard], mine: Sequence[Shard], ranks: Ranks) -> list[ShardRecord]:
+def _records(writer: BankWriter, shards: Sequence[Shard], ranks: Ranks) -> list[ShardRecord]:
     """All shards as the index lists them, each digested by the rank whose it is."""
-    own = {shard: writer.record(shard) for shard in mine}
-    sizes = ranks.total(np.array([own[shard].bytes if shard in own else 0 for shard in shards], np.int64))
-    digests = ranks.total(
-        np.stack([_as_array(own[shard].sha256 if shard in own else "00" * 32) for shard in shards])
-        if shards
-        else np.empty((0, 32), np.uint8)
-    )
+    sizes, digests = np.zeros(len(shards), np.int64), np.zeros((len(shards), 32), np.uint8)
+    for number in range(len(shards))[ranks.share(len(shards))]:
+        record = writer.record(shards[number])
+        sizes[number], digests[number] = record.bytes, list(bytes.fromhex(record.sha256))
     return [
         ShardRecord(file=shard.file, rows=len(shard), bytes=int(size), sha256=digest.tobytes().hex())
-        for shard, size, digest in zip(shards, sizes, digests, strict=True)
+        for shard, size, digest in zip(shards, ranks.total(sizes), ranks.total(digests), strict=True)
     ]
-
-
-def _as_array(digest: str) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex(digest), np.uint8)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset
 
 from dpf_release.bank.format import SplitName
 from dpf_release.bank.reader import FeatureBank, row_numbers
 from dpf_release.bank.rows import Concat
+from dpf_release.core.arrays import Rows
 from dpf_release.errors import BankError
 
 BLOCK_BYTES = 8 * 2**20  # long enough for a disk to read at its full speed
@@ -43,12 +44,7 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
 
     @classmethod
     def open(cls, folder: str | Path, split: SplitName, names: Sequence[str] = ()) -> BankDataset:
-        """One split of a bank folder, such as one's own φ1(T) from `featurize --release`.
-
-        Args:
-            folder: the bank.
-            split: which.
-            names: what its targets are, `release.names`.
+        """One split of a bank folder, such as one's own φ1(T) from `featurize --release`; names are `release.names`.
 
         Raises:
             BankError: no finished bank of format 1, no such split, or labels that are not among the names.
@@ -73,41 +69,24 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         return list(zip(*self.read(rows), strict=True))
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a row's features."""
-        return self.banks[0].index.row_bytes
-
-    @property
     def digest(self) -> str:
         """Changes with any row of any bank, and with their order: from the digests of the shards."""
         shards = [[shard.sha256 for shard in bank.index.splits[bank.split]] for bank in self.banks]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
-    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Rows by number, in the order asked for: (n, C, H, W) float16 and their targets."""
-        numbers = row_numbers(rows)
-        return self.read_into(self.empty(len(numbers)), numbers)
-
-    def empty(self, rows: int) -> Tensor:
-        """Room for so many rows; in a worker process in shared memory at once, as torch's own collation does it."""
-        shape = (rows, *self.banks[0].shape)
-        if get_worker_info() is None:
-            return torch.from_numpy(np.empty(shape, np.float16))
-        storage = torch.UntypedStorage._new_shared(rows * self.row_bytes)
-        return torch.empty(0, dtype=torch.float16).set_(storage).view(shape)
-
-    def read_into(self, features: Tensor, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Reads rows into what `empty` made for them; returns that, and their targets."""
-        out = features.numpy()
+    def read(self, rows: Sequence[int] | Rows, out: NDArray[np.float16] | None = None) -> tuple[Tensor, Tensor]:
+        """Rows by number, in the order asked for, into `out` if given: (n, C, H, W) float16 and their targets."""
+        rows = row_numbers(rows)
         if len(self.banks) == 1:
-            self.banks[0].read(rows, out)
+            out = self.banks[0].read(rows, out)
         else:
+            out = np.empty((len(rows), *self.banks[0].shape), np.float16) if out is None else out
             for bank, places, mine in self._rows.split(rows):
                 out[places] = self.banks[bank].read(mine)
-        return features, torch.from_numpy(self.targets[rows])
+        return torch.from_numpy(out), torch.from_numpy(self.targets[rows])
 
-    def numpy(self, rows: slice | Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.float16], NDArray[Any]]:
-        """Features and targets of some rows as arrays; without torch, open a `dpf_release.bank.FeatureBank`."""
+    def numpy(self, rows: slice | Sequence[int] | Rows) -> tuple[NDArray[np.float16], NDArray[Any]]:
+        """Features and targets of some rows as arrays; `dpf_release.FeatureBank` needs no torch for it."""
         features, targets = self.read(range(len(self))[rows] if isinstance(rows, slice) else rows)
         return features.numpy(), targets.numpy()
 
@@ -131,7 +110,7 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         Args:
             batch_size: rows a batch of one rank.
             shuffle: another order each epoch, in blocks that are read one behind the other: see `block_shuffle`.
-            workers: how many read ahead: threads for an uncompressed bank, processes for a compressed one; 0: none.
+            workers: how many threads read ahead; 0: none.
             seed: of the order.
             rank: which share of the rows, 0 to world_size - 1; by default what torchrun says.
             world_size: how many shares, likewise; each has as many batches as the others (a few rows are left out,
@@ -140,18 +119,8 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         """
         rank = int(os.environ.get("RANK", 0)) if rank is None else rank
         world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-        batches = _Batches(self, batch_size, shuffle, seed, rank, world_size)
-        return BankLoader(self, batches, workers, None if device is None else torch.device(device))
-
-
-class _Whole(Dataset[Any]):
-    """A data set that hands over whole batches, as they were read."""
-
-    def __init__(self, dataset: BankDataset) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        return self.dataset.read(rows)
+        where = None if device is None else torch.device(device)
+        return BankLoader(self, batch_size, shuffle, workers, seed, rank, world_size, where)
 
 
 def concat(datasets: Sequence[BankDataset]) -> BankDataset:
@@ -190,7 +159,7 @@ def concat(datasets: Sequence[BankDataset]) -> BankDataset:
     return BankDataset([bank for other in datasets for bank in other.banks], first.names, targets)
 
 
-def block_shuffle(rows: int, row_bytes: int, generator: np.random.Generator) -> list[NDArray[np.int64]]:
+def block_shuffle(rows: int, row_bytes: int, generator: np.random.Generator) -> list[Rows]:
     """All row numbers in a random order that a disk reads in long runs, as windows one after the other.
 
     Blocks of neighbouring rows (8 MiB) are shuffled; then the rows within each window of 32 blocks. A row comes
@@ -208,94 +177,49 @@ def block_shuffle(rows: int, row_bytes: int, generator: np.random.Generator) -> 
     return windows
 
 
-class _Batches(Sampler[NDArray[np.int64]]):
-    """Row numbers of each batch of one rank, from batch `start` of epoch `epoch` on."""
+class BankLoader:
+    """Batches of a bank, epoch after epoch; an epoch is one `for` over it."""
 
     def __init__(
-        self, dataset: BankDataset, batch_size: int, shuffle: bool, seed: int, rank: int, world_size: int
+        self,
+        dataset: BankDataset,
+        batch_size: int,
+        shuffle: bool,
+        workers: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device | None,
     ) -> None:
         if not 0 <= rank < world_size or batch_size < 1:
             raise ValueError(
                 f"expected 0 <= rank < world_size and a batch of 1 or more, found {rank}, {world_size}, {batch_size}"
             )
-        self.dataset, self.rank, self.world_size = dataset, rank, world_size
-        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self.epoch = self.start = 0
-
-    @property
-    def rows(self) -> int:
-        """Rows of one rank in an epoch."""
-        return len(self.dataset) // self.world_size
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.batch_size)
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        rows, row_bytes = len(self.dataset), self.dataset.row_bytes
-        if self.shuffle:
-            windows = block_shuffle(rows, row_bytes, np.random.default_rng([self.seed, self.epoch]))
-        else:
-            count = -(-rows * row_bytes // (WINDOW_BLOCKS * BLOCK_BYTES))
-            windows = np.array_split(np.arange(rows), max(1, count))
-        order, ends = np.concatenate(windows), np.cumsum([len(window) for window in windows])
-        announced = 0
-        first, last = self.rank * self.rows, (self.rank + 1) * self.rows
-        for start in range(first + self.start * self.batch_size, last, self.batch_size):
-            window = int(np.searchsorted(ends, start, side="right"))
-            for coming in range(max(announced, window), min(window + 2, len(windows))):
-                begin = int(ends[coming]) - len(windows[coming])
-                self._announce(order[max(begin, first) : min(int(ends[coming]), last)])
-                announced = coming + 1
-            yield order[start : min(start + self.batch_size, last)]
-
-    def _announce(self, rows: NDArray[np.int64]) -> None:
-        """Tells the system what is read next, in runs, so that the disk is read while batches are computed on."""
-        ascending = np.sort(rows)
-        for run in np.split(ascending, np.flatnonzero(np.diff(ascending) > 1) + 1):
-            if len(run):  # none where the window is all of other ranks
-                self.dataset.will_need(int(run[0]), int(run[-1]) + 1)
-
-
-class BankLoader:
-    """Batches of a bank, epoch after epoch; an epoch is one `for` over it.
-
-    Attributes:
-        epoch: which epoch the next `for` is; set it to choose.
-        batch_sampler: the row numbers of the batches of that epoch.
-    """
-
-    def __init__(self, dataset: BankDataset, batches: _Batches, workers: int, device: torch.device | None) -> None:
-        self.dataset, self.batch_sampler, self._device, self._done = dataset, batches, device, 0
+        self.dataset, self._batch_size, self._shuffle, self._workers = dataset, batch_size, shuffle, workers
+        self._seed, self._rank, self._world_size, self._device = seed, rank, world_size, device
         self._pin = device is not None and device.type == "cuda"
-        self._workers = workers
-        self._processes: DataLoader[tuple[Tensor, Tensor]] | None = None
-        # Mapped rows are copied outside Python's lock: threads read them, and hand over a batch for nothing.
-        # Compressed rows are unpacked one by one in Python: that takes processes, which copy each batch once more.
-        if workers and any(bank.index.compression != "none" for bank in dataset.banks):
-            self._processes = DataLoader(
-                _Whole(dataset),
-                batch_sampler=batches,  # type: ignore[arg-type]  # it asks for lists, and takes arrays
-                num_workers=workers,
-                collate_fn=_as_is,
-                pin_memory=self._pin,
-                persistent_workers=True,
-            )
+        self._rows = len(dataset) // world_size  # of one rank in an epoch
+        self._epoch = self._start = self._done = (
+            0  # batches before the next `for`, and those given since the epoch began
+        )
 
     @property
-    def epoch(self) -> int:  # noqa: D102, an attribute
-        return self.batch_sampler.epoch
+    def epoch(self) -> int:
+        """Which epoch the next `for` is; set it to choose."""
+        return self._epoch
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self.batch_sampler.epoch, self.batch_sampler.start, self._done = epoch, 0, 0
+        self._epoch, self._start, self._done = epoch, 0, 0
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return -(-self._rows // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._done > self.batch_sampler.start:  # the `for` before was left early
+        if self._done > self._start:  # the `for` before was left early
             self.epoch += 1
-        for features, targets in self._batches():
+        # Rows are copied, and unpacked, outside Python's lock: threads read them, and hand over a batch for nothing.
+        for features, targets in self._in_threads() if self._workers else map(self._read, self.batch_sampler):
             self._done += 1
             if self._device is not None:
                 features = features.to(self._device, non_blocking=True)
@@ -303,22 +227,45 @@ class BankLoader:
             yield features, targets
         self.epoch += 1
 
-    def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
-        if self._processes is not None:
-            return self._processes
-        return self._in_threads() if self._workers else map(self._read, self.batch_sampler)
+    @property
+    def batch_sampler(self) -> Iterator[Rows]:
+        """Row numbers of each batch of this rank, from where it stands in the epoch on."""
+        rows, row_bytes = len(self.dataset), self.dataset.banks[0].index.row_bytes
+        if self._shuffle:
+            windows = block_shuffle(rows, row_bytes, np.random.default_rng([self._seed, self._epoch]))
+        else:
+            count = -(-rows * row_bytes // (WINDOW_BLOCKS * BLOCK_BYTES))
+            windows = np.array_split(np.arange(rows), max(1, count))
+        order, ends = np.concatenate(windows), np.cumsum([len(window) for window in windows])
+        announced = 0
+        first, last = self._rank * self._rows, (self._rank + 1) * self._rows
+        for start in range(first + self._start * self._batch_size, last, self._batch_size):
+            window = int(np.searchsorted(ends, start, side="right"))
+            for coming in range(max(announced, window), min(window + 2, len(windows))):
+                begin = int(ends[coming]) - len(windows[coming])
+                self._announce(order[max(begin, first) : min(int(ends[coming]), last)])
+                announced = coming + 1
+            yield order[start : min(start + self._batch_size, last)]
 
-    def _read(self, rows: NDArray[np.int64], into: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        features, targets = self.dataset.read_into(self.dataset.empty(len(rows)) if into is None else into, rows)
+    def _announce(self, rows: Rows) -> None:
+        """Tells the system what is read next, in runs, so that the disk is read while batches are computed on."""
+        ascending = np.sort(rows)
+        for run in np.split(ascending, np.flatnonzero(np.diff(ascending) > 1) + 1):
+            if len(run):  # none where the window is all of other ranks
+                self.dataset.will_need(int(run[0]), int(run[-1]) + 1)
+
+    def _read(self, rows: Rows, out: NDArray[np.float16] | None = None) -> tuple[Tensor, Tensor]:
+        features, targets = self.dataset.read(rows, out)
         return (features.pin_memory(), targets.pin_memory()) if self._pin else (features, targets)
 
     def _in_threads(self) -> Iterator[tuple[Tensor, Tensor]]:
+        shape = self.dataset.banks[0].shape
         with ThreadPoolExecutor(self._workers) as pool:
             coming: deque[Future[tuple[Tensor, Tensor]]] = deque()
             try:
                 for rows in self.batch_sampler:
                     # Made here, as freed here: another thread's memory goes back to the system, and is zeroed anew.
-                    coming.append(pool.submit(self._read, rows, self.dataset.empty(len(rows))))
+                    coming.append(pool.submit(self._read, rows, np.empty((len(rows), *shape), np.float16)))
                     if len(coming) > BATCHES_AHEAD * self._workers:
                         yield coming.popleft().result()
                 while coming:
@@ -341,16 +288,10 @@ class BankLoader:
         if {key: state.get(key) for key in order} != order:
             raise ValueError(f"expected the state of a loader with {order}, found {dict(state)}")
         self.epoch = int(state["epoch"])
-        self.batch_sampler.start = self._done = int(state["batches"])
+        self._start = self._done = int(state["batches"])
         if self._done == len(self):
             self.epoch += 1
 
     def _order(self) -> dict[str, Any]:
-        batches = self.batch_sampler
-        names = ("batch_size", "shuffle", "seed", "world_size")
-        return {"bank": batches.dataset.digest, **{name: getattr(batches, name) for name in names}}
-
-
-def _as_is(batch: Any) -> Any:
-    """A batch that `_Whole` made is one already."""
-    return batch
+        own = {"batch_size": self._batch_size, "shuffle": self._shuffle, "seed": self._seed}
+        return {"bank": self.dataset.digest, **own, "world_size": self._world_size}

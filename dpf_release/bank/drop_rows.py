@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from dpf_release.bank.format import (
-    INDEX,
-    BankIndex,
-    ShardRecord,
-    SplitName,
-    check_shard,
-    open_shard,
-    read_index,
-)
-from dpf_release.bank.writer import BankWriter, Shard, Span, SplitRows
-from dpf_release.core.arrays import Rows
+from dpf_release.bank.format import INDEX, BankIndex, ShardRecord, SplitName, check_shard, open_shard, read_index
+from dpf_release.bank.writer import BankWriter, Features, Shard, SplitRows
 from dpf_release.core.files import flush_to_disk
 from dpf_release.core.progress import Progress
 
+Ids = Set[bytes]  # of rows, 16 bytes each
 BEFORE = "index-before.json"  # the index of the bank with its rows, until its owner has noted that they are gone
 # Split and ids, (n, 16), of rows that are made anew -> their features, (n, C, H, W)
 Remake = Callable[[SplitName, NDArray[np.uint8]], NDArray[np.floating[Any]]]
 
 
 def drop_rows(
-    folder: Path, gone: Set[bytes], batch_size: int, rebuilt: Set[bytes] = frozenset(), remake: Remake | None = None
+    folder: Path, gone: Ids, batch_size: int, rebuilt: Ids = frozenset(), remake: Remake | None = None
 ) -> BankIndex:
     """Takes rows out of a bank, and makes some anew; the others keep their bytes and their order.
 
     A shard that holds any of these is written again under its name, never edited: what is deleted in an HDF5 file stays
     readable. A shard that keeps no row is removed, and the numbers of the others stay. A run that was cut off goes on;
-    `index-before.json` stays for the caller to remove.
-
-    Args:
-        folder: a bank that is whole, or that this was begun with.
-        gone: ids of rows to drop, 16 bytes each; the bank need not have them.
-        batch_size: rows copied at once.
-        rebuilt: ids of rows whose features are made anew.
-        remake: makes them.
-
-    Returns:
-        The new index.
+    `index-before.json` stays for the caller to remove. The bank need not have the rows that are `gone`.
 
     Raises:
         BankError: a shard is missing or damaged, or a row made anew does not fit float16.
@@ -82,12 +63,7 @@ def _files(index: BankIndex) -> set[str]:
 
 
 def _shard_without(
-    writer: BankWriter,
-    split: SplitName,
-    record: ShardRecord,
-    gone: Set[bytes],
-    rebuilt: Set[bytes],
-    remake: Remake | None,
+    writer: BankWriter, split: SplitName, record: ShardRecord, gone: Ids, rebuilt: Ids, remake: Remake | None
 ) -> ShardRecord | None:
     """A shard without the rows that go, written only where it has one or has one to be made anew; `None`: empty."""
     path = writer.folder / record.file
@@ -96,39 +72,27 @@ def _shard_without(
         check_shard(file, path, writer.header, split, rows)
         ids = file["id"][:]  # (rows, 16)
         kept = np.flatnonzero(~_among(ids, gone))
-        made = np.flatnonzero(_among(ids[kept], rebuilt))  # places in the new shard
+        is_made = _among(ids[kept], rebuilt)
         if not len(kept):
             return None
         shard = Shard(split, 0, len(kept), record.file)
-        if len(kept) == rows and not len(made):
+        if len(kept) == rows and not is_made.any():
             return record if rows == record.rows else writer.record(shard)
-        targets = file["target" if writer.header.targets else "label"][:][kept]
-        spans = writer.batches([shard])
-        features = _copied(file["features"], kept, spans)
-        if remake is not None:
-            features = _remade(features, spans, ids[kept], made, remake)
-        writer.write([shard], {split: SplitRows(targets, ids[kept])}, features)
+
+        def features() -> Features:
+            for span in writer.batches([shard]):
+                at = slice(span.start, span.stop)
+                rows, anew = kept[at], is_made[at]
+                batch = file["features"][rows[0] : rows[-1] + 1][rows - rows[0]]  # in one run, which is far faster
+                if remake is not None and anew.any():
+                    batch = batch.astype(np.float32)  # and back, without loss: what does not fit is noticed at writing
+                    batch[anew] = remake(split, ids[rows[anew]])
+                yield batch
+
+        targets = file[writer.header.target_member][:][kept]
+        writer.write([shard], {split: SplitRows(targets, ids[kept])}, features())
     return writer.record(shard)
 
 
-def _among(ids: NDArray[np.uint8], wanted: Set[bytes]) -> NDArray[np.bool_]:
+def _among(ids: NDArray[np.uint8], wanted: Ids) -> NDArray[np.bool_]:
     return np.fromiter((row_id.tobytes() in wanted for row_id in ids), np.bool_, len(ids))
-
-
-def _copied(dataset: h5py.Dataset, kept: Rows, spans: Sequence[Span]) -> Iterator[NDArray[Any]]:
-    """The features of the kept rows, a batch at a time, as they are."""
-    for span in spans:
-        rows = kept[span.start : span.stop]
-        yield dataset[rows[0] : rows[-1] + 1][rows - rows[0]]  # in one run: single rows cost HDF5 far more
-
-
-def _remade(
-    batches: Iterator[NDArray[Any]], spans: Sequence[Span], ids: NDArray[np.uint8], made: Rows, remake: Remake
-) -> Iterator[NDArray[Any]]:
-    """The batches, with those rows that are made anew in the place of the old ones."""
-    for span, batch in zip(spans, batches, strict=True):
-        rows = made[(made >= span.start) & (made < span.stop)]
-        if len(rows):
-            batch = batch.astype(np.float32)  # and back, without loss: what does not fit is noticed at writing
-            batch[rows - span.start] = remake(span.split, ids[rows])
-        yield batch

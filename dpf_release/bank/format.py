@@ -13,17 +13,20 @@ from typing import Annotated, Any, Literal
 
 import h5py
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
 
-from dpf_release.bank.encodings import ENCODINGS, Encoding, EncodingName
 from dpf_release.bank.hdf5_check import read_layout
-from dpf_release.core.bounded_json import read_json
+from dpf_release.core.bounded_json import Record, read_json
 from dpf_release.errors import BankError
 
 SplitName = Literal["train", "val", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+RELEASED_SPLITS: tuple[SplitName, ...] = ("train", "val")
 INDEX = "index.json"
 VERSION: Literal[1] = 1
 ID_BYTES = 16
+FLOAT16 = np.dtype("<f2")
 Compression = Literal["none", "gzip"]
 # HDF5's numbers of the filters that `/features` has, in order: byte shuffle, deflate.
 FILTERS: dict[Compression, tuple[int, ...]] = {"none": (), "gzip": (2, 1)}
@@ -36,10 +39,8 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 MAX_ROW_BYTES = 2**27
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(Record):
     """One shard as the index lists it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: Annotated[str, Field(pattern=r"^(train|val|test)/shard-[0-9]{5}\.h5$")]
     rows: Annotated[int, Field(ge=1, le=2**40)]
@@ -47,14 +48,12 @@ class ShardRecord(BaseModel):
     sha256: Digest
 
 
-class BankIndex(BaseModel):
+class BankIndex(Record):
     """`index.json`: what every shard of a bank has in common, and the shards of each split in order."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["dpf-release-bank"] = "dpf-release-bank"
     version: Literal[1] = VERSION
-    encoding: EncodingName = "float16"
+    encoding: Literal["float16"] = "float16"
     compression: Compression = "none"
     poisoned: bool
     featurizer_sha256: Digest
@@ -87,17 +86,43 @@ class BankIndex(BaseModel):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row's features."""
-        return self.stored.dtype.itemsize * math.prod(self.feature_shape)
+        return FLOAT16.itemsize * math.prod(self.feature_shape)
 
     @property
-    def stored(self) -> Encoding:
-        """How the numbers of a row are stored."""
-        return ENCODINGS[self.encoding]
+    def target_member(self) -> str:
+        """Which member of a shard holds the targets."""
+        return "target" if self.targets else "label"
+
+    def members(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of each member of a shard of so many rows."""
+        targets = (np.dtype("<f4"), (rows, self.targets)) if self.targets else (np.dtype("<i8"), (rows,))
+        features = (FLOAT16, (rows, *self.feature_shape))
+        return {"features": features, self.target_member: targets, "id": (np.dtype("u1"), (rows, ID_BYTES))}
+
+    def attributes(self, split: str) -> dict[str, Any]:
+        """The attributes of a shard, all of them, in their order in the file."""
+        own = {"poisoned": self.poisoned, "encoding": self.encoding, "featurizer_sha256": self.featurizer_sha256}
+        return {"format": self.format, "version": self.version, "split": split} | own
 
     @property
     def rows(self) -> dict[SplitName, int]:
         """How many rows each split has."""
         return {split: sum(shard.rows for shard in shards) for split, shards in self.splits.items()}
+
+
+def encoded(features: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
+    """Features as a shard stores them; a ValueError, the predicate of a sentence about them, where they do not fit."""
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(features, FLOAT16)
+    if not_finite_rows(stored).any():
+        raise ValueError(f"do not fit float16 (largest magnitude {np.abs(features).max():g}, limit 65504)")
+    return stored
+
+
+def not_finite_rows(rows: NDArray[np.float16]) -> NDArray[np.bool_]:
+    """Whether each of (n, C, H, W) stored rows holds what is infinite or not a number, (n,)."""
+    exponent = np.uint16(0x7C00)  # all ones: infinite or not a number. Several times faster than isfinite on float16.
+    return ((rows.view(np.uint16) & exponent) == exponent).reshape(len(rows), -1).any(axis=1)
 
 
 def read_index(folder: Path) -> BankIndex:
@@ -113,18 +138,6 @@ def read_index(folder: Path) -> BankIndex:
         return read_json(path, BankIndex)
     except (OSError, ValueError) as error:
         raise BankError(f"{path} is not an index of bank format {VERSION}: {error}") from error
-
-
-def attributes_of(header: BankIndex, split: str) -> dict[str, Any]:
-    """The attributes of a shard, all of them."""
-    return {
-        "format": header.format,
-        "version": header.version,
-        "split": split,
-        "poisoned": header.poisoned,
-        "encoding": header.encoding,
-        "featurizer_sha256": header.featurizer_sha256,
-    }
 
 
 def open_shard(path: Path) -> h5py.File:
@@ -155,14 +168,7 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
 
 
 def _differences(shard: h5py.File, path: Path, header: BankIndex, split: str, rows: int) -> list[str]:
-    size = path.stat().st_size
-    name = "target" if header.targets else "label"
-    expected = {
-        "features": (header.stored.dtype, (rows, *header.feature_shape)),
-        name: (np.dtype("<f4"), (rows, header.targets)) if header.targets else (np.dtype("<i8"), (rows,)),
-        "id": (np.dtype("u1"), (rows, ID_BYTES)),
-    }
-    problems = []
+    size, expected, problems = path.stat().st_size, header.members(rows), []
     if set(shard) != set(expected):
         problems.append(f"expected the members {sorted(expected)}, found {sorted(shard)}")
     for member, (dtype, shape) in expected.items():
@@ -188,7 +194,7 @@ def _differences(shard: h5py.File, path: Path, header: BankIndex, split: str, ro
         elif member != "features" and dataset.chunks is not None:
             problems.append(f"/{member} is stored in chunks")
     found = {key: value.item() if isinstance(value, np.generic) else value for key, value in shard.attrs.items()}
-    attributes = attributes_of(header, split)
+    attributes = header.attributes(split)
     # As text: an array, or a 0 in the place of False, is not equal.
     if repr(sorted(found.items())) != repr(sorted(attributes.items())):
         problems.append(f"expected the attributes {attributes}, found {found}")
@@ -198,7 +204,3 @@ def _differences(shard: h5py.File, path: Path, header: BankIndex, split: str, ro
 def _filters(dataset: h5py.Dataset) -> tuple[int, ...]:
     create = dataset.id.get_create_plist()
     return tuple(create.get_filter(number)[0] for number in range(create.get_nfilters()))
-
-
-SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
-RELEASED_SPLITS: tuple[SplitName, ...] = ("train", "val")

@@ -8,12 +8,12 @@ every byte has its place then, bytes that belong to nothing, such as those of de
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -48,47 +48,71 @@ NO_HEAP = bytes.fromhex("0000") + b"\xff" * 16  # links, or attributes, are in t
 NO_GROUP_INFO = bytes.fromhex("0000")
 # Filters; the numbers that they are given are shuffle's bytes of a value and deflate's level.
 SHUFFLE, DEFLATE = 2, 1
+# Where the chunk of a row lies: bytes from the file's begin, `NOWHERE` where it was never written; bytes as stored; and
+# a mask, whose bit i is set where the i-th filter was left out.
+STORED_ROW = np.dtype([("offset", "u8"), ("size", "u8"), ("mask", "u4")])
 
 
-@dataclass(frozen=True)
-class StoredRows:
-    """Where the chunks of a data set lie, in the order of its rows.
+def read_layout(path: Path) -> ShardLayout:
+    """The layout of a shard; reads its structures, none of its data.
 
-    Attributes:
-        offsets: (N,) uint64, bytes from the file's begin; `NOWHERE` for a chunk that was never written.
-        sizes: (N,) uint64, bytes as stored.
-        masks: (N,) uint32; bit i is set where the i-th filter was left out.
+    Raises:
+        BankError: it is missing, or its structures are not those that format 1 needs: it has another superblock,
+            links, groups, storage outside the file, types that are not plain numbers, other chunk indexes, or parts
+            that overlap.
     """
+    try:
+        with path.open("rb") as file:
+            return ShardLayout(file, path.name)
+    except OSError as error:
+        raise BankError(f"{path} cannot be read as a shard: {error.strerror}. Write or fetch it again.") from error
+    except (struct.error, IndexError) as error:
+        raise BankError(f"{path.name} is not a shard of format 1: a structure in it is cut off.") from error
 
-    offsets: NDArray[np.uint64]
-    sizes: NDArray[np.uint64]
-    masks: NDArray[np.uint32]
 
-
-@dataclass(frozen=True)
 class ShardLayout:
-    """What lies where in a shard.
+    """What lies where in a shard: from the superblock to everything that it leads to.
+
+    Each method reads one kind of structure.
 
     Attributes:
         size: of the file, in bytes.
-        rows: of each data set whose chunks are stored one by one, by name.
+        rows: `STORED_ROW`, (N,), of each data set whose chunks are stored one by one, by name.
         begins: of each data set whose data lie in one piece, by name.
         used: (n, 2) first byte and end of every structure and datum, ascending, none in another.
         unused: first byte and end of what structures keep in reserve.
     """
 
-    size: int
-    rows: dict[str, StoredRows]
-    begins: dict[str, int]
-    used: NDArray[np.uint64]
-    unused: tuple[tuple[int, int], ...]
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name, self.size = file, name, os.fstat(file.fileno()).st_size
+        self.rows: dict[str, NDArray[np.void]] = {}
+        self.begins: dict[str, int] = {}
+        self.unused: list[tuple[int, int]] = []
+        self._blocks: list[tuple[int, int]] = []
+        self._timed: list[str] = []
+        self._texts: dict[int, dict[int, int]] = {}  # heap -> number in it -> length
+        self._attributes: set[bytes] = set()
+        members: dict[str, int] = {}
+        for kind, body in self._messages(self._superblock(), "the root group"):
+            if kind == LINK:
+                member, address = self._link(body)
+                if member in members:
+                    self._refuse(f"/{member} is there twice")
+                members[member] = address
+            elif kind == ATTRIBUTE:
+                self._attribute(body)
+            elif body != {LINK_INFO: NO_HEAP, ATTRIBUTE_INFO: NO_HEAP, GROUP_INFO: NO_GROUP_INFO}.get(kind):
+                self._refuse(f"the root group has more than format 1, or too much: {_named(kind)}")
+        for member, address in members.items():
+            self._dataset(member, address)
+        for address, texts in self._texts.items():
+            self._heap(address, texts)
+        if self._timed:
+            self._refuse(f"{self._timed[0]} keeps times")
+        self.used = self._used()
 
     def hidden_bytes(self, file: BinaryIO) -> int | None:
-        """Where the first byte is that belongs to nothing and is not zero; None where there is none.
-
-        Args:
-            file: the shard, open for reading.
-        """
+        """Where the first byte is that belongs to nothing and is not zero, in the open shard; None: there is none."""
         edges = np.concatenate([[np.uint64(0)], self.used.ravel(), [np.uint64(self.size)]]).reshape(-1, 2)
         gaps = edges[edges[:, 0] < edges[:, 1]].tolist()
         for start, stop in [*gaps, *self.unused]:
@@ -102,68 +126,14 @@ class ShardLayout:
                 start += len(piece)
         return None
 
-
-def read_layout(path: Path) -> ShardLayout:
-    """The layout of a shard; reads its structures, none of its data.
-
-    Raises:
-        BankError: it is missing, or its structures are not those that format 1 needs: it has another superblock,
-            links, groups, storage outside the file, types that are not plain numbers, other chunk indexes, or parts
-            that overlap.
-    """
-    try:
-        with path.open("rb") as file:
-            return _Walk(file, os.fstat(file.fileno()).st_size, path.name).layout()
-    except OSError as error:
-        raise BankError(f"{path} cannot be read as a shard: {error.strerror}. Write or fetch it again.") from error
-    except (struct.error, IndexError) as error:
-        raise BankError(f"{path.name} is not a shard of format 1: a structure in it is cut off.") from error
-
-
-@dataclass
-class _Walk:
-    """From the superblock to everything that it leads to; each method reads one kind of structure."""
-
-    file: BinaryIO
-    size: int
-    name: str
-    blocks: list[tuple[int, int]] = field(default_factory=list)
-    unused: list[tuple[int, int]] = field(default_factory=list)
-    timed: list[str] = field(default_factory=list)
-    rows: dict[str, StoredRows] = field(default_factory=dict)
-    begins: dict[str, int] = field(default_factory=dict)
-    texts: dict[int, dict[int, int]] = field(default_factory=dict)  # heap -> number in it -> length
-    attributes: set[bytes] = field(default_factory=set)
-
-    def layout(self) -> ShardLayout:
-        root = self._superblock()
-        members: dict[str, int] = {}
-        for kind, body in self._messages(root, "the root group"):
-            if kind == LINK:
-                member, address = self._link(body)
-                if member in members:
-                    self._refuse(f"/{member} is there twice")
-                members[member] = address
-            elif kind == ATTRIBUTE:
-                self._attribute(body)
-            elif body != {LINK_INFO: NO_HEAP, ATTRIBUTE_INFO: NO_HEAP, GROUP_INFO: NO_GROUP_INFO}.get(kind):
-                self._refuse(f"the root group has more than format 1, or too much: {_named(kind)}")
-        for member, address in members.items():
-            self._dataset(member, address)
-        for address, texts in self.texts.items():
-            self._heap(address, texts)
-        if self.timed:
-            self._refuse(f"{self.timed[0]} keeps times")
-        return ShardLayout(self.size, self.rows, self.begins, self._used(), tuple(self.unused))
-
     def _refuse(self, what: str) -> NoReturn:
-        raise BankError(f"{self.name} is not a shard of format 1: {what}. Write or fetch it again.")
+        raise BankError(f"{self._name} is not a shard of format 1: {what}. Write or fetch it again.")
 
     def _read(self, start: int, count: int) -> bytes:
         if start > self.size:
             self._refuse("a structure lies beyond the file's end; is it cut off?")
-        self.file.seek(start)
-        return self.file.read(count)
+        self._file.seek(start)
+        return self._file.read(count)
 
     def _block(self, start: int, count: int, what: str) -> bytes:
         """A structure, which no other may overlap."""
@@ -176,18 +146,18 @@ class _Walk:
         stop = start + count
         if stop > self.size:
             self._refuse(f"{what} lies beyond the file's end; is it cut off?")
-        if len(self.blocks) == MAX_BLOCKS:
+        if len(self._blocks) == MAX_BLOCKS:
             self._refuse(f"it has more than {MAX_BLOCKS} structures")
-        if any(start < other_stop and other_start < stop for other_start, other_stop in self.blocks):
+        if any(start < other_stop and other_start < stop for other_start, other_stop in self._blocks):
             self._refuse(f"{what} overlaps something else")
-        self.blocks.append((start, stop))
+        self._blocks.append((start, stop))
 
     def _used(self) -> NDArray[np.uint64]:
         """All blocks and chunks, ascending."""
-        parts = [np.array(self.blocks, np.uint64)]
+        parts = [np.array(self._blocks, np.uint64)]
         for rows in self.rows.values():
-            written = rows.offsets != NOWHERE
-            offsets, sizes = rows.offsets[written], rows.sizes[written]
+            written = rows[rows["offset"] != NOWHERE]
+            offsets, sizes = written["offset"], written["size"]
             if (offsets > self.size).any() or (sizes > self.size).any() or (offsets + sizes > self.size).any():
                 self._refuse("a row lies beyond the file's end; is it cut off?")
             parts.append(np.stack([offsets, offsets + sizes], axis=1))
@@ -203,11 +173,8 @@ class _Walk:
         """The address of the root group's header."""
         if self._read(0, 8) != SIGNATURE:
             self._refuse("it does not begin as an HDF5 file")
-        block = self._block(0, 48, "the superblock")
-        version, offset_bytes, length_bytes, flags, base, extension, end, root = struct.unpack_from(
-            "<BBBBQQQQ", block, 8
-        )
-        if (version, offset_bytes, length_bytes, flags, base, extension) != (3, 8, 8, 0, 0, NOWHERE):
+        *fixed, end, root = struct.unpack_from("<BBBBQQQQ", self._block(0, 48, "the superblock"), 8)
+        if fixed != [3, 8, 8, 0, 0, NOWHERE]:  # version, bytes of an offset and of a length, flags, base, extension
             self._refuse("its superblock is not one that HDF5 1.10 writes and closes, without more")
         if end != self.size:
             self._refuse(f"expected {end} bytes, found {self.size}")
@@ -220,7 +187,7 @@ class _Walk:
             self._refuse(f"{what} has no header of version 2")
         flags = prefix[5]
         if flags & 0x20:
-            self.timed.append(what)
+            self._timed.append(what)
         if flags & ~0x23:
             self._refuse(f"the header of {what} has more than format 1")
         begin = 6 + (16 if flags & 0x20 else 0)
@@ -261,16 +228,17 @@ class _Walk:
     def _attribute(self, body: bytes) -> None:
         """That it is a number, a truth value or a text, and no more; where its text lies is noted."""
         version, flags, name_bytes, type_bytes, space_bytes, alphabet = struct.unpack_from("<BBHHHB", body)
-        name, type_, space, value = _pieces(body[9:], name_bytes, type_bytes, space_bytes)
+        pieces = io.BytesIO(body[9:])
+        name, type_, space, value = map(pieces.read, (name_bytes, type_bytes, space_bytes, -1))
         size = {TEXT: 16, TRUTH: 1}.get(type_) or NUMBERS.get(type_)
         if (version, flags, alphabet, space, len(value)) != (3, 0, 0, ONE_VALUE, size):
             self._refuse("an attribute is no number, truth value or text, or more than that")
-        if name.find(b"\0") != name_bytes - 1 or name in self.attributes:
+        if name.find(b"\0") != name_bytes - 1 or name in self._attributes:
             self._refuse("an attribute has a name that is none, or that of another")
-        self.attributes.add(name)
+        self._attributes.add(name)
         if type_ == TEXT:
             length, address, number = struct.unpack("<IQI", value)
-            self.texts.setdefault(address, {})[number] = length
+            self._texts.setdefault(address, {})[number] = length
 
     def _heap(self, address: int, texts: dict[int, int]) -> None:
         """That a heap of texts holds those of the attributes, and no others."""
@@ -356,7 +324,7 @@ class _Walk:
         index, rest = layout[5 + rank * width], layout[6 + rank * width :]
         if index == SINGLE and flags == 2:
             size, mask, address = struct.unpack("<QIQ", rest)
-            self.rows[name] = StoredRows(np.array([address], "u8"), np.array([size], "u8"), np.array([mask], "u4"))
+            self.rows[name] = np.array([(address, size, mask)], STORED_ROW)
         elif index in {SINGLE, IMPLICIT} and flags == 0:
             self._piece(name, struct.unpack("<Q", rest)[0], count * chunk_bytes)
         elif index == FIXED_ARRAY and flags == 0 and rest[0] == PAGE_BITS:
@@ -383,16 +351,17 @@ class _Walk:
         self._claim(table, prefix + count * entry + (pages or 1) * 4, what)
         if self._read(table, 14) != struct.pack("<5sBQ", b"FADB\0", filtered, address):
             self._refuse(f"{what} has no table")
-        rows = StoredRows(np.empty(count, "u8"), np.full(count, chunk_bytes, "u8"), np.zeros(count, "u4"))
-        self.file.seek(table + prefix)
+        rows = np.zeros(count, STORED_ROW)
+        rows["size"] = chunk_bytes
+        self._file.seek(table + prefix)
         for start in range(0, count, per_page):
             stop = min(start + per_page, count)
-            page = np.frombuffer(self.file.read((stop - start) * entry), np.uint8).reshape(-1, entry)
-            rows.offsets[start:stop] = _numbers(page[:, :8])
+            page = np.frombuffer(self._file.read((stop - start) * entry), np.uint8).reshape(-1, entry)
+            rows["offset"][start:stop] = _numbers(page[:, :8])
             if filtered:
-                rows.sizes[start:stop] = _numbers(page[:, 8 : entry - 4])
-                rows.masks[start:stop] = _numbers(page[:, entry - 4 :])
-            self.file.seek(4, os.SEEK_CUR)  # the page's checksum
+                rows["size"][start:stop] = _numbers(page[:, 8 : entry - 4])
+                rows["mask"][start:stop] = _numbers(page[:, entry - 4 :])
+            self._file.seek(4, os.SEEK_CUR)  # the page's checksum
         self.rows[name] = rows
 
 
@@ -401,15 +370,6 @@ def _numbers(octets: NDArray[np.uint8]) -> NDArray[np.uint64]:
     wide = np.zeros((len(octets), 8), np.uint8)
     wide[:, : octets.shape[1]] = octets
     return wide.view("<u8")[:, 0]
-
-
-def _pieces(content: bytes, *lengths: int) -> list[bytes]:
-    """Pieces of these lengths, and the rest."""
-    pieces = []
-    for length in lengths:
-        pieces.append(content[:length])
-        content = content[length:]
-    return [*pieces, content]
 
 
 def _is_gzip(body: bytes, item: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -15,16 +16,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from dpf_release.bank.format import (
-    HDF5_ERRORS,
-    ID_BYTES,
-    BankIndex,
-    SplitName,
-    check_shard,
-    open_shard,
-    read_index,
-)
-from dpf_release.bank.hdf5_check import NOWHERE, ShardLayout, StoredRows, read_layout
+from dpf_release.bank.format import FLOAT16, HDF5_ERRORS, BankIndex, SplitName, check_shard, open_shard, read_index
+from dpf_release.bank.hdf5_check import NOWHERE, read_layout
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import BankError
 
@@ -42,18 +35,16 @@ class _MappedShard:
         self.offset, self.row_bytes = offset, index.row_bytes
         self.mapping = _mapped(path)
         try:
-            flat = np.frombuffer(self.mapping, index.stored.dtype, rows * math.prod(index.feature_shape), offset)
+            flat = np.frombuffer(self.mapping, FLOAT16, rows * math.prod(index.feature_shape), offset)
         except ValueError as error:  # shorter since it was checked
             raise BankError(f"{path} cannot be read as a shard: {error}. Write or fetch it again.") from error
         self.features = flat.reshape(rows, *index.feature_shape)
 
-    def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
-        """All `rows` into `out`."""
-        np.take(self.features, rows, axis=0, out=out, mode="clip")  # "raise" would copy twice; bounds are checked above
-
-    def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
+    def read(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
         """Those of `rows` that are at `places`, to the same places of `out`."""
-        if self.row_bytes < LARGE_ROW_BYTES:
+        if len(places) == len(rows):  # "raise" would copy twice; bounds are checked before
+            np.take(self.features, rows, axis=0, out=out, mode="clip")
+        elif self.row_bytes < LARGE_ROW_BYTES:
             out[places] = np.take(self.features, rows[places], axis=0)
         else:  # one copy of each row, in the place of two
             for place in places:
@@ -67,22 +58,18 @@ class _MappedShard:
 class _GzipShard:
     """The rows of a shard compressed with gzip. Each is unpacked to its size and no further; HDF5 would go on."""
 
-    def __init__(self, path: Path, stored: StoredRows, index: BankIndex) -> None:
-        self.name, self.stored, self.row_bytes, self.dtype = path.name, stored, index.row_bytes, index.stored.dtype
-        self.mapping = _mapped(path)
+    def __init__(self, path: Path, stored: NDArray[np.void], index: BankIndex) -> None:
+        self.name, self.stored, self.row_bytes = path.name, stored, index.row_bytes
+        self.mapping = memoryview(_mapped(path))  # whose pieces are no copies: the disk is waited for in `decompress`
 
-    def read(self, rows: Rows, out: NDArray[np.float16]) -> None:
-        """All `rows` into `out`."""
-        self.read_some(rows, np.arange(len(rows)), out)
-
-    def read_some(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
+    def read(self, rows: Rows, places: Rows, out: NDArray[np.float16]) -> None:
         """Those of `rows` that are at `places`, to the same places of `out`."""
         for place in places:
             out[place] = self._row(int(rows[place])).reshape(out.shape[1:])
 
     def _row(self, row: int) -> NDArray[np.float16]:
-        begin, mask = int(self.stored.offsets[row]), int(self.stored.masks[row])
-        octets = self.mapping[begin : begin + int(self.stored.sizes[row])]
+        begin, size, mask = self.stored[row].tolist()
+        octets: memoryview | bytes = self.mapping[begin : begin + size]
         whole = True
         if mask != DEFLATE_LEFT_OUT:
             unpack = zlib.decompressobj()
@@ -93,8 +80,8 @@ class _GzipShard:
             whole = unpack.eof and not unpack.unused_data
         if mask not in {0, DEFLATE_LEFT_OUT} or not whole or len(octets) != self.row_bytes:
             raise BankError(f"row {row} of {self.name} does not unpack to {self.row_bytes} bytes. Fetch it again.")
-        shuffled = np.frombuffer(octets, np.uint8).reshape(self.dtype.itemsize, -1)  # all low bytes, ..., all high ones
-        return np.ascontiguousarray(shuffled.T).view(self.dtype)[:, 0]
+        shuffled = np.frombuffer(octets, np.uint8).reshape(2, -1)  # all low bytes, then all high ones
+        return np.ascontiguousarray(shuffled.T).view(FLOAT16)[:, 0]
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -109,11 +96,7 @@ _OpenShard = _MappedShard | _GzipShard
 
 
 def row_numbers(rows: Rows | Sequence[int]) -> Rows:
-    """Row numbers as an array.
-
-    Raises:
-        IndexError: a mask, or fractions.
-    """
+    """Row numbers as an array; an IndexError for a mask, or fractions."""
     numbers = np.asarray(rows)
     if numbers.size and numbers.dtype.kind not in "iu":
         raise IndexError(f"expected row numbers, found {numbers.dtype}; np.flatnonzero gives those of a mask")
@@ -167,14 +150,12 @@ class FeatureBank:
     @cached_property
     def ids(self) -> NDArray[np.uint8]:
         """(N, 16) random bytes, one id a row."""
-        return self._all("id", np.empty((0, ID_BYTES), np.uint8))
+        return self._all("id")
 
     @cached_property
     def targets(self) -> NDArray[Any]:
         """(N,) int64 class indices, or (N, K) float32 regression targets."""
-        if self.index.targets:
-            return self._all("target", np.empty((0, self.index.targets), np.float32))
-        return self._all("label", np.empty(0, np.int64))
+        return self._all(self.index.target_member)
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Rows) -> tuple[NDArray[np.float16], NDArray[Any]]:
         """Features and targets: (C, H, W) and one target of a row, (n, C, H, W) and (n, ...) of several."""
@@ -186,11 +167,7 @@ class FeatureBank:
         return self.read(numbers), targets[numbers]
 
     def read(self, rows: Rows | Sequence[int], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
-        """Rows by number, (n, C, H, W), in the order asked for.
-
-        Args:
-            rows: their numbers.
-            out: where to; a new array where None.
+        """Rows by number, (n, C, H, W), in the order asked for; in `out` if given.
 
         Raises:
             IndexError: a row number below 0 or beyond the last row.
@@ -201,14 +178,11 @@ class FeatureBank:
         if out is None:
             if rows.size:  # room is made for rows whose shape a shard has
                 self._shard(int(np.searchsorted(self._starts, rows[0], side="right")) - 1)
-            out = np.empty((len(rows), *self.shape), self.index.stored.dtype)
-        if len(self._shards) == 1:
-            self._shard(0).read(rows, out)
-            return out
+            out = np.empty((len(rows), *self.shape), FLOAT16)
         # Not a `rows.Concat` of shards, whose parts are read to arrays of their own: each row is copied once here.
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shards):
-            self._shard(int(number)).read_some(rows - self._starts[number], np.flatnonzero(shards == number), out)
+            self._shard(int(number)).read(rows - self._starts[number], np.flatnonzero(shards == number), out)
         return out
 
     def will_need(self, start: int, stop: int) -> None:
@@ -239,45 +213,37 @@ class FeatureBank:
         return shard
 
     def _opened(self, number: int) -> _OpenShard:
-        if number in self._offsets:  # checked before: no need of HDF5
-            record = self._shards[number]
-            return _MappedShard(self.folder / record.file, self._offsets[number], record.rows, self.index)
-        file, path = self._file(number)
-        file.close()
-        layout = read_layout(path)
-        if self.index.compression == "gzip":
-            return _GzipShard(path, self._stored(layout, path), self.index)
-        if "features" not in layout.begins:
-            raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
-        self._offsets[number] = layout.begins["features"]
-        return self._opened(number)
-
-    def _stored(self, layout: ShardLayout, path: Path) -> StoredRows:
-        """Where the compressed rows of a shard lie."""
-        stored = layout.rows.get("features")
-        if stored is None or (stored.offsets == NOWHERE).any():
-            raise BankError(f"{path.name} lacks rows. Write or fetch it again.")
-        if (stored.sizes > self.index.row_bytes + DEFLATE_BYTES + self.index.row_bytes // 100).any():
-            raise BankError(f"{path.name} has rows that take more room compressed than they have bytes.")
-        return stored
-
-    def _file(self, number: int) -> tuple[h5py.File, Path]:
         record = self._shards[number]
         path = self.folder / record.file
-        file = open_shard(path)
-        try:
-            check_shard(file, path, self.index, self.split, record.rows)
-        except BankError:
-            file.close()
-            raise
-        return file, path
+        if number not in self._offsets:  # once it was checked there is no need of HDF5
+            with self._checked(number):
+                layout = read_layout(path)
+            if self.index.compression == "gzip":
+                stored, most = layout.rows.get("features"), self.index.row_bytes
+                if stored is None or (stored["offset"] == NOWHERE).any():
+                    raise BankError(f"{path.name} lacks rows. Write or fetch it again.")
+                if (stored["size"] > most + DEFLATE_BYTES + most // 100).any():
+                    raise BankError(f"{path.name} has rows that take more room compressed than they have bytes.")
+                return _GzipShard(path, stored, self.index)
+            if "features" not in layout.begins:
+                raise BankError(f"the rows of {path.name} do not lie one behind the other, as format 1 writes them.")
+            self._offsets[number] = layout.begins["features"]
+        return _MappedShard(path, self._offsets[number], record.rows, self.index)
 
-    def _all(self, member: str, empty: NDArray[Any]) -> NDArray[Any]:
-        parts = [empty]
+    @contextlib.contextmanager
+    def _checked(self, number: int) -> Iterator[h5py.File]:
+        record = self._shards[number]
+        path = self.folder / record.file
+        with open_shard(path) as file:
+            check_shard(file, path, self.index, self.split, record.rows)
+            yield file
+
+    def _all(self, member: str) -> NDArray[Any]:
+        dtype, shape = self.index.members(0)[member]
+        parts: list[NDArray[Any]] = [np.empty(shape, dtype)]
         for number in range(len(self._shards)):
             self._shard(number)  # whose labels are taken must be whole
-            file, _ = self._file(number)
-            with file:
+            with self._checked(number) as file:
                 try:
                     parts.append(file[member][:])
                 except HDF5_ERRORS as error:

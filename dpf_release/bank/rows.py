@@ -62,13 +62,12 @@ class Concat:
     def read(self, rows: Rows) -> NDArray[Any]:
         """Rows by number, (n, C, H, W)."""
         rows = np.asarray(rows, np.int64)
-        found = {number: self.parts[number].read(mine) for number, _, mine in self.split(rows)}
-        if len(found) == 1:
-            return next(iter(found.values()))
-        first = next(iter(found.values())) if found else self.parts[0].read(rows)
-        out = np.empty((len(rows), *first.shape[1:]), first.dtype)
-        for number, places, _ in self.split(rows):
-            out[places] = found[number]
+        found = [(places, self.parts[number].read(mine)) for number, places, mine in self.split(rows)]
+        if len(found) < 2:
+            return found[0][1] if found else self.parts[0].read(rows)
+        out = np.empty((len(rows), *found[0][1].shape[1:]), found[0][1].dtype)
+        for places, part in found:
+            out[places] = part
         return out
 
     def split(self, rows: Rows) -> Iterator[tuple[int, Rows, Rows]]:
@@ -106,15 +105,10 @@ class Select:
 
 @dataclass(frozen=True, eq=False)
 class ComputedRows:
-    """Rows that are computed as they are read, of targets that are known.
+    """Rows that are computed as they are read, of targets that are known."""
 
-    Attributes:
-        targets: (N,) class indices or (N, K) regression targets.
-        compute: row numbers → features (n, C, H, W), any float type.
-    """
-
-    targets: NDArray[Any]
-    compute: Callable[[Rows], NDArray[Any]]
+    targets: NDArray[Any]  # (N,) class indices or (N, K) regression targets
+    compute: Callable[[Rows], NDArray[Any]]  # row numbers → features (n, C, H, W), any float type
 
     @cached_property
     def ids(self) -> NDArray[np.uint8]:

@@ -12,16 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from dpf_release.bank.format import (
-    ID_BYTES,
-    INDEX,
-    BankIndex,
-    ShardRecord,
-    SplitName,
-    attributes_of,
-    check_shard,
-    open_shard,
-)
+from dpf_release.bank.format import ID_BYTES, INDEX, BankIndex, ShardRecord, SplitName, check_shard, encoded, open_shard
 from dpf_release.bank.hdf5_check import MAX_CHUNKS
 from dpf_release.core.files import make_folder, replacing, reserve, sha256_of, write_json
 from dpf_release.errors import BankError
@@ -32,18 +23,15 @@ GZIP_LEVEL = 1  # docs/banks.md: even this costs much and saves little
 # Bytes that HDF5 takes for itself, at the most: of a shard, and of a row (its chunk's place, a filter's header).
 SHARD_OVERHEAD, ROW_OVERHEAD = 16_384, 512
 
+Features = Iterator[NDArray[np.floating[Any]]]  # of one batch after the other, (n, C, H, W)
+
 
 @dataclass(frozen=True)
 class SplitRows:
-    """What a bank holds of a split beside the features.
+    """What a bank holds of a split beside the features, in its order."""
 
-    Attributes:
-        targets: (N,) class indices or (N, K) regression targets, in bank order.
-        ids: (N, 16) bytes.
-    """
-
-    targets: NDArray[Any]
-    ids: NDArray[np.uint8]
+    targets: NDArray[Any]  # (N,) class indices, or (N, K) regression targets
+    ids: NDArray[np.uint8]  # (N, 16) bytes
 
 
 @dataclass(frozen=True)
@@ -60,30 +48,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Shard(Span):
-    """A shard that a bank has or will have.
+    """A shard that a bank has or will have."""
 
-    Attributes:
-        file: its path in the bank.
-    """
-
-    file: str
+    file: str  # its path in the bank
 
 
 @dataclass(frozen=True)
 class BankWriter:
-    """Writes a bank shard by shard, for its owner alone; a shard that is there is kept, so that a crash costs one.
+    """Writes a bank shard by shard, for its owner alone; a shard that is there is kept, so that a crash costs one."""
 
-    Attributes:
-        folder: the bank; made if missing.
-        header: the index, without shards.
-        shard_bytes: feature bytes a shard holds at the most, before compression (at least one row).
-        batch_size: rows computed at once; a batch never crosses a shard.
-    """
-
-    folder: Path
-    header: BankIndex
-    shard_bytes: int = 2**30
-    batch_size: int = 128
+    folder: Path  # made if missing
+    header: BankIndex  # without shards
+    shard_bytes: int = 2**30  # of features at the most, before compression (at least one row)
+    batch_size: int = 128  # rows computed at once; a batch never crosses a shard
 
     def shards(self, rows: Mapping[SplitName, SplitRows]) -> list[Shard]:
         """All shards of a bank of these rows, in the order of the index.
@@ -95,11 +72,16 @@ class BankWriter:
         if self.header.compression != "none":
             size = min(size, MAX_CHUNKS)
         shards = []
-        for split, members in rows.items():
-            self._refuse_misfits(members)
-            for number, start in enumerate(range(0, len(members.ids), size)):
-                file = f"{split}/shard-{number:05d}.h5"
-                shards.append(Shard(split, start, min(start + size, len(members.ids)), file))
+        for split, own in rows.items():
+            targets, ids, count = own.targets, own.ids, len(own.ids)
+            expected = self.header.members(count)
+            if (ids.dtype, ids.shape) != expected["id"] or targets.shape != expected[self.header.target_member][1]:
+                raise BankError(
+                    f"expected targets {expected[self.header.target_member][1]} and ids (N, {ID_BYTES}), found "
+                    f"{targets.shape}, {ids.shape}."
+                )
+            for number, start in enumerate(range(0, count, size)):
+                shards.append(Shard(split, start, min(start + size, count), f"{split}/shard-{number:05d}.h5"))
         return shards
 
     def batches(self, shards: Sequence[Shard]) -> list[Span]:
@@ -125,7 +107,7 @@ class BankWriter:
             with open_shard(path) as file:
                 check_shard(file, path, self.header, shard.split, len(shard))
                 return np.array_equal(file["id"][:], ids[shard.start : shard.stop]) and np.array_equal(
-                    file[_target_name(self.header)][:], targets[shard.start : shard.stop]
+                    file[self.header.target_member][:], targets[shard.start : shard.stop]
                 )
         except (BankError, OSError, RuntimeError, KeyError):  # damaged since: written anew
             return False
@@ -134,16 +116,12 @@ class BankWriter:
         self,
         shards: Sequence[Shard],
         rows: Mapping[SplitName, SplitRows],
-        features: Iterator[NDArray[np.floating[Any]]],
+        features: Features,
         on_rows: Callable[[int], None] = lambda rows: None,
     ) -> None:
-        """Writes shards, each to a partial file that takes its name when it is whole and on disk.
+        """Writes some of `shards`, each to a partial file that takes its name when it is whole and on disk.
 
-        Args:
-            shards: some of `shards`.
-            rows: their targets and ids.
-            features: (n, C, H, W) of each of `batches(shards)` in turn.
-            on_rows: told how many more rows are done.
+        The features are those of `batches(shards)`; `on_rows` is told how many more rows are done.
 
         Raises:
             BankError: a row is not finite in float16, or not of the header's shape.
@@ -181,28 +159,15 @@ class BankWriter:
         return index
 
     def _encoded(self, targets: NDArray[Any]) -> NDArray[Any]:
-        return targets.astype(np.float32 if self.header.targets else np.int64)
-
-    def _refuse_misfits(self, rows: SplitRows) -> None:
-        count, columns = len(rows.ids), self.header.targets
-        expected = (count, columns) if columns else (count,)
-        if rows.targets.shape != expected or rows.ids.shape != (count, ID_BYTES) or rows.ids.dtype != np.uint8:
-            raise BankError(
-                f"expected targets {expected} and ids (N, {ID_BYTES}), found {rows.targets.shape}, {rows.ids.shape}."
-            )
+        return targets.astype(self.header.members(len(targets))[self.header.target_member][0])
 
     def _fill(
-        self,
-        file: h5py.File,
-        shard: Shard,
-        rows: SplitRows,
-        features: Iterator[NDArray[np.floating[Any]]],
-        on_rows: Callable[[int], None],
+        self, file: h5py.File, shard: Shard, rows: SplitRows, features: Features, on_rows: Callable[[int], None]
     ) -> None:
-        file.attrs.update(attributes_of(self.header, shard.split))
+        file.attrs.update(self.header.attributes(shard.split))
         dataset = _empty_features(file, len(shard), self.header)
         targets = self._encoded(rows.targets[shard.start : shard.stop])
-        file.create_dataset(_target_name(self.header), data=targets, track_times=False)
+        file.create_dataset(self.header.target_member, data=targets, track_times=False)
         file.create_dataset("id", data=rows.ids[shard.start : shard.stop], track_times=False)
         for span in self.batches([shard]):
             try:
@@ -212,26 +177,22 @@ class BankWriter:
                     f"rows {span.start} to {span.stop} of {span.split} could not be made: {error}. What is written "
                     "stays; run the same command again to go on."
                 ) from error
-            if computed.shape != (len(span), *self.header.feature_shape):
-                expected = (len(span), *self.header.feature_shape)
+            if computed.shape != (expected := (len(span), *self.header.feature_shape)):
                 raise BankError(f"expected rows of shape {expected}, found {computed.shape}.")
             try:
-                encoded = self.header.stored.encode(computed)
+                stored = encoded(computed)
             except ValueError as error:
                 raise BankError(
                     f"rows {span.start} to {span.stop} of {span.split} {error}. Hook the network after a "
                     "normalisation, or rescale."
                 ) from error
-            dataset[span.start - shard.start : span.stop - shard.start] = encoded
+            dataset[span.start - shard.start : span.stop - shard.start] = stored
             on_rows(len(span))
-
-
-def _target_name(header: BankIndex) -> str:
-    return "target" if header.targets else "label"
 
 
 def _empty_features(file: h5py.File, rows: int, header: BankIndex) -> h5py.Dataset:
     """`/features`; uncompressed its chunks are allocated at once, one behind the other: readers map them."""
+    dtype, shape = header.members(rows)["features"]
     create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     create.set_chunk((1, *header.feature_shape))
     create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -241,5 +202,5 @@ def _empty_features(file: h5py.File, rows: int, header: BankIndex) -> h5py.Datas
     else:
         create.set_shuffle()
         create.set_deflate(GZIP_LEVEL)
-    space, dtype = h5py.h5s.create_simple((rows, *header.feature_shape)), h5py.h5t.py_create(header.stored.dtype)
-    return h5py.Dataset(h5py.h5d.create(file.id, b"features", dtype, space, create))
+    space, stored = h5py.h5s.create_simple(shape), h5py.h5t.py_create(dtype)
+    return h5py.Dataset(h5py.h5d.create(file.id, b"features", stored, space, create))

@@ -27,15 +27,11 @@ class Record(BaseModel):
 
 
 class RepeatedKeyError(ValueError):
-    """A key that stands twice in one object means one thing to one reader, another to the next, and hides a value.
-
-    Attributes:
-        key: a stranger's words.
-    """
+    """A key that stands twice in one object means one thing to one reader, another to the next, and hides a value."""
 
     def __init__(self, key: str) -> None:
         super().__init__("a key stands twice in one object")
-        self.key = key
+        self.key = key  # a stranger's words
 
 
 def bounded_json(content: bytes, most_values: int = MAX_VALUES) -> Any:

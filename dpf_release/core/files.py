@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their digests, and folders that one run at a time works in."""
+"""Files that appear whole or not at all, and their digests."""
 
 from __future__ import annotations
 
@@ -92,15 +92,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def refuse_small_disk(folder: Path, wanted: int) -> None:
-    """That the disk of a folder has room.
-
-    Args:
-        folder: which exists.
-        wanted: bytes.
-
-    Raises:
-        StorageError: it has not.
-    """
+    """Raises StorageError where the disk of a folder, which exists, has not so many bytes free."""
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise StorageError(
@@ -110,11 +102,7 @@ def refuse_small_disk(folder: Path, wanted: int) -> None:
 
 
 def reserve(handle: int, size: int) -> None:
-    """Takes disk space for an open file, so that later writes up to that size find room; it is then that long.
-
-    Raises:
-        OSError: there is not that much.
-    """
+    """Takes disk space for an open file, which is then that long: later writes up to there find room. Or an OSError."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
 

@@ -16,11 +16,8 @@ def render_page(
 ) -> str:
     """The `page.html` of a package, filled in: everything is escaped, a name that is not there is an error.
 
-    Args:
-        package: as `dpf_release.publish.audit`; its page extends `core/base.html`, and may import `core/parts.html`.
-        values: by the names that the page has for them; `base.html` says which it wants of each page.
-        filters: by name.
-        finalize: what is done to every value before it is written.
+    The page extends `core/base.html`, which says what it wants of each, and may import `core/parts.html`. `finalize` is
+    done to every value before it is written.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("dpf_release.core", "")]),

@@ -19,11 +19,7 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked(folder: Path, run: str = "") -> Iterator[None]:
-    """Holds a folder for one run. The system lets go when the process ends, however it ends.
-
-    Args:
-        folder: which exists.
-        run: what others that belong to the same run know it by; see `belongs_to_run`.
+    """Holds a folder, which exists, for one run, until the process ends, however it ends; see `belongs_to_run`.
 
     Raises:
         StorageError: another process holds it, or the folder cannot be written to.

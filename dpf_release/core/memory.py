@@ -10,8 +10,8 @@ from collections.abc import Iterator
 def return_large_blocks() -> None:
     """Lets this process give blocks of 1 MiB and more back to the system when they are freed, where it has glibc.
 
-    By itself glibc keeps blocks of up to 32 MiB once it has seen one freed. Batches that one thread makes and another
-    frees leave gaps between them then, and a process grows for as long as it runs.
+    By itself glibc keeps up to 32 MiB of each: batches that one thread makes and another frees leave gaps, and a
+    process grows for as long as it runs.
     """
     global _returns_large_blocks
     _returns_large_blocks = True
@@ -22,11 +22,10 @@ def return_large_blocks() -> None:
 def keeping_large_blocks() -> Iterator[None]:
     """Undoes `return_large_blocks` for as long as a training runs.
 
-    A training asks for the same blocks at every step, so it does not grow; to fetch them from the system each time
-    costs it a third of its speed. A process that never called `return_large_blocks` keeps the allocator it has.
+    It asks for the same blocks at every step, so it does not grow; to fetch them anew costs a third of its speed.
     """
     global _returns_large_blocks
-    if not _returns_large_blocks:
+    if not _returns_large_blocks:  # a process that never called it keeps the allocator it has
         yield
         return
     _returns_large_blocks = False

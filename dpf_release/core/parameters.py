@@ -15,21 +15,13 @@ Value = int | float
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter, as it is declared.
-
-    Attributes:
-        name: a word.
-        default: whose type, `int` or `float`, is the parameter's.
-        low: the least value.
-        high: the greatest value.
-        help: what it is, in one line.
-    """
+    """A parameter, as it is declared."""
 
     name: str
-    default: Value
+    default: Value  # whose type, `int` or `float`, is the parameter's
     low: float
     high: float
-    help: str
+    help: str  # what it is, in one line
 
     def check(self, owner: str, value: Value) -> Value:
         """The value, of the parameter's type.
@@ -51,12 +43,7 @@ class Parameter:
 
 
 def parse_parameters(owner: str, text: str, declared: Sequence[Parameter]) -> dict[str, Value]:
-    """The values of `k=20,patch=2`, checked against what is declared; those that it leaves out are not in it.
-
-    Args:
-        owner: whose parameters, for messages.
-        text: behind the colon; empty: none.
-        declared: all that there are.
+    """The values of `k=20,patch=2`, checked against all that are declared; those that it leaves out are not in it.
 
     Raises:
         ConfigError: another form, no such parameter, no number, or one out of bounds.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -41,9 +40,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._bar.stop()
         if kind is None and not self._console.is_terminal:
             self._log()
@@ -69,10 +66,8 @@ class Progress:
     def _log(self) -> None:
         self._logged = time.monotonic()
         left = (self._total - self._done) / max(self._rate, 1e-9)
-        self._console.print(
+        text = (
             f"{self._title}: {self._done}/{self._total} {self._unit}, {self._facts + ', ' if self._facts else ''}"
-            f"{self._rate:.0f} {self._unit}/s, {left:.0f} s left",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"{self._rate:.0f} {self._unit}/s, {left:.0f} s left"
         )
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

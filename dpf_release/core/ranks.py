@@ -26,12 +26,7 @@ PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run.
-
-    Attributes:
-        rank: its number.
-        world_size: how many there are.
-    """
+    """This process, by its number, among those of a run; what they do together raises RankError where one has ended."""
 
     rank: int = 0
     world_size: int = 1
@@ -58,19 +53,11 @@ class Ranks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all ranks are here.
-
-        Raises:
-            RankError: one has ended.
-        """
+        """Until all ranks are here."""
         self.total(np.zeros(1))
 
     def total(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The sum of the ranks' arrays, of one shape and type.
-
-        Raises:
-            RankError: one has ended.
-        """
+        """The sum of the ranks' arrays, of one shape and type."""
         if self.world_size == 1:
             return array
         tensor = torch.from_numpy(array.astype(np.uint8) if array.dtype == bool else array.copy())
@@ -80,29 +67,17 @@ class Ranks:
         return summed
 
     def from_first(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The first rank's array; the others give one of its shape and type.
-
-        Raises:
-            RankError: one has ended.
-        """
+        """The first rank's array; the others give one of its shape and type."""
         return self.total(array if self.is_first else np.zeros_like(array))
 
     def once(self, work: Callable[[], object]) -> None:
-        """The first rank does it while the others wait; nothing in it may wait for them.
-
-        Raises:
-            RankError: a rank has ended.
-        """
+        """The first rank does it while the others wait; nothing in it may wait for them."""
         if self.is_first:
             work()
         self.wait()
 
     def mean(self, facts: Mapping[str, float]) -> dict[str, float]:
-        """Each fact's mean over the ranks, which all have the same ones.
-
-        Raises:
-            RankError: a rank has ended.
-        """
+        """Each fact's mean over the ranks, which all have the same ones."""
         totals = self.total(np.array(list(facts.values()), np.float64)) / self.world_size
         return dict(zip(facts, totals.tolist(), strict=True))
 
@@ -129,7 +104,6 @@ class Ranks:
 
         Raises:
             StorageError: another run works in it, or the ranks do not share it.
-            RankError: a rank has ended.
         """
         run = self.from_first(np.frombuffer(secrets.token_bytes(8), np.uint8)).tobytes().hex()
         if self.is_first:

@@ -13,24 +13,24 @@ Item = TypeVar("Item")
 
 def ahead(items: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
     """The same items, up to `depth` of them made before they are asked for. Close it to stop the thread."""
-    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
+    ready: queue.Queue[tuple[Item] | BaseException] = queue.Queue(depth)
     stopped = threading.Event()
 
-    def put(item: Item | None, error: BaseException | None) -> None:
+    def put(made: tuple[Item] | BaseException) -> None:
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
-                ready.put((item, error), timeout=0.1)
+                ready.put(made, timeout=0.1)
                 return
 
     def make() -> None:
         try:
             for item in items:
-                put(item, None)
+                put((item,))
                 if stopped.is_set():
                     return
-            put(None, StopIteration())
+            put(StopIteration())
         except BaseException as error:  # whatever it is, it belongs to the consumer's thread
-            put(None, error)
+            put(error)
         finally:
             if isinstance(items, Generator):
                 items.close()  # in the thread that ran it
@@ -38,13 +38,10 @@ def ahead(items: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
+        while not isinstance(made := ready.get(), BaseException):
+            yield made[0]
+        if not isinstance(made, StopIteration):
+            raise made
     finally:
         stopped.set()
         thread.join()

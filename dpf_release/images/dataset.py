@@ -60,15 +60,9 @@ class Pictures:
     """
 
     def __init__(
-        self,
-        table: ImageTable,
-        preprocess: Preprocess,
-        workers: int | None = None,
-        memory_limit: int = 2 * 2**30,
+        self, table: ImageTable, preprocess: Preprocess, workers: int | None = None, memory_limit: int = 2 * 2**30
     ) -> None:
-        self.table = table
-        self.preprocess = preprocess
-        self.workers = workers
+        self.table, self.preprocess, self.workers = table, preprocess, workers
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         shape = (len(table), 3, *preprocess.size)
         self._kept: Tensor | None = None
@@ -108,8 +102,7 @@ class Pictures:
         Raises:
             ImageError: a decoding process ended.
         """
-        count = sum(len(rows) for rows in batches)
-        workers = self.workers
+        count, workers = sum(map(len, batches)), self.workers
         if workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks share them
@@ -140,10 +133,10 @@ class Pictures:
         context.set_forkserver_preload(["dpf_release.images.dataset"])
         loader = DataLoader(
             _Decoder(self.preprocess),
-            batch_sampler=([str(file) for file in self._files(rows)] for rows in batches),
+            batch_size=None,
+            sampler=([str(file) for file in self._files(rows)] for rows in batches),
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD,
-            collate_fn=_as_is,
             worker_init_fn=_begin_worker,
             multiprocessing_context=context,
         )
@@ -166,7 +159,7 @@ class _Decoder(Dataset[Any]):
     def __init__(self, preprocess: Preprocess) -> None:
         self.preprocess = preprocess
 
-    def __getitems__(self, files: Sequence[str]) -> _Decoded:
+    def __getitem__(self, files: Sequence[str]) -> _Decoded:
         with strict_pillow():
             found = (picture_or_reason(Path(file), self.preprocess) for file in files)
             return _stacked(found, len(files), self.preprocess)
@@ -181,10 +174,6 @@ def _begin_worker(_: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, args=[multiprocessing.parent_process()], daemon=True).start()
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _stacked(found: Iterable[NDArray[np.uint8] | str], count: int, preprocess: Preprocess) -> _Decoded:

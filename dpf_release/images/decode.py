@@ -19,16 +19,9 @@ from torch import Tensor
 from dpf_release.errors import ImageError
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _EXIF_ORIENTATION = 0x0112
+_TURN_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_TURNS = dict(enumerate((Image.Transpose[name] for name in _TURN_NAMES.split()), start=2))  # by the orientation
 _MAX_PIXELS = 2**26  # of a resized picture, before the crop
 
 
@@ -136,19 +129,9 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 # What Pillow's parsers let out on damaged files: there is no narrower common root.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
+_BROKEN: tuple[type[BaseException], ...] = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError),
+    *(struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 
 

@@ -10,23 +10,17 @@ from typing import Literal
 import numpy as np
 
 from dpf_release.errors import ImageError
-from dpf_release.images.sources.csv_file import csv_columns, csv_splits, read_csv
-from dpf_release.images.sources.folder import image_files, read_folder
+from dpf_release.images.sources import csv_columns, csv_splits, image_files, read_csv, read_folder
 from dpf_release.images.splits import complete_splits
 from dpf_release.images.table import ImageTable, require_classes
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What is known of a data set from before images were taken out of it.
+    """What is known of a data set from before images were taken out of it."""
 
-    Attributes:
-        classes: names of its classes; one may have no image left.
-        splits: path → the split that was made for it; empty: splits are made anew.
-    """
-
-    classes: tuple[str, ...] = ()
-    splits: Mapping[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()  # one may have no image left
+    splits: Mapping[str, str] = field(default_factory=dict)  # path → the split made for it; empty: made anew
 
 
 def read_table(
@@ -47,14 +41,14 @@ def read_table(
     splits. A `.csv` file has the columns `path` (relative to its folder), `label` or `target_columns`,
     perhaps `split`; the others are attributes. Where `val` or `test` is missing it is carved from `train`:
     stratified by class, or by deciles of the first target, with a row of each kept in `train`; or, with
-    `group_column`, whole groups at a time.
+    `group_column`, whole groups (all rows of a person, say) at a time.
 
     Args:
-        source: the folder, or the CSV file.
-        task: what the targets are. Regression needs a CSV file.
+        source: the folder, or the CSV file; regression needs that.
+        task: what the targets are.
         target_columns: for regression, the K columns that hold numbers.
-        group_column: no value of this column (a person, say) occurs in two splits.
-        classes: take only these classes, in this order; all, sorted by name, where empty.
+        group_column: no value of it occurs in two splits.
+        classes: take only these, in this order; all, sorted by name, where empty.
         val_fraction: share of the `train` rows that a missing `val` gets; 0 makes none.
         test_fraction: the same for `test`.
         seed: of the splits that are made.
@@ -67,11 +61,12 @@ def read_table(
     earlier = earlier or Earlier()
     if source.is_dir():
         if task == "regression" or group_column is not None:
-            what = "numbers as targets" if task == "regression" else f"the group column {group_column!r}"
+            what, columns = f"the group column {group_column!r}", "label and the group"
+            if task == "regression":
+                what, columns = "numbers as targets", "split and the targets"
             raise ImageError(
                 f"{source}: expected a CSV table, found a folder: {what} cannot be read from folder names. "
-                "Write a table with the columns path, "
-                + ("split and the targets." if task == "regression" else "label and the group.")
+                f"Write a table with the columns path, {columns}."
             )
         table = read_folder(source, tuple(classes), earlier.classes)
     else:
@@ -86,14 +81,9 @@ def read_unlabelled(
 ) -> ImageTable:
     """Reads public images Q: any folder, searched recursively, or a CSV table with a column `path`.
 
-    Rows under a top-level folder `test` (or with `test` in a column `split`) stay `test`; all others are
-    split into `train` and `val` by the seed. Targets are zeros, (N,) int64.
-
-    Args:
-        source: the folder, or the CSV file.
-        classes: take only files with one of these names among their parent folders, or in the column `label`.
-        val_fraction: share of the rows outside `test` that `val` gets.
-        seed: of the split.
+    Rows under a top-level folder `test` (or with `test` in a column `split`) stay `test`; of all others `val` gets its
+    share by the seed, `train` the rest. Targets are zeros, (N,) int64. Of files only those with one of the `classes`
+    among their parent folders, or in the column `label`, are taken, where any is named.
 
     Raises:
         ImageError: the source cannot be read, has no images, or lacks one of `classes`.

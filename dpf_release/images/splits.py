@@ -36,10 +36,8 @@ def complete_splits(
     if wanted and known:
         splits[pool] = _as_before(table, pool, groups, wanted, known)
     elif wanted:
-        if groups is None:
-            carved = _carve_rows(pool, _strata(table)[pool], wanted, rng)
-        else:
-            carved = _carve_groups(pool, groups[pool], wanted, rng)
+        carve, of = (_carve_rows, _strata(table)) if groups is None else (_carve_groups, groups)
+        carved = carve(pool, of[pool], wanted, rng)
         if any(not len(carved[split]) for split in wanted):
             unit, made = "images" if groups is None else "groups", " and ".join(missing)
             raise ImageError(
@@ -54,11 +52,7 @@ def complete_splits(
 
 
 def _as_before(
-    table: ImageTable,
-    pool: np.ndarray,
-    groups: np.ndarray | None,
-    wanted: Mapping[str, int],
-    known: Mapping[str, str],
+    table: ImageTable, pool: np.ndarray, groups: np.ndarray | None, wanted: Mapping[str, int], known: Mapping[str, str]
 ) -> list[str]:
     """Returns the splits of the rows of `pool` as they are known; a new row goes with its group, or to `train`."""
     before = [known.get(table.paths[row]) for row in pool]
@@ -119,9 +113,8 @@ def _carve_groups(
 
 
 def _refuse_shared_groups(source: Path, groups: np.ndarray, splits: np.ndarray) -> None:
-    pairs = set(zip(groups.tolist(), splits.tolist(), strict=True))
     homes: dict[str, list[str]] = {}
-    for group, split in sorted(pairs):
+    for group, split in sorted(set(zip(groups.tolist(), splits.tolist(), strict=True))):
         homes.setdefault(group, []).append(split)
     shared = [f"{group} ({', '.join(found)})" for group, found in homes.items() if len(found) > 1]
     if shared:

@@ -18,14 +18,7 @@ from dpf_release.images.table import ImageTable
 def survey(
     pictures: Pictures, on_progress: Callable[[int], None] | None = None, rows: Rows | None = None, batch_size: int = 64
 ) -> list[BadImage]:
-    """Decodes pictures once and returns those that cannot be.
-
-    Args:
-        pictures: what to look at.
-        on_progress: called with the number of pictures after each batch.
-        rows: which; all by default.
-        batch_size: pictures a batch.
-    """
+    """Decodes these rows, or all, once, and returns those that cannot be; tells how many more are done."""
     rows = np.arange(len(pictures)) if rows is None else rows
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     bad: list[BadImage] = []
@@ -37,41 +30,24 @@ def survey(
 
 
 def refuse_bad(bad: Sequence[BadImage], total: int, max_bad: float = 0.001) -> None:
-    """Stops a run that has too many images that cannot be decoded.
-
-    Args:
-        bad: from `survey`.
-        total: number of images.
-        max_bad: share of the images that may be bad, 0 to 1.
-
-    Raises:
-        ImageError: there are more than that; the message lists the first 20.
-    """
+    """Raises ImageError where more than a share `max_bad`, 0 to 1, of all images are bad; it lists the first 20."""
     if len(bad) > max_bad * total:
         names = "\n  ".join(f"{image.name} ({image.reason})" for image in bad[:20])
         more = f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
         raise ImageError(
-            f"expected at most {max_bad:.3%} broken images (max_bad = {max_bad:g}), "
-            f"found {len(bad)} of {total}:\n"
-            f"  {names}{more}\nRepair or remove them, or raise max_bad to go on without them."
+            f"expected at most {max_bad:.3%} broken images (max_bad = {max_bad:g}), found {len(bad)} of {total}:\n  "
+            f"{names}{more}\nRepair or remove them, or raise max_bad to go on without them."
         )
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """The images of one set, with the unreadable ones left out of every split and listed.
+    """The images of one set, with the unreadable ones left out of every split and listed."""
 
-    Attributes:
-        table: all images, the unreadable ones too.
-        pictures: decoded, by row of the table.
-        bad: what could not be read, and why.
-        digest: of the table and its files, as they were when this set was opened.
-    """
-
-    table: ImageTable
-    pictures: Pictures
+    table: ImageTable  # of all images
+    pictures: Pictures  # by row of the table
     bad: tuple[BadImage, ...]
-    digest: str
+    digest: str  # of the table and its files, as they were when this set was opened
 
     def rows(self, split_name: str) -> Rows:
         """Rows of a split, without the unreadable images, ascending."""
@@ -81,10 +57,9 @@ class ImageSet:
 def survey_together(pictures: Pictures, ranks: Ranks, title: str) -> list[BadImage]:
     """All pictures that cannot be decoded, each rank looking at its share."""
     mine = np.arange(len(pictures))[ranks.share(len(pictures))]
-    is_bad = np.zeros(len(pictures), np.uint8)
     with Progress(title, len(mine), shown=ranks.is_first) as progress:
         bad = survey(pictures, progress.advance, mine)
     if ranks.world_size == 1:
         return bad
-    is_bad[[image.row for image in bad]] = 1
+    is_bad = np.isin(np.arange(len(pictures)), [image.row for image in bad])
     return survey(pictures, rows=np.flatnonzero(ranks.total(is_bad)))  # once more, for everyone to know the reasons

@@ -22,25 +22,15 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 
 @dataclass(frozen=True, eq=False)
 class ImageTable:
-    """The images of a data set, one row a file.
+    """The images of a data set, one row a file."""
 
-    Attributes:
-        root: folder that `paths` are relative to.
-        paths: (N,) posix paths of the files, each once.
-        targets: (N,) int64 class indices, or (N, K) float32 for regression.
-        classes: names of the classes, by index; empty for regression and unlabelled images.
-        target_names: (K,) names of the regression targets; empty otherwise.
-        splits: (N,) of `train`, `val`, `test`.
-        attributes: further columns of a CSV table, (N,) texts each.
-    """
-
-    root: Path
-    paths: tuple[str, ...]
-    targets: np.ndarray
-    classes: tuple[str, ...]
-    target_names: tuple[str, ...]
-    splits: np.ndarray
-    attributes: dict[str, tuple[str, ...]]
+    root: Path  # folder that `paths` are relative to
+    paths: tuple[str, ...]  # (N,) posix paths of the files, each once
+    targets: np.ndarray  # (N,) int64 class indices, or (N, K) float32 for regression
+    classes: tuple[str, ...]  # names by index; empty for regression and unlabelled images
+    target_names: tuple[str, ...]  # (K,) names of the regression targets; empty otherwise
+    splits: np.ndarray  # (N,) of `train`, `val`, `test`
+    attributes: dict[str, tuple[str, ...]]  # further columns of a CSV table, (N,) texts each
 
     def __len__(self) -> int:
         return len(self.paths)

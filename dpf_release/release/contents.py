@@ -27,6 +27,7 @@ from dpf_release.bank.format import (
     ShardRecord,
     SplitName,
     check_shard,
+    not_finite_rows,
     open_shard,
     read_index,
 )
@@ -358,7 +359,7 @@ def _rows(folder: Path, index: BankIndex, split: SplitName, record: ShardRecord)
     alone = index.model_copy(update={"splits": {split: (record,)}})
     bank = FeatureBank(folder / "features", split, alone)
     for rows, features in bank.batches(max(1, BLOCK_BYTES // index.row_bytes)):
-        bad = index.stored.not_finite(features)
+        bad = not_finite_rows(features)
         if bad.any():
             yield "values", f"row {rows[bad.argmax()]} holds values that are infinite or not numbers"
             return

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpf_release.images.grid import write_grid
+from dpf_release.images.grid import draw_grid
 from dpf_release.owner.adversaries import straw_man
 from dpf_release.owner.fitted import load_function
 from dpf_release.owner.project import Project
@@ -37,7 +37,7 @@ def main() -> None:
     with torch.inference_mode():
         features = project.frozen(project.cut.split.featurizer)(project.preprocess.normalise(pictures))
         before, after = reconstructor(features), reconstructor(network(features))
-    write_grid(options.out, {"original": pictures.float() / 255, "before": before, "after": after})
+    options.out.write_bytes(draw_grid({"original": pictures.float() / 255, "before": before, "after": after}))
     options.out.chmod(0o644)
 
 

@@ -1,15 +1,73 @@
-"""A CSV table as a source of images: `path`, `label` or targets, perhaps `split`; other columns are attributes."""
+"""Where images come from: a folder, `train/CLASS/*.jpg` or `CLASS/*.jpg` without splits, or a CSV table.
+
+A table has `path`, `label` or targets, perhaps `split`; other columns are attributes. `images.read` chooses. A source
+of another kind (WebDataset, Hugging Face `datasets`) is one more function here, and one more case there.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
 from dpf_release.errors import ImageError
 from dpf_release.images.table import SPLIT_NAMES, ImageTable, first_of, require_classes
+
+_READ_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
+# Other image formats are listed too: such a file becomes a reported bad image, not a missing one.
+_OTHER_SUFFIXES = {".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".heic", ".heif", ".avif", ".jp2", ".jxl"}
+
+
+def image_files(folder: Path) -> Iterator[str]:
+    """Yields the sorted posix paths, relative to `folder`, of its image files; hidden ones never."""
+    seen: set[Path] = set()  # of real folders: links are followed, but a link to a parent must not loop
+    found = []
+    suffixes = _READ_SUFFIXES | _OTHER_SUFFIXES
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            seen.add(real)
+            found += [Path(place, name) for name in names if not name.startswith(".")]
+    yield from sorted(file.relative_to(folder).as_posix() for file in found if file.suffix.lower() in suffixes)
+
+
+def read_folder(source: Path, classes: tuple[str, ...], earlier: tuple[str, ...]) -> ImageTable:
+    """A labelled folder, its splits as far as it names them; arguments as of `read.read_table`."""
+    paths = list(image_files(source))
+    parts = [PurePosixPath(path).parts for path in paths]
+    has_splits = any(entry.is_dir() and entry.name.lower() in SPLIT_NAMES for entry in source.iterdir())
+    depth = 1 if has_splits else 0  # where the class folder stands
+    stray = [
+        path
+        for path, names in zip(paths, parts, strict=True)
+        if len(names) < depth + 2 or (has_splits and names[0].lower() not in SPLIT_NAMES)
+    ]
+    if stray:
+        layout = "train/CLASS/IMAGE, val/CLASS/IMAGE, test/CLASS/IMAGE" if has_splits else "CLASS/IMAGE"
+        raise ImageError(
+            f"{source}: expected {layout}, found {len(stray)} images elsewhere, first {first_of(stray)}. "
+            "Move them into a class folder, or out of the tree."
+        )
+    splits = np.array([SPLIT_NAMES[names[0].lower()] if has_splits else "train" for names in parts], "U5")
+    table = ImageTable(source, tuple(paths), np.empty(0), (), (), splits, {})
+    return _labelled(source, table, [names[depth] for names in parts], classes, earlier)
+
+
+def _labelled(
+    source: Path, table: ImageTable, labels: Sequence[str], classes: tuple[str, ...], earlier: tuple[str, ...]
+) -> ImageTable:
+    """The images of a table that are of the wanted classes; all classes, sorted, where none is named."""
+    found = set(labels).union(earlier)
+    names = classes or tuple(sorted(found))
+    require_classes(source, names, found)
+    index = {name: number for number, name in enumerate(names)}
+    targets = np.array([index.get(label, -1) for label in labels], dtype=np.int64)
+    return replace(table, targets=targets, classes=names).select(np.flatnonzero(targets >= 0))
 
 
 def read_csv(
@@ -30,17 +88,12 @@ def read_csv(
     splits = np.array(csv_splits(columns), dtype="U5")
     # The group stays an attribute, also where it is the label or a target.
     attributes = {name: cells for name, cells in columns.items() if name == group_column or name not in ("path", *own)}
+    table = ImageTable(source.parent, columns["path"], np.empty(0), (), (), splits, attributes)
     if regression:
         numbers = [[float(cell) for cell in columns[name]] for name in target_columns]
         targets = np.array(numbers, dtype=np.float32).T  # (K, N) -> (N, K)
-        return ImageTable(source.parent, columns["path"], targets, (), target_columns, splits, attributes)
-    found = set(columns["label"]).union(earlier)
-    names = classes or tuple(sorted(found))
-    require_classes(source, names, found)
-    index = {name: number for number, name in enumerate(names)}
-    targets = np.array([index.get(label, -1) for label in columns["label"]], dtype=np.int64)
-    table = ImageTable(source.parent, columns["path"], targets, names, (), splits, attributes)
-    return table.select(np.flatnonzero(targets >= 0))
+        return replace(table, targets=targets, target_names=target_columns)
+    return _labelled(source, table, columns["label"], classes, earlier)
 
 
 def csv_splits(columns: dict[str, tuple[str, ...]]) -> list[str]:
@@ -48,11 +101,7 @@ def csv_splits(columns: dict[str, tuple[str, ...]]) -> list[str]:
     return [SPLIT_NAMES[name.lower()] for name in columns.pop("split", ("train",) * len(columns["path"]))]
 
 
-def csv_columns(
-    source: Path,
-    needed: Sequence[str],
-    number_columns: Sequence[str] = (),
-) -> dict[str, tuple[str, ...]]:
+def csv_columns(source: Path, needed: Sequence[str], number_columns: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
     """Returns the columns of a CSV file by name, with checked and normalised paths, splits and numbers."""
     if source.suffix.lower() != ".csv" or not source.is_file():
         raise ImageError(f"{source}: expected a folder of images or a .csv file, found neither. Check the path.")
