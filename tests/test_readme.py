@@ -16,8 +16,8 @@ from typer.main import get_command
 
 from conftest import run_cli
 from dpf_release.cli.main import app
+from dpf_release.poisoning.chain import markdown
 from dpf_release.poisoning.interface import FUNCTIONS
-from dpf_release.poisoning.reference import markdown
 from dpf_release.release.attack_report import AttackReport
 from places import ROOT
 

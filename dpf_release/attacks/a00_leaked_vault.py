@@ -6,8 +6,7 @@ import functools
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, LeakedVault, ReleaseView
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
-from dpf_release.attacks.toolkit.decoder import DecoderLoss, decode, train_decoder
+from dpf_release.attacks.toolkit.decoder import DecoderLoss, clean_decoder, decode, train_decoder
 from dpf_release.attacks.toolkit.poisoned_public import poisoned_public, with_room
 from dpf_release.attacks.toolkit.trained import schedule
 
@@ -41,7 +40,6 @@ class LeakedP(Attack):
                 view,
                 f"A0 {loss}",
                 lambda held, rows, generator: poisoned().inputs(held, rows),
-                architecture=DECODERS[0][1],
                 loss=loss,
                 depends_on={"bank": view.bank_subject},
                 start=start,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, ReleaseView
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
-from dpf_release.attacks.toolkit.decoder import decode
+from dpf_release.attacks.toolkit.decoder import DECODERS, clean_decoder, decode
 
 
 @register

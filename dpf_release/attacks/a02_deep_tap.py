@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, HeldPictures, ReleaseView
-from dpf_release.attacks.toolkit.clean_decoders import disturb
-from dpf_release.attacks.toolkit.decoder import decode, train_decoder
-from dpf_release.attacks.toolkit.taps import MOST, WIDEST, Standard, Taps, open_taps, standard, together
+from dpf_release.attacks.toolkit.decoder import decode, disturb, train_decoder
+from dpf_release.attacks.toolkit.taps import MOST, WIDEST, answers_alone, open_taps, standard, together
 from dpf_release.core.arrays import Rows
 
 MISSING = 0.25  # share of rows for which a decoder on several taps has to do without one of them
+WIDTH = 256  # of the first stack of a decoder on outputs: of K alone it would be K
 
 
 @register
@@ -36,30 +36,28 @@ class DeepTap(Attack):
         ways = {"all taps": tuple(range(len(taps)))}
         if len(taps) > 1:
             ways |= {f"{taps.names[k]} alone": (k,) for k in range(min(len(taps), _alone(view.budget)))}
-        return Reconstructions({name: _decoder(view, name, taps, scaled, of) for name, of in ways.items()})
+
+        def decoder(name: str, of: tuple[int, ...]) -> Callable[[Rows], Tensor]:
+            """A decoder on some taps of φ2."""
+
+            def seen(features: Tensor) -> list[Tensor]:
+                every = scaled(taps.of(features))
+                return [every[k] for k in of]
+
+            def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
+                features = view.features_of(held, rows)
+                if generator is None:
+                    return together(seen(features))
+                return together(drop_out(seen(disturb(features, generator)), generator))
+
+            network = train_decoder(view, f"A2 {name}", inputs, width=min(view.feature_shape[0], WIDEST), loss="ssim")
+            return decode(view, network, lambda rows: together(seen(view.rows(rows))))
+
+        return Reconstructions({name: decoder(name, of) for name, of in ways.items()})
 
 
 def _alone(budget: Budget) -> int:
     return min(MOST, max(0, budget.decoders - 2))
-
-
-def _decoder(
-    view: ReleaseView, name: str, taps: Taps, scaled: Standard, of: tuple[int, ...]
-) -> Callable[[Rows], Tensor]:
-    """A decoder on some taps of φ2."""
-
-    def seen(features: Tensor) -> list[Tensor]:
-        every = scaled(taps.of(features))
-        return [every[k] for k in of]
-
-    def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
-        features = view.features_of(held, rows)
-        if generator is None:
-            return together(seen(features))
-        return together(drop_out(seen(disturb(features, generator)), generator))
-
-    network = train_decoder(view, f"A2 {name}", inputs, width=min(view.feature_shape[0], WIDEST), loss="ssim")
-    return decode(view, network, lambda rows: together(seen(view.rows(rows))))
 
 
 def drop_out(taps: Sequence[Tensor], generator: np.random.Generator) -> list[Tensor]:
@@ -72,3 +70,30 @@ def drop_out(taps: Sequence[Tensor], generator: np.random.Generator) -> list[Ten
     there[np.arange(count), generator.integers(len(taps), size=count)] = True
     shares = torch.from_numpy(there.astype(np.float32)).to(taps[0].device)
     return [tap * shares[:, number, None, None, None] for number, tap in enumerate(taps)]
+
+
+class Outputs(Attack):
+    """A decoder on φ2's outputs alone, K numbers → a picture: what every P that keeps the answers gives away.
+
+    A reference and no attack: shown, never subtracted, never gated; not registered.
+    """
+
+    code, title, claim, planted = "outputs", "what φ2's answers give away", None, ()
+
+    def trainings(self, budget: Budget) -> float:
+        """One."""
+        return 1.0
+
+    def run(self, view: ReleaseView) -> Reconstructions:
+        """Outputs standardised on Q, as maps of one pixel."""
+        taps = answers_alone(view)
+        scaled = standard(view, taps)
+
+        def seen(features: Tensor) -> Tensor:
+            return scaled(taps.of(features))[0]
+
+        def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
+            return seen(view.features_of(held, rows))
+
+        network = train_decoder(view, "outputs alone", inputs, width=WIDTH, loss="ssim")
+        return Reconstructions({"outputs alone": decode(view, network, lambda rows: seen(view.rows(rows)))})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
@@ -11,8 +13,7 @@ from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import Budget, HeldPictures, KnownPairs, ReleaseView, batches
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder, disturb
-from dpf_release.attacks.toolkit.decoder import decode, train_decoder
+from dpf_release.attacks.toolkit.decoder import clean_decoder, decode, disturb, train_decoder
 from dpf_release.core.arrays import Rows
 
 PAIRS = (1, 10, 100, 1000)
@@ -82,23 +83,12 @@ def _train(view: KnownPairs, m: int, inverse: Callable[[Tensor], Tensor]) -> tor
             features[of_pair] = inverse(view.rows(view.pair_rows[numbers[of_pair] // 2 % kept]))
         return features
 
-    pairs = replace(
-        view,
-        public=HeldPictures(2 * turns, read),
-        public_val=HeldPictures(m - kept, lambda numbers: view.pictures.read(kept + numbers)),
-    )
-    _, architecture, loss, _ = DECODERS[0]
-    return train_decoder(
-        pairs,
-        f"A6 {m} pairs",
-        inputs,
-        architecture=architecture,
-        loss=loss,
-        depends_on={"bank": view.bank_subject, "pairs": view.pair_rows[:m].tolist()},
-        start=clean_decoder(view).state_dict(),
-        images=_pictures_shown(view.budget, m),
-        shape=view.feature_shape,
-    )
+    held_out = HeldPictures(m - kept, lambda numbers: view.pictures.read(kept + numbers))
+    pairs = replace(view, public=HeldPictures(2 * turns, read), public_val=held_out)
+    subject = {"bank": view.bank_subject, "pairs": view.pair_rows[:m].tolist()}
+    start, images = clean_decoder(view).state_dict(), _pictures_shown(view.budget, m)
+    name, shape = f"A6 {m} pairs", view.feature_shape
+    return train_decoder(pairs, name, inputs, depends_on=subject, start=start, images=images, shape=shape)
 
 
 # --------------------------------------------------------------------------------------------- the linear map
@@ -138,11 +128,11 @@ def fit_inverse(view: KnownPairs, m: int) -> Callable[[Tensor], Tensor]:
     folds = _fold_moments(view, m)
 
     def left(strength: float, prior: float) -> float:
-        others = [sum((fold for fold in folds if fold is not out), start=_nothing(out)) for out in folds]
+        others = [reduce(add, (fold for fold in folds if fold is not out)) for out in folds]
         return sum(out.error(other.map(strength, prior)) for out, other in zip(folds, others, strict=True))
 
     strength, prior = min(((s, p) for s in STRENGTHS for p in (0.0, 1.0)), key=lambda choice: left(*choice))
-    weights = sum(folds, start=_nothing(folds[0])).map(strength, prior).float().to(view.device)
+    weights = reduce(add, folds).map(strength, prior).float().to(view.device)
 
     def inverse(rows: Tensor) -> Tensor:
         mapped = torch.nn.functional.conv2d(rows, weights[:-1].T[:, :, None, None], weights[-1])
@@ -152,25 +142,19 @@ def fit_inverse(view: KnownPairs, m: int) -> Callable[[Tensor], Tensor]:
 
 
 def _fold_moments(view: KnownPairs, m: int) -> list[_Moments]:
-    folds: list[_Moments | None] = [None] * FOLDS
+    channels, dtype = view.feature_shape[0], torch.float64
+    nothing = torch.zeros(channels + 1, channels + 1, dtype=dtype), torch.zeros(channels + 1, channels, dtype=dtype)
+    folds = [_Moments(*nothing, 0.0) for _ in range(FOLDS)]
     for numbers in batches(np.arange(m)):
         rows, clean = view.rows(view.pair_rows[numbers]), view.features_of(view.pictures, numbers)
         places = rows.shape[2] * rows.shape[3]
-        if m >= FOLDS:
-            fold_of = np.repeat(numbers % FOLDS, places)
-        else:
-            fold_of = np.tile(np.arange(places) * FOLDS // places, len(numbers))
+        by_place = np.arange(places) * FOLDS // places
+        fold_of = np.repeat(numbers % FOLDS, places) if m >= FOLDS else np.tile(by_place, len(numbers))
         flat_rows = rows.permute(0, 2, 3, 1).flatten(0, 2).double().cpu()  # (n·h·w, C)
         flat_rows = torch.cat([flat_rows, torch.ones_like(flat_rows[:, :1])], dim=1)
         flat_clean = clean.permute(0, 2, 3, 1).flatten(0, 2).double().cpu()
         for fold in np.unique(fold_of):
             mine = torch.from_numpy(fold_of == fold)
             b, x = flat_rows[mine], flat_clean[mine]
-            found = _Moments(b.T @ b, b.T @ x, float(x.square().sum()))
-            known = folds[fold]
-            folds[fold] = found if known is None else known + found
-    return [fold for fold in folds if fold is not None]
-
-
-def _nothing(like: _Moments) -> _Moments:
-    return _Moments(torch.zeros_like(like.rows), torch.zeros_like(like.both), 0.0)
+            folds[fold] += _Moments(b.T @ b, b.T @ x, float(x.square().sum()))
+    return folds

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
-from dpf_release.attacks.threat_models import Budget, ReleaseView, batches
+from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.attacks.toolkit.taps import STATISTICS, Taps, open_taps
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import Progress
@@ -47,11 +47,9 @@ class PerSample(Attack):
         answered = np.unique(np.linspace(0, len(view.asked) - 1, count).round().astype(np.int64))
         taps = open_taps(view)
         spread = _spread(view, taps)
-        sought = {}
-        for name, drawn in (("pixels", Pixels), ("deep image prior", DeepImagePrior)):
-            found = _sought(view, name, drawn, taps, spread, answered)
-            sought[name] = _picked(answered, found)
-        return Reconstructions(sought, answered)
+        ways: dict[str, Drawn] = {"pixels": Pixels, "deep image prior": DeepImagePrior}
+        found = {name: _sought(view, name, drawn, taps, spread, answered) for name, drawn in ways.items()}
+        return Reconstructions(found, answered)
 
 
 def rows_within(budget: Budget) -> int:
@@ -93,8 +91,7 @@ class DeepImagePrior(nn.Module):
         self.count, self.size = count, size
         factor = 2**self.stages
         start = (-(-size[0] // factor), -(-size[1] // factor))
-        noise = torch.randn(1, count * self.noise, *start, generator=draws)
-        self.drawn = nn.Buffer(noise)
+        self.drawn = nn.Buffer(torch.randn(1, count * self.noise, *start, generator=draws))
         channels = [self.noise] + [self.width] * (self.stages + 1)
         self.weights = nn.ParameterList(
             torch.randn(count * after, before, 3, 3, generator=draws) * (2 / (9 * before)) ** 0.5
@@ -123,44 +120,35 @@ Drawn = type[Pixels] | type[DeepImagePrior]
 
 def _sought(
     view: ReleaseView, name: str, drawn: Drawn, taps: Taps, spread: tuple[Tensor, ...], answered: Rows
-) -> Tensor:
-    """Pictures (n, 3, H, W) uint8 of the answered rows; what is done is kept, for each few rows."""
+) -> Callable[[Rows], Tensor]:
+    """Pictures of the answered rows, by position; what is done is kept, for each few rows."""
     done: list[Tensor] = []
     with Progress(f"Seeking pictures, {name}", len(answered)) as progress:
         for first in range(0, len(answered), AT_ONCE):
             rows = view.asked[answered[first : first + AT_ONCE]]
-            subject = {
-                **view.subject,
-                "bank": view.bank_subject,
-                "rows": rows.tolist(),
-                "seed": view.seed,
-                "version": PerSample.version,
-            }
+            subject = {**view.subject, "bank": view.bank_subject, "rows": rows.tolist()}
+            subject |= {"seed": view.seed, "version": PerSample.version}
             kept = view.kept.load(f"A7 {name}", subject)
             if kept is None:
                 kept = {"pictures": _seek(view, drawn, taps, spread, rows, [view.seed, first])}
                 view.kept.save(f"A7 {name}", subject, kept)
             done.append(kept["pictures"])
             progress.advance(len(rows))
-    return torch.cat(done)
+    pictures = torch.cat(done)
+    return lambda positions: pictures[torch.from_numpy(np.searchsorted(answered, positions))].float() / 255
 
 
 def _seek(
-    view: ReleaseView,
-    drawn: Drawn,
-    taps: Taps,
-    spread: tuple[Tensor, ...],
-    rows: Rows,
-    seed: list[int],
+    view: ReleaseView, drawn: Drawn, taps: Taps, spread: tuple[Tensor, ...], rows: Rows, seed: list[int]
 ) -> Tensor:
     """The best of several restarts for each row, by what is minimised: (n, 3, H, W) uint8."""
     batch = view.rows(rows)
     wanted = [batch, *taps.of(batch)]
-    size = tuple(view.public.read(np.arange(1)).shape[-2:])
+    height, width = view.public.read(np.arange(1)).shape[-2:]
     best, lowest = torch.empty(0), torch.full((len(rows),), torch.inf)
     for restart in range(RESTARTS):
         draws = torch.Generator().manual_seed(int(np.random.default_rng([*seed, restart]).integers(2**62)))
-        drawing = drawn(len(rows), (size[0], size[1]), draws).to(view.device)
+        drawing = drawn(len(rows), (height, width), draws).to(view.device)
         optimizer = torch.optim.Adam(drawing.parameters(), drawn.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS, drawn.learning_rate / 20)
         for _ in range(STEPS):
@@ -193,15 +181,7 @@ def _loss(view: ReleaseView, taps: Taps, spread: tuple[Tensor, ...], wanted: lis
 def _spread(view: ReleaseView, taps: Taps) -> tuple[Tensor, ...]:
     """Variance of the row itself and of each tap, over at most 1024 pictures of Q: mean over channels and places."""
     parts: list[list[Tensor]] = []
-    for chosen in batches(np.arange(min(len(view.public), STATISTICS))):
-        features = view.features_of(view.public, chosen)
+    for features in view.public_features(STATISTICS):
         parts.append([torch.stack([tap.mean(0), tap.square().mean(0)]) for tap in (features, *taps.of(features))])
     means = [torch.stack(of_tap).mean(0) for of_tap in zip(*parts, strict=True)]
     return tuple((square - mean**2).mean().clamp_min(1e-12) for mean, square in means)
-
-
-def _picked(answered: Rows, pictures: Tensor) -> Callable[[Rows], Tensor]:
-    def found(positions: Rows) -> Tensor:
-        return pictures[torch.from_numpy(np.searchsorted(answered, positions))].float() / 255
-
-    return found

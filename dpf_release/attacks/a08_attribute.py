@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,25 +44,27 @@ class Attribute(Attack):
     def run(self, view: ReleaseView) -> Attributes:
         """A linear and a convolutional probe on rows, a linear one on the blocks of φ2."""
         assert isinstance(view, LabelledRows)
-        found = {}
-        known = np.flatnonzero(view.public_values >= 0)
+        images, known = view.budget.images, np.flatnonzero(view.public_values >= 0)
+        sources: list[tuple[str, Examples, NDArray[np.int64], int, dict[str, Any]]] = []
         if len(np.unique(view.public_values[known])) >= 2:
-            values, images = view.public_values[known], view.budget.images
-            of_q: dict[str, Examples] = {"from Q": lambda rows: view.features_of(view.public, known[rows])}
-            shadows_of = {"images": images, "shadows": view.budget.shadows, "decoders": view.budget.decoders}
-            if shadows := [shadow(view, number) for number in range(view.budget.shadows)]:
+            shadows = [shadow(view, number) for number in range(view.budget.shadows)]
+            subject = {"images": images, "shadows": view.budget.shadows, "decoders": view.budget.decoders}
+            of_q = view.public_values[known], images, subject
+            sources.append(("from Q", lambda rows: view.features_of(view.public, known[rows]), *of_q))
+            if shadows:
                 poisoned = union(view, shadows)
-                of_q["from Q under shadow functions"] = lambda rows: poisoned(view.public, known[rows], None)
-            for source, read in of_q.items():
-                for kind in PROBES:
-                    network = _train_probe(view, f"A8 {kind}, {source}", kind, read, values, images, shadows_of)
-                    found[f"{kind}, {source}"] = _predict(view, network, kind)
+                read = lambda rows: poisoned(view.public, known[rows], None)  # noqa: E731
+                sources.append(("from Q under shadow functions", read, *of_q))
         of_bank = {"bank": view.bank_subject, "rows": view.known_rows.tolist()}
-        for kind in PROBES:
-            of_rows = lambda rows: view.rows(view.known_rows[rows])  # noqa: E731
-            values, images = view.known_values, view.budget.bank_images
-            network = _train_probe(view, f"A8 {kind}, from known rows", kind, of_rows, values, images, of_bank)
-            found[f"{kind}, from known rows"] = _predict(view, network, kind)
+        of_rows = view.known_values, view.budget.bank_images, of_bank
+        sources.append(("from known rows", lambda rows: view.rows(view.known_rows[rows]), *of_rows))
+        found = {}
+        for source, read, values, shown, depends_on in sources:
+            for kind, (inputs_of, build) in PROBES.items():
+                name, inputs = f"{kind}, {source}", inputs_of(view)
+                network = _train_probe(view, f"A8 {name}", inputs, build, read, values, shown, depends_on)
+                answers = [network(inputs(view.rows(rows))).argmax(1).cpu().numpy() for rows in batches(view.asked)]
+                found[name] = np.concatenate(answers)
         return Attributes(found)
 
 
@@ -91,7 +94,8 @@ def _convolutional(shape: tuple[int, ...], values: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(channels, affine=False), AttributeClassifier((channels, height, width), values))
 
 
-PROBES: dict[str, tuple[Callable[[ReleaseView], Inputs], Callable[[tuple[int, ...], int], nn.Module]]] = {
+Build = Callable[[tuple[int, ...], int], nn.Module]  # shape of what it sees, and values → a probe
+PROBES: dict[str, tuple[Callable[[ReleaseView], Inputs], Build]] = {
     "linear": (_rows, _linear),
     "convolutional": (_rows, _convolutional),
     "linear on blocks of φ2": (_blocks, _linear),
@@ -101,25 +105,17 @@ PROBES: dict[str, tuple[Callable[[ReleaseView], Inputs], Callable[[tuple[int, ..
 def _train_probe(
     view: LabelledRows,
     name: str,
-    kind: str,
+    inputs: Inputs,
+    build: Build,
     read: Examples,
     values: NDArray[np.int64],
     images: int,
-    depends_on: Mapping[str, object] | None = None,
+    depends_on: Mapping[str, Any],
 ) -> nn.Module:
-    """A probe, each value of equal weight; at the epoch that is best on examples held out.
+    """A probe, each value of equal weight; shown so many images, at the epoch that is best on examples held out.
 
-    Args:
-        view: whose seed, budget, device and φ2.
-        name: under which it is kept.
-        kind: of `PROBES`.
-        read: numbers of examples → their features.
-        values: (n,) of the examples.
-        images: that it is shown.
-        depends_on: beside Q, φ1, φ2, values, budget and seed.
+    It depends on Q, φ1, φ2, values and seed, and on what else it is told. `values` are those of the examples, (n,).
     """
-    inputs_of, build = PROBES[kind]
-    inputs = inputs_of(view)
     shape = tuple(inputs(read(np.arange(1))).shape[1:])
     with seeded(view.seed):
         network = build(shape, len(view.values))
@@ -144,18 +140,9 @@ def _train_probe(
     epochs = int(np.clip(images // len(train), 1, MOST_EPOCHS))
     rows = min(len(train), max(TRAINING_BATCH, images // epochs))
     batch = min(TRAINING_BATCH, rows)
-    return trained(
-        view,
-        name,
-        network,
-        read_batch,
-        loss,
-        Recipe(epochs, batch, LEARNING_RATE, weight_decay=WEIGHT_DECAY, seed=view.seed, bf16="off"),
-        rows,
-        title=f"Training the probe {name}",
-        validate=validate,
-        depends_on={"values": values.tolist(), "of": len(view.values), **(depends_on or {})},
-    )
+    recipe = Recipe(epochs, batch, LEARNING_RATE, weight_decay=WEIGHT_DECAY, seed=view.seed, bf16="off")
+    title, subject = f"Training the probe {name}", {"values": values.tolist(), "of": len(view.values), **depends_on}
+    return trained(view, name, network, read_batch, loss, recipe, rows, title, validate, subject)
 
 
 def _alike(values: NDArray[np.int64], count: int) -> Tensor:
@@ -172,12 +159,3 @@ def _held_out(values: NDArray[np.int64], seed: int) -> tuple[Rows, Rows]:
     if not val:
         return np.sort(shuffled), np.sort(shuffled)
     return np.setdiff1d(shuffled, np.concatenate(val)), np.sort(np.concatenate(val))
-
-
-def _predict(view: LabelledRows, network: nn.Module, kind: str) -> NDArray[np.int64]:
-    inputs, parts = PROBES[kind][0](view), []
-    for rows in batches(view.asked):
-        with torch.inference_mode():
-            scores = network(inputs(view.rows(rows)))
-        parts.append(scores.argmax(1).cpu().numpy())
-    return np.concatenate(parts)

@@ -10,9 +10,16 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
-from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, ReleaseView, TwoReleases, batches
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
-from dpf_release.attacks.toolkit.decoder import decode, train_decoder
+from dpf_release.attacks.threat_models import (
+    Budget,
+    HeldPictures,
+    HeldRows,
+    ReleaseView,
+    TwoReleases,
+    batches,
+    on_device,
+)
+from dpf_release.attacks.toolkit.decoder import clean_decoder, decode, train_decoder
 from dpf_release.attacks.toolkit.shadows import SHARE, STEP_COST, shadow, union
 from dpf_release.attacks.toolkit.taps import open_taps, standard
 from dpf_release.core.arrays import Rows
@@ -40,20 +47,14 @@ class TwoFunctions(Attack):
         network = _train(view)
 
         def second(rows: Rows) -> Tensor:
-            features = torch.from_numpy(np.asarray(view.other.read(other(rows)), np.float32)).to(view.device)
-            return features.contiguous(memory_format=torch.channels_last)
+            return on_device(view.other.read(other(rows)), view.device)
 
         def pair(rows: Rows) -> Tensor:
-            both = torch.cat([view.rows(rows), second(rows)], dim=1)
-            return both.contiguous(memory_format=torch.channels_last)
+            return torch.cat([view.rows(rows), second(rows)], dim=1).contiguous(memory_format=torch.channels_last)
 
+        of_pair = decode(view, network, pair)
         one, two = (decode(view, clean_decoder(view), read) for read in (view.rows, second))
-        return Reconstructions(
-            {
-                "pair": decode(view, network, pair),
-                "mean of both": lambda positions: (one(positions) + two(positions)) / 2,
-            }
-        )
+        return Reconstructions({"pair": of_pair, "mean of both": lambda rows: (one(rows) + two(rows)) / 2})
 
 
 def _train(view: ReleaseView) -> torch.nn.Module:
@@ -65,19 +66,8 @@ def _train(view: ReleaseView) -> torch.nn.Module:
         both = [disturbed(held, rows, generator) for _ in range(2)]  # each row through two functions
         return torch.cat(both, dim=1).contiguous(memory_format=torch.channels_last)
 
-    _, architecture, loss, _ = DECODERS[0]
-    return train_decoder(
-        view,
-        f"A9 pair of {count}",
-        inputs,
-        architecture=architecture,
-        loss=loss,
-        width=view.feature_shape[0],
-        depends_on={"shadows": count, "decoders": view.budget.decoders},
-    )
-
-
-# --------------------------------------------------------------------------------------------- joining
+    subject = {"shadows": count, "decoders": view.budget.decoders}
+    return train_decoder(view, f"A9 pair of {count}", inputs, width=view.feature_shape[0], depends_on=subject)
 
 
 def join(view: TwoReleases) -> Callable[[Rows], Rows]:

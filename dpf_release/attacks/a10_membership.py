@@ -15,7 +15,8 @@ from dpf_release.attacks.toolkit.trained import recipe_for, seeded, trained
 from dpf_release.core.arrays import Rows
 from dpf_release.models.probes import AttributeClassifier
 
-STUDENT, LEARNING_RATE = "A10 student", 3e-3
+SHIFTS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # of a picture, in pixels
+LEARNING_RATE = 3e-3  # of the student
 Network = Callable[[Tensor], Tensor]  # pictures uint8 → outputs
 
 
@@ -57,11 +58,11 @@ def _errors(view: QueryImages, network: Network) -> tuple[np.ndarray, np.ndarray
     Of classes as log-odds (Carlini et al., "Membership inference attacks from first principles", 2022): the
     cross-entropy of a network that is sure of almost all pictures is 0 in float32 for members and others alike.
     """
-    wrong, sure = [], []
-    wanted = _wanted(view)
+    wrong, sure, wanted = [], [], _wanted(view)
     for chosen in batches(np.arange(len(view.pictures))):
         pictures = view.pictures.read(chosen)
-        answers = torch.stack([network(changed) for changed in _variants(pictures)])  # (6, n, K)
+        variants = [pictures, pictures.flip(3), *(torch.roll(pictures, shift, (2, 3)) for shift in SHIFTS)]
+        answers = torch.stack([network(changed) for changed in variants])  # (6, n, K)
         target = wanted[chosen].to(answers.device)
         if view.task == "classification":
             wrong.append(-log_odds(answers, target.expand(len(answers), -1)))
@@ -88,11 +89,6 @@ def _wanted(view: QueryImages) -> Tensor:
     return torch.from_numpy(means[view.labels])
 
 
-def _variants(pictures: Tensor) -> list[Tensor]:
-    shifts = [(1, 0), (-1, 0), (0, 1), (0, -1)]
-    return [pictures, pictures.flip(3), *(torch.roll(pictures, shift, (2, 3)) for shift in shifts)]
-
-
 def _against_class(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Less the median of the queries of the same class."""
     out = values.copy()
@@ -107,7 +103,6 @@ def train_student(view: ReleaseView) -> Network:
     outputs = view.answers(view.features(one)).shape[1]
     with seeded(view.seed):
         network = AttributeClassifier((3, one.shape[2], one.shape[3]), outputs)
-    recipe, rows = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
 
     def scaled(pictures: Tensor) -> Tensor:
         return view.preprocess.normalise(pictures.to(view.device))
@@ -122,11 +117,6 @@ def train_student(view: ReleaseView) -> Network:
             return {"loss": F.smooth_l1_loss(answers, batch[1])}
         return {"loss": F.cross_entropy(answers, batch[1].softmax(1))}
 
-    trained(view, STUDENT, network, read_batch, loss, recipe, rows, title="Training the student")
-
-    def answer(pictures: Tensor) -> Tensor:
-        with torch.inference_mode():
-            out: Tensor = network(scaled(pictures)).float()
-        return out
-
-    return answer
+    recipe = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
+    trained(view, "A10 student", network, read_batch, loss, *recipe, "Training the student")
+    return lambda pictures: network(scaled(pictures)).float()

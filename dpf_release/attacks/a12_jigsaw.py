@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from dpf_release.attacks.interface import Attack, Reconstructions, register
 from dpf_release.attacks.threat_models import BATCH, Budget, ReleaseView, batches
-from dpf_release.attacks.toolkit.clean_decoders import clean_decoder
-from dpf_release.attacks.toolkit.decoder import decode
-from dpf_release.attacks.toolkit.pieces import Grid, Swaps, find_swaps, fits, train_fitting
+from dpf_release.attacks.toolkit.decoder import clean_decoder, decode
+from dpf_release.attacks.toolkit.pieces import Grid, find_swaps, fits, train_fitting
 from dpf_release.attacks.toolkit.taps import answers_alone, open_taps
 from dpf_release.core.arrays import Rows
 
@@ -41,9 +41,9 @@ class Jigsaw(Attack):
 
     def run(self, view: ReleaseView) -> Reconstructions:
         """For each anchor the likeliest pieces, and the mean of all by how likely they are."""
-        swaps = find_swaps(view)
-        grid, pools = Grid(view.feature_shape, swaps.patch), pools_of(view, swaps)
-        fitting = train_fitting(view, swaps.patch)
+        group, patch = find_swaps(view)
+        grid, pools = Grid(view.feature_shape, patch), pools_of(view, group)
+        fitting = train_fitting(view, patch)
         decoders = {}
         for anchor in ("middle piece", "most pieces"):
             shares = _assemble(view, grid, pools, fitting, anchor == "middle piece")
@@ -53,25 +53,21 @@ class Jigsaw(Attack):
         return Reconstructions(decoders)
 
 
-def pools_of(view: ReleaseView, swaps: Swaps) -> Rows:
+def pools_of(view: ReleaseView, group: Rows) -> Rows:
     """For each asked row those with pieces of the same pictures, itself the first: (asked, M), -1 where fewer."""
     pools: list[Rows] = []
-    members = np.argsort(swaps.group, kind="stable")
-    starts = np.searchsorted(swaps.group[members], np.arange(swaps.group.max() + 2))
+    members = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[members], np.arange(group.max() + 2))
     seen: Tensor | None = None
     for row in view.asked.tolist():
-        group = swaps.group[row]
-        pool = members[starts[group] : starts[group + 1]]
+        pool = members[starts[group[row]] : starts[group[row] + 1]]
         if not 1 < len(pool) <= MOST:
             seen = _seen(view) if seen is None else seen
             among = pool if len(pool) > MOST else _same_class(view, row)
             distances = (seen[torch.from_numpy(among)] - seen[row]).square().sum(1)
             pool = among[distances.argsort()[: MOST if len(pool) > MOST else NEAREST].numpy()]
         pools.append(np.concatenate([[row], pool[pool != row]]))
-    out = np.full((len(pools), max(map(len, pools))), -1, np.int64)
-    for position, pool in enumerate(pools):
-        out[position, : len(pool)] = pool
-    return out
+    return np.array(list(zip_longest(*pools, fillvalue=-1)), np.int64).T
 
 
 def _same_class(view: ReleaseView, row: int) -> Rows:
@@ -90,11 +86,7 @@ def _seen(view: ReleaseView) -> Tensor:
 def _assemble(
     view: ReleaseView, grid: Grid, pools: Rows, fitting: Callable[[Tensor], tuple[Tensor, ...]], middle: bool
 ) -> Tensor:
-    """Of each asked row, how likely it is at each place that the picture has the piece of each row of the pool there.
-
-    Returns:
-        (asked, down, across, M) float16.
-    """
+    """How likely the picture has at each place the piece of each row of the pool: (asked, down, across, M) float16."""
     (down, across), most = grid.size, pools.shape[1]
     numbers = max(int(np.prod(grid.shape)) * most, down * across * most**2)
     size = max(1, TOGETHER // numbers)
@@ -103,9 +95,8 @@ def _assemble(
         pool = pools[first : first + size]
         pieces = _pieces(view, grid, pool)  # (n, M, d, a, K)
         prior = _prior(pieces, torch.from_numpy(pool >= 0).to(view.device), middle)
-        with torch.inference_mode():
-            sides = [side.unflatten(0, pool.shape) for side in fitting(pieces.flatten(0, 1))]
-            found.append(beliefs(prior, *sides).half().cpu())
+        sides = [side.unflatten(0, pool.shape) for side in fitting(pieces.flatten(0, 1))]
+        found.append(beliefs(prior, *sides).half().cpu())
     return torch.cat(found)
 
 
@@ -136,15 +127,8 @@ def _prior(pieces: Tensor, there: Tensor, middle: bool) -> Tensor:
 def beliefs(prior: Tensor, right: Tensor, left: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Sums and products of messages between neighbouring places, as if there were no loops (belief propagation).
 
-    Args:
-        prior: (n, d, a, M) log-odds.
-        right: (n, M, d, a, 64), each piece towards its right neighbour, as `pieces.Fitting`.
-        left: as `right`.
-        lower: as `right`.
-        upper: as `right`.
-
-    Returns:
-        (n, d, a, M), of sum 1.
+    From log-odds (n, d, a, M), and each piece towards its four neighbours as `pieces.Fitting` has it, (n, M, d, a, 64),
+    to shares (n, d, a, M) of sum 1.
     """
     beside = fits(right[:, :, :, :-1], left[:, :, :, 1:])  # (n, d, a - 1, M, M)
     below = fits(lower[:, :, :-1], upper[:, :, 1:])  # (n, d - 1, a, M, M)
@@ -167,13 +151,8 @@ def beliefs(prior: Tensor, right: Tensor, left: Tensor, lower: Tensor, upper: Te
 
 
 def _belief(prior: Tensor, to_next: list[Tensor], to_last: list[Tensor]) -> Tensor:
-    return (
-        prior
-        + F.pad(to_next[0], (0, 0, 1, 0))
-        + F.pad(to_last[0], (0, 0, 0, 1))
-        + F.pad(to_next[1], (0, 0, 0, 0, 1, 0))
-        + F.pad(to_last[1], (0, 0, 0, 0, 0, 1))
-    )
+    beside = prior + F.pad(to_next[0], (0, 0, 1, 0)) + F.pad(to_last[0], (0, 0, 0, 1))
+    return beside + F.pad(to_next[1], (0, 0, 0, 0, 1, 0)) + F.pad(to_last[1], (0, 0, 0, 0, 0, 1))
 
 
 def _rebuilt(view: ReleaseView, grid: Grid, pools: Rows, shares: Tensor, sharp: bool) -> Callable[[Rows], Tensor]:

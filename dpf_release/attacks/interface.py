@@ -22,32 +22,24 @@ Claim = Literal["reconstruction", "linkage", "attribute"]
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Pictures of the asked rows, by each decoder that the attacker ended with. Which is the best, they cannot know.
+    """Pictures of the asked rows, by each decoder that the attacker ended with. Which is the best, they cannot know."""
 
-    Attributes:
-        decoders: name → positions in `view.asked` → pictures (n, 3, H, W), floats in [0, 1].
-        answered: the positions that there is an answer for, ascending; None: for all. No others are asked for then.
-        series: name of a decoder → what it depends on, and how much of it there was: ("pairs", 100).
-        lacks: what the attacker should have tried and could not; then a failure to reconstruct proves nothing.
-    """
-
+    # name → positions in `view.asked` → pictures (n, 3, H, W), floats in [0, 1]
     decoders: Mapping[str, Callable[[Rows], Tensor]]
+    # the positions that there is an answer for, ascending; None: for all. No others are asked for then
     answered: Rows | None = None
+    # name of a decoder → what it depends on, and how much of it there was: ("pairs", 100)
     series: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    lacks: str = ""
+    lacks: str = ""  # what the attacker should have tried and could not; then a failure to reconstruct proves nothing
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike query images and rows are, in one way of looking.
+    """How alike query images and rows are, in one way of looking."""
 
-    Attributes:
-        pools: (n, M) of each query and each row of its pool; None for an attack that links no rows.
-        membership: (n,) higher: rather in S.
-    """
-
+    # (n, M) of each query and each row of its pool; None for an attack that links no rows
     pools: NDArray[np.float32] | None
-    membership: NDArray[np.float32]
+    membership: NDArray[np.float32]  # (n,) higher: rather in S
 
 
 @dataclass(frozen=True)
@@ -148,15 +140,14 @@ def register(attack: type[Attack]) -> type[Attack]:
 
 def registered() -> list[Attack]:
     """One of each that is known, A1 before A10."""
-    return [ATTACKS[code]() for code in sorted(ATTACKS, key=lambda code: (code.rstrip("0123456789"), _number(code)))]
+    return [ATTACKS[code]() for code in sorted(ATTACKS, key=lambda code: (code.rstrip("0123456789"), len(code), code))]
 
 
 @cache
 def load_attack(name: str) -> type[Attack]:
     """An attack from outside this package, known to the suite from then on. Its code is imported: ask before.
 
-    Args:
-        name: `package.module:Class`, or that of an entry point `dpf_release.attacks` of an installed package.
+    It goes by `package.module:Class`, or by an entry point `dpf_release.attacks` of an installed package.
 
     Raises:
         ConfigError: there is none.
@@ -169,8 +160,3 @@ def load_attack(name: str) -> type[Attack]:
     if not (isinstance(found, type) and issubclass(found, Attack)):
         raise ConfigError(f"expected an attack, package.module:Class, found {name!r}.")
     return register(found)
-
-
-def _number(code: str) -> int:
-    digits = "".join(filter(str.isdigit, code))
-    return int(digits) if digits else 0

@@ -118,7 +118,7 @@ def functions(trust_code: TrustCodeOption = False) -> None:
 
     Example: dpf-release functions
     """
-    from dpf_release.poisoning.reference import TABLE_HEADER, table_rows
+    from dpf_release.poisoning.chain import TABLE_HEADER, table_rows
 
     print_table("Poisoning functions", TABLE_HEADER, table_rows(trust_code))
     print("In dpf.toml, or with fit-poison --function: NAME, NAME:PARAMETER=VALUE,..., or a chain NAME+NAME.")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpf_release.attacks.a02_deep_tap import Outputs
 from dpf_release.attacks.interface import Attack, Attributes, Links, Reconstructions, Result, registered
-from dpf_release.attacks.reference_outputs import Outputs
 from dpf_release.attacks.threat_models import Kept, ReleaseView
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce

@@ -11,8 +11,7 @@ import torch
 
 from dpf_release.attacks.interface import Attack, registered
 from dpf_release.attacks.threat_models import Budget, ReleaseView
-from dpf_release.attacks.toolkit.clean_decoders import disturb
-from dpf_release.attacks.toolkit.decoder import decoder_loss
+from dpf_release.attacks.toolkit.decoder import decoder_loss, disturb
 from dpf_release.attacks.toolkit.trained import TRAINING_BATCH
 from dpf_release.models.reconstructors import build_reconstructor
 from dpf_release.models.training import uses_bf16

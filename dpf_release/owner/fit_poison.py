@@ -22,9 +22,8 @@ from dpf_release.owner.fitted import CANDIDATE, PLAN, STATE, checkpoints, read_p
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import TargetTask
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.poisoning.chain import Chain, build_chain
+from dpf_release.poisoning.chain import Chain, Plans, build_chain, fit_chain
 from dpf_release.poisoning.context import Material, Split
-from dpf_release.poisoning.fitting import Plans, fit_chain
 
 
 @dataclass(frozen=True)

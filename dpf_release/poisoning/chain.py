@@ -1,12 +1,14 @@
-"""P from its name: one function, or a chain of them."""
+"""P from its name: one function, or a chain of them; how it is fitted; and all functions, as they are declared."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +20,13 @@ from dpf_release.core.files import sha256_of
 from dpf_release.core.own_code import imported, installed
 from dpf_release.core.parameters import parse_parameters
 from dpf_release.errors import ConfigError
+from dpf_release.poisoning.context import FitContext, FitRows, Material, Split
 from dpf_release.poisoning.interface import FUNCTIONS, PoisonedRows, PoisoningFunction
 from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
 
 ENTRY_POINTS = "dpf_release.functions"
+TABLE_HEADER = ("function", "parameter", "default", "from", "to", "what it is")
+Plans = dict[str, list[Plan]]  # of each split, one a stage
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,18 @@ class Chain:
 
     @property
     def learned_secret(self) -> bool:
-        """Whether more than the draws for a bank is secret."""
+        """As of a stage, for any."""
         return any(stage.learned_secret for stage in self.stages)
 
     @property
     def needs_adversaries(self) -> bool:
-        """Whether a stage is trained against adversaries."""
+        """As of a stage, for any."""
         return any(stage.needs_adversaries for stage in self.stages)
 
     def outside_code(self) -> list[str]:
         """SHA-256 of the files that stages from outside this package are written in: what is kept depends on them."""
-        modules = sorted({type(stage).__module__ for stage in self.stages})
-        theirs = [name for name in modules if not name.startswith("dpf_release.")]
+        modules = {type(stage).__module__ for stage in self.stages}
+        theirs = sorted(name for name in modules if not name.startswith("dpf_release."))
         files = [getattr(sys.modules.get(name), "__file__", None) for name in theirs]
         return [sha256_of(Path(file)) if file else "unknown" for file in files]
 
@@ -81,9 +86,8 @@ class Chain:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes what `state` gave."""
         for number, stage in enumerate(self.stages):
-            prefix = f"{number}/"
-            mine = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            stage.load(mine)
+            mine = f"{number}/"
+            stage.load({name.removeprefix(mine): value for name, value in state.items() if name.startswith(mine)})
 
     def plan(self, source: RowSource, phi_2: nn.Module, secret: bytes) -> list[Plan]:
         """One plan a stage, each made on the rows as the stage before leaves them."""
@@ -95,11 +99,7 @@ class Chain:
     def drop_rows(
         self, plans: Sequence[Plan], kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
     ) -> tuple[list[Plan], Rows]:
-        """The stages' plans when rows have gone, as `PoisoningFunction.drop_rows`.
-
-        Returns:
-            One plan a stage, and the numbers of the rows that come out otherwise than before after all stages.
-        """
+        """As `PoisoningFunction.drop_rows`: one plan a stage, and the rows that come out otherwise after all stages."""
         left: list[Plan] = []
         rebuilt = np.empty(0, np.int64)
         for number, (stage, plan) in enumerate(zip(self.stages, plans, strict=True)):
@@ -175,6 +175,54 @@ def _build_stage(text: str, features: FeatureSpec, allow_import: bool) -> Poison
     return cls(features, **parse_parameters(name, rest, cls.parameters))
 
 
+def fit_chain(
+    chain: Chain,
+    material: Material,
+    known: Mapping[str, list[Plan]] | None = None,
+    planned: Callable[[Plans], Plans] = lambda plans: plans,
+) -> tuple[Plans, dict[str, float], dict[str, Any]]:
+    """Fits and plans each stage in turn, on the rows as those before it leave them.
+
+    Args:
+        chain: whose networks were drawn from secret randomness.
+        material: what it is fitted from.
+        known: plans of the first stages, of a run that was cut off.
+        planned: told of all plans so far, after each stage; says which count (of several ranks, the first's).
+
+    Returns:
+        The plans of `train` and `val`; what the last stage that learned anything says; the histories of all trainings.
+
+    Raises:
+        ConfigError: a function that cannot be fitted on these rows; it says why.
+    """
+    splits = {"train": material.train, "val": material.val}
+    plans: Plans = {name: list((known or {}).get(name, [])) for name in splits}
+    facts: dict[str, float] = {}
+    histories: dict[str, Any] = {}
+    for network in chain.networks():
+        network.to(material.device)
+    for number, stage in enumerate(chain.stages):
+        rows = {name: _fit_rows(chain, split, plans[name], number) for name, split in splits.items()}
+        secret = chain.stage_secret(material.secret, number)
+        context = FitContext(material, number, rows["train"], rows["val"], secret)
+        facts = stage.fit(context) or facts
+        histories |= context.histories
+        for network in stage.networks():
+            network.eval().requires_grad_(False)
+        for name, of_split in rows.items():
+            if len(plans[name]) == number:
+                plans[name].append(stage.plan(of_split.inputs, material.phi_2, secret))
+        plans = planned(plans)
+    return plans, facts, histories
+
+
+def _fit_rows(chain: Chain, split: Split, plans: list[Plan], stages: int) -> FitRows:
+    mixing = chain.mixing_stages(stages)
+    inputs = chain.on(split.rows, plans, stages)
+    goal = inputs if mixing == stages else chain.on(split.rows, plans, mixing)
+    return FitRows(inputs, goal, lambda rows: chain.contributors(rows, plans, stages), split.images)
+
+
 def known_functions(trust_code: bool = False) -> dict[str, type[PoisoningFunction]]:
     """All functions that have a name: ours; where their code is trusted, also those of installed packages."""
     return FUNCTIONS | ({name: import_function(name) for name in installed(ENTRY_POINTS)} if trust_code else {})
@@ -188,8 +236,9 @@ def import_function(name: str, allow_import: bool = True) -> type[PoisoningFunct
     """
     entries = installed(ENTRY_POINTS)
     known = ", ".join(sorted({*FUNCTIONS, *entries}))
+    expected = f"expected a poisoning function, one of {known} or package.module:Class, found {name!r}."
     if name not in entries and not {".", ":"} & set(name):
-        raise ConfigError(f"expected a poisoning function, one of {known} or package.module:Class, found {name!r}.")
+        raise ConfigError(expected)
     if not allow_import:
         raise ConfigError(f"the poisoning function {name!r} is somebody's own code: say --trust-code to run it")
     try:
@@ -197,7 +246,7 @@ def import_function(name: str, allow_import: bool = True) -> type[PoisoningFunct
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"the poisoning function {name!r} cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, PoisoningFunction)):
-        raise ConfigError(f"expected a poisoning function, one of {known} or package.module:Class, found {name!r}.")
+        raise ConfigError(expected)
     if "name" not in vars(found):  # that of a parent would stand for another function
         found.name = name
     return found
@@ -212,3 +261,22 @@ def _varied(stage: PoisoningFunction, generator: np.random.Generator) -> str:
     except ConfigError:
         others = own
     return stage.name + ":" * bool(others) + ",".join(f"{name}={value}" for name, value in others.items())
+
+
+def table_rows(trust_code: bool = False) -> list[tuple[str, ...]]:
+    """One row a function, and one for each of its parameters: name, parameter, default, bounds, help."""
+    rows: list[tuple[str, ...]] = []
+    for name, cls in sorted(known_functions(trust_code).items()):
+        summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+        rows.append((name, "", "", "", "", summary))
+        for parameter in cls.parameters:
+            numbers = (f"{number:g}" for number in (parameter.default, parameter.low, parameter.high))
+            rows.append((name, parameter.name, *numbers, parameter.help))
+    return rows
+
+
+def markdown() -> str:
+    """The same as a Markdown table, for docs/functions.md."""
+    named = [(f"`{name}`", *rest) for name, *rest in table_rows()]
+    lines: list[tuple[str, ...]] = [TABLE_HEADER, ("---",) * len(TABLE_HEADER), *named]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"

@@ -9,10 +9,9 @@ from torch import nn
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.parameters import Parameter
-from dpf_release.errors import ConfigError
 from dpf_release.poisoning.interface import PoisoningFunction, register
 from dpf_release.poisoning.plan import Plan
-from dpf_release.poisoning.recombine import target_bins
+from dpf_release.poisoning.recombine import refuse_small_classes, target_bins
 from dpf_release.poisoning.stationary import keyed_normal
 
 BATCH = 256
@@ -30,6 +29,7 @@ class ClassGaussian(PoisoningFunction):
     """
 
     mixes_rows = True
+    made_of = "Each row is drawn from the mean and spread of its class, which are those of {k} images or more."
     parameters = (
         Parameter("k", 5, 2, 10_000, "rows that a class has at the least"),
         Parameter("bins", 10, 1, 1000, "classes that regression targets are cut into"),
@@ -37,18 +37,13 @@ class ClassGaussian(PoisoningFunction):
     k: int
     bins: int
 
-    def statement(self) -> str:
-        """See `PoisoningFunction.statement`."""
-        return f"Each row is drawn from the mean and spread of its class, which are those of {self.k} images or more."
-
     def plan(self, source: RowSource, phi_2: nn.Module, secret: bytes) -> Plan:
         """The class of each row, and the moments of each class.
 
         Raises:
             ConfigError: a class has fewer than `k` rows.
         """
-        classes = target_bins(source.targets, self.bins) if len(source) else np.empty(0, np.int64)
-        return self._planned(secret, classes, source, secret)
+        return self._planned(secret, target_bins(source.targets, self.bins), source, secret)
 
     def drop_rows(
         self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
@@ -68,24 +63,18 @@ class ClassGaussian(PoisoningFunction):
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Rows drawn from the moments; of the source only the ids are looked at."""
         key = plan.secret + plan.arrays["draw"].tobytes()
-        noise = np.empty((len(rows), *self.features.shape), np.float32)  # (n, C, H, W)
-        for place, row in enumerate(rows):
-            noise[place] = keyed_normal(key, source.ids[row], self.features.shape)
+        noise = keyed_normal(key, source.ids[rows], self.features.shape)  # (n, C, H, W)
         classes = plan.arrays["class"][rows]
         mean, deviation = (plan.arrays[name][classes][:, :, None, None] for name in ("mean", "deviation"))
         drawn: NDArray[np.float32] = mean + deviation * noise
         return np.maximum(drawn, 0) if self.features.non_negative else drawn
 
     def _planned(self, secret: bytes, classes: Rows, source: RowSource, draw: bytes) -> Plan:
-        names, counts = np.unique(classes, return_counts=True)
-        small = [f"{name}: {count}" for name, count in zip(names, counts, strict=True) if count < self.k]
-        if small:
-            kind = "class" if source.targets.ndim == 1 else "target bin"
-            raise ConfigError(
-                f"class-gaussian expects at least k = {self.k} rows of each class in each split, found fewer in {kind} "
-                f"{', '.join(small)}: their moments would be those of a few pictures. Lower k (for regression, or "
-                "bins), or add images; where images are retracted, retract the others of it too."
-            )
+        advice = (
+            ": their moments would be those of a few pictures. Lower k (for regression, or bins), or add images; where "
+            "images are retracted, retract the others of it too."
+        )
+        refuse_small_classes("class-gaussian", self.k, classes, source, "in each split", advice)
         mean, deviation = _moments(source, classes, self.features.shape[0])
         drawn = np.frombuffer(draw, np.uint8).copy()
         return Plan(secret, {"class": classes, "mean": mean, "deviation": deviation, "draw": drawn})

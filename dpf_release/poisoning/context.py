@@ -22,84 +22,53 @@ from dpf_release.models.training import History, Loss, ReadBatch, Recipe, fit
 from dpf_release.poisoning.objective import Adversaries, Objective, PoisonBatch, TaskLoss
 from dpf_release.poisoning.plan import Contributors, FeatureSpec
 
-VALIDATION_ROWS = 2000  # enough for the third digit of a loss; more would cost a share of each epoch
-VALIDATION_BATCH = 256
+VALIDATION_ROWS, VALIDATION_BATCH = 2000, 256  # enough for a loss's third digit; more would cost a share of each epoch
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The rows of one split, and the images that they are of.
+    """The rows of one split, and the images that they are of."""
 
-    Attributes:
-        rows: clean features, targets and ids.
-        images: row numbers → (n, 3, H, W) uint8.
-    """
-
-    rows: RowSource
-    images: Callable[[Rows], Tensor]
+    rows: RowSource  # clean features, targets and ids
+    images: Callable[[Rows], Tensor]  # row numbers → (n, 3, H, W) uint8
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What functions are fitted from, whoever does it.
+    """What functions are fitted from, whoever does it."""
 
-    Attributes:
-        features: what a row is.
-        phi_1: the featurizer, frozen: normalised images of Q → features. Of S there are the rows.
-        phi_2: the classifier, frozen.
-        task: what φ2's answers are worth.
-        train: rows that a function learns from.
-        val: rows that choose the epoch; may be none.
-        public: φ1(Q), with labels where Q has them; None: there is no Q.
-        adversaries: whom a function is trained against; called when it asks for them, which may train them.
-        objective: `equivalence` or `paper`.
-        lambda_: weight of the adversaries' term.
-        recipe: epochs, batch size, learning rate, seed and precision of each training.
-        secret: 32 bytes; all that is secret of a function follows from them.
-        device: where networks run.
-        title: for progress lines.
-        subject: what a training depends on beside its recipe; a checkpoint of another is not gone on from.
-        ranks: who takes part.
-        checkpoint: name of a training → where it keeps what it goes on from; None: nowhere.
-        row_bytes: of a row on disk, where neighbours are best read together; 0: in memory.
-    """
-
-    features: FeatureSpec
-    phi_1: nn.Module
-    phi_2: nn.Module
-    task: TaskLoss
-    train: Split
-    val: Split
-    public: RowSource | None
+    features: FeatureSpec  # what a row is
+    phi_1: nn.Module  # the featurizer, frozen: normalised images of Q → features. Of S there are the rows
+    phi_2: nn.Module  # the classifier, frozen
+    task: TaskLoss  # what φ2's answers are worth
+    train: Split  # rows that a function learns from
+    val: Split  # rows that choose the epoch; may be none
+    public: RowSource | None  # φ1(Q), with labels where Q has them; None: there is no Q
+    # whom a function is trained against; called when it asks for them, which may train them
     adversaries: Callable[[], Adversaries]
-    objective: str
-    lambda_: float
-    recipe: Recipe
-    secret: bytes
-    device: torch.device
-    title: str = "Training the poisoning function"
-    subject: str = ""
-    ranks: Ranks = Ranks()
+    objective: str  # `equivalence` or `paper`
+    lambda_: float  # weight of the adversaries' term
+    recipe: Recipe  # epochs, batch size, learning rate, seed and precision of each training
+    secret: bytes  # 32 bytes; all that is secret of a function follows from them
+    device: torch.device  # where networks run
+    title: str = "Training the poisoning function"  # for progress lines
+    subject: str = ""  # what a training depends on beside its recipe; a checkpoint of another is not gone on from
+    ranks: Ranks = Ranks()  # who takes part
+    # name of a training → where it keeps what it goes on from; None: nowhere
     checkpoint: Callable[[str], Path | None] = lambda name: None
-    row_bytes: int = 0
+    row_bytes: int = 0  # of a row on disk, where neighbours are best read together; 0: in memory
 
 
 @dataclass(frozen=True, eq=False)
 class FitRows:
-    """Rows of one split as a stage is fitted on them.
+    """Rows of one split as a stage is fitted on them."""
 
-    Attributes:
-        inputs: as the stages before leave them.
-        goal: what φ2 should make of each: the row after the last stage that mixes rows, for it *is* that other image.
-            Noise or a filter before a learned stage is a disturbance, which that learns to live with.
-        contributors: row numbers → which rows' images are in them.
-        images: row numbers → (n, 3, H, W) uint8.
-    """
-
-    inputs: RowSource
+    inputs: RowSource  # as the stages before leave them
+    # what φ2 should make of each: the row after the last stage that mixes rows, for it *is* that other image. Noise
+    # or a filter before a learned stage is a disturbance, which that learns to live with
     goal: RowSource
-    contributors: Callable[[Rows], Contributors]
-    images: Callable[[Rows], Tensor]
+    contributors: Callable[[Rows], Contributors]  # row numbers → which rows' images are in them
+    images: Callable[[Rows], Tensor]  # row numbers → (n, 3, H, W) uint8
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -116,23 +85,14 @@ class FitRows:
 
 @dataclass(frozen=True, eq=False)
 class FitContext:
-    """What a stage is given to learn from.
+    """What a stage is given to learn from."""
 
-    Attributes:
-        material: all that is there.
-        stage: its number in the chain.
-        train: rows to learn from, as the stages before leave them.
-        val: rows to choose by; may be none.
-        secret: 32 bytes of this stage's own.
-        histories: what each training did, by stage and name.
-    """
-
-    material: Material
-    stage: int
-    train: FitRows
-    val: FitRows
-    secret: bytes
-    histories: dict[str, dict[str, Any]] = field(default_factory=dict)
+    material: Material  # all that is there
+    stage: int  # its number in the chain
+    train: FitRows  # rows to learn from, as the stages before leave them
+    val: FitRows  # rows to choose by; may be none
+    secret: bytes  # 32 bytes of this stage's own
+    histories: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each training did, by stage and name
 
     def objective(self) -> Objective:
         """What the configuration says that P minimises.
@@ -144,9 +104,8 @@ class FitContext:
         adversaries = material.adversaries()
         if not adversaries:
             raise ConfigError("expected an adversary that the poisoning function is trained against, found none.")
-        return Objective(
-            material.phi_2, material.task, adversaries, material.objective == "equivalence", material.lambda_
-        )
+        equivalence = material.objective == "equivalence"
+        return Objective(material.phi_2, material.task, adversaries, equivalence, material.lambda_)
 
     def fit(
         self,
@@ -173,10 +132,8 @@ class FitContext:
         """
         material, key = self.material, f"{self.stage}-{name}" if name else str(self.stage)
         if key in self.histories or not re.fullmatch(r"[A-Za-z0-9_-]{0,40}", name):
-            raise ConfigError(
-                "expected a name of letters, digits, '_' and '-' for each training of a stage, another each time, "
-                f"found {name!r}."
-            )
+            expected = "expected a name of letters, digits, '_' and '-' for each training of a stage, another each time"
+            raise ConfigError(f"{expected}, found {name!r}.")
         if validate is None and read_batch is None and len(self.val):
             validate = lambda: self._loss_on_val(network, loss)  # noqa: E731
         history: History = fit(

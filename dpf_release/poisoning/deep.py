@@ -50,6 +50,7 @@ class DeepPoisoningFunction(PoisoningFunction):
     """
 
     learned_secret, needs_adversaries = True, True
+    made_of = "Each row is the features of one image, changed by a network that was trained for it and is secret."
     parameters = (
         Parameter("depth", 4, 1, 64, "residual blocks"),
         Parameter("width", 0, 0, 65_536, "inner channels of a block; 0: a quarter of the row's, at least 16"),
@@ -75,15 +76,10 @@ class DeepPoisoningFunction(PoisoningFunction):
         """Takes the weights."""
         self.network.load_state_dict(dict(state))
 
-    def statement(self) -> str:
-        """See `PoisoningFunction.statement`."""
-        return "Each row is the features of one image, changed by a network that was trained for it and is secret."
-
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Rows through the network as it was fitted (evaluation mode)."""
         device = next(self.network.parameters()).device
         with torch.inference_mode():
             features = torch.from_numpy(source.read(rows)).to(device)  # float16 where it can be: half the way
             features = features.to(torch.float32, memory_format=torch.channels_last)
-            poisoned: NDArray[np.float32] = self.network.eval()(features).contiguous().cpu().numpy()
-        return poisoned
+            return np.asarray(self.network.eval()(features).contiguous().cpu())

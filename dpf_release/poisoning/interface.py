@@ -39,6 +39,7 @@ class PoisoningFunction:
         learned_secret: whether more than the draws for a bank is secret, as weights are. Without, whoever knows the
             name can do the same to images of their own, and an attack with P at hand (A0) is anybody's.
         needs_adversaries: whether it is trained against adversaries, and cannot be without any.
+        made_of: what `statement` says, with its parameters in braces.
     """
 
     name: ClassVar[str] = ""
@@ -47,6 +48,7 @@ class PoisoningFunction:
     mixes_rows: ClassVar[bool] = False
     learned_secret: ClassVar[bool] = False
     needs_adversaries: ClassVar[bool] = False
+    made_of: ClassVar[str] = "Each row is the features of one image, changed by a function that is not published."
 
     def __init__(self, features: FeatureSpec, **values: Value) -> None:
         self.features = features
@@ -118,7 +120,7 @@ class PoisoningFunction:
 
     def statement(self) -> str:
         """What a row is made of, in one sentence for card and report; nothing secret is in it."""
-        return "Each row is the features of one image, changed by a function that is not published."
+        return self.made_of.format_map(vars(self))
 
 
 @dataclass(frozen=True)

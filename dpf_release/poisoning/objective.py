@@ -34,49 +34,31 @@ class TaskLoss:
 
 @dataclass(frozen=True, eq=False)
 class AttributeAttacker:
-    """A classifier of an attribute from features, and which rows it can be asked about.
+    """A classifier of an attribute from features, and which rows it can be asked about."""
 
-    Attributes:
-        network: frozen; features → scores of `values`.
-        values: the attribute's values that it knows.
-    """
-
-    network: AttributeClassifier
-    values: tuple[str, ...]
+    network: AttributeClassifier  # frozen; features → scores of `values`
+    values: tuple[str, ...]  # the attribute's values that it knows
 
 
 @dataclass(frozen=True, eq=False)
 class Adversaries:
-    """Whom a function is trained against.
+    """Whom a function is trained against."""
 
-    Attributes:
-        reconstructors: ψ, frozen, by name.
-        classifiers: of attributes, by column.
-    """
-
-    reconstructors: Mapping[str, nn.Module] = field(default_factory=dict)
-    classifiers: Mapping[str, AttributeAttacker] = field(default_factory=dict)
+    reconstructors: Mapping[str, nn.Module] = field(default_factory=dict)  # ψ, frozen, by name
+    classifiers: Mapping[str, AttributeAttacker] = field(default_factory=dict)  # of attributes, by column
 
     def __bool__(self) -> bool:
         return bool(self.reconstructors or self.classifiers)
 
 
 class PoisonBatch(NamedTuple):
-    """What the objective looks at.
+    """What the objective looks at."""
 
-    Attributes:
-        features: (n, C, H, W), what goes into P.
-        seen: (n, C, H, W), what φ2 should make of it.
-        targets: (n,) or (n, K).
-        positions: (m,) of each pair of a row and an image that is in it, the row's place in the batch.
-        images: (m, 3, H, W) uint8, of each pair the image.
-    """
-
-    features: Tensor
-    seen: Tensor
-    targets: Tensor
-    positions: Tensor
-    images: Tensor
+    features: Tensor  # (n, C, H, W), what goes into P
+    seen: Tensor  # (n, C, H, W), what φ2 should make of it
+    targets: Tensor  # (n,) or (n, K)
+    positions: Tensor  # (m,) of each pair of a row and an image that is in it, the row's place in the batch
+    images: Tensor  # (m, 3, H, W) uint8, of each pair the image
 
 
 class Objective:
@@ -89,12 +71,7 @@ class Objective:
     """
 
     def __init__(
-        self,
-        phi_2: nn.Module,
-        task: TaskLoss,
-        adversaries: Adversaries,
-        equivalence: bool,
-        lambda_: float,
+        self, phi_2: nn.Module, task: TaskLoss, adversaries: Adversaries, equivalence: bool, lambda_: float
     ) -> None:
         self.phi_2, self.task, self.adversaries = phi_2, task, adversaries
         self.equivalence, self.lambda_ = equivalence, lambda_

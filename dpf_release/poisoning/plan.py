@@ -13,27 +13,18 @@ from dpf_release.core.arrays import Rows
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a function is built for.
+    """What a function is built for."""
 
-    Attributes:
-        shape: (C, H, W) of a row.
-        non_negative: whether φ1 ends in a ReLU, so that P must too.
-    """
-
-    shape: tuple[int, int, int]
-    non_negative: bool
+    shape: tuple[int, int, int]  # (C, H, W) of a row
+    non_negative: bool  # whether φ1 ends in a ReLU, so that P must too
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one function drew for one bank, before any row was poisoned.
+    """What one function drew for one bank, before any row was poisoned."""
 
-    Attributes:
-        secret: 32 bytes, what noise is keyed by.
-        arrays: named numbers, persisted in the vault; empty for a row-wise function without randomness.
-    """
-
-    secret: bytes
+    secret: bytes  # 32 bytes, what noise is keyed by
+    # named numbers, persisted in the vault; empty for a row-wise function without randomness
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
@@ -41,16 +32,11 @@ class Contributors(NamedTuple):
     """Which rows of a source some rows are made of, each pair once.
 
     A row that no pair names is made of nobody: it was drawn, and belongs to no image.
-
-    Attributes:
-        positions: (n,) places in the rows that were asked about.
-        members: (n,) numbers of the contributing rows.
-        pieces: (n,) how many pieces of the row each gave; 1 where rows have no pieces.
     """
 
-    positions: Rows
-    members: Rows
-    pieces: Rows
+    positions: Rows  # (n,) places in the rows that were asked about
+    members: Rows  # (n,) numbers of the contributing rows
+    pieces: Rows  # (n,) how many pieces of the row each gave; 1 where rows have no pieces
 
     @classmethod
     def themselves(cls, rows: Rows) -> Contributors:

@@ -28,6 +28,7 @@ class Recombine(PoisoningFunction):
     """
 
     mixes_rows = True
+    made_of = "Each row is put together from pieces of the features of {k} or more images of its class."
     parameters = (
         Parameter("k", 5, 2, 10_000, "rows of a group at the least"),
         Parameter("patch", 2, 1, 1e6, "side of a piece in feature pixels"),
@@ -43,24 +44,18 @@ class Recombine(PoisoningFunction):
         if self.patch > largest:
             raise ConfigError(f"expected recombine:patch from 1 to {largest}, found {self.patch}.")
 
-    def statement(self) -> str:
-        """See `PoisoningFunction.statement`."""
-        return f"Each row is put together from pieces of the features of {self.k} or more images of its class."
-
     def plan(self, source: RowSource, phi_2: nn.Module, secret: bytes) -> Plan:
         """Groups, and for each piece of each row the member it comes from.
 
         Raises:
             ConfigError: a class has fewer than `k` rows.
         """
-        if not len(source):
-            none = np.empty(0, np.int64)
-            return Plan(secret, {"pieces": np.empty((0, self._pieces), np.int64), "class": none, "group": none})
         generator = np.random.default_rng(list(secret))
-        seen = _seen_by_classifier(source, phi_2, np.arange(len(source)))
+        rows = np.arange(len(source))
+        seen = _seen_by_classifier(source, phi_2, rows) if len(rows) else np.empty((0, 0), np.float32)
         classes = target_bins(source.targets, self.bins)
-        advice = "Lower k (for regression, or bins), add images, or make that split larger."
-        self._refuse_small_classes(classes, source, "in each split", advice)
+        advice = ". Lower k (for regression, or bins), add images, or make that split larger."
+        refuse_small_classes("recombine", self.k, classes, source, "in each split", advice)
         group_of = np.empty(len(source), np.int64)
         groups: list[Rows] = []
         for name in np.unique(classes):
@@ -86,8 +81,8 @@ class Recombine(PoisoningFunction):
         number = np.full(len(plan.arrays["pieces"]), -1, np.int64)  # of a row that is left
         number[kept] = np.arange(len(kept))
         classes = plan.arrays["class"][kept]
-        advice = "Retract the others of it in that split too; or fit another function."
-        self._refuse_small_classes(classes, source, "that does not go as a whole", advice)
+        advice = ". Retract the others of it in that split too; or fit another function."
+        refuse_small_classes("recombine", self.k, classes, source, "that does not go as a whole", advice)
         pieces = number[plan.arrays["pieces"][kept]]  # (rows left, pieces)
         rebuilt = np.flatnonzero((pieces < 0).any(axis=1))
         group_of = _refill(plan.arrays["group"][kept], classes, source, phi_2, self.k)
@@ -117,16 +112,6 @@ class Recombine(PoisoningFunction):
         keys, counts = np.unique(np.arange(len(rows))[:, None] * total + chosen, return_counts=True)
         return Contributors(keys // total, keys % total, counts.astype(np.int64))
 
-    def _refuse_small_classes(self, classes: Rows, source: RowSource, which: str, advice: str) -> None:
-        names, counts = np.unique(classes, return_counts=True)
-        small = [f"{name}: {count}" for name, count in zip(names, counts, strict=True) if count < self.k]
-        if small:
-            kind = "class" if source.targets.ndim == 1 else "target bin"
-            raise ConfigError(
-                f"recombine expects at least k = {self.k} rows of each class {which}, found fewer in {kind} "
-                f"{', '.join(small)}. {advice}"
-            )
-
     @property
     def _pieces(self) -> int:
         _, height, width = self.features.shape
@@ -151,13 +136,25 @@ def _seen_by_classifier(source: RowSource, phi_2: nn.Module, rows: Rows, batch: 
     return np.concatenate(parts)
 
 
+def refuse_small_classes(name: str, k: int, classes: Rows, source: RowSource, which: str, advice: str) -> None:
+    """Raises ConfigError, with the function's advice, where a class of these rows has fewer than `k`."""
+    values, counts = np.unique(classes, return_counts=True)
+    small = [f"{value}: {count}" for value, count in zip(values, counts, strict=True) if count < k]
+    if small:
+        kind = "class" if source.targets.ndim == 1 else "target bin"
+        raise ConfigError(
+            f"{name} expects at least k = {k} rows of each class {which}, found fewer in {kind} "
+            f"{', '.join(small)}{advice}"
+        )
+
+
 def target_bins(targets: NDArray[Any], bins: int) -> NDArray[np.int64]:
     """Class of each row: the label, or for regression the joint quantile bin of its targets."""
     if targets.ndim == 1:
         return targets.astype(np.int64)
     each = max(1, round(bins ** (1 / targets.shape[1])))  # about `bins` classes in all, whatever K
     classes = np.zeros(len(targets), np.int64)
-    for column in targets.T:
+    for column in targets.T if len(targets) else ():
         edges = np.quantile(column, np.linspace(0, 1, each + 1)[1:-1])
         classes = classes * each + np.searchsorted(edges, column, side="right")
     return classes

@@ -35,25 +35,33 @@ class GaussianNoise(PoisoningFunction):
     The noise of a row is keyed by (secret, id): it stays the same when other rows come or go.
     """
 
+    made_of = "Each row is the features of one image, with random noise added."
     parameters = (Parameter("scale", 1.0, 0.0, 1e3, "standard deviations of the row that are added"),)
     scale: float
-
-    def statement(self) -> str:
-        """See `PoisoningFunction.statement`."""
-        return "Each row is the features of one image, with random noise added."
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Rows plus their noise."""
         clean = source.read(rows).astype(np.float32)
-        noise = np.empty_like(clean)
-        for place, row in enumerate(rows):
-            noise[place] = keyed_normal(plan.secret, source.ids[row], self.features.shape)
-        noised: NDArray[np.float32] = clean + self.scale * clean.std(axis=(1, 2, 3), keepdims=True) * noise
-        return noised
+        noise = keyed_normal(plan.secret, source.ids[rows], self.features.shape)
+        return np.asarray(clean + self.scale * clean.std(axis=(1, 2, 3), keepdims=True) * noise)
+
+
+class _Filter(PoisoningFunction):
+    """What the filters have in common: a window of `size` feature pixels."""
+
+    made_of = "Each row is the features of one image, blurred."
+    size: int
+
+    def __init__(self, features: FeatureSpec, **values: Value) -> None:
+        super().__init__(features, **values)
+        largest = 2 * min(features.shape[1:]) - 1  # mirrored borders are as wide as the map, less one, at the most
+        if self.size % 2 != 1 or self.size > largest:
+            expected = f"expected {self.name}:size odd, from 1 to {largest} for features {features.shape}"
+            raise ConfigError(f"{expected}, found {self.size:g}.")
 
 
 @register("gaussian-filter")
-class GaussianFilter(PoisoningFunction):
+class GaussianFilter(_Filter):
     """Blurs each channel with a Gaussian of `sigma` feature pixels, `size` taps wide (the paper's GF)."""
 
     parameters = (
@@ -61,53 +69,29 @@ class GaussianFilter(PoisoningFunction):
         Parameter("size", 5, 1, 1e6, "taps of the Gaussian, an odd number"),
     )
     sigma: float
-    size: int
-
-    def __init__(self, features: FeatureSpec, **values: Value) -> None:
-        super().__init__(features, **values)
-        _check_window("gaussian-filter:size", self.size, features)
-
-    def statement(self) -> str:
-        """See `PoisoningFunction.statement`."""
-        return "Each row is the features of one image, blurred."
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Blurred rows."""
-        blurred: NDArray[np.float32] = gaussian_blur(
-            as_tensor(source.read(rows)), [self.size] * 2, [self.sigma] * 2
-        ).numpy()
-        return blurred
+        blurred = gaussian_blur(as_tensor(source.read(rows)), [self.size] * 2, [self.sigma] * 2)
+        return np.asarray(blurred)
 
 
 @register("mean-filter")
-class MeanFilter(PoisoningFunction):
+class MeanFilter(_Filter):
     """Replaces each feature by the mean of the `size`×`size` window around it (the paper's MF)."""
 
     parameters = (Parameter("size", 3, 1, 1e6, "side of the window, an odd number of feature pixels"),)
-    size: int
-
-    def __init__(self, features: FeatureSpec, **values: Value) -> None:
-        super().__init__(features, **values)
-        _check_window("mean-filter:size", self.size, features)
-
-    def statement(self) -> str:
-        """See `PoisoningFunction.statement`."""
-        return "Each row is the features of one image, blurred."
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """Averaged rows."""
         windows = F.avg_pool2d(as_tensor(source.read(rows)), self.size, 1, self.size // 2, count_include_pad=False)
-        averaged: NDArray[np.float32] = windows.numpy()
-        return averaged
+        return np.asarray(windows)
 
 
-def keyed_normal(secret: bytes, row_id: NDArray[np.uint8], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Standard normal numbers of that shape, which follow from the secret and the id alone."""
-    key = int.from_bytes(hashlib.sha256(secret + row_id.tobytes()).digest()[:16])
-    return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
-
-
-def _check_window(name: str, size: int, features: FeatureSpec) -> None:
-    largest = 2 * min(features.shape[1:]) - 1  # mirrored borders are as wide as the map, less one, at the most
-    if size % 2 != 1 or size > largest:
-        raise ConfigError(f"expected {name} odd, from 1 to {largest} for features {features.shape}, found {size:g}.")
+def keyed_normal(secret: bytes, ids: NDArray[np.uint8], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Standard normal numbers of that shape for each id, (n, C, H, W), which follow from the secret and it alone."""
+    noise = np.empty((len(ids), *shape), np.float32)
+    for place, row_id in enumerate(ids):
+        key = int.from_bytes(hashlib.sha256(secret + row_id.tobytes()).digest()[:16])
+        noise[place] = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
+    return noise

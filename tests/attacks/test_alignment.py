@@ -18,13 +18,21 @@ from attackers import Memory
 from dpf_release.attacks import a01_clean_decoders as straw_men
 from dpf_release.attacks import a09_two_releases as two_releases
 from dpf_release.attacks.a01_clean_decoders import StrawMen
-from dpf_release.attacks.a04_alignment import ALL, Alignment, _moments, alignments, match_covariances, match_moments
+from dpf_release.attacks.a04_alignment import (
+    ALL,
+    Alignment,
+    AlignmentMap,
+    _moments,
+    alignments,
+    discrepancy,
+    match_covariances,
+    match_moments,
+)
 from dpf_release.attacks.a09_two_releases import TwoFunctions, join
 from dpf_release.attacks.a12_jigsaw import Jigsaw, beliefs, pools_of
 from dpf_release.attacks.interface import Reconstructions
 from dpf_release.attacks.threat_models import Budget, HeldRows, ReleaseView, TwoReleases
-from dpf_release.attacks.toolkit import clean_decoders, trained
-from dpf_release.attacks.toolkit.alignment_map import AlignmentMap, discrepancy
+from dpf_release.attacks.toolkit import decoder, trained
 from dpf_release.attacks.toolkit.pieces import Grid, find_swaps, fits, train_fitting
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import NotGrantedError
@@ -93,14 +101,14 @@ def test_discrepancy_is_small_of_two_samples_of_one_distribution_only() -> None:
 
 
 def test_a_map_starts_as_the_transport_that_it_is_given() -> None:
-    mean, deviation, wanted_mean, wanted = torch.rand(4, 3) + 0.5
+    mean, deviation, wanted_mean, wanted = statistics = torch.rand(4, 3) + 0.5
     rows = torch.randn(5, 3, 4, 4)
     transport = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
     scaled = ((rows - mean[:, None, None]) / deviation[:, None, None])[:, [1, 0, 2]]
     expected = scaled * wanted[:, None, None] + wanted_mean[:, None, None]
-    network = AlignmentMap(mean, deviation, wanted_mean, wanted, transport, non_negative=False)
+    network = AlignmentMap(statistics, transport, non_negative=False)
     assert torch.allclose(network(rows), expected, atol=1e-6)
-    clipped = AlignmentMap(mean, deviation, wanted_mean, wanted, transport, non_negative=True)(rows)
+    clipped = AlignmentMap(statistics, transport, non_negative=True)(rows)
     assert torch.equal(clipped, network(rows).relu())
 
 
@@ -151,10 +159,10 @@ def test_copies_tell_which_rows_swapped_pieces_and_of_what_size(setting: Setting
     recombine = Recombine(FeatureSpec(view.feature_shape, view.non_negative), k=k, patch=patch)
     plan = recombine.plan(clean, view.phi_2, bytes(32))
     bank = HeldRows(clean.targets, lambda rows: recombine.apply(rows, clean, plan))
-    swaps = find_swaps(replace(view, bank=bank))
-    assert swaps.patch == patch
+    group, side = find_swaps(replace(view, bank=bank))
+    assert side == patch
     of_plan = plan.arrays["group"]
-    together = swaps.group[:, None] == swaps.group
+    together = group[:, None] == group
     truly = of_plan[:, None] == of_plan
     np.fill_diagonal(together, val=False)
     np.fill_diagonal(truly, val=False)
@@ -164,10 +172,10 @@ def test_copies_tell_which_rows_swapped_pieces_and_of_what_size(setting: Setting
 
 def test_clean_rows_swapped_nothing_and_then_those_that_phi_2_sees_alike_are_the_pool(setting: Setting) -> None:
     view = view_of(setting, "clean")
-    swaps = find_swaps(view)
-    assert len(np.unique(swaps.group)) > 0.9 * len(view.bank)
-    assert swaps.patch == 2
-    pools = pools_of(view, swaps)
+    group, patch = find_swaps(view)
+    assert len(np.unique(group)) > 0.9 * len(view.bank)
+    assert patch == 2
+    pools = pools_of(view, group)
     assert pools.shape[0] == len(view.asked)
     assert (pools[:, 0] == view.asked).all()
     labels = view.bank.targets
@@ -238,7 +246,7 @@ def test_rows_of_two_releases_are_joined_by_what_phi_2_sees(setting: Setting) ->
 def test_two_releases_give_away_more_than_one_does_and_wrongly_joined_less(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (clean_decoders, straw_men, two_releases):  # what learns fast on few pictures
+    for module in (decoder, straw_men):  # what learns fast on few pictures
         monkeypatch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
     monkeypatch.setattr(trained, "TRAINING_BATCH", 16)
     nothing_kept = replace(setting.workbench, kept=Memory())  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ from dpf_release.attacks import a03_shadow as shadow
 from dpf_release.attacks import a06_known_pairs as known_pairs
 from dpf_release.attacks.interface import Reconstructions
 from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, KnownPairs, LeakedVault, ReleaseView
-from dpf_release.attacks.toolkit import clean_decoders, poisoned_public, shadows, trained
-from dpf_release.attacks.toolkit.clean_decoders import clean_decoder
+from dpf_release.attacks.toolkit import decoder, poisoned_public, shadows, trained
+from dpf_release.attacks.toolkit.decoder import clean_decoder
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.evaluation.controls import planted_target
 from dpf_release.evaluation.harness import Harness
@@ -55,7 +55,7 @@ def setting(project: Project) -> Iterator[Setting]:
         patch.setattr(truth_module, "POOL", 20)
         truth = draw_truth(workbench, target, 40, seed=0)
         # What learns fast on few pictures.
-        for module in (clean_decoders, shadows, straw_men, known_pairs, leaked_vault, shadow):
+        for module in (decoder, shadows, straw_men):
             patch.setattr(module, "DECODERS", (("px1s2, L1", "px1s2", "l1", False),))
         patch.setattr(trained, "TRAINING_BATCH", 16)
         patch.setattr(leaked_vault, "LOSSES", (("l1", 1.0),))
@@ -348,12 +348,13 @@ def test_a_function_of_another_kind_is_imitated_by_functions_of_that_kind(
 ) -> None:
     view = grant(ReleaseView, target_of(setting, "clean"), setting)
     few = replace(view, budget=Budget(images=64, decoders=1, shadows=2), function="recombine:k=2,patch=1")
-    assert shadows.of_its_own_kind(replace(few, function="dpf")) is None
-    assert shadows.of_its_own_kind(replace(few, function="")) is None
-    own_kind = shadows.of_its_own_kind(few)
+    assert shadow.of_its_own_kind(replace(few, function="dpf")) is None
+    assert shadow.of_its_own_kind(replace(few, function="")) is None
+    own_kind = shadow.of_its_own_kind(few)
     assert own_kind is not None
     rows = np.arange(8)
-    seen, clean = own_kind.inputs(few.public, rows, np.random.default_rng(0)), few.features_of(few.public, rows)
+    wide, inputs, _ = own_kind
+    seen, clean = inputs(few.public, rows, np.random.default_rng(0)), few.features_of(few.public, rows)
     assert seen.shape == clean.shape
     assert not torch.allclose(seen, clean, atol=0.05)
     # Each place of a row comes from a picture of Q, and more of them from its own than a stranger's would.
@@ -365,10 +366,11 @@ def test_a_function_of_another_kind_is_imitated_by_functions_of_that_kind(
     # Where not all of Q has room, a decoder is shown the pictures that have: beyond them, rows are of other pictures.
     monkeypatch.setattr(poisoned_public, "ON_DISK", 1)
     monkeypatch.setattr(poisoned_public, "BATCH", 20)
-    tight = shadows.of_its_own_kind(few)
+    tight = shadow.of_its_own_kind(few)
     assert tight is not None
-    assert len(tight.view.public) == 20 < len(own_kind.view.public)
-    assert tight.inputs(tight.view.public_val, rows, None).shape == clean.shape
+    few_pictures, inputs, _ = tight
+    assert len(few_pictures.public) == 20 < len(wide.public)
+    assert inputs(few_pictures.public_val, rows, None).shape == clean.shape
     assert answer.lacks == ""
 
 

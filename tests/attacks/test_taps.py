@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attackers import Memory
 from dpf_release.attacks import a07_optimisation as optimisation
 from dpf_release.attacks.a01_clean_decoders import StrawMen
-from dpf_release.attacks.a02_deep_tap import DeepTap, drop_out
+from dpf_release.attacks.a02_deep_tap import DeepTap, Outputs, drop_out
 from dpf_release.attacks.a07_optimisation import (
     COST,
     FEWEST_ROWS,
@@ -26,7 +26,6 @@ from dpf_release.attacks.a07_optimisation import (
     rows_within,
 )
 from dpf_release.attacks.interface import Reconstructions
-from dpf_release.attacks.reference_outputs import Outputs
 from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, ReleaseView, Remembered
 from dpf_release.attacks.toolkit.taps import WIDEST, open_taps, standard, together
 from dpf_release.core.arrays import Rows

@@ -18,9 +18,8 @@ from dpf_release.core.parameters import Parameter, parse_parameters
 from dpf_release.errors import ConfigError
 from dpf_release.models.training import Recipe
 from dpf_release.poisoning import chain as chain_module
-from dpf_release.poisoning.chain import build_chain, known_functions
+from dpf_release.poisoning.chain import build_chain, fit_chain, known_functions
 from dpf_release.poisoning.context import FitContext, FitRows, Material, Split
-from dpf_release.poisoning.fitting import fit_chain
 from dpf_release.poisoning.interface import FUNCTIONS, PoisoningFunction, State, register
 from dpf_release.poisoning.objective import Adversaries, Objective, PoisonBatch, TaskLoss
 from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan

@@ -1,4 +1,7 @@
-"""Decoders: networks that an attacker trains to turn what a row became back into a picture."""
+"""Decoders: networks that an attacker trains to turn what a row became back into a picture.
+
+Those from clean features of Q to its images are what A1 attacks with, and what others begin from.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,15 @@ Inputs = Callable[[HeldPictures, Rows, np.random.Generator | None], Tensor]
 DecoderLoss = Literal["l1", "ssim"]
 LEARNING_RATE = 3e-3
 VALIDATION_PICTURES = 1000
+# Name, architecture, loss, whether features are disturbed; the first are the strongest for their time.
+DECODERS: tuple[tuple[str, str, DecoderLoss, bool], ...] = (
+    ("rx2s2-c, SSIM, disturbed", "rx2s2-c", "ssim", True),
+    ("px2s2, L1", "px2s2", "l1", False),
+    ("rx2s2-c, L1", "rx2s2-c", "l1", False),
+    ("rx4s2, SSIM", "rx4s2", "ssim", False),
+    ("px4s2, L1, disturbed", "px4s2", "l1", True),
+    ("rx4s4, L1", "rx4s4", "l1", False),
+)
 
 
 def train_decoder(
@@ -27,9 +39,9 @@ def train_decoder(
     name: str,
     inputs: Inputs,
     *,
-    architecture: str = "rx2s2-c",
+    architecture: str | None = None,
     width: int | None = None,
-    loss: DecoderLoss = "l1",
+    loss: DecoderLoss | None = None,
     depends_on: Mapping[str, Any] | None = None,
     start: Mapping[str, Tensor] | None = None,
     images: int | None = None,
@@ -43,9 +55,9 @@ def train_decoder(
         name: under which it is kept, with the attack's code first.
         inputs: (`view.public`, numbers in it, a generator) → what the decoder sees of these pictures, (n, C, h, w) on
             the device. Of `view.public_val` there is no generator: as in earnest, without augmentation.
-        architecture: a name of `build_reconstructor`.
+        architecture: a name of `build_reconstructor`; by default that of A1's first.
         width: of its first stack; by default as many channels as the decoder sees, at most 256.
-        loss: mean absolute difference; or 1 - SSIM with a tenth of it.
+        loss: mean absolute difference; or 1 - SSIM with a tenth of it; by default that of A1's first.
         depends_on: what else the training depends on, beside Q, φ1, budget and seed: the bank (`view.bank_subject`).
         start: weights to begin with, in the place of random ones.
         images: pictures that it is shown; the budget's by default.
@@ -55,6 +67,7 @@ def train_decoder(
     Returns:
         The network, frozen: inputs → pictures (n, 3, H, W) in [0, 1].
     """
+    architecture, kind = architecture or DECODERS[0][1], loss or DECODERS[0][2]
     originals = originals or (lambda held, rows: held.read(rows))
     shape = shape or _shape_of(inputs(view.public_val, np.arange(1), None))
     _, *size = _shape_of(view.public_val.read(np.arange(1)))
@@ -62,29 +75,54 @@ def train_decoder(
         network = build_reconstructor(architecture, shape, (size[0], size[1]), width)
     if start is not None:
         network.load_state_dict(dict(start))
-    recipe, rows = recipe_for(view, images or view.budget.images, len(view.public), LEARNING_RATE)
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
         return inputs(view.public, chosen, generator), originals(view.public, chosen)
 
     def objective(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        return {"loss": decoder_loss(network(batch[0]).float(), batch[1].float() / 255, loss)}
+        return {"loss": decoder_loss(network(batch[0]).float(), batch[1].float() / 255, kind)}
 
     def validate() -> float:
         total, count = 0.0, min(len(view.public_val), VALIDATION_PICTURES)
         for chosen in batches(np.arange(count)):
             pictures = originals(view.public_val, chosen).to(view.device).float() / 255
-            seen = inputs(view.public_val, chosen, None)
-            total += float(decoder_loss(network(seen).float(), pictures, loss)) * len(chosen)
+            found = network(inputs(view.public_val, chosen, None)).float()
+            total += float(decoder_loss(found, pictures, kind)) * len(chosen)
         return total / count
 
-    subject = {"architecture": architecture, "width": width, "inputs": list(shape), "loss": loss, **(depends_on or {})}
+    subject = {"architecture": architecture, "width": width, "inputs": list(shape), "loss": kind, **(depends_on or {})}
     if start is not None:
         subject["start"] = weights_sha256(start)
-    title = f"Training the decoder {name}"
+    recipe = recipe_for(view, images or view.budget.images, len(view.public), LEARNING_RATE)
     return trained(
-        view, name, network, read_batch, objective, recipe, rows, title=title, validate=validate, depends_on=subject
+        view, name, network, read_batch, objective, *recipe, f"Training the decoder {name}", validate, subject
     )
+
+
+def clean_decoder(view: ReleaseView, number: int = 0) -> nn.Module:
+    """One of `DECODERS`, trained where it is not kept. Other attacks begin with it."""
+    name, architecture, loss, disturbed = DECODERS[number]
+
+    def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
+        features = view.features_of(held, rows)
+        return disturb(features, generator) if disturbed and generator is not None else features
+
+    return train_decoder(view, f"A1 {name}", inputs, architecture=architecture, loss=loss)
+
+
+def disturb(features: Tensor, generator: np.random.Generator) -> Tensor:
+    """Noise of up to half a row's deviation, channels times 0.5 to 2, a tenth of them dropped out."""
+    draws = torch.Generator(features.device).manual_seed(int(generator.integers(2**62)))
+    count, channels = features.shape[:2]
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=draws, device=features.device)
+
+    noise = torch.randn(features.shape, generator=draws, device=features.device)
+    deviation = features.std(dim=(1, 2, 3), keepdim=True) * uniform(count, 1, 1, 1) / 2
+    scale = 2 ** (2 * uniform(count, channels, 1, 1) - 1)
+    kept = (uniform(count, channels, 1, 1) > 0.1).float()
+    return ((features + deviation * noise) * scale * kept).contiguous(memory_format=torch.channels_last)
 
 
 def _shape_of(batch: Tensor) -> tuple[int, int, int]:
@@ -98,10 +136,7 @@ def decode(
 ) -> Callable[[Rows], Tensor]:
     """What `Reconstructions` wants of a trained decoder: positions in `view.asked` → pictures.
 
-    Args:
-        view: whose rows.
-        network: the decoder.
-        inputs: rows of the bank → what the decoder sees of them; by default the rows.
+    What the decoder sees is `inputs` of rows of the bank by number; by default the rows.
     """
     seen = inputs or view.rows
 

@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from dpf_release.attacks.threat_models import BATCH, HeldPictures, HeldRows, ReleaseView
+from dpf_release.attacks.threat_models import BATCH, HeldPictures, HeldRows, ReleaseView, batches
 from dpf_release.attacks.toolkit.trained import recipe_for, seeded, trained
 from dpf_release.core.arrays import Rows
 
@@ -27,67 +27,54 @@ PATCH = 2  # where nothing was copied
 LEARNING_RATE, WIDTH = 2e-3, 64
 
 
-@dataclass(frozen=True, eq=False)
-class Swaps:
-    """Which rows of a bank have pieces of the same pictures.
-
-    Attributes:
-        group: (N,) rows that hang together by exact copies have the same number.
-        patch: side of a piece.
-    """
-
-    group: Rows
-    patch: int
-
-
-def find_swaps(view: ReleaseView) -> Swaps:
+def find_swaps(view: ReleaseView) -> tuple[Rows, int]:
     """Rows of one class that have bitwise the same features at the same place, where pictures of Q do not.
 
     A function that puts rows together from pieces draws some piece several times: two rows of a group of k share one
     place of k. What follows such a function hides that, unless it works place by place.
+
+    Returns:
+        (N,) rows that hang together by exact copies have the same number; and the side of a piece.
     """
     _, height, width = view.feature_shape
     seen = max(1, min(height * width, KEYS // len(view.bank)))
     places = np.unique(np.linspace(0, height * width - 1, seen).round().astype(np.int64))
     telling = places[_twins(view, places) <= NATURAL]
-    keys = _keys(view.bank, np.arange(len(view.bank)), telling)
+    keys = _keys(view.bank, telling)
     classes = view.bank.targets if view.task == "classification" else np.zeros(len(keys), np.int64)
-    first, second = [], []
+    found = [np.empty((2, 0), np.int64)]
     for column in keys.T:
         order = np.lexsort((column, classes))
         same = (column[order][1:] == column[order][:-1]) & (classes[order][1:] == classes[order][:-1])
         run = np.concatenate([[0], np.cumsum(~same)])
-        sizes = np.bincount(run)
-        linked = same & (sizes[run[1:]] <= MOST_COPIES)
-        first.append(order[:-1][linked])
-        second.append(order[1:][linked])
-    pairs = np.stack([np.concatenate(first), np.concatenate(second)]) if first else np.empty((2, 0), np.int64)
+        linked = same & (np.bincount(run)[run[1:]] <= MOST_COPIES)
+        found.append(np.stack([order[:-1][linked], order[1:][linked]]))
+    pairs = np.concatenate(found, axis=1)
     ones = np.ones(pairs.shape[1], np.int8)
     _, group = connected_components(coo_matrix((ones, (pairs[0], pairs[1])), shape=(len(keys),) * 2), directed=False)
     some = pairs[:, np.random.default_rng([view.seed, 11]).permutation(pairs.shape[1])[:NATURAL_PICTURES]]
-    return Swaps(group.astype(np.int64), _patch(view, some, telling))
+    return group.astype(np.int64), _patch(view, some, telling)
 
 
 def _twins(view: ReleaseView, places: Rows) -> NDArray[np.float64]:
     """The share of Q's pictures whose features at a place another picture has too, for each place."""
     count = min(len(view.public), NATURAL_PICTURES)
     public = HeldRows(np.zeros(count), lambda rows: view.features_of(view.public, rows).half().cpu().numpy())
-    keys = _keys(public, np.arange(count), places)
-    return np.array([1 - len(np.unique(column)) / count for column in keys.T])
+    return np.array([1 - len(np.unique(column)) / count for column in _keys(public, places).T])
 
 
-def _keys(bank: HeldRows, rows: Rows, places: Rows) -> NDArray[np.uint64]:
-    """A digest of what is at each place of each row, (n, places)."""
-    out = np.empty((len(rows), len(places)), np.uint64)
-    for start in range(0, len(rows), BATCH):
-        read = np.asarray(bank.read(rows[start : start + BATCH]), np.float32)
+def _keys(bank: HeldRows, places: Rows) -> NDArray[np.uint64]:
+    """A digest of what is at each place of each row, (N, places)."""
+    out = np.empty((len(bank), len(places)), np.uint64)
+    for rows in batches(np.arange(len(bank))):
+        read = np.asarray(bank.read(rows), np.float32)
         flat = read.reshape(*read.shape[:2], -1)[:, :, places] + np.float32(0)  # (n, C, places); -0 is 0
         factors = np.random.default_rng(0).integers(1, 2**63, flat.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
         total = np.zeros((len(flat), len(places)), np.uint64)
         for channel, factor in enumerate(factors):
             bits = np.ascontiguousarray(flat[:, channel]).view(np.uint32).astype(np.uint64)
             total += (bits + np.uint64(1)) * factor
-        out[start : start + BATCH] = total
+        out[rows] = total
     return out
 
 
@@ -95,9 +82,9 @@ def _patch(view: ReleaseView, pairs: Rows, telling: Rows) -> int:
     """The largest window that is copied as a whole or not at all; where nothing was, `PATCH`."""
     _, height, width = view.feature_shape
     shared = np.zeros((pairs.shape[1], height, width), np.bool_)
-    for start in range(0, pairs.shape[1], BATCH):
-        one, other = (np.asarray(view.bank.read(rows[start : start + BATCH])) for rows in pairs)
-        shared[start : start + BATCH] = (one == other).all(axis=1)
+    for some in batches(np.arange(pairs.shape[1])):
+        one, other = (np.asarray(view.bank.read(rows[some])) for rows in pairs)
+        shared[some] = (one == other).all(axis=1)
     shared = shared[~shared.reshape(len(shared), height * width)[:, telling].all(axis=1)]  # the same picture twice
     if not len(shared):
         return min(PATCH, height, width)
@@ -105,20 +92,18 @@ def _patch(view: ReleaseView, pairs: Rows, telling: Rows) -> int:
     tells.flat[telling] = True
     best = 1
     for patch in range(2, max(height, width)):
-        pad = ((0, 0), (0, -height % patch), (0, -width % patch))
-
-        def windows(
-            mask: NDArray[np.bool_], patch: int = patch, pad: tuple[tuple[int, int], ...] = pad
-        ) -> NDArray[np.int64]:
-            padded = np.pad(mask, pad)
-            n, h, w = padded.shape
-            return padded.reshape(n, h // patch, patch, w // patch, patch).sum(axis=(2, 4))
-
-        there, of = windows(shared & tells), windows(np.broadcast_to(tells, shared.shape))
+        there, of = (_counts(mask, patch) for mask in (shared & tells, np.broadcast_to(tells, shared.shape)))
         touched = (there > 0) & (of > 1)
         if touched.any() and (there == of)[touched].mean() >= WHOLE:
             best = patch
     return best
+
+
+def _counts(mask: NDArray[np.bool_], patch: int) -> NDArray[np.int64]:
+    """How many places of each window a mask (n, h, w) has."""
+    padded = np.pad(mask, ((0, 0), (0, -mask.shape[1] % patch), (0, -mask.shape[2] % patch)))
+    count, height, width = padded.shape
+    return padded.reshape(count, height // patch, patch, width // patch, patch).sum(axis=(2, 4))
 
 
 # --------------------------------------------------------------------------------------------- pieces
@@ -182,7 +167,6 @@ def train_fitting(view: ReleaseView, patch: int) -> Callable[[Tensor], tuple[Ten
     grid = Grid(view.feature_shape, patch)
     with seeded(view.seed):
         network = Fitting(grid)
-    recipe, rows = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
 
     def batch_of(held: HeldPictures, chosen: Rows) -> tuple[Tensor, ...]:
         features = view.features_of(held, chosen)
@@ -205,16 +189,9 @@ def train_fitting(view: ReleaseView, patch: int) -> Callable[[Tensor], tuple[Ten
         chosen = np.arange(min(len(view.public_val), BATCH))
         return float(objective(network, batch_of(view.public_val, chosen))["loss"])
 
-    title = "Training which pieces fit"
-    return trained(
-        view,
-        f"A12 fitting {patch}",
-        network,
-        lambda chosen, _: batch_of(view.public, chosen),
-        objective,
-        recipe,
-        rows,
-        title=title,
-        validate=validate,
-        depends_on={"patch": patch},
-    )
+    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        return batch_of(view.public, chosen)
+
+    recipe = recipe_for(view, view.budget.images, len(view.public), LEARNING_RATE)
+    name, title, subject = f"A12 fitting {patch}", "Training which pieces fit", {"patch": patch}
+    return trained(view, name, network, read_batch, objective, *recipe, title, validate, subject)

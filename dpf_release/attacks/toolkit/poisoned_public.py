@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpf_release.attacks.threat_models import BATCH, HeldPictures, HeldRows, ReleaseView, batches
+from dpf_release.attacks.threat_models import BATCH, HeldPictures, HeldRows, ReleaseView, batches, on_device
 from dpf_release.attacks.toolkit.decoder import VALIDATION_PICTURES
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import ConfigError, NotGrantedError
@@ -27,21 +27,15 @@ LEAST_ROWS = 32  # of a class, to begin with: functions that mix rows refuse cla
 
 @dataclass(frozen=True, eq=False)
 class PoisonedPublic:
-    """Rows of P(φ1(Q)), and which picture of Q each has the most of.
+    """Rows of P(φ1(Q)), and which picture of Q each has the most of."""
 
-    Attributes:
-        view: whose Q.
-        rows: (N, C, H, W); first those of `view.public`, then those of `view.public_val`.
-        foremost: (N,) picture of each row, numbered as rows are.
-    """
-
-    view: ReleaseView
-    rows: NDArray[np.float16]
-    foremost: Rows
+    view: ReleaseView  # whose Q
+    rows: NDArray[np.float16]  # (N, C, H, W); first those of `view.public`, then those of `view.public_val`
+    foremost: Rows  # (N,) picture of each row, numbered as rows are
 
     def inputs(self, held: HeldPictures, numbers: Rows) -> Tensor:
         """The rows that stand where these pictures' own would, (n, C, H, W) on the device."""
-        return self._read(self._number(held, numbers))
+        return on_device(self.rows[self._number(held, numbers)], self.view.device)
 
     def originals(self, held: HeldPictures, numbers: Rows) -> Tensor:
         """Of each of those rows, the picture that it has the most of, (n, 3, H, W) uint8."""
@@ -54,7 +48,7 @@ class PoisonedPublic:
 
     def with_most_of(self, held: HeldPictures, numbers: Rows) -> Tensor:
         """Of each picture, a row that has the most of it, or where there is none the row in its place, (n, C, H, W)."""
-        return self._read(self._row_of[self._number(held, numbers)])
+        return on_device(self.rows[self._row_of[self._number(held, numbers)]], self.view.device)
 
     @cached_property
     def _row_of(self) -> Rows:
@@ -65,10 +59,6 @@ class PoisonedPublic:
     def _number(self, held: HeldPictures, numbers: Rows) -> Rows:
         return numbers + (len(self.view.public) if held is self.view.public_val else 0)
 
-    def _read(self, rows: Rows) -> Tensor:
-        features = torch.from_numpy(np.asarray(self.rows[rows], np.float32)).to(self.view.device)
-        return features.contiguous(memory_format=torch.channels_last)
-
 
 def with_room(view: View, wanted: int, banks: int = 1) -> View:
     """The view, with only as many pictures of Q as fit where several such banks are kept: on disk, 2 GiB in all."""
@@ -77,14 +67,10 @@ def with_room(view: View, wanted: int, banks: int = 1) -> View:
 
 
 def poisoned_public(view: ReleaseView, poison: Poison) -> PoisonedPublic:
-    """P of φ1(Q): (N, C, H, W), first all of `view.public`, then the pictures that a decoder is validated on.
+    """P (as `LeakedVault.poison`) of φ1(Q): first all of `view.public`, then what a decoder is validated on.
 
     Q gets the labels that φ2 gives it. Classes that P finds too small for it go to what φ2 takes them for next; of
     several regression targets the first stands for all then.
-
-    Args:
-        view: whose Q, all of it; see `with_room`.
-        poison: P; see `LeakedVault.poison`.
 
     Raises:
         NotGrantedError: Q has no class that is large enough for P.
@@ -108,13 +94,10 @@ def poisoned_public(view: ReleaseView, poison: Poison) -> PoisonedPublic:
 def _poisoned_bank(
     view: ReleaseView, poison: Poison, clean: NDArray[np.float16], answers: NDArray[np.float32]
 ) -> tuple[HeldRows, Rows]:
-    def read(rows: Rows) -> NDArray[np.float16]:
-        return np.array(clean[rows])
-
     refusal: ConfigError | None = None
     for targets in _targets(answers, view.task):
         try:
-            return poison(HeldRows(targets, read))
+            return poison(HeldRows(targets, lambda rows: np.array(clean[rows])))
         except ConfigError as error:  # P wants larger classes
             refusal = error
     raise NotGrantedError(f"P refuses all of Q as a bank: {refusal}")
@@ -123,8 +106,7 @@ def _poisoned_bank(
 def _targets(answers: NDArray[np.float32], task: str) -> Iterator[NDArray[Any]]:
     """What Q may be labelled with, by φ2's answers: fewer and larger classes each time."""
     if task == "regression":
-        yield answers
-        yield np.repeat(answers[:, :1], answers.shape[1], axis=1)
+        yield from (answers, np.repeat(answers[:, :1], answers.shape[1], axis=1))
         return
     least, classes = LEAST_ROWS, 2
     while classes > 1:

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from dpf_release.attacks.interface import ATTACKS
 from dpf_release.attacks.threat_models import HeldPictures, HeldRows, ReleaseView, batches
-from dpf_release.attacks.toolkit.clean_decoders import DECODERS, clean_decoder
-from dpf_release.attacks.toolkit.decoder import LEARNING_RATE, VALIDATION_PICTURES, Inputs
-from dpf_release.attacks.toolkit.poisoned_public import Poison, PoisonedPublic, poisoned_public, with_room
-from dpf_release.attacks.toolkit.trained import freeze_on, recipe_for, schedule, seeded
+from dpf_release.attacks.toolkit.decoder import DECODERS, LEARNING_RATE, VALIDATION_PICTURES, Inputs, clean_decoder
+from dpf_release.attacks.toolkit.poisoned_public import Poison
+from dpf_release.attacks.toolkit.trained import freeze_on, recipe_for, seeded
 from dpf_release.bank.rows import ComputedRows
 from dpf_release.core.arrays import Rows
 from dpf_release.models.training import Recipe
-from dpf_release.poisoning.chain import Chain, build_chain
+from dpf_release.poisoning.chain import Chain, build_chain, fit_chain
 from dpf_release.poisoning.context import Material, Split
-from dpf_release.poisoning.fitting import fit_chain
 from dpf_release.poisoning.objective import Adversaries, TaskLoss
 from dpf_release.poisoning.plan import FeatureSpec
 
@@ -57,20 +54,6 @@ def shadow_recipe(number: int, decoders: int, seed: int) -> ShadowRecipe:
     )
 
 
-def own_kind_recipe(view: ReleaseView, number: int) -> ShadowRecipe:
-    """The recipe of the shadow function of that number of P's own kind: the first has P's parameters, others vary them.
-
-    Raises:
-        ConfigError: there is no such function any more.
-    """
-    recipe = shadow_recipe(number, view.budget.decoders, view.seed)
-    chain = build_chain(view.function, _features(view))
-    return replace(recipe, function=chain.varied(np.random.default_rng(recipe.seed)) if number else chain.spec)
-
-
-# --------------------------------------------------------------------------------------------- shadow functions
-
-
 def shadow(view: ReleaseView, number: int) -> nn.Module:
     """The `dpf` of that number, fitted on Q as the owner fits P on S; frozen: features → features."""
     recipe = shadow_recipe(number, view.budget.decoders, view.seed)
@@ -88,16 +71,10 @@ def fitted_on_public(view: ReleaseView, name: str, recipe: ShadowRecipe) -> Chai
     """
     budget = max(1, round(view.budget.images * SHARE))
     training, rows = recipe_for(view, budget, len(view.public), LEARNING_RATE)
-    subject = {
-        **view.subject,
-        "name": name,
-        "version": ATTACKS["A3"].version,
-        "rows": rows,
-        "epochs": training.epochs,
-        "depends_on": asdict(recipe),
-    }
+    subject = {**view.subject, "name": name, "version": ATTACKS["A3"].version, "rows": rows}
+    subject |= {"epochs": training.epochs, "depends_on": asdict(recipe)}
     with seeded(recipe.seed):
-        chain = build_chain(recipe.function, _features(view))
+        chain = build_chain(recipe.function, FeatureSpec(view.feature_shape, view.non_negative))
     if code := chain.outside_code():
         subject["code"] = code
     kept = view.kept.load(name, subject)
@@ -118,12 +95,15 @@ def fitted_on_public(view: ReleaseView, name: str, recipe: ShadowRecipe) -> Chai
 def _material(
     view: ReleaseView, name: str, recipe: ShadowRecipe, training: Recipe, rows: int, subject: Mapping[str, Any]
 ) -> Material:
-    train = _labelled(view, view.public, rows)
+    train, scale = _labelled(view, view.public, rows), None
+    if view.task == "regression":  # standard deviations of the targets: those of φ2's answers on Q
+        count = min(len(view.public), MOMENT_PICTURES)
+        scale = _answers(view, view.public, count).std(dim=0, correction=0) + 1e-6
     return Material(
-        features=_features(view),
+        features=FeatureSpec(view.feature_shape, view.non_negative),
         phi_1=view.phi_1,
         phi_2=view.phi_2,
-        task=TaskLoss(_scale(view)),
+        task=TaskLoss(scale),
         train=train,
         val=_labelled(view, view.public_val, min(len(view.public_val), VALIDATION_PICTURES)),
         public=train.rows,
@@ -141,80 +121,18 @@ def _material(
 
 def _labelled(view: ReleaseView, held: HeldPictures, count: int) -> Split:
     """φ1 of pictures of Q, with the labels that φ2 gives them."""
-
-    def features(rows: Rows) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = view.features_of(held, rows).cpu().numpy()
-        return found
-
-    answers = torch.cat([view.answers(view.features_of(held, some)).cpu() for some in batches(np.arange(count))])
+    answers = _answers(view, held, count)
     labels = answers if view.task == "regression" else answers.argmax(1)
-    return Split(ComputedRows(labels.numpy(), features), held.read)
+    rows = ComputedRows(labels.numpy(), lambda rows: view.features_of(held, rows).cpu().numpy())
+    return Split(rows, held.read)
 
 
-def _features(view: ReleaseView) -> FeatureSpec:
-    return FeatureSpec(view.feature_shape, view.non_negative)
-
-
-def _scale(view: ReleaseView) -> Tensor | None:
-    """Standard deviations of regression targets: those of φ2's answers on Q."""
-    if view.task != "regression":
-        return None
-    count = min(len(view.public), MOMENT_PICTURES)
-    numbers = np.arange(count)
-    answers = torch.cat([view.answers(view.features_of(view.public, some)).cpu() for some in batches(numbers)])
-    return answers.std(dim=0, correction=0) + 1e-6
-
-
-@dataclass(frozen=True, eq=False)
-class OwnKind:
-    """What a decoder sees of P's own kind.
-
-    Attributes:
-        view: with as many pictures of Q as there are such rows of: what a decoder of them is trained on.
-        inputs: pictures of Q → their rows, each under one of the functions, drawn anew.
-        depends_on: recipes and code of the functions.
-    """
-
-    view: ReleaseView
-    inputs: Inputs
-    depends_on: dict[str, Any]
-
-
-def of_its_own_kind(view: ReleaseView) -> OwnKind | None:
-    """Shadow functions of P's own kind; None where P is `dpf` as A3's others are, or not known.
-
-    Each is planned for Q as a bank of the attacker's, whose labels are φ2's answers.
-
-    Raises:
-        ConfigError: P's kind cannot be fitted on Q.
-        NotGrantedError: Q has no class that is large enough for it.
-    """
-    if view.function in ("", "dpf"):
-        return None
-    _, rows = schedule(view.budget.images, len(view.public))
-    small = with_room(view, rows, view.budget.shadows)
-    banks: list[PoisonedPublic] = []
-    fitted: list[Any] = []
-    for number in range(view.budget.shadows):
-        recipe = own_kind_recipe(view, number)
-        chain = fitted_on_public(view, f"A3 own kind {number}", recipe)
-        fitted.append([asdict(recipe), *chain.outside_code()])
-        banks.append(poisoned_public(small, poison_with(chain, view.phi_2, f"shadow {recipe.seed}")))
-
-    def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
-        generator = generator or np.random.default_rng([view.seed, 4, int(rows[0])])
-        drawn = torch.from_numpy(generator.integers(len(banks), size=len(rows)))
-        out = banks[0].with_most_of(held, rows)
-        for number, bank in enumerate(banks[1:], start=1):
-            if (drawn == number).any():
-                out[drawn == number] = bank.with_most_of(held, rows[(drawn == number).numpy()])
-        return out
-
-    return OwnKind(small, inputs, {"function": view.function, "shadows": fitted})
+def _answers(view: ReleaseView, held: HeldPictures, count: int) -> Tensor:
+    return torch.cat([view.answers(view.features_of(held, some)).cpu() for some in batches(np.arange(count))])
 
 
 def own_kind_cost(function: str, learns: bool, shadows: int) -> float:
-    """What `of_its_own_kind` and its decoder cost, in trainings of a decoder."""
+    """What A3's functions of P's own kind and their decoder cost, in trainings of a decoder."""
     return 0.0 if function in ("", "dpf") else 1 + learns * shadows * SHARE * STEP_COST
 
 
@@ -230,14 +148,11 @@ def poison_with(chain: Chain, phi_2: nn.Module, seed: str) -> Poison:
     return poison
 
 
-# --------------------------------------------------------------------------------------------- what a decoder sees
-
-
 def union(view: ReleaseView, shadows: Sequence[nn.Module]) -> Inputs:
     """Clean features of Q, each row through a function drawn anew.
 
-    One of the shadow functions, the identity, a random per-channel affine map, or noise or a blur as the stationary
-    functions have them, all alike often.
+    One of the shadow functions, the identity, a random affine map (channels times 0.5 to 2, plus up to one unit), or
+    noise or a blur as the stationary functions have them, all alike often.
     """
 
     def inputs(held: HeldPictures, rows: Rows, generator: np.random.Generator | None) -> Tensor:
@@ -251,18 +166,13 @@ def union(view: ReleaseView, shadows: Sequence[nn.Module]) -> Inputs:
             if number < len(shadows):
                 out[mine] = shadows[number](features[mine])
             elif number == len(shadows):
-                out[mine] = _affine(features[mine], draws)
+                scale, shift = torch.rand((2, len(mine), out.shape[1], 1, 1), generator=draws, device=out.device)
+                out[mine] = features[mine] * 2 ** (2 * scale - 1) + shift
             elif number == len(shadows) + 1:
                 out[mine] = _stationary(features[mine], int(generator.integers(3)), draws)
         return out.contiguous(memory_format=torch.channels_last)
 
     return inputs
-
-
-def _affine(features: Tensor, draws: torch.Generator) -> Tensor:
-    """Each channel of each row times 0.5 to 2, plus up to one unit."""
-    scale, shift = torch.rand((2, *features.shape[:2], 1, 1), generator=draws, device=features.device)
-    return features * 2 ** (2 * scale - 1) + shift
 
 
 def _stationary(features: Tensor, kind: int, draws: torch.Generator) -> Tensor:
@@ -275,30 +185,3 @@ def _stationary(features: Tensor, kind: int, draws: torch.Generator) -> Tensor:
         return F.avg_pool2d(features, 3, 1, 1, count_include_pad=False)
     blurred: Tensor = gaussian_blur(features, [5, 5], [1.0, 1.0])
     return blurred
-
-
-def with_moments_of_q(view: ReleaseView) -> Callable[[Rows], Tensor]:
-    """Rows of the bank, by number, with the mean and deviation that each channel has in φ1(Q)."""
-    numbers = np.random.default_rng([view.seed, 5]).permutation(len(view.bank))[:MOMENT_PICTURES]
-    mean, deviation = _moments(view.rows(some) for some in batches(np.sort(numbers)))
-    public = np.arange(min(len(view.public), MOMENT_PICTURES))
-    wanted_mean, wanted = _moments(view.features_of(view.public, some) for some in batches(public))
-
-    def rows(numbers: Rows) -> Tensor:
-        return (view.rows(numbers) - mean) / deviation.clamp_min(1e-6) * wanted + wanted_mean
-
-    return rows
-
-
-def _moments(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (1, C, 1, 1)."""
-    total, squares, count = torch.zeros(()), torch.zeros(()), 0
-    for batch in features:
-        double = batch.double().cpu()  # (n, C, h, w)
-        total = total + double.sum(dim=(0, 2, 3))
-        squares = squares + double.square().sum(dim=(0, 2, 3))
-        count += batch.shape[0] * batch.shape[2] * batch.shape[3]
-        device = batch.device
-    mean = total / count
-    deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
-    return mean.float().to(device)[None, :, None, None], deviation.float().to(device)[None, :, None, None]

@@ -29,38 +29,19 @@ def trained(
     loss: Loss,
     recipe: Recipe,
     rows: int,
-    *,
     title: str,
     validate: Callable[[], float] | None = None,
     depends_on: Mapping[str, Any] | None = None,
 ) -> Network:
     """The network, fitted; or as it was kept, where that has been done before.
 
-    Args:
-        view: whose device and keeping.
-        name: under which it is kept, with the attack's code first.
-        network: what is trained, in place.
-        read_batch: as of `training.fit`.
-        loss: as of `training.fit`.
-        recipe: how.
-        rows: that an epoch has.
-        title: for the progress line.
-        validate: as of `training.fit`.
-        depends_on: what else it depends on, beside Q, φ1, φ2, name, the attack's version, rows, epochs, seed.
-
-    Returns:
-        The network on the view's device, in evaluation mode, without gradients for its weights.
+    `read_batch`, `loss`, `recipe`, `rows` (of an epoch) and `validate` are as of `training.fit`. It is kept under its
+    name, with the attack's code first, and depends on Q, φ1, φ2, name, the attack's version, rows, epochs and seed, and
+    on what else is said. Returned on the view's device, in evaluation mode, without gradients for its weights.
     """
     attack = ATTACKS.get(name.split(" ", 1)[0])
-    subject = {
-        **view.subject,
-        "name": name,
-        "version": attack.version if attack else 1,
-        "rows": rows,
-        "epochs": recipe.epochs,
-        "seed": recipe.seed,
-        "depends_on": dict(depends_on or {}),
-    }
+    subject = {**view.subject, "name": name, "version": attack.version if attack else 1, "rows": rows}
+    subject |= {"epochs": recipe.epochs, "seed": recipe.seed, "depends_on": dict(depends_on or {})}
     kept = view.kept.load(name, subject)
     if kept is not None:
         network.load_state_dict(kept)
@@ -91,9 +72,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Of weights that a training begins with, or that it is against: it depends on them."""
-    return hashlib.sha256(
-        save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    ).hexdigest()
+    there = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return hashlib.sha256(save(there)).hexdigest()
 
 
 def recipe_for(view: ReleaseView, images: int, there: int, learning_rate: float) -> tuple[Recipe, int]:

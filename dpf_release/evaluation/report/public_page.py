@@ -28,9 +28,8 @@ from dpf_release.models.training import Recipe
 from dpf_release.owner.adversaries import straw_man
 from dpf_release.owner.project import Project
 from dpf_release.owner.workbench import workbench_of
-from dpf_release.poisoning.chain import build_chain
+from dpf_release.poisoning.chain import build_chain, fit_chain
 from dpf_release.poisoning.context import Material, Split
-from dpf_release.poisoning.fitting import fit_chain
 from dpf_release.poisoning.objective import Adversaries, TaskLoss
 from dpf_release.poisoning.plan import Contributors, FeatureSpec
 from dpf_release.release.attack_report import AttackReport
