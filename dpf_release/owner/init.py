@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dpf_release.core.files import make_folder, replacing, write_json, write_text
 from dpf_release.errors import ConfigError
-from dpf_release.models.weights import load_state, save_state
+from dpf_release.models.weights import load_state, state_file
 from dpf_release.owner.config import CONFIG_NAME, read_config
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.release.model_record import CUSTOM, ModelRecord, PreprocessRecord
@@ -77,7 +77,7 @@ def _take_network(vault: Vault, release: Release) -> None:
     make_folder(vault.network)
     parts = [load_state(release.folder / "model" / f"{part}.safetensors") for part in ("featurizer", "classifier")]
     with replacing(vault.network / "phi.safetensors") as partial:
-        save_state(partial, parts[0] | parts[1])
+        partial.write_bytes(state_file(parts[0] | parts[1]))
     write_json(vault.network / "network.json", release.record.model_dump(mode="json"))
 
 
