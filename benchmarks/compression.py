@@ -53,7 +53,7 @@ from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import BankWriter, SplitRows
 from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import split
-from dpf_release.models.reconstructors import build_reconstructor
+from dpf_release.models.reconstructors import Reconstructor
 from dpf_release.models.training import Recipe, fit, pick_device
 from dpf_release.models.weights import freeze, load_weights
 from dpf_release.models.zoo import build_network
@@ -121,7 +121,7 @@ def mobilenet(args: argparse.Namespace, folder: Path) -> dict[str, Features]:
     def reconstruction(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         return {"loss": F.l1_loss(network(batch[0]).float(), batch[4].float() / 255)}
 
-    psi: Any = fitted(build_reconstructor("px2s2", parts.hook.shape, IMAGENET.size), reconstruction, "px2s2")
+    psi: Any = fitted(Reconstructor("px2s2", parts.hook.shape, IMAGENET.size), reconstruction, "px2s2")
     classification: Any = SimpleNamespace(scale=None)  # all that `equivalence` asks a task for
     objective = Objective(phi_2, classification, {"px2s2": psi}, {}, True, 1.0)
     chain = build_chain("dpf", FeatureSpec(parts.hook.shape, parts.non_negative))

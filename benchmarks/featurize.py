@@ -52,7 +52,7 @@ from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import BankWriter, Span, SplitRows
 from dpf_release.core.files import sha256_of
 from dpf_release.core.ranks import Ranks
-from dpf_release.models.weights import freeze, save_state
+from dpf_release.models.weights import freeze, state_file
 from dpf_release.models.zoo import build_network
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.init import init
@@ -98,7 +98,7 @@ def project_of(folder: Path, arch: str, arguments: dict[str, int], **config: Any
         init(root)
         (root / "dpf.toml").write_text(CONFIG.format(arch=arch, **config))
         torch.manual_seed(0)
-        save_state(root / "phi.safetensors", build_network(arch, 2, arguments).state_dict())
+        (root / "phi.safetensors").write_bytes(state_file(build_network(arch, 2, arguments).state_dict()))
         yield root
 
 

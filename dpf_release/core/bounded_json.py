@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Set
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dpf_release.core.files import read_at_most
 
@@ -18,6 +19,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 MAX_BYTES = 16 * 2**20
 MAX_VALUES = 2**18
 SHOWN = 5
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Record(BaseModel):
@@ -91,9 +93,10 @@ def parse_json(content: bytes, schema: type[Schema]) -> Schema:
         raise ValueError(faults(error)) from None
 
 
-def faults(error: ValidationError) -> str:
-    """The first differences from a schema, in one line, without what was found: that may be long, or anything."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+def faults(error: ValidationError, known: Set[tuple[int | str, ...]] = frozenset()) -> str:
+    """The first differences from a schema, but those at known places; without what was found: it may be anything."""
+    differences = error.errors(include_url=False, include_context=False, include_input=False)
+    found = [fault for fault in differences if fault["loc"] not in known]
     shown = [
         f"{'.'.join(str(part)[:60] for part in fault['loc']) or 'all'}: {fault['msg'][:200]}" for fault in found[:SHOWN]
     ]

@@ -13,7 +13,7 @@ from dpf_release.attacks.interface import Attack, registered
 from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.attacks.toolkit.decoder import decoder_loss, disturb
 from dpf_release.attacks.toolkit.trained import TRAINING_BATCH
-from dpf_release.models.reconstructors import build_reconstructor
+from dpf_release.models.reconstructors import Reconstructor
 from dpf_release.models.training import uses_bf16
 from dpf_release.release.attack_report import PROFILE_ORDER, ProfileName
 
@@ -62,7 +62,7 @@ def decoder_rate(view: ReleaseView) -> float:
     bf16 = uses_bf16(view.bf16, view.device)
     chosen = np.arange(min(TRAINING_BATCH, len(view.public)))
     batch = view.public.read(chosen)
-    network = build_reconstructor("rx2s2-c", view.feature_shape, (batch.shape[-2], batch.shape[-1])).to(view.device)
+    network = Reconstructor("rx2s2-c", view.feature_shape, (batch.shape[-2], batch.shape[-1])).to(view.device)
     network.to(memory_format=torch.channels_last)
     generator = np.random.default_rng(0)
 

@@ -1,8 +1,8 @@
 """Cutting a network Φ in two at a hook point: Φ(x) = φ2(φ1(x)).
 
-A network that is a `nn.Sequential` is cut by the order of its modules. Any other is traced with
-`torch.fx`, and cut where all of the forward pass goes through one tensor. Either way the halves keep
-the module names of Φ, so that their state dicts are the two parts of Φ's.
+A network that is a `nn.Sequential` is cut by the order of its modules. Any other is traced with `torch.fx`, and cut
+where all of the forward pass goes through one tensor. Either way the halves keep the module names of Φ, so that their
+state dicts are the two parts of Φ's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import difflib
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -31,17 +32,11 @@ _TOKEN_MIXERS = (nn.MultiheadAttention, ShiftedWindowAttention, RelativePosition
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A place where a network can be cut.
+    """A place where a network can be cut."""
 
-    Attributes:
-        path: module path, such as `layer3.0`; the features are this module's output.
-        name: the paper's name on ResNets (`conv4_1`), else the path.
-        shape: (C, H, W) of one row of features.
-    """
-
-    path: str
-    name: str
-    shape: tuple[int, int, int]
+    path: str  # of a module, such as `layer3.0`; the features are its output
+    name: str  # the paper's on ResNets (`conv4_1`), else the path
+    shape: tuple[int, int, int]  # (C, H, W) of one row of features
 
     @property
     def bytes_per_row(self) -> int:
@@ -51,19 +46,12 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class Split:
-    """A network cut in two.
+    """A network cut in two at `hook`."""
 
-    Attributes:
-        featurizer: φ1, images (N, 3, H, W) to features (N, *hook.shape).
-        classifier: φ2, features to what the network returns.
-        hook: where it was cut.
-        non_negative: no feature of the probe batch is below 0, as where φ1 ends in a ReLU; False on the meta device.
-    """
-
-    featurizer: nn.Module
-    classifier: nn.Module
+    featurizer: nn.Module  # φ1, images (N, 3, H, W) to features (N, *hook.shape)
+    classifier: nn.Module  # φ2, features to what the network returns
     hook: HookPoint
-    non_negative: bool
+    non_negative: bool  # of the probe batch's features, as where φ1 ends in a ReLU; False on the meta device
 
 
 def resolve(network: nn.Module, hook: str) -> str:
@@ -77,11 +65,8 @@ def resolve(network: nn.Module, hook: str) -> str:
 def hook_points(network: nn.Module, image_size: tuple[int, int]) -> list[HookPoint]:
     """Return every place where `network` can be cut, in forward order.
 
-    A container and its last module are two names of one place; both are listed.
-
-    Args:
-        network: maps images (N, 3, H, W) to one tensor; it is left as it is.
-        image_size: (H, W) in pixels.
+    A container and its last module are two names of one place; both are listed. The network maps images (N, 3, H, W) to
+    one tensor; it is left as it is. `image_size` is (H, W) in pixels.
 
     Raises:
         HookError: the network is a vision transformer, cannot be traced, or rejects images of this size.
@@ -94,7 +79,8 @@ def hook_points(network: nn.Module, image_size: tuple[int, int]) -> list[HookPoi
             raise
         with torch.no_grad():
             values = list(_run_in_order(reference, probe.clone()))
-        found = [(path, v.shape) for path, v in values if isinstance(v, Tensor) and _has_rest(reference, path)]
+        rest = {path: halves[1] for path, _ in values if (halves := _slices(reference, path)) is not None}
+        found = [(path, v.shape) for path, v in values if isinstance(v, Tensor) and len(rest[path])]
     else:
         shapes = trace.shapes(probe)
         nodes = [(path, trace.calls[path][0]) for path in trace.calls if trace.obstacle(path) is None]
@@ -116,11 +102,10 @@ def hook_table(points: Sequence[HookPoint]) -> str:
 def split(network: nn.Module, hook: str, image_size: tuple[int, int]) -> Split:
     """Cut `network` at `hook` into φ1 and φ2, and check φ2(φ1(x)) = Φ(x) on a probe batch, bit for bit.
 
-    The halves own copies of the weights, on the network's device, each module in the mode (train or
-    eval) that it has there. Together their state dicts have the names of Φ's that its forward pass uses.
-    Operations that would overwrite their input are made out of place. Where the cut needs `torch.fx`,
-    Python code of a forward pass that asks for `self.training` keeps what it does in eval mode.
-    A network on torch's meta device is cut by its shapes alone: no value is computed, and none compared.
+    The halves own copies of the weights, on the network's device, each module in the mode (train or eval) that it has
+    there. Together their state dicts have the names of Φ's that its forward pass uses. Operations that would overwrite
+    their input are made out of place. Where the cut needs `torch.fx`, Python code of a forward pass that asks for
+    `self.training` keeps what it does in eval mode. A network on torch's meta device is cut by its shapes alone.
 
     Args:
         network: maps images (N, 3, H, W) to one tensor; it is left as it is, and the random state too.
@@ -214,13 +199,8 @@ def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _named(sequence: nn.Sequential) -> dict[str, nn.Module]:
-    # `named_children` would leave out a module that comes twice.
-    return dict(zip(sequence._modules, sequence, strict=True))
-
-
 def _run_in_order(sequence: nn.Sequential, value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, module in _named(sequence).items():
+    for name, module in zip(sequence._modules, sequence, strict=True):  # `named_children` leaves out repeated ones
         if _is_sequential(module):
             for path, inner in _run_in_order(module, value, f"{prefix}{name}."):
                 value = inner
@@ -235,44 +215,28 @@ def _slices(sequence: nn.Module, path: str) -> tuple[nn.Sequential, nn.Sequentia
     name, _, inner = path.partition(".")
     if not _is_sequential(sequence) or name not in sequence._modules:
         return None
-    children = list(_named(sequence).items())
+    children = list(zip(sequence._modules, sequence, strict=True))
     position = list(sequence._modules).index(name)
-    before, after = dict(children[: position + 1]), dict(children[position + 1 :])
+    before, after = OrderedDict(children[: position + 1]), OrderedDict(children[position + 1 :])
     if inner:
         slices = _slices(before[name], inner)
         if slices is None:
             return None
         before[name] = slices[0]
         if len(slices[1]):
-            after = {name: slices[1], **after}
-    return _sequence(before), _sequence(after)
-
-
-def _sequence(children: dict[str, nn.Module]) -> nn.Sequential:
-    sequence = nn.Sequential()
-    for name, child in children.items():
-        sequence.add_module(name, child)
-    return sequence
-
-
-def _has_rest(reference: nn.Module, path: str) -> bool:
-    slices = _slices(reference, path)
-    return slices is not None and len(slices[1]) > 0
+            after = OrderedDict([(name, slices[1]), *after.items()])
+    return nn.Sequential(before), nn.Sequential(after)
 
 
 def _cut_by_order(reference: nn.Module, path: str) -> tuple[nn.Module, nn.Module] | None:
     slices = _slices(reference, path)
-    if slices is not None and not _has_rest(reference, path):
+    if slices is not None and not len(slices[1]):
         raise HookError("it is after the last feature map: nothing comes after it")
     return slices
 
 
 def _cut_by_graph(reference: nn.Module, path: str) -> tuple[nn.Module, nn.Module]:
-    trace = trace_network(reference)
-    obstacle = trace.obstacle(path)
-    if obstacle is not None:
-        raise HookError(obstacle)
-    return trace.cut(path)
+    return trace_network(reference).cut(path)
 
 
 def _hook_point(network: nn.Module, path: str, shape: Sequence[int]) -> HookPoint:

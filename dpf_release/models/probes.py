@@ -8,13 +8,7 @@ from torch import Tensor, nn
 class AttributeClassifier(nn.Module):
     """A small CNN from features (N, C, H, W), any H and W, to logits (N, classes) of an attribute.
 
-    Such as the identity of a person: the attack of the paper's section 4.4. 3×3 convolution to 128 channels
-    (of stride 2 where H is at least 16), BN, ReLU, 3×3 to 256 of stride 2, BN, ReLU, mean over places,
-    dropout 0.2, linear. The paper does not give its classifier's layers.
-
-    Args:
-        feature_shape: (C, H, W).
-        classes: values of the attribute.
+    Such as the identity of a person: the attack of the paper's section 4.4, which does not give the layers.
     """
 
     def __init__(self, feature_shape: tuple[int, int, int], classes: int) -> None:

@@ -18,11 +18,9 @@ _WIDEST, _NARROWEST = 256, 32
 
 
 class InverseBottleneck(nn.Module):
-    """1×1, BN, 3×3, BN, 1×1, ReLU: ResNet's bottleneck reversed, wide in the middle. (N, C, H, W) → the same.
+    """1×1, BN, 3×3 of 2C channels, BN, 1×1, ReLU: ResNet's bottleneck reversed. (N, C, H, W) → the same.
 
-    Args:
-        width: C; the 3×3 convolution has 2C channels.
-        residual: whether the input is added before the ReLU.
+    Where it is residual the input is added before the ReLU.
     """
 
     def __init__(self, width: int, residual: bool) -> None:
@@ -46,42 +44,49 @@ class InverseBottleneck(nn.Module):
 class Reconstructor(nn.Module):
     """ψ: features (N, C, h, w) → images (N, 3, H, W) in [0, 1].
 
-    A stack is BLOCKS inverse bottleneck blocks, then a transposed convolution whose kernel and stride are
-    the upscaling factor: a learned upsampling, equal to a 1×1 convolution with a pixel shuffle. (After a
-    fixed interpolation the 1×1 convolutions that follow could not draw finer detail.) Every stack upscales
-    by SCALE but the last, which takes the factor that remains (also 1). Then 1×1, BN, ReLU, 1×1. Images that
-    are no multiple of the features are interpolated bilinearly at the end.
+    A stack is BLOCKS inverse bottleneck blocks, then a transposed convolution whose kernel and stride are the upscaling
+    factor: a learned upsampling, equal to a 1×1 convolution with a pixel shuffle. (After a fixed interpolation the 1×1
+    convolutions that follow could not draw finer detail.) Every stack upscales by SCALE but the last, which takes the
+    factor that remains (also 1). Then 1×1, BN, ReLU, 1×1. Images that are no multiple of the features are interpolated
+    bilinearly at the end.
 
-    The first stack's width is the features' C, at most 256; each further stack has half, at least 32.
-    Features of another width than the first stack's pass a 1×1 convolution first.
+    The first stack's width is the features' C, at most 256; each further stack has half, at least 32. Features of
+    another width than the first stack's pass a 1×1 convolution first.
 
-    The output is normalised per image to [0, 1] by its minimum and maximum over all channels and pixels; with
-    `-c` it is clamped. The paper names neither widths, nor the upsampling operator, nor the axis of min-max.
+    The output is normalised per image to [0, 1] by its minimum and maximum over all channels and pixels; with `-c` it
+    is clamped. The paper names neither widths, nor the upsampling operator, nor the axis of min-max.
 
     Args:
-        residual: blocks add their input.
-        blocks: blocks a stack.
-        scale: upscaling factor of a stack.
-        clamp: clamp instead of min-max normalisation.
-        feature_shape: (C, h, w).
-        image_size: (H, W).
-        width: of the first stack; None for the default.
+        name: such as `px2s2`, `rx4s4` or `rx2s2-c`: `p` (plain) or `r` (blocks add their input), `x` BLOCKS, `s` SCALE,
+            and `-c` for clamp.
+        feature_shape: (C, h, w) of φ1's output.
+        image_size: (H, W) of the images.
+        width: channels of the first stack; None for the default.
+
+    Raises:
+        ConfigError: the name does not follow the grammar, or a number is out of its bounds.
     """
 
     def __init__(
-        self,
-        *,
-        residual: bool,
-        blocks: int,
-        scale: int,
-        clamp: bool,
-        feature_shape: tuple[int, int, int],
-        image_size: tuple[int, int],
-        width: int | None = None,
+        self, name: str, feature_shape: tuple[int, int, int], image_size: tuple[int, int], width: int | None = None
     ) -> None:
+        parts = _NAME.fullmatch(name)
+        blocks, scale = (int(parts["blocks"]), int(parts["scale"])) if parts else (0, 0)
+        if parts is None or blocks > _MAX_BLOCKS or not 2 <= scale <= _MAX_SCALE:
+            raise ConfigError(
+                "expected a reconstructor name pxBLOCKSsSCALE or rxBLOCKSsSCALE, perhaps with -c behind it, of 1 "
+                f"to {_MAX_BLOCKS} blocks and a scale of 2 to {_MAX_SCALE}, found {name!r}. "
+                f"The paper's are {', '.join(PAPER_RECONSTRUCTORS)}."
+            )
+        lengths = (*feature_shape, *image_size, 1 if width is None else width)
+        if len(feature_shape) != 3 or len(image_size) != 2 or min(lengths) < 1:
+            raise ConfigError(
+                "a reconstructor needs a feature shape (C, h, w), an image size (H, W) and a width, all "
+                f"positive, found {feature_shape}, {image_size}, {width}. Hook the network at a feature map."
+            )
         super().__init__()
         channels, height, width_in = feature_shape
-        self.clamp, self.image_size = clamp, image_size
+        self.clamp, self.image_size = parts["clamp"] is not None, image_size
         factors = _factors(max(image_size[0] / height, image_size[1] / width_in), scale)
         current = width or min(channels, _WIDEST)
         self.entry = nn.Conv2d(channels, current, 1) if current != channels else nn.Identity()
@@ -89,12 +94,12 @@ class Reconstructor(nn.Module):
         for factor in factors:
             # A given width below the floor stays as it is.
             following = max(current // 2, min(_NARROWEST, current))
-            stack = [InverseBottleneck(current, residual) for _ in range(blocks)]
+            stack = [InverseBottleneck(current, residual=parts["kind"] == "r") for _ in range(blocks)]
             self.stacks.append(nn.Sequential(*stack, nn.ConvTranspose2d(current, following, factor, factor)))
             current = following
         last = nn.Conv2d(current, 3, 1)
         self.head = nn.Sequential(nn.Conv2d(current, current, 1, bias=False), nn.BatchNorm2d(current), nn.ReLU(), last)
-        if clamp and last.bias is not None:
+        if self.clamp and last.bias is not None:
             # Around 0 half of the pixels would start where the clamp has no gradient.
             nn.init.constant_(last.bias, 0.5)
 
@@ -109,48 +114,6 @@ class Reconstructor(nn.Module):
             if images.shape[-2:] != self.image_size:
                 images = F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
             return images.clamp(0, 1) if self.clamp else _min_max(images)
-
-
-def build_reconstructor(
-    name: str,
-    feature_shape: tuple[int, int, int],
-    image_size: tuple[int, int],
-    width: int | None = None,
-) -> Reconstructor:
-    """Returns the untrained reconstructor of a name such as `px2s2`, `rx4s4` or `rx2s2-c`.
-
-    Args:
-        name: `p` (plain) or `r` (residual), `x` BLOCKS, `s` SCALE, and `-c` for clamp; see `Reconstructor`.
-        feature_shape: (C, h, w) of φ1's output.
-        image_size: (H, W) of the images.
-        width: channels of the first stack; None for the default.
-
-    Raises:
-        ConfigError: the name does not follow the grammar, or a number is out of its bounds.
-    """
-    parts = _NAME.fullmatch(name)
-    blocks, scale = (int(parts["blocks"]), int(parts["scale"])) if parts else (0, 0)
-    if parts is None or blocks > _MAX_BLOCKS or not 2 <= scale <= _MAX_SCALE:
-        raise ConfigError(
-            "expected a reconstructor name pxBLOCKSsSCALE or rxBLOCKSsSCALE, perhaps with -c behind it, of 1 "
-            f"to {_MAX_BLOCKS} blocks and a scale of 2 to {_MAX_SCALE}, found {name!r}. "
-            f"The paper's are {', '.join(PAPER_RECONSTRUCTORS)}."
-        )
-    lengths = (*feature_shape, *image_size, 1 if width is None else width)
-    if len(feature_shape) != 3 or len(image_size) != 2 or min(lengths) < 1:
-        raise ConfigError(
-            "a reconstructor needs a feature shape (C, h, w), an image size (H, W) and a width, all "
-            f"positive, found {feature_shape}, {image_size}, {width}. Hook the network at a feature map."
-        )
-    return Reconstructor(
-        residual=parts["kind"] == "r",
-        blocks=blocks,
-        scale=scale,
-        clamp=parts["clamp"] is not None,
-        feature_shape=feature_shape,
-        image_size=image_size,
-        width=width,
-    )
 
 
 def _factors(ratio: float, scale: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.utils.parametrize import is_parametrized
 
 from dpf_release.errors import HookError
@@ -22,16 +23,7 @@ _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.itruediv: operator.truediv,
 }
 # What a forward pass raises on symbols, where its code asks for values or for modules that are not its own.
-_UNTRACEABLE = (
-    fx.proxy.TraceError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_UNTRACEABLE = (AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 
 
 class _Tracer(fx.Tracer):
@@ -56,20 +48,6 @@ class _Tracer(fx.Tracer):
         return result
 
 
-class _Shapes(fx.Interpreter):
-    """Runs a graph and keeps the shapes of its tensors."""
-
-    def __init__(self, network: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(network, graph=graph)
-        self.shapes: dict[fx.Node | None, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n] = value.shape
-        return value
-
-
 @dataclass(frozen=True)
 class Trace:
     """The graph of a network in eval mode, and the nodes that each module path returned, one a call."""
@@ -78,12 +56,12 @@ class Trace:
     graph: fx.Graph
     calls: dict[str, list[fx.Node | None]]
 
-    def shapes(self, probe: Tensor) -> dict[fx.Node | None, torch.Size]:
+    def shapes(self, probe: Tensor) -> dict[fx.Node, torch.Size]:
         """Return the shape of every tensor in the graph, for a batch of images (N, 3, H, W)."""
-        interpreter = _Shapes(self.network, self.graph)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            interpreter.run(probe.clone())
-        return interpreter.shapes
+            ShapeProp(fx.GraphModule(self.network, self.graph)).propagate(probe.clone())
+        found = {node: node.meta.get("tensor_meta") for node in self.graph.nodes}
+        return {node: meta.shape for node, meta in found.items() if isinstance(meta, TensorMetadata)}
 
     def obstacle(self, path: str) -> str | None:
         """Say why the graph cannot be cut at the output of `path`; None where it can."""
@@ -105,24 +83,23 @@ class Trace:
         return None
 
     def cut(self, path: str) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Return φ1 and φ2, which share the network's modules under the names that they have there."""
+        """Return φ1 and φ2, which share the network's modules and their names; `HookError`: there is an obstacle."""
+        if (obstacle := self.obstacle(path)) is not None:
+            raise HookError(obstacle)
         (node,) = self.calls[path]
         assert node is not None
         before, after = self._sides(node)
         featurizer, classifier = fx.Graph(), fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
-        for n in self.graph.nodes:
-            if n in before:
-                copies[n] = featurizer.node_copy(n, copies.__getitem__)
+        for n in filter(before.__contains__, self.graph.nodes):
+            copies[n] = featurizer.node_copy(n, copies.__getitem__)
         featurizer.output(copies[node])
         copies[node] = classifier.placeholder("features")
-        for n in self.graph.nodes:
-            if n in after:
-                copies[n] = classifier.node_copy(n, copies.__getitem__)
-        return (
-            fx.GraphModule(self.network, featurizer, "Featurizer"),
-            fx.GraphModule(self.network, classifier, "Classifier"),
-        )
+        for n in filter(after.__contains__, self.graph.nodes):
+            copies[n] = classifier.node_copy(n, copies.__getitem__)
+        halves = {"Featurizer": featurizer, "Classifier": classifier}
+        phi_1, phi_2 = (fx.GraphModule(self.network, graph, name) for name, graph in halves.items())
+        return phi_1, phi_2
 
     def _sides(self, node: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
         """Return what makes `node`, itself included, and what else the network's output needs."""
@@ -135,11 +112,7 @@ class Trace:
 
 
 def trace_network(reference: nn.Module) -> Trace:
-    """Trace the forward pass of a network in eval mode.
-
-    Raises:
-        HookError: its Python code decides on the values of tensors, or torch.fx cannot follow it.
-    """
+    """Trace the forward pass of a network in eval mode; `HookError` where torch.fx cannot follow its Python code."""
     tracer = _Tracer()
     try:
         graph = tracer.trace(reference)
@@ -168,16 +141,12 @@ def make_out_of_place(half: nn.Module) -> None:
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 if node.op == "call_method":
-                    node.target = _out_of_place_method(node.target)
+                    plain = node.target.removesuffix("_")  # x.mul_(y) -> x.mul(y)
+                    node.target = plain if callable(getattr(Tensor, plain, None)) else node.target
                 elif node.op == "call_function":
                     node.target = _out_of_place_function(node.target)
                     _unset_inplace(node)
             module.recompile()
-
-
-def _out_of_place_method(name: str) -> str:
-    plain = name.removesuffix("_")  # x.mul_(y) -> x.mul(y)
-    return plain if callable(getattr(Tensor, plain, None)) else name
 
 
 def _out_of_place_function(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,25 +38,15 @@ CHECKPOINT_EVERY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is fitted.
+    """How a network is fitted."""
 
-    Attributes:
-        epochs: passes over the rows.
-        batch_size: rows a step, of all ranks together; a shorter last batch is left out (other rows each epoch).
-        learning_rate: peak of the one-cycle schedule.
-        optimizer: SGD with Nesterov momentum 0.9, or Adam.
-        weight_decay: decoupled from nothing: as the optimizer defines it.
-        seed: of the order of rows and of what the batches draw. For P it comes from the vault's secret.
-        bf16: autocast to bfloat16; `auto`: where the device has instructions for it.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    optimizer: Literal["sgd", "adam"] = "adam"
-    weight_decay: float = 0.0
-    seed: int = 0
-    bf16: Literal["auto", "on", "off"] = "auto"
+    epochs: int  # passes over the rows
+    batch_size: int  # rows a step, of all ranks together; a shorter last batch is left out (other rows each epoch)
+    learning_rate: float  # peak of the one-cycle schedule
+    optimizer: Literal["sgd", "adam"] = "adam"  # SGD with Nesterov momentum 0.9
+    weight_decay: float = 0.0  # as the optimizer defines it
+    seed: int = 0  # of the order of rows and of what the batches draw. For P it comes from the vault's secret
+    bf16: Literal["auto", "on", "off"] = "auto"  # autocast to it; `auto`: where the device has instructions for it
 
 
 @dataclass
@@ -76,19 +66,14 @@ def pick_device(wanted: str = "auto") -> torch.device:
     Raises:
         ConfigError: the device that was asked for is not there.
     """
-    if wanted == "cuda" and torch.cuda.is_available():
-        wanted = "auto"  # which of them is torchrun's word
-    if wanted != "auto":
-        device = torch.device(wanted)
-        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-        if (device.index or 0) >= there[device.type]:
-            raise ConfigError(
-                f"expected a device that is there, found {wanted!r}. Name another with --device, or auto."
-            )
-        return device
-    if torch.cuda.is_available():  # under torchrun each process of a machine takes its own
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cuda": cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    device = torch.device(wanted if wanted != "auto" else next(kind for kind, count in there.items() if count))
+    if (device.index or 0) >= there[device.type]:
+        raise ConfigError(f"expected a device that is there, found {wanted!r}. Name another with --device, or auto.")
+    if device == torch.device("cuda"):  # under torchrun each process of a machine takes its own
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % cuda)
+    return device
 
 
 def uses_bf16(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool:
@@ -130,9 +115,8 @@ def fit(
     Args:
         network: what is trained; everything else that `loss` uses must be frozen by the caller.
         rows: how many training rows there are.
-        read_batch: row numbers and a generator (for augmentation) → tensors; runs one step ahead, in a thread.
-        loss: network and batch → `{"loss": ..., other facts to show}`, means over the batch; runs under autocast where
-            that is on.
+        read_batch: runs one step ahead, in a thread.
+        loss: means over the batch; runs under autocast where that is on.
         recipe: how.
         title: for the progress line.
         device: where.
@@ -141,8 +125,7 @@ def fit(
         checkpoint: written every minute and after each epoch; a run with the same recipe goes on from it.
         subject: what else the training depends on (digests of data and frozen networks); a checkpoint of another is not
             gone on from.
-        row_bytes: size of a row on disk, where neighbours are best read together: `loader.block_shuffle` draws the
-            order then.
+        row_bytes: size of a row on disk, where neighbours are best read together: `block_shuffle` draws the order then.
 
     Raises:
         ConfigError: the ranks cannot share a batch equally, or there are fewer rows than ranks.
@@ -154,17 +137,22 @@ def fit(
         raise ConfigError(f"{title}: expected a row for each of {ranks.world_size} ranks, found {rows}. Start fewer.")
     network.to(device).to(memory_format=torch.channels_last)
     steps = max(1, rows // recipe.batch_size)
-    state = _State(network, recipe, steps, {**asdict(recipe), "rows": rows, "subject": subject})
+    state = _State(network, recipe, steps, title, {"rows": rows, "subject": subject})
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         done = state.load(checkpoint) if checkpoint else 0  # steps of earlier runs
         if not ranks.is_first:
-            torch.manual_seed(_seed_of(recipe.seed, done, ranks.rank))  # a checkpoint has the first rank's state alone
+            # A checkpoint has the first rank's state alone.
+            torch.manual_seed(int(np.random.default_rng([recipe.seed, done, ranks.rank]).integers(2**63)))
         history = state.history
         history.device, started, saved = str(device), time.monotonic() - history.seconds, time.monotonic()
         if done == 0:
             history.bf16 = bool(ranks.from_first(np.array([uses_bf16(recipe.bf16, device)]))[0])
-        run = _Run(title, state, _shared(network, ranks, device), loss, device, ranks)
+        trained = network
+        if ranks.world_size > 1:
+            with together():  # what averages the ranks' gradients
+                ids = [device.index] if device.type == "cuda" else None
+                trained = DistributedDataParallel(network, device_ids=ids)
         with (
             keeping_large_blocks(),
             Progress(title, recipe.epochs * steps * recipe.batch_size, shown=ranks.is_first) as progress,
@@ -172,109 +160,28 @@ def fit(
         ):
             progress.skip(done * recipe.batch_size)
             for step, batch in enumerate(batches, start=done):
-                shown = run.step(batch)
+                batch = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+                shown = state.step(trained, loss, batch, ranks)
                 progress.advance(recipe.batch_size, epoch=step // steps + 1, **shown)
                 last_of_epoch = (step + 1) % steps == 0
                 if last_of_epoch:
                     state.end_epoch(validate if ranks.is_first else None)
-                    _refuse_divergence(title, history.epochs[-1].get("validation", 0.0))
+                    state.refuse_divergence(history.epochs[-1].get("validation", 0.0))
                 history.seconds = time.monotonic() - started
                 late = time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS
                 if checkpoint and ranks.is_first and (last_of_epoch or late):
                     state.save(checkpoint, step + 1)
                     saved = time.monotonic()
-    state.take_best()
+    if state.best:
+        network.load_state_dict(state.best)
+    else:
+        history.best_epoch = len(history.epochs) - 1
     network.eval()
     return history
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The steps of one rank.
-
-    Attributes:
-        title: of the training.
-        state: what each step changes.
-        trained: what the loss runs, as `_shared` says.
-        loss: as for `fit`.
-        device: where.
-        ranks: who takes part.
-    """
-
-    title: str
-    state: _State
-    trained: nn.Module
-    loss: Loss
-    device: torch.device
-    ranks: Ranks
-
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One update of the network; returns what the loss says, means over all ranks."""
-        state = self.state
-        batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
-        state.network.train()
-        state.optimizer.zero_grad(set_to_none=True)
-        with together():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=state.history.bf16):
-                facts = self.loss(self.trained, batch)
-            shown = self.ranks.mean({name: float(value.detach()) for name, value in facts.items()})
-            _refuse_divergence(self.title, shown["loss"])
-            facts["loss"].backward()
-        state.optimizer.step()
-        state.schedule.step()
-        state.add(shown)
-        return shown
-
-
-def _shared(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """What the loss runs: the network itself, or with several ranks the wrapper that averages their gradients."""
-    if ranks.world_size == 1:
-        return network
-    with together():
-        ids = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids)
-
-
-def _seed_of(*numbers: int) -> int:
-    return int(np.random.default_rng(numbers).integers(2**63))
-
-
-def _refuse_divergence(title: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"{title}: expected a finite loss, found {value}: it diverged. Lower its learning_rate, and run the "
-            "command again with --restart."
-        )
-
-
-def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
-        )
-    return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """One cycle over all steps."""
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        recipe.learning_rate,
-        total_steps=total + 1,
-        pct_start=0.2 if total != 4 else 0.25,  # a rise that ends at its first step divides by zero
-        cycle_momentum=False,
-    )
-
-
 def _batches(
-    rows: int,
-    row_bytes: int,
-    steps: int,
-    recipe: Recipe,
-    done: int,
-    read_batch: ReadBatch,
-    ranks: Ranks,
+    rows: int, row_bytes: int, steps: int, recipe: Recipe, done: int, read_batch: ReadBatch, ranks: Ranks
 ) -> Iterator[Batch]:
     """This rank's part of each batch from step `done` on.
 
@@ -294,20 +201,52 @@ def _batches(
 class _State:
     """All that a resumed training needs; on disk as safetensors, so that nothing is unpickled."""
 
-    def __init__(self, network: nn.Module, recipe: Recipe, steps: int, facts: dict[str, Any]) -> None:
-        self.network, self.optimizer = network, _optimizer(network, recipe)
-        self.schedule = _schedule(self.optimizer, recipe, recipe.epochs * steps)
+    def __init__(
+        self, network: nn.Module, recipe: Recipe, steps: int, title: str, depends_on: dict[str, int | str]
+    ) -> None:
+        self.network, self.title = network, title
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        rate, decay = recipe.learning_rate, recipe.weight_decay
+        self.optimizer: torch.optim.Optimizer
+        if recipe.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(parameters, rate, momentum=0.9, nesterov=True, weight_decay=decay)
+        else:
+            self.optimizer = torch.optim.Adam(parameters, rate, weight_decay=decay)
+        total = recipe.epochs * steps
+        rise = 0.2 if total != 4 else 0.25  # one that ends at its first step divides by zero
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, rate, total_steps=total + 1, pct_start=rise, cycle_momentum=False
+        )
         shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-        self.fingerprint = facts | {"shapes": shapes}  # a checkpoint of anything else is not gone on from
+        # A checkpoint of anything else is not gone on from.
+        self.fingerprint = asdict(recipe) | depends_on | {"shapes": shapes}
         self.history = History()
         self.best: dict[str, Tensor] = {}
         self.sums: dict[str, float] = {}
         self.count = 0
 
-    def add(self, facts: dict[str, float]) -> None:
-        for name, value in facts.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def step(self, trained: nn.Module, loss: Loss, batch: Batch, ranks: Ranks) -> dict[str, float]:
+        """One update of the network, which `trained` is or wraps; returns the facts' means over all ranks."""
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with together():
+            with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.history.bf16):
+                facts = loss(trained, batch)
+            shown = ranks.mean({name: float(value.detach()) for name, value in facts.items()})
+            self.refuse_divergence(shown["loss"])
+            facts["loss"].backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in shown.items()}
         self.count += 1
+        return shown
+
+    def refuse_divergence(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{self.title}: expected a finite loss, found {value}: it diverged. Lower its learning_rate, and run "
+                "the command again with --restart."
+            )
 
     def end_epoch(self, validate: Callable[[], float] | None) -> None:
         entry = {name: total / self.count for name, total in self.sums.items()}
@@ -322,22 +261,12 @@ class _State:
                 self.best = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         self.history.epochs.append(entry)
 
-    def take_best(self) -> None:
-        if self.best:
-            self.network.load_state_dict(self.best)
-        else:
-            self.history.best_epoch = len(self.history.epochs) - 1
-
     def save(self, path: Path, step: int) -> None:
         optimizer = self.optimizer.state_dict()
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        tensors |= {
-            f"optimizer.{number}.{key}": value
-            for number, values in optimizer["state"].items()
-            for key, value in values.items()
-            if isinstance(value, Tensor)
-        }
+        for number, values in optimizer["state"].items():
+            tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
         tensors["rng"] = torch.get_rng_state()
         if self.history.device.startswith("cuda"):
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.history.device)
@@ -346,9 +275,7 @@ class _State:
             "fingerprint": self.fingerprint,
             "history": asdict(self.history),
             "groups": optimizer["param_groups"],
-            "schedule": {
-                key: value for key, value in self.schedule.state_dict().items() if isinstance(value, (int, float, list))
-            },
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))},
             "sums": self.sums,
             "count": self.count,
         }

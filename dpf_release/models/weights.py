@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -22,24 +21,24 @@ from dpf_release.errors import WeightsError
 Module = TypeVar("Module", bound=nn.Module)
 
 _STATE_DICT_SUFFIXES = (".pt", ".pth", ".bin")
-_WRAPPERS = ("state_dict", "model")
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 # torchvision's own DenseNet files are older than its module names: norm.1 became norm1.
 _OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
+# What torch.load raises on files that are not whole, or hold objects.
+_UNREADABLE = (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
 _SHOWN = 5
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
     """Load all weights of `network` from a file; on failure the network is left as it was.
 
-    Read are `.safetensors`, and `.pt`, `.pth` or `.bin` files of a `state_dict`, with
-    `weights_only=True`. A dict wrapped under `state_dict` or `model`, names that all begin with
-    `module.`, names of torchvision's old DenseNet files, and the auxiliary classifiers of GoogLeNet
-    and Inception are understood.
+    Read are `.safetensors`, and `.pt`, `.pth` or `.bin` files of a `state_dict`, with `weights_only=True`. A dict
+    wrapped under `state_dict` or `model`, names that all begin with `module.`, names of torchvision's old DenseNet
+    files, and the auxiliary classifiers of GoogLeNet and Inception are understood.
 
     Raises:
-        WeightsError: the file is missing, of another format, holds more than tensors, or its names and
-            shapes are not the network's.
+        WeightsError: the file is missing, of another format, holds more than tensors, or its names and shapes are not
+            the network's.
     """
     tensors = load_state(path) if path.suffix == ".safetensors" else _load_state_dict(path)
     if tensors and all(name.startswith("module.") for name in tensors):
@@ -74,32 +73,21 @@ def _load_state_dict(path: Path) -> dict[str, Tensor]:
             # A TorchScript archive is refused below; torch's warning beforehand says nothing more.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except _UNREADABLE as error:
         raise WeightsError(
             f"{path} is damaged, or holds more than tensors ({type(error).__name__}). Nothing but tensors is "
             "unpickled, because unpickling an object runs code that the file names. If you trust the file, "
             "load it yourself and write safetensors.torch.save_file(network.state_dict(), 'w.safetensors')"
         ) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: expected a dict from names to tensors, found {type(content).__name__}")
+    wrapped = (content.get(wrapper) for wrapper in ("state_dict", "model"))
+    content = next((inner for inner in wrapped if isinstance(inner, Mapping)), content)
     foreign = [name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if foreign:
+        others = _first(map(repr, foreign))
         raise WeightsError(
-            f"{path}: expected a dict from names to tensors, found others: {_first(map(repr, foreign))}; "
-            "save network.state_dict()"
+            f"{path}: expected a dict from names to tensors, found others: {others}; save network.state_dict()"
         )
     return dict(content)
 
@@ -128,63 +116,31 @@ def _require_file(path: Path) -> None:
         raise WeightsError(f"{path}: expected a weights file, found {'a folder' if path.is_dir() else 'nothing'}")
 
 
-def save_state(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> None:
-    """Write tensors as safetensors; equal tensors make equal bytes, whatever their order or device.
-
-    Tensors that share memory are written once each.
-    """
-    path.write_bytes(state_file(tensors, record))
-
-
 def state_file(tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> bytes:
-    """Return the bytes of the file that `save_state` writes; a record becomes one sorted JSON string in its header."""
+    """Return tensors as a safetensors file; equal ones make equal bytes, whatever their order, device and memory.
+
+    A record becomes one sorted JSON string in its header.
+    """
     copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     # One key: safetensors writes several in a random order.
     metadata = {"record": json.dumps(record, sort_keys=True)} if record else {"format": "pt"}
     return save(copies, metadata=metadata)
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, on the CPU.
+def load_state(path: Path, content: bytes | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, on the CPU; of its content, where that was read already.
 
     Raises:
         WeightsError: the file is missing or is not safetensors.
     """
-    _require_file(path)
+    if content is None:
+        _require_file(path)
     try:
-        return load_file(path, device="cpu")
+        return load_file(path, device="cpu") if content is None else load(content)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): copy or write it again") from error
 
 
-def parse_state(data: bytes, path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file from its bytes, on the CPU; the path is for the message.
-
-    Raises:
-        WeightsError: they are not safetensors.
-    """
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}): copy or write it again") from error
-
-
-def state_bytes(module: nn.Module) -> str:
-    """Return the SHA-256 (hex) of all parameters and buffers: name, dtype, shape and bytes, by name.
-
-    Two modules of equal digest hold the same weights bit for bit; train mode and gradients do not matter.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def freeze(module: Module) -> Module:
-    """Put `module` into eval mode and stop its gradients, and return it.
-
-    Both are needed: without eval mode, BatchNorm's buffers still move.
-    """
+    """Put `module` into eval mode (without, BatchNorm's buffers still move) and stop its gradients, and return it."""
     return module.eval().requires_grad_(False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,18 +12,15 @@ import torchvision.models
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dpf_release.core.own_code import imported
 from dpf_release.errors import ConfigError
 
 MAX_OUTPUTS = 1_000_000
 MAX_WIDTH = 1024
 
 _CIFAR_BLOCKS = {"resnet20_cifar": 3, "resnet56_cifar": 9}
-_IMPORT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 # Auxiliary classifiers feed a training loss only; torchvision warns where `init_weights` is unsaid.
-_WITHOUT_AUXILIARY = {
-    "googlenet": {"aux_logits": False, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "init_weights": True},
-}
+_WITHOUT_AUXILIARY = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "init_weights": True})
 
 
 class CifarBlock(nn.Module):
@@ -59,11 +54,8 @@ class CifarBlock(nn.Module):
 class CifarResNet(nn.Module):
     """A ResNet of 6n + 2 layers for images of about 32 x 32 pixels (He et al. 2016, section 4.2).
 
-    Args:
-        blocks: n, the residual blocks of a stage: 3 makes ResNet-20, 9 makes ResNet-56.
-        outputs: classes, or regression targets.
-        width: channels of the first stage; the stages have width, 2 width and 4 width channels at
-            full, half and quarter resolution.
+    A stage has n residual blocks: 3 make ResNet-20, 9 make ResNet-56. The stages have width, 2 width and 4 width
+    channels at full, half and quarter resolution.
     """
 
     def __init__(self, blocks: int, outputs: int, width: int = 16) -> None:
@@ -113,31 +105,28 @@ def build_network(
     allow_import: bool = False,
     builder: Callable[..., nn.Module] | None = None,
 ) -> nn.Module:
-    """Build Φ with random weights; nothing is ever downloaded.
+    """Build Φ, images (N, 3, H, W) to (N, outputs), with random weights, in train mode; nothing is ever downloaded.
 
     Args:
-        arch: `resnet20_cifar`, `resnet56_cifar`, a torchvision classification network, or, with
-            `allow_import`, the owner's `package.module:function`, called as `function(outputs)`.
+        arch: `resnet20_cifar`, `resnet56_cifar`, a torchvision classification network, or, with `allow_import`, the
+            owner's `package.module:function`, called as `function(outputs)`.
         outputs: classes, or regression targets; 1 to 1,000,000.
         arguments: `width` (1 to 1024, default 16) for the CIFAR ResNets; nothing for the others.
         allow_import: the caller is the owner, whose own code may be imported and run.
         builder: called as `builder(outputs)` in place of looking `arch` up.
 
-    Returns:
-        A module that maps images (N, 3, H, W) to (N, outputs), in train mode.
-
     Raises:
-        ConfigError: the name, an argument or the number of outputs is not one of these, or the owner's
-            code cannot be imported or does not return a module.
+        ConfigError: the name, an argument or the number of outputs is not one of these, or the owner's code cannot be
+            imported or does not return a module.
     """
     if isinstance(outputs, bool) or not isinstance(outputs, int) or not 1 <= outputs <= MAX_OUTPUTS:
         raise ConfigError(f"a network needs 1 to {MAX_OUTPUTS} outputs, found {outputs!r}: give the number of classes")
-    accepted = {"width"} if builder is None and arch in _CIFAR_BLOCKS else set()
-    checked = _checked_arguments(arch, arguments or {}, accepted)
+    arguments = arguments or {}
+    _refuse_arguments(arch, arguments, {"width"} if builder is None and arch in _CIFAR_BLOCKS else set())
     if builder is not None:
         return _called(builder, outputs, "the given builder")
     if arch in _CIFAR_BLOCKS:
-        return CifarResNet(_CIFAR_BLOCKS[arch], outputs, **checked)
+        return CifarResNet(_CIFAR_BLOCKS[arch], outputs, **arguments)
     if is_public_architecture(arch):
         extra = _WITHOUT_AUXILIARY.get(arch, {})
         return torchvision.models.get_model(arch, weights=None, num_classes=outputs, **extra)
@@ -165,30 +154,21 @@ class _OnPaper(TorchFunctionMode):
 
 
 def network_on_paper(arch: str, outputs: int, arguments: Mapping[str, int]) -> nn.Module:
-    """A network of the allow list without room for its weights, which are on torch's meta device: shapes alone.
-
-    Args:
-        arch: a name of the allow list, as for `build_network`.
-        outputs: as for `build_network`.
-        arguments: as for `build_network`.
-
-    Raises:
-        ConfigError: as for `build_network`.
-    """
+    """As `build_network`, of the allow list, without room for the weights, which are on torch's meta device."""
     with _OnPaper(), torch.random.fork_rng(devices=[]):
         return build_network(arch, outputs, arguments).to("meta")
 
 
-def _checked_arguments(arch: str, arguments: Mapping[str, int], accepted: set[str]) -> dict[str, int]:
+def _refuse_arguments(arch: str, arguments: Mapping[str, int], accepted: set[str]) -> None:
     expected = f"width, 1 to {MAX_WIDTH}" if accepted else "no arguments"
-    problems = [f"unknown argument {name!r}: remove it" for name in arguments if name not in accepted]
-    for name in accepted & set(arguments):
-        value = arguments[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_WIDTH:
+    problems = []
+    for name, value in arguments.items():
+        if name not in accepted:
+            problems.append(f"unknown argument {name!r}: remove it")
+        elif isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_WIDTH:
             problems.append(f"{name} = {value!r}: give a whole number from 1 to {MAX_WIDTH}")
     if problems:
         raise ConfigError(f"arch {arch!r} takes {expected}; found {'; '.join(problems)}")
-    return dict(arguments)
 
 
 def _imported(arch: str, allow_import: bool) -> Callable[..., nn.Module]:
@@ -197,17 +177,15 @@ def _imported(arch: str, allow_import: bool) -> Callable[..., nn.Module]:
             f"arch {arch!r} names somebody's own code, which is run for its owner only: "
             "expected an allow-listed name; hand in the function that builds the network instead, or say --trust-code"
         )
-    if not _IMPORT.fullmatch(arch):
-        raise ConfigError(f"arch {arch!r} is not of the form package.module:function")
-    module_name, function_name = arch.split(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name, None)
-    except ImportError as error:
+        function = imported(arch)
+    except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"arch {arch!r}: {module_name} cannot be imported ({error}); install it or put its folder on PYTHONPATH"
+            f"arch {arch!r} cannot be imported as package.module:function ({error}): install it or put its folder on "
+            "PYTHONPATH"
         ) from error
     if not callable(function):
-        raise ConfigError(f"arch {arch!r}: expected a function {function_name!r} in {module_name}, found none")
+        raise ConfigError(f"arch {arch!r}: expected a function, found {type(function).__name__}")
     return function
 
 

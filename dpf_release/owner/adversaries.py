@@ -21,9 +21,9 @@ from dpf_release.core.files import make_folder
 from dpf_release.errors import ConfigError, ImageError
 from dpf_release.models.metrics import WINDOW, l1, ssim
 from dpf_release.models.probes import AttributeClassifier
-from dpf_release.models.reconstructors import Reconstructor, build_reconstructor
+from dpf_release.models.reconstructors import Reconstructor
 from dpf_release.models.training import Recipe, fit
-from dpf_release.models.weights import parse_state, state_file
+from dpf_release.models.weights import load_state, state_file
 from dpf_release.owner.project import Project
 from dpf_release.poisoning.context import VALIDATION_ROWS
 from dpf_release.poisoning.objective import Adversaries, AttributeAttacker
@@ -78,7 +78,7 @@ def new_straw_man(project: Project, name: str) -> Reconstructor:
     size = project.config.model.size
     if min(size) < WINDOW:
         raise ConfigError(f"expected pictures of {WINDOW} px or more for SSIM ([model] size), found {list(size)}.")
-    return build_reconstructor(name, project.cut.record.feature_shape, size)
+    return Reconstructor(name, project.cut.record.feature_shape, size)
 
 
 def _refuse_shared_images(project: Project) -> None:
@@ -215,5 +215,5 @@ def _trained(
             vault.remove(path.with_suffix(".checkpoint.safetensors"))
 
         project.ranks.once(keep)
-    network.load_state_dict(parse_state(vault.read_bytes(path, "fit-poison"), path))
+    network.load_state_dict(load_state(path, vault.read_bytes(path, "fit-poison")))
     project.frozen(network)

@@ -15,12 +15,12 @@ from dpf_release.core.files import make_folder
 from dpf_release.errors import VaultError
 from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import Split, split
-from dpf_release.models.weights import parse_state, state_file
+from dpf_release.models.weights import load_state, state_file
 from dpf_release.models.zoo import build_network, is_public_architecture
 from dpf_release.owner.config import Config, ModelSection
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.plan import FeatureSpec
-from dpf_release.release.model_record import CUSTOM, ModelRecord, PreprocessRecord, parse_model_record
+from dpf_release.release.model_record import CUSTOM, ModelRecord, PreprocessRecord, read_model_record
 
 
 def import_from(folder: Path) -> None:
@@ -113,7 +113,7 @@ def read_cut(vault: Vault, model: ModelSection, trusts_code: bool) -> CutNetwork
             f"expected a network in {vault.network}, found none. Run `dpf-release train`, or name "
             "your weights under [model] weights and run `dpf-release featurize`."
         )
-    record = parse_model_record(vault.read_bytes(path, "train"), path.name)
+    record = read_model_record(path, vault.read_bytes(path, "train"))
     preprocess = PreprocessRecord(**asdict(preprocess_of(model))).model_dump(mode="json")
     wanted = {"arch": model.arch, "arguments": model.arguments, "preprocess": preprocess}
     found = record.model_dump(mode="json", include=set(wanted))
@@ -123,6 +123,6 @@ def read_cut(vault: Vault, model: ModelSection, trusts_code: bool) -> CutNetwork
             "`dpf-release train --restart` for a new network."
         )
     network = build_network(record.arch, record.outputs, record.arguments, allow_import=trusts_code)
-    network.load_state_dict(parse_state(vault.read_bytes(weights, "train"), weights))
+    network.load_state_dict(load_state(weights, vault.read_bytes(weights, "train")))
     parts = split(network, model.hook, model.size)
     return CutNetwork(record.model_copy(update={"hook": parts.hook.name, "feature_shape": parts.hook.shape}), parts)

@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 from dpf_release.bank.format import RELEASED_SPLITS, SplitName
 from dpf_release.bank.rows import RowSource
 from dpf_release.errors import ConfigError, VaultError
-from dpf_release.models.weights import parse_state
+from dpf_release.models.weights import load_state
 from dpf_release.owner.banks import Removal, RowsOfSplit
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
@@ -89,7 +89,7 @@ def load_function(project: Project, name: str) -> FittedFunction:
         )
     chain = build_chain(record["recipe"]["function"], cut.features, allow_import=project.trusts_code)
     if record["learned"]:  # without its state it would be another function: the first weights of dpf are the identity
-        chain.load(parse_state(vault.read_bytes(folder / STATE, f"fit-poison --name {name}"), folder / STATE))
+        chain.load(load_state(folder / STATE, vault.read_bytes(folder / STATE, f"fit-poison --name {name}")))
     for network in chain.networks():
         project.frozen(network)
     plans = read_plans(vault, chain, bytes.fromhex(record["secret"]), folder)

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dpf_release.core.bounded_json import Record, read_json
+from dpf_release.core.bounded_json import Record, Sha256, read_json
 from dpf_release.errors import VerificationError
 
+Claim = Literal["reconstruction", "linkage", "attribute"]
 Verdict = Literal["pass", "fail", "inconclusive", "reported"]
 ProfileName = Literal["quick", "standard", "full"]
 PROFILE_ORDER: tuple[ProfileName, ...] = ("quick", "standard", "full")
 GAIN = "gain over own images alone"  # of U3; for each m a measure, positive where the bank helps
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A report may be a stranger's: no characters that a terminal obeys, and no more of anything than attacks make.
 _SEEN = r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
 Text = Annotated[str, Field(max_length=500, pattern=_SEEN)]
@@ -34,68 +34,53 @@ class Interval(Record):
     high: float
 
 
+Intervals = Annotated[dict[Short, Interval], Few]
+
+
 class Way(Record):
-    """One decoder, probe or way of looking of an attack.
+    """One decoder, probe or way of looking of an attack: means over images of `affine_ssim`, `l1`, `auc`, ..."""
 
-    Attributes:
-        measures: what was measured, each a mean over images: `affine_ssim`, `l1`, `top1`, `auc`, ...
-        leakage: of this way alone.
-    """
-
-    measures: Annotated[dict[Short, Interval], Few]
+    measures: Intervals
     leakage: Interval | None = None
 
 
 class Power(Record):
     """Whether the attack breaks what it must break, or its result proves nothing.
 
-    Attributes:
-        passed: None: it has nothing that it could be tried on.
-        planted: weak function → what the attack's best way got out of it.
-        surpassed: weak function → what another attack got out of it, which this one must do better than.
+    By weak function: what the attack's best way got out of it, and what another attack did that it must surpass.
     """
 
-    passed: bool | None
-    planted: Annotated[dict[Short, Interval], Few] = {}
-    surpassed: Annotated[dict[Short, Interval], Few] = {}
+    passed: bool | None  # None: it has nothing that it could be tried on
+    planted: Intervals = {}
+    surpassed: Intervals = {}
 
 
 class AttackResult(Record):
-    """One attack on one bank.
-
-    Attributes:
-        baseline: the same measure by someone without the bank (affine-fit SSIM; chance; from the label alone).
-        ceiling: the best that any attack reaches on the unpoisoned rows.
-        leakage: (attack - baseline) / (ceiling - baseline) of its strongest way; None: they are too near.
-        re_identification: share of rows (of pictures, for linkage) matched with their own, the highest of any way;
-            None: not measured, or among too few.
-        among: of how many the match was sought.
-        re_identification_limit: that it was held against; more where rows are made of several pictures.
-        beside: digest of the index of the other release that it was run with (A9).
-        seconds: it took; not in a release, where it would tell of the owner's machine.
-        reasons: for a verdict that is not `pass`.
-    """
+    """One attack on one bank."""
 
     code: Short
     title: Short
     version: int
-    claim: Literal["reconstruction", "linkage", "attribute"] | None
+    claim: Claim | None
     granted: Short
     rows: int
     images: int
-    seconds: float | None = None
+    seconds: float | None = None  # not in a release, where it would tell of the owner's machine
     ways: Annotated[dict[Short, Way], Few]
-    baseline: float | None
-    ceiling: float | None
+    baseline: float | None  # by someone without the bank (affine-fit SSIM; chance; from the label alone)
+    ceiling: float | None  # the best that any attack reaches on the unpoisoned rows
+    # (attack - baseline) / (ceiling - baseline) of its strongest way; None: they are too near.
     leakage: Interval | None
+    # Share of rows (of pictures, for linkage) matched with their own, the highest of any way; None: not measured, or
+    # among too few. Of how many it was sought, and what it was held against: more where rows are made of several.
     re_identification: Interval | None
     among: int
     re_identification_limit: float | None = None
-    beside: Sha256 | None = None
+    beside: Sha256 | None = None  # digest of the index of the other release that it was run with (A9)
     power: Power
     verdict: Verdict
-    reasons: Annotated[tuple[Text, ...], Few] = ()
-    series: Annotated[dict[Short, Annotated[dict[Short, Interval], Few]], Few] = {}
+    reasons: Annotated[tuple[Text, ...], Few] = ()  # for a verdict that is not `pass`
+    series: Annotated[dict[Short, Intervals], Few] = {}
 
     def smallest_above(self, series: str, limit: float) -> int | None:
         """The smallest number of a series at which the leakage is above the limit; None: at no one that was tried."""
@@ -104,14 +89,12 @@ class AttackResult(Record):
 
 
 class Utility(Record):
-    """What a downstream user can do with the bank: U1, U2, U3.
+    """What a downstream user can do with the bank.
 
-    Attributes:
-        measures: of U1 means over images with their 95 % intervals; of U2 and U3 means over seeds, with the lowest and
-            the highest seed.
+    Of U1 means over images with their 95 % intervals; of U2 and U3 means over seeds, with the lowest and highest seed.
     """
 
-    measures: Annotated[dict[Short, Interval], Few]
+    measures: Intervals
 
     @property
     def ordered(self) -> dict[str, Interval]:
@@ -120,40 +103,25 @@ class Utility(Record):
 
 
 class AttackReport(Record):
-    """`attack.json`; in a release it is what `public_report` leaves of it.
-
-    Attributes:
-        index_sha256: of the bank that was attacked: its `features/index.json`, which lists the digests of its shards.
-        public_images_sha256: Q, by names and file times; not in a release.
-        profile: how hard.
-        scorer: version of what scored the answers (`SCORER`).
-        function: its name; empty in a release.
-        attribute: of which the claim `attribute` is.
-        limits: of `[gate]`, under which the verdicts were given.
-        not_applicable: attacks of the profile that need what this project does not have, and what that is (not said in
-            a release).
-        not_run: attacks of the profile that were not run, or not yet.
-        claims_not_made: by the release that it is in; None in the vault, where nothing is promised yet.
-        dropped_since: rows of the bank that was attacked which the release no longer has; all others are as they were.
-    """
+    """`attack.json`; in a release it is what `public_report` leaves of it."""
 
     format: Literal["dpf-release-attacks"] = "dpf-release-attacks"
     version: Literal[1] = 1
-    index_sha256: Sha256
+    index_sha256: Sha256  # of the `features/index.json` of the bank that was attacked, which has its shards' digests
     featurizer_sha256: Sha256
-    public_images_sha256: Sha256 | None = None
+    public_images_sha256: Sha256 | None = None  # Q, by names and file times; not in a release
     profile: ProfileName
     scorer: int = SCORER
     seed: int
-    function: Short
-    attribute: Short | None = None
-    limits: Annotated[dict[Short, float], Few] = {}
-    not_applicable: Annotated[dict[Short, Text], Few] = {}
-    not_run: Annotated[tuple[Short, ...], Few] = ()
-    claims_not_made: Annotated[tuple[Literal["reconstruction", "linkage", "attribute"], ...], Few] | None = None
-    dropped_since: Annotated[int, Field(ge=0)] = 0
-    baselines: Annotated[dict[Short, Interval], Few] = {}
-    references: Annotated[dict[Short, Interval], Few] = {}
+    function: Short  # its name; empty in a release
+    attribute: Short | None = None  # of which the claim `attribute` is
+    limits: Annotated[dict[Short, float], Few] = {}  # of `[gate]`, under which the verdicts were given
+    not_applicable: Annotated[dict[Short, Text], Few] = {}  # by attack, what the project lacks; not in a release
+    not_run: Annotated[tuple[Short, ...], Few] = ()  # attacks of the profile that were not run, or not yet
+    claims_not_made: Annotated[tuple[Claim, ...], Few] | None = None  # by the release that it is in; None in the vault
+    dropped_since: Annotated[int, Field(ge=0)] = 0  # rows that the release no longer has; all others are as they were
+    baselines: Intervals = {}
+    references: Intervals = {}
     attacks: Annotated[tuple[AttackResult, ...], Few] = ()
     utility: Annotated[dict[Short, Utility], Few] = {}
 
@@ -191,11 +159,7 @@ def _rounded(tree: Any) -> Any:
 
 
 def read_attack_report(path: Path) -> AttackReport:
-    """The report of a release.
-
-    Raises:
-        VerificationError: no file, one too large, or not a report of format 1.
-    """
+    """The report of a release; `VerificationError` where it is no file, too large, or not a report of format 1."""
     try:
         return read_json(path, AttackReport)
     except (OSError, ValueError) as error:

@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import TypeAdapter
+
 from dpf_release.core.files import PRIVATE_FILE, PRIVATE_FOLDER, digest_of
+from dpf_release.release.tree import identity
 
 Found = TypeVar("Found")
 SETTLED_SECONDS = 2.0  # a file younger than that could change again within one tick of the file system's clock
@@ -44,7 +47,11 @@ class CheckedDigests:
             except (OSError, RuntimeError):  # no home, one that cannot be written to or locked, or another user's file
                 yield cls({})
                 return
-            digests = cls(_parsed(file.read()))
+            try:
+                known = TypeAdapter(dict[str, str]).validate_json(file.read() or b"{}")
+            except ValueError:  # an earlier run was cut off in the middle of it
+                known = {}
+            digests = cls(known)
             yield digests
             if digests.changed:
                 with contextlib.suppress(OSError):  # then they are read again next time
@@ -59,24 +66,16 @@ class CheckedDigests:
         if key not in self._known:
             settled = _is_settled(before)
             digest = digest_of(file)
-            after = os.fstat(file.fileno())
-            if not settled or (after.st_mtime_ns, after.st_ctime_ns) != (before.st_mtime_ns, before.st_ctime_ns):
+            if not settled or _state(os.fstat(file.fileno())) != key:
                 return digest
             self._known[key], self.changed = digest, True
         return self._known[key]
 
     def once(self, check: str, paths: Sequence[Path], run: Callable[[], list[Found]]) -> list[Found]:
-        """What a check finds in files. It is not run again where it found nothing and the files are the same.
-
-        Args:
-            check: which, with its version.
-            paths: all files that it looks at.
-            run: makes it.
-        """
+        """What a check finds in the files that it looks at; not run again where it found nothing in the same files."""
         before = [path.stat() for path in paths]
         states = list(map(_state, before))
-        known = hashlib.sha256("\n".join([check, *states]).encode()).digest()
-        key = str(int.from_bytes(known, "big"))
+        key = str(int(hashlib.sha256("\n".join([check, *states]).encode()).hexdigest(), 16))
         if key in self._known:
             return []
         found = run()
@@ -86,7 +85,7 @@ class CheckedDigests:
 
 
 def _state(status: os.stat_result) -> str:
-    return f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+    return "-".join(map(str, identity(status)))
 
 
 def _is_settled(status: os.stat_result) -> bool:
@@ -106,12 +105,3 @@ def _memory_of(folder: Path) -> Iterator[io.FileIO]:
             raise PermissionError(f"{name} is another user's")
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield file
-
-
-def _parsed(text: bytes) -> dict[str, str]:
-    """What an earlier run kept; nothing where it was cut off in the middle."""
-    try:
-        known = json.loads(text or b"{}")
-    except ValueError:
-        return {}
-    return known if isinstance(known, dict) and all(isinstance(value, str) for value in known.values()) else {}

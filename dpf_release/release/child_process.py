@@ -39,16 +39,10 @@ KEPT = ("LD_LIBRARY_PATH", "PYTHONHOME")  # without which this Python may not st
 
 
 def run_limited(module: str, request: Any, seconds: int) -> tuple[list[Any], str]:
-    """What a module of this package answers to a request, and why it stopped answering.
+    """What a module of this package answers to a request, and what it died of: empty where it ended as it should.
 
-    Args:
-        module: run as `python -m`; it calls `confine` before it looks at anything, reads the request from its standard
-            input, and writes a JSON value a line.
-        request: JSON.
-        seconds: of processor time.
-
-    Returns:
-        The answers, and what the child died of: a sentence, empty where it ended as it should.
+    The module is run as `python -m`; it calls `confine` with the seconds of processor time before it looks at anything,
+    reads the request, JSON, from its standard input, and writes a JSON value a line.
     """
     # Only absolute entries: with "" a `numpy.py` of the current folder, perhaps the release, would be imported.
     packages = os.pathsep.join(entry for entry in sys.path if Path(entry).is_absolute())
@@ -74,11 +68,18 @@ def run_limited(module: str, request: Any, seconds: int) -> tuple[list[Any], str
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
-    answers, rest = _parsed(output)
-    if not ended:
-        much = len(output) > MOST_ANSWER_BYTES
-        return answers, "it answered too much" if much else f"it took more than {seconds + WAITING_SECONDS} s"
-    return answers, _death(child.returncode, seconds, rest)
+    answers, last_words = _parsed(output)
+    code, died_of = child.returncode, ""
+    if len(output) > MOST_ANSWER_BYTES:
+        died_of = "it answered too much"
+    elif not ended:
+        died_of = f"it took more than {seconds + WAITING_SECONDS} s"
+    elif code == -signal.SIGXCPU:
+        died_of = f"it took more than {seconds} s of processor time"
+    elif code != 0:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        died_of = f"it {how}, under a limit of {MEMORY_BYTES >> 20} MiB" + (f" ({last_words})" if last_words else "")
+    return answers, died_of
 
 
 def _read(handle: int, deadline: float) -> tuple[bytes, bool]:
@@ -105,30 +106,13 @@ def _parsed(output: bytes) -> tuple[list[Any], str]:
     return answers, "".join(character for character in rest[:200] if character.isprintable())
 
 
-def _death(code: int, seconds: int, last_words: str) -> str:
-    if code == 0:
-        return ""
-    if code == -signal.SIGXCPU:
-        return f"it took more than {seconds} s of processor time"
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"it {how}, under a limit of {MEMORY_BYTES >> 20} MiB" + (f" ({last_words})" if last_words else "")
-
-
 def confine(seconds: int) -> None:
-    """Puts the limits on this process, which has imported what it needs: from here on it can use little more.
-
-    Args:
-        seconds: of processor time.
-    """
+    """Puts the limits on this process, which has imported what it needs: from here on it can use little more."""
     used = 0
-    with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # noqa: PTH123
-        used = int(file.read().split()[5]) * resource.getpagesize()
-    limits = {
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: OPEN_FILES,
-        resource.RLIMIT_CPU: seconds,
-    }
+    with contextlib.suppress(OSError):
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    limits |= {resource.RLIMIT_NOFILE: OPEN_FILES, resource.RLIMIT_CPU: seconds}
     if used:  # elsewhere than on Linux, what is in use is not known
         # What the process writes to. The whole address space would count a shard of 1 GiB that is mapped to be read.
         limits[resource.RLIMIT_DATA] = used + MEMORY_BYTES

@@ -53,7 +53,6 @@ from dpf_release.release.model_record import ModelRecord, read_model_record
 from dpf_release.release.safetensors_check import not_finite, read_tensor_file
 from dpf_release.release.verify import Kind, Problem, read_manifest, verify
 
-MODULE = "dpf_release.release.contents"
 VERSION = 3  # of these checks: what another version found is not remembered
 MAX_CARD_BYTES = 2**20
 BLOCK_BYTES = 2**24
@@ -72,14 +71,10 @@ def verify_deep(folder: Path, public_key: Path | None = None) -> list[Problem]:
 
 
 def check_structure(folder: Path, *, deep: bool = False) -> list[Problem]:
-    """What the files of a release are, checked in a child process with little memory and time.
+    """What the files are of a release in which `verify` found nothing, checked in a child with little memory and time.
 
-    Args:
-        folder: a release in which `verify` found nothing.
-        deep: every row is decoded, and every value looked at; without it no data are read.
-
-    Returns:
-        Problems of the kinds "schema", "structure", "values", and "limit", where the child was ended by its limits.
+    "Deep" every row is decoded, and every value looked at; without it no data are read. Problems are of the kinds
+    "schema", "structure", "values", and "limit", where the child was ended by its limits.
     """
     manifest = read_manifest(folder)
     if isinstance(manifest, Problem):
@@ -87,7 +82,7 @@ def check_structure(folder: Path, *, deep: bool = False) -> list[Problem]:
     work = _bytes_to_decode(folder, manifest) // BYTES_A_SECOND if deep else 0
     seconds = SECONDS + work + len(manifest.files) // SHARDS_A_SECOND
     request = {"folder": str(folder.resolve()), "deep": deep}
-    return problems_of(*run_limited(MODULE, request, seconds))
+    return problems_of(*run_limited("dpf_release.release.contents", request, seconds))
 
 
 def _bytes_to_decode(folder: Path, manifest: Manifest) -> int:
@@ -107,8 +102,7 @@ def problems_of(answers: list[Any], died_of: str) -> list[Problem]:
         if isinstance(answer, str):
             place = answer
         else:
-            kind, path, detail = answer
-            problems.append(Problem(kind, path, detail))
+            problems.append(Problem(*answer))
     if died_of:
         problems.append(Problem("limit", place, f"could not be checked within limits: {died_of}"))
     return problems
@@ -129,7 +123,7 @@ def answers_to(request: dict[str, Any]) -> Iterator[str | tuple[str, str, str]]:
     if isinstance(manifest, Problem):
         yield manifest.kind, manifest.path, manifest.detail
         return
-    for text in absences(manifest):
+    for text in _absences(manifest):
         yield "structure", MANIFEST, text
     release = _Release(folder, manifest, request["deep"])
     found = 0
@@ -142,29 +136,18 @@ def answers_to(request: dict[str, Any]) -> Iterator[str | tuple[str, str, str]]:
                 yield "limit", record.path, f"{found} problems; the rest was not looked at"
                 return
     yield MANIFEST
-    for text in contradictions(manifest, release.model, release.index) if release.model and release.index else ():
+    told = contradictions(manifest, release.model, release.index) if release.model and release.index else []
+    for text in told + _unfounded_claims(manifest, release.report):
         yield "schema", MANIFEST, text
-    for text in unfounded_claims(manifest, release.report):
-        yield "schema", MANIFEST, text
-    repeated = release.repeated_ids()
+    rows = sum(map(len, release.ids))
+    repeated = rows - len(np.unique(np.concatenate(release.ids))) if rows else 0
     if repeated:
         yield "values", MANIFEST, f"{repeated} rows have the id of another row"
 
 
 @dataclass
 class _Release:
-    """What is known so far.
-
-    Attributes:
-        folder: where it is.
-        manifest: of it.
-        deep: whether data are looked at.
-        model: what `model.json` says, once it is read.
-        index: what `index.json` says, once it is read.
-        shards: of it, by path.
-        report: of attacks, once it is read.
-        ids: (rows,) of each shard that was looked at, 16 bytes each; data, so only when deep.
-    """
+    """What is known so far: what records say once they are read; (rows,) ids of each shard, only when deep."""
 
     folder: Path
     manifest: Manifest
@@ -175,16 +158,11 @@ class _Release:
     report: AttackReport | None = None
     ids: list[NDArray[np.void]] = field(default_factory=list)
 
-    def repeated_ids(self) -> int:
-        """Rows, of all shards and splits, whose id an earlier one has."""
-        rows = sum(map(len, self.ids))
-        return rows - len(np.unique(np.concatenate(self.ids))) if rows else 0
-
 
 def _checked(release: _Release, role: Role, path: str) -> Iterator[Finding]:
     """What the checker of a role finds in a file."""
     try:
-        yield from CHECKERS[role](release, path)
+        yield from CHECKERS[role](release, path) or ()
     except DPFReleaseError as error:
         yield "schema" if role in {"model-record", "bank-index", "attack-report"} else "structure", str(error)
     except MemoryError:
@@ -194,7 +172,7 @@ def _checked(release: _Release, role: Role, path: str) -> Iterator[Finding]:
         yield "structure", f"it cannot be read: {type(error).__name__}: {str(error)[:200]}"
 
 
-def absences(manifest: Manifest) -> list[str]:
+def _absences(manifest: Manifest) -> list[str]:
     """What a release needs and its manifest does not list."""
     needed = [role for role in ROLE_ORDER if role != "attack-report"]  # where no attack was run there is no claim
     lacks = [f"a file of the role {role}" for role in needed if not manifest.of_role(role)]
@@ -210,7 +188,8 @@ def shards_of(index: BankIndex) -> dict[str, tuple[SplitName, ShardRecord]]:
 
 def contradictions(manifest: Manifest, model: ModelRecord, index: BankIndex) -> list[str]:
     """What manifest, model and bank say of each other that is not so."""
-    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    digests = {file.path: file.sha256 for file in manifest.files}
+    listed = {path: digests[path] for path in manifest.of_role("shard")}
     checks = {
         "the bank was made by another featurizer": index.featurizer_sha256 == digests.get(FEATURIZER),
         "the bank's rows have another shape than the model's features": index.feature_shape == model.feature_shape,
@@ -218,15 +197,13 @@ def contradictions(manifest: Manifest, model: ModelRecord, index: BankIndex) -> 
         "manifest and model differ in their classes": manifest.classes == model.classes,
         "manifest and model differ in their task": (manifest.task, manifest.targets) == (model.task, model.targets),
         "manifest and bank differ in their rows": manifest.splits == index.rows,
-        "the bank lists other shards than the manifest": {
-            path: shard.sha256 for path, (_, shard) in shards_of(index).items()
-        }
-        == {path: file.sha256 for path, file in manifest.of_role("shard").items()},
+        "the bank lists other shards than the manifest": listed
+        == {path: shard.sha256 for path, (_, shard) in shards_of(index).items()},
     }
     return [text for text, holds in checks.items() if not holds]
 
 
-def unfounded_claims(manifest: Manifest, report: AttackReport | None) -> list[str]:
+def _unfounded_claims(manifest: Manifest, report: AttackReport | None) -> list[str]:
     """What the manifest claims and no report of attacks on this bank says; and a report of something else."""
     digests = {entry.path: entry.sha256 for entry in manifest.files}
     problems = []
@@ -268,15 +245,13 @@ def _croissant(release: _Release, path: str) -> Iterator[Finding]:
         yield "structure", "holds control characters, which a terminal obeys"
 
 
-def _model_record(release: _Release, path: str) -> Iterator[Finding]:
+def _model_record(release: _Release, path: str) -> None:
     release.model = read_model_record(release.folder / path)
-    yield from ()
 
 
-def _bank_index(release: _Release, path: str) -> Iterator[Finding]:
+def _bank_index(release: _Release, path: str) -> None:
     release.index = read_index((release.folder / path).parent)
     release.shards = shards_of(release.index)
-    yield from ()
 
 
 def _attack_report(release: _Release, path: str) -> Iterator[Finding]:
@@ -292,8 +267,8 @@ def _weights(release: _Release, path: str) -> Iterator[Finding]:
         yield "structure", 'expected no metadata but {"format": "pt"}'
     if path == FEATURIZER and release.model is not None:
         expected = release.model.model_dump(mode="json", include={"arch", "arguments", "preprocess"})
-        hook = _said_record(file.metadata).pop("hook", None)
-        said = {key: value for key, value in _said_record(file.metadata).items() if key != "hook"}
+        said = _said_record(file.metadata)
+        hook = said.pop("hook", None)
         if not isinstance(hook, str) or len(hook) > 200 or said != expected or set(file.metadata) != {"record"}:
             yield "structure", "expected no metadata but architecture, preprocessing and hook, as in model.json"
     if release.deep:
@@ -336,8 +311,7 @@ def _shard(release: _Release, path: str) -> Iterator[Finding]:
 
 def _stored_whole(dataset: h5py.Dataset) -> bool:
     storage = dataset.id.get_storage_size()
-    filtered = dataset.id.get_create_plist().get_nfilters() > 0
-    return storage == dataset.nbytes or (filtered and storage > 0)
+    return storage == dataset.nbytes or (dataset.id.get_create_plist().get_nfilters() > 0 and storage > 0)
 
 
 def _targets(shard: h5py.File, release: _Release) -> Iterator[Finding]:
@@ -347,17 +321,14 @@ def _targets(shard: h5py.File, release: _Release) -> Iterator[Finding]:
         yield "values", "targets are infinite or not numbers"
     if "label" in shard and release.model is not None:
         labels = shard["label"][:]
-        if labels.min() < 0 or labels.max() >= len(release.model.classes):
-            yield (
-                "values",
-                f"labels from {labels.min()} to {labels.max()}, expected 0 to {len(release.model.classes) - 1}",
-            )
+        low, high, most = labels.min(), labels.max(), len(release.model.classes) - 1
+        if low < 0 or high > most:
+            yield "values", f"labels from {low} to {high}, expected 0 to {most}"
 
 
 def _rows(folder: Path, index: BankIndex, split: SplitName, record: ShardRecord) -> Iterator[Finding]:
     """Every row of a shard, decoded as a reader decodes it."""
-    alone = index.model_copy(update={"splits": {split: (record,)}})
-    bank = FeatureBank(folder / "features", split, alone)
+    bank = FeatureBank(folder / "features", split, index.model_copy(update={"splits": {split: (record,)}}))
     for rows, features in bank.batches(max(1, BLOCK_BYTES // index.row_bytes)):
         bad = not_finite_rows(features)
         if bad.any():
@@ -365,7 +336,7 @@ def _rows(folder: Path, index: BankIndex, split: SplitName, record: ShardRecord)
             return
 
 
-CHECKERS: dict[Role, Callable[[_Release, str], Iterator[Finding]]] = {
+CHECKERS: dict[Role, Callable[[_Release, str], Iterator[Finding] | None]] = {
     "card": _card,
     "croissant": _croissant,
     "model-record": _model_record,

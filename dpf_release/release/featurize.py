@@ -66,16 +66,9 @@ def featurize_new(
 ) -> tuple[BankIndex, list[BadImage]]:
     """A downstream user's own bank φ1(T), unpoisoned and theirs to keep, in the layout of a release's banks.
 
-    A run that was cut off goes on. Under `torchrun` the shards are divided among the ranks.
-
-    Args:
-        release: whose φ1.
-        images: T, an ImageFolder tree or a CSV table; its classes are among the release's, its targets are the same.
-        out: folder of the new bank; must not hold one.
-        shard_size: of the bank's files at the most, as `"1 GiB"`.
-        batch_size: images a step.
-        max_bad: share of unreadable images above which nothing is written.
-        device: where φ1 computes.
+    A run that was cut off goes on. Under `torchrun` the shards are divided among the ranks. T is an ImageFolder tree or
+    a CSV table; its classes are among the release's, its targets are the same. A larger share of unreadable images than
+    `max_bad`, and nothing is written.
 
     Returns:
         The index, and the images that could not be read and have no row.
@@ -94,16 +87,17 @@ def featurize_new(
         pictures = Pictures(table, release.preprocess)
         bad = survey_together(pictures, ranks, "Reading images")
         refuse_bad(bad, len(table), max_bad)
+        undecodable = [image.row for image in bad]
         facts = {
             "source_sha256": table.digest(),
             "featurizer_sha256": release.index.featurizer_sha256,
-            "undecodable": [image.row for image in bad],
+            "undecodable": undecodable,
             "shard_size": parse_size(shard_size),
             "batch_size": batch_size,
             **machine_facts(where),
         }
         generator = np.random.default_rng(_planned_ids(out, facts, ranks))
-        rows_of = {name: np.setdiff1d(table.rows_of(name), [image.row for image in bad]) for name in SPLITS}
+        rows_of = {name: np.setdiff1d(table.rows_of(name), undecodable) for name in SPLITS}
         rows = {
             name: SplitRows(table.targets[rows], generator.integers(0, 256, (len(rows), ID_BYTES), np.uint8))
             for name, rows in rows_of.items()
@@ -123,11 +117,7 @@ def featurize_new(
 
 
 def _planned_ids(out: Path, facts: dict[str, Any], ranks: Ranks) -> list[int]:
-    """The seed of the new bank's ids, kept in its plan until it is written.
-
-    Raises:
-        BankError: the plan of a run that was cut off is of something else.
-    """
+    """The seed of the new bank's ids, kept in its plan until it is written; `BankError`: a plan of something else."""
     plan = out / NEW_PLAN
     new = facts | {"ids": secrets.token_hex(32)}
     ranks.once(lambda: None if plan.exists() else write_json(plan, new))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from dpf_release.core.bounded_json import Record
+from dpf_release.core.bounded_json import Record, Sha256
 from dpf_release.core.files import PUBLIC_FILE, sha256_of, write_json, write_text
 
 ATTACK_REPORT, BANK_INDEX = "reports/attack.json", "features/index.json"
@@ -48,7 +48,7 @@ class FileRecord(Record):
     """One public file."""
 
     path: ReleasePath
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     bytes: Annotated[int, Field(ge=0)]
     role: Role
 
@@ -73,7 +73,7 @@ class Manifest(Record):
     format_version: Literal[1] = 1
     name: str
     version: str
-    previous: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    previous: Sha256 | None = None
     licence: str
     task: Literal["classification", "regression"]
     classes: tuple[str, ...] = ()
@@ -88,21 +88,13 @@ class Manifest(Record):
 
 
 def describe_files(folder: Path) -> tuple[FileRecord, ...]:
-    """Every file below a folder but the manifest, its sums and its signature, sorted by path.
-
-    Raises:
-        ValueError: a file has no role in a release.
-    """
+    """Every file below a folder but the manifest, its sums and its signature, sorted by path; as `describe_file`."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
     return tuple(describe_file(folder, name) for name in names if name not in UNLISTED)
 
 
 def describe_file(folder: Path, name: str) -> FileRecord:
-    """One file of a release.
-
-    Raises:
-        ValueError: it has no role in a release.
-    """
+    """One file of a release; `ValueError` where it has no role in one."""
     role, path = role_of(name), folder / name
     if role is None:
         raise ValueError(f"{name} has no role in a release")

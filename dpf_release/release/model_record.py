@@ -14,6 +14,7 @@ CUSTOM = "custom"  # the public name of an owner's own network; the record never
 
 ClassName = Annotated[str, Field(min_length=1, max_length=200)]
 Side = Annotated[int, Field(ge=8, le=4096)]
+Positive = Annotated[float, Field(gt=0)]
 Extent = Annotated[int, Field(ge=1, le=2**20)]
 
 
@@ -21,13 +22,9 @@ class PreprocessRecord(Record):
     """Resize of the shorter side (`None`: none), centre crop to `size` (H, W), then (x - mean) / std on [0, 1]."""
 
     size: tuple[Side, Side]
-    resize: Annotated[int, Field(ge=8, le=4096)] | None
+    resize: Side | None
     mean: tuple[float, float, float]
-    std: tuple[
-        Annotated[float, Field(gt=0)],
-        Annotated[float, Field(gt=0)],
-        Annotated[float, Field(gt=0)],
-    ]
+    std: tuple[Positive, Positive, Positive]
 
 
 class ModelRecord(Record):
@@ -60,25 +57,13 @@ class ModelRecord(Record):
         return len(self.targets) if self.task == "regression" else 0
 
 
-def read_model_record(path: Path) -> ModelRecord:
-    """A model record from its file.
+def read_model_record(path: Path, content: bytes | None = None) -> ModelRecord:
+    """A model record from its file, or from its content where that was read already.
 
     Raises:
         VerificationError: no file, one too large, or not a record of format 1.
     """
     try:
-        return read_json(path, ModelRecord)
+        return read_json(path, ModelRecord) if content is None else parse_json(content, ModelRecord)
     except (OSError, ValueError) as error:
         raise VerificationError(f"{path} is not a model record of format 1: {error}. Fetch it again.") from error
-
-
-def parse_model_record(data: bytes, name: str) -> ModelRecord:
-    """A model record from the bytes of a file of that name.
-
-    Raises:
-        VerificationError: they are too many, or not a record of format 1.
-    """
-    try:
-        return parse_json(data, ModelRecord)
-    except ValueError as error:
-        raise VerificationError(f"{name} is not a model record of format 1: {error}") from error

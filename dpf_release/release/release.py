@@ -100,8 +100,7 @@ class Release:
     def featurizer(self, build: Builder | None = None) -> nn.Module:
         """φ1: (N, 3, H, W) preprocessed images → (N, C, H, W) features; frozen.
 
-        Args:
-            build: makes the network from its number of outputs; needed for an owner's own architecture only.
+        An owner's own architecture needs `build`, which makes the network from its number of outputs.
         """
         return freeze(self._part("featurizer", build))
 
@@ -113,7 +112,14 @@ class Release:
         """φ2's architecture with fresh random weights: where a new classifier φ3 starts."""
         parts = self._split(build)
         if build is None:
-            self._refuse_giant(parts)
+            stored = sum((self.folder / path).stat().st_size for path in (FEATURIZER, CLASSIFIER))
+            state = [*parts.featurizer.state_dict().values(), *parts.classifier.state_dict().values()]
+            weights = sum(tensor.nbytes for tensor in state)
+            if weights > stored:  # before it is built
+                raise VerificationError(
+                    f"{self.record.arch} as model/model.json describes it has weights of {readable_size(weights)}; the "
+                    f"release holds {readable_size(stored)}. It was not built. Fetch it again from where you trust it."
+                )
             with torch.random.fork_rng(devices=[]):
                 fresh = build_network(self.record.arch, self.record.outputs, self.record.arguments).state_dict()
             parts.classifier.load_state_dict({name: fresh[name] for name in parts.classifier.state_dict()}, assign=True)
@@ -147,17 +153,6 @@ class Release:
                 f"expected features {record.feature_shape} at {record.hook}, the network makes {parts.hook.shape}."
             )
         return parts
-
-    def _refuse_giant(self, parts: Split) -> None:
-        """That the network is no larger than its files: before it is built."""
-        tensors = [*parts.featurizer.state_dict().values(), *parts.classifier.state_dict().values()]
-        weights = sum(tensor.nbytes for tensor in tensors)
-        stored = sum((self.folder / path).stat().st_size for path in (FEATURIZER, CLASSIFIER))
-        if weights > stored:
-            raise VerificationError(
-                f"{self.record.arch} as model/model.json describes it has weights of {readable_size(weights)}; the "
-                f"release holds {readable_size(stored)}. It was not built. Fetch it again from where you trust it."
-            )
 
 
 def _problems(folder: Path, level: Level) -> list[Problem]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from dpf_release.core.bounded_json import MAX_BYTES as MAX_HEADER_BYTES
 from dpf_release.core.bounded_json import bounded_json
 from dpf_release.errors import WeightsError
+from dpf_release.release.tree import identity
 
 MAX_VALUES = 2**20
 # Types of values, by safetensors' names; of a float the bits that are all set where it is infinite or not a number.
@@ -28,8 +28,7 @@ WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
 PIECE_BYTES = 2**24
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor of a file: name, type, shape, and where its bytes lie in the file."""
 
     name: str
@@ -39,14 +38,8 @@ class StoredTensor:
     stop: int
 
 
-@dataclass(frozen=True)
-class TensorFile:
-    """What a header says.
-
-    Attributes:
-        metadata: of the file.
-        tensors: as the header lists them; their bytes fill the file.
-    """
+class TensorFile(NamedTuple):
+    """What a header says: its metadata, and the tensors as it lists them, whose bytes fill the file."""
 
     metadata: dict[str, str]
     tensors: tuple[StoredTensor, ...]
@@ -69,9 +62,8 @@ def read_tensor_file(path: Path) -> TensorFile:
                 _refuse(path, f"its header would take {length} bytes, at most {MAX_HEADER_BYTES} are read")
             text = file.read(length)
             with safe_open(path, "np"):  # opens it again
-                same, now = os.fstat(file.fileno()), path.stat()
-            if (same.st_dev, same.st_ino, same.st_mtime_ns) != (now.st_dev, now.st_ino, now.st_mtime_ns):
-                _refuse(path, "it was changed while it was read")
+                if identity(os.fstat(file.fileno())) != identity(path.stat()):
+                    _refuse(path, "it was changed while it was read")
         return _parsed(path, text)
     except OSError as error:
         raise WeightsError(f"{path.name} cannot be read: {error.strerror}. Fetch it again.") from error
@@ -93,13 +85,11 @@ def _parsed(path: Path, text: bytes) -> TensorFile:
     if not {entry["dtype"] for entry in known.values()} <= EXPONENTS.keys() | WHOLE_NUMBERS:
         _refuse(path, "a tensor is of a type that weights do not have")
     begin = 8 + len(text)
-    return TensorFile(
-        metadata or {},
-        tuple(
-            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *(begin + at for at in entry["data_offsets"]))
-            for name, entry in known.items()
-        ),
+    tensors = (
+        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *(begin + at for at in entry["data_offsets"]))
+        for name, entry in known.items()
     )
+    return TensorFile(metadata or {}, tuple(tensors))
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
@@ -107,11 +97,7 @@ def _refuse(path: Path, what: str) -> NoReturn:
 
 
 def not_finite(path: Path, tensors: tuple[StoredTensor, ...]) -> Iterator[str]:
-    """The names of tensors that hold infinite values, or ones that are not numbers; all bytes are read.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """The names of tensors that hold infinite values, or ones that are not numbers; all bytes are read."""
     with path.open("rb") as file:
         for tensor in tensors:
             exponent = EXPONENTS.get(tensor.dtype)

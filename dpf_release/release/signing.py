@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from dpf_release.core.files import PRIVATE_FILE, PUBLIC_FILE, flush_to_disk, replacing
+from dpf_release.core.files import PRIVATE_FILE, PUBLIC_FILE, flush_to_disk, read_at_most, replacing
 from dpf_release.errors import SigningError
 from dpf_release.release.manifest import MANIFEST, SIGNATURE, SIGNER, SUMS
 
@@ -29,10 +28,10 @@ PUBLIC_SUFFIX = ".pub.pem"
 
 
 def new_key(out: Path) -> tuple[Path, str]:
-    """Writes a new private key, not encrypted and readable by its owner alone, and the public one beside it.
+    """Writes a new private key, not encrypted and readable by its owner alone, and the public one, `OUT.pub.pem`.
 
     Returns:
-        The file of the public key, `OUT.pub.pem`, and its fingerprint.
+        The public key's file, and its fingerprint.
 
     Raises:
         SigningError: either file is there, `out` lies in a release, or cannot be written.
@@ -49,10 +48,9 @@ def new_key(out: Path) -> tuple[Path, str]:
         handle = os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE_FILE)
     except OSError as error:
         raise SigningError(f"{out} cannot be written: {error.strerror}. Name another file with --out.") from error
-    with open(handle, "wb") as file:  # noqa: PTH123
+    with io.FileIO(handle, "w") as file:
         os.fchmod(handle, PRIVATE_FILE)  # whatever the umask
         file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        file.flush()
         os.fsync(handle)
     flush_to_disk(out.resolve().parent)
     _write(public, public_pem(key.public_key()))
@@ -60,28 +58,22 @@ def new_key(out: Path) -> tuple[Path, str]:
 
 
 def read_private_key(path: Path, outside: Sequence[Path] = ()) -> Ed25519PrivateKey:
-    """The owner's key.
-
-    Args:
-        path: PKCS8 PEM, without a passphrase.
-        outside: folders that it may not lie in.
+    """The owner's key, from PKCS8 PEM without a passphrase.
 
     Raises:
-        SigningError: it lies in one of them, others can read it, or it is no such key.
+        SigningError: it does not lie outside of those folders, others can read it, or it is no such key.
     """
     for folder in outside:
         if _is_in(path, folder):
             raise SigningError(
                 f"the private key {path} lies in {folder}, which is published. Move it to a private place."
             )
-    with _open(path) as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if mode & 0o077:
-            raise SigningError(
-                f"the private key {path} can be read by others (mode {mode & 0o777:o}, expected 600): whoever has it "
-                f"signs in your name. Run `chmod 600 {path}`, or make a new one where others may have read it."
-            )
-        content = file.read(MAX_KEY_BYTES)
+    content, mode = _read(path), path.stat().st_mode
+    if mode & 0o077:
+        raise SigningError(
+            f"the private key {path} can be read by others (mode {mode & 0o777:o}, expected 600): whoever has it "
+            f"signs in your name. Run `chmod 600 {path}`, or make a new one where others may have read it."
+        )
     try:
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it wants a passphrase
@@ -95,22 +87,17 @@ def read_private_key(path: Path, outside: Sequence[Path] = ()) -> Ed25519Private
 
 
 def read_public_key(path: Path, outside: Path) -> Ed25519PublicKey:
-    """The key that a release is to be signed with.
-
-    Args:
-        path: SubjectPublicKeyInfo PEM.
-        outside: the release; a key in it proves nothing about who made it.
+    """The key that a release is to be signed with, from SubjectPublicKeyInfo PEM.
 
     Raises:
-        SigningError: it lies in the release, or is no such key.
+        SigningError: it lies in the release, where it proves nothing about who made it, or is no such key.
     """
     if _is_in(path, outside):
         raise SigningError(
             f"the public key {path} lies in the release itself: whoever made the release chose it, so that it proves "
             "nothing about who that was. Take the key from where you trust its owner."
         )
-    with _open(path) as file:
-        content = file.read(MAX_KEY_BYTES)
+    content = _read(path)
     try:
         return parse_public_key(content)
     except SigningError as error:
@@ -118,11 +105,7 @@ def read_public_key(path: Path, outside: Path) -> Ed25519PublicKey:
 
 
 def parse_public_key(content: bytes) -> Ed25519PublicKey:
-    """The key that a PEM text holds.
-
-    Raises:
-        SigningError: it is not an Ed25519 public key.
-    """
+    """The key that a PEM text holds; `SigningError` where it is not an Ed25519 public key."""
     try:
         key = load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm):
@@ -169,13 +152,9 @@ def _is_in(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def _open(path: Path) -> io.FileIO:
+def _read(path: Path) -> bytes:
     """A key's file; through a link too, as secrets are often mounted."""
     try:
-        file = io.FileIO(path, "r", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        return read_at_most(path, MAX_KEY_BYTES)
     except OSError as error:
         raise SigningError(f"expected a key in {path}, which cannot be read: {error.strerror}.") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise SigningError(f"expected a key in {path}, found something that is no file.")
-    return file

@@ -43,30 +43,15 @@ def fit_classifier(
 ) -> History:
     """Fits a network from features to targets, in place: cross entropy, or smooth L1 for regression.
 
-    In float32: the same seed gives the same weights on the same machine.
-
-    Args:
-        network: (N, C, H, W) features → (N, outputs): `release.untrained_classifier()` for a new φ3,
-            `release.classifier()` to refine φ2 (with a small learning rate).
-        rows: a release's bank, one's own, or several by `concat`.
-        epochs: passes over the rows.
-        batch_size: rows a step.
-        learning_rate: peak of the one-cycle schedule of SGD.
-        seed: of the order of rows.
-        device: where.
-        title: for the progress line.
-        checkpoint: as of `training.fit`: a run that was cut off goes on from it.
-        subject: as of `training.fit`: which rows and which start this is about.
+    By SGD in float32: the same seed gives the same weights on the same machine. The network maps (N, C, H, W) features
+    to (N, outputs): `release.untrained_classifier()` for a new φ3, `release.classifier()` to refine φ2 (with a small
+    learning rate). The rows are a release's bank, one's own, or several by `concat`. All else is as of `training.fit`.
     """
-
-    def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
-        return rows.read(chosen)
-
     recipe = Recipe(epochs, min(batch_size, len(rows)), learning_rate, "sgd", 5e-4, seed, bf16="off")
     return fit(
         network,
         len(rows),
-        read_batch,
+        lambda chosen, _: rows.read(chosen),
         _loss,
         recipe,
         title=title,
@@ -95,7 +80,6 @@ def score(network: nn.Module, rows: TargetedRows) -> float:
             features, targets = rows.read(np.arange(start, min(start + 256, len(rows))))
             outputs = network(features.float().to(device)).float().cpu()
             regression = targets.is_floating_point()
-            parts.append(
-                mean_absolute_error(outputs, targets) if regression else topk_correct(outputs, targets, 1).float()
-            )
+            scored = mean_absolute_error(outputs, targets) if regression else topk_correct(outputs, targets, 1)
+            parts.append(scored.float())
     return float(torch.cat(parts).mean())

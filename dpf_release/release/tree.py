@@ -60,23 +60,22 @@ class Tree:
                 status = os.stat(name, dir_fd=folder, follow_symlinks=False)
             except FileNotFoundError:  # gone since it was listed
                 continue
-            self.entries[prefix + name] = status
-            if stat.S_ISDIR(status.st_mode):
-                self._enter(folder, name, prefix + name, depth)
-
-    def _enter(self, parent: int, name: str, path: str, depth: int) -> None:
-        if depth == MAX_DEPTH:
-            self.unseen[path] = f"more than {MAX_DEPTH} folders in each other: not looked into"
-            return
-        try:
-            folder = os.open(name, _FOLDER, dir_fd=parent)
-        except OSError as error:
-            self.unseen[path] = f"cannot be looked into: {error.strerror}"
-            return
-        try:
-            self._walk(folder, f"{path}/", depth + 1)
-        finally:
-            os.close(folder)
+            path = prefix + name
+            self.entries[path] = status
+            if not stat.S_ISDIR(status.st_mode):
+                continue
+            if depth == MAX_DEPTH:
+                self.unseen[path] = f"more than {MAX_DEPTH} folders in each other: not looked into"
+                continue
+            try:
+                inner = os.open(name, _FOLDER, dir_fd=folder)
+            except OSError as error:
+                self.unseen[path] = f"cannot be looked into: {error.strerror}"
+                continue
+            try:
+                self._walk(inner, f"{path}/", depth + 1)
+            finally:
+                os.close(inner)
 
     @contextlib.contextmanager
     def file(self, path: str) -> Iterator[io.FileIO]:
@@ -105,14 +104,10 @@ class Tree:
 
 
 def open_plain(path: str | Path, parent: int | None = None) -> io.FileIO:
-    """A regular file, open for reading.
-
-    Args:
-        path: of which the last part is never followed where it is a link.
-        parent: an open folder that the path begins at; by default the working one.
+    """A regular file, open for reading; the path begins at `parent`, an open folder, or at the working one.
 
     Raises:
-        OSError: it cannot be read, or is a link, folder, pipe or device; none is waited for.
+        OSError: it cannot be read, or is itself a link, folder, pipe or device; none is waited for.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     file = io.FileIO(path, "r", opener=lambda name, _: os.open(name, flags, dir_fd=parent))
@@ -123,9 +118,10 @@ def open_plain(path: str | Path, parent: int | None = None) -> io.FileIO:
 
 
 def _refuse_another(file: io.FileIO, then: os.stat_result) -> None:
-    if _identity(os.fstat(file.fileno())) != _identity(then):
+    if identity(os.fstat(file.fileno())) != identity(then):
         raise OSError(errno.ESTALE, "exchanged or written to while it was checked")
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """What stays the same while a file is the same and nothing is written to it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

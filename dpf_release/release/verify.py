@@ -11,13 +11,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
-from dpf_release.core.bounded_json import MAX_BYTES, RepeatedKeyError, bounded_json
+from dpf_release.core.bounded_json import MAX_BYTES, RepeatedKeyError, bounded_json, faults
 from dpf_release.core.files import digest_of
 from dpf_release.errors import SigningError
 from dpf_release.release.manifest import MANIFEST, SIGNATURE, SIGNER, SUMS, UNLISTED, Manifest, sums_of
@@ -28,55 +28,28 @@ MAX_NAME = 255
 MAX_FAULTS = 10_000
 
 Kind = Literal[
-    "missing",
-    "unexpected",
-    "changed",
-    "link",
-    "hard link",
-    "special file",
-    "path escape",
-    "collision",
-    "duplicate",
-    "bad signature",
-    "unknown version",
-    "schema",
-    "hidden file",
-    "empty folder",
-    # Of what a file holds (`structure`).
-    "structure",
-    "values",
-    "limit",
+    Literal["missing", "unexpected", "changed", "link", "hard link", "special file", "path escape", "collision"],
+    Literal["duplicate", "bad signature", "unknown version", "schema", "hidden file", "empty folder"],
+    Literal["structure", "values", "limit"],  # of what a file holds (`contents`)
     # What `leaks` finds, which compares a release with the vault that it came from.
-    "private text",
-    "private tensor",
-    "private row",
-    "source order",
-    "telling id",
+    Literal["private text", "private tensor", "private row", "source order", "telling id"],
 ]
 Digest = Callable[[io.FileIO], str]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding of `verify`, or of `leaks`.
+    """One finding of `verify`, or of `leaks`; its text shows a stranger's words escaped."""
 
-    Attributes:
-        kind: one of a closed list; `docs/verification.md` says what each means.
-        path: inside the release, as it was found: a stranger's words. The text of a problem shows them escaped.
-        detail: what was expected, and what was found.
-    """
-
-    kind: Kind
-    path: str
-    detail: str
+    kind: Kind  # `docs/verification.md` says what each means
+    path: str  # inside the release, as it was found
+    detail: str  # what was expected, and what was found
 
     def __str__(self) -> str:
         # A name may hold what moves a terminal's cursor, or bytes that are no text.
         text = f"{self.kind}: {self.path}: {self.detail}"
-        return "".join(
-            character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-            for character in text
-        )
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def verify(folder: Path, public_key: Path | None = None, digest: Digest | None = digest_of) -> list[Problem]:
@@ -135,7 +108,7 @@ def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Problem]]:
     except RepeatedKeyError as error:
         return None, [Problem("duplicate", MANIFEST, f"{error}: {error.key[:MAX_NAME]}; no file was compared")]
     except ValueError as error:
-        return None, [_schema(str(error))]
+        return None, [Problem("schema", MANIFEST, str(error))]
     fields = tree if isinstance(tree, dict) else {}
     version = fields.get("format_version", 1)
     if version != 1:
@@ -146,11 +119,12 @@ def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Problem]]:
     try:
         return Manifest.model_validate_json(content, strict=True), list(paths.values())
     except ValidationError as error:
-        return None, list(paths.values()) + _schema_problems(error, set(paths))
-
-
-def _schema(detail: str) -> Problem:
-    return Problem("schema", MANIFEST, detail)
+        if error.error_count() > MAX_FAULTS:  # each takes a kilobyte to tell
+            told = f"{error.error_count()} faults"
+        else:
+            told = faults(error, {("files", number, "path") for number in paths})
+        schema = [Problem("schema", MANIFEST, f"{told}; no file was compared")] if told else []
+        return None, [*paths.values(), *schema]
 
 
 def _path_problems(files: Any) -> dict[int, Problem]:
@@ -171,19 +145,6 @@ def _path_problems(files: Any) -> dict[int, Problem]:
                 found[number] = Problem("collision", path, f"the manifest lists {other} too: one file on some systems")
             seen.setdefault(_caseless(path), path)
     return found
-
-
-def _schema_problems(error: ValidationError, known: set[int]) -> list[Problem]:
-    """What the schema finds, in one problem, without the paths that are problems of their own already."""
-    if error.error_count() > MAX_FAULTS:  # each takes a kilobyte to tell
-        return [_schema(f"{error.error_count()} faults; no file was compared")]
-    found = [
-        f"{'.'.join(map(str, fault['loc']))[:MAX_NAME]}: {fault['msg'][:MAX_NAME]}"
-        for fault in error.errors(include_url=False, include_context=False, include_input=False)
-        if not (fault["loc"][::2] == ("files", "path") and fault["loc"][1] in known)
-    ]
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return [_schema("; ".join(found[:5]) + more + "; no file was compared")] if found else []
 
 
 # --------------------------------------------------------------------------------------------- what the folder holds
@@ -228,15 +189,13 @@ class _Check:
             elif path not in (folders if stat.S_ISDIR(mode) else files):
                 self._stranger(path, other)
             if stat.S_ISREG(mode) and status.st_nlink > names:
-                self._add(
-                    "hard link", path, f"has {status.st_nlink} names, {names} of them in the release: copy the file"
-                )
+                detail = f"has {status.st_nlink} names, {names} of them in the release: copy the file"
+                self._add("hard link", path, detail)
 
     def _stranger(self, path: str, other: str) -> None:
         if other != path:
-            self._add(
-                "collision", path, f"differs from {other} in case or Unicode form alone: one file on some systems"
-            )
+            detail = f"differs from {other} in case or Unicode form alone: one file on some systems"
+            self._add("collision", path, detail)
         elif any(name.startswith(".") for name in path.split("/")):
             self._add("hidden file", path, "not in the manifest, and not shown by many programs")
         elif self.manifest is not None:
@@ -257,14 +216,14 @@ class _Check:
                     self._add("missing", path, "listed in the manifest, not in the folder")
             elif entries[path].st_size != record.bytes:
                 self._add("changed", path, f"expected {record.bytes} bytes, found {entries[path].st_size}")
-            elif digest is not None and self._digest(path, digest) not in {record.sha256, None}:
+            elif digest is not None and self._of_file(path, digest) not in {record.sha256, None}:
                 self._add("changed", path, "expected another SHA-256")
 
-    def _digest(self, path: str, digest: Digest) -> str | None:
-        """Of a file that is there; None where that is a finding."""
+    def _of_file(self, path: str, look: Callable[[io.FileIO], Found]) -> Found | None:
+        """What is seen in a file that is there; None where it cannot be read, which is a finding."""
         try:
             with self.tree.file(path) as file:
-                return digest(file)
+                return look(file)
         except OSError as error:
             self._add("changed", path, f"cannot be read: {error.strerror}")
             return None
@@ -278,12 +237,7 @@ class _Check:
         if status.st_size > limit:
             self._add("schema", name, f"expected at most {limit} bytes, found {status.st_size}")
             return None
-        try:
-            with self.tree.file(name) as file:
-                return file.read(limit)
-        except OSError as error:
-            self._add("changed", name, f"cannot be read: {error.strerror}")
-            return None
+        return self._of_file(name, lambda file: file.read(limit))
 
     def sums(self) -> None:
         """That `SHA256SUMS` says what the manifest says, of the manifest too."""
@@ -315,9 +269,8 @@ class _Check:
 
 
 def _folders_of(path: str) -> list[str]:
-    """The folders that a path lies in, the outermost first."""
-    parts = path.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+    """The folders that a path lies in."""
+    return [str(folder) for folder in PurePosixPath(path).parents[:-1]]
 
 
 def _caseless(path: str) -> str:

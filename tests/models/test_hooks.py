@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from dpf_release.errors import HookError
 from dpf_release.models.hooks import HookPoint, hook_points, hook_table, resolve, split
-from dpf_release.models.weights import freeze, state_bytes
+from dpf_release.models.weights import freeze
 from dpf_release.models.zoo import CifarResNet, build_network
+from network_digests import state_bytes
 
 # Shapes for 64 px. Most cuts are at the end of a stage; the others say what they are.
 CUTS = [

@@ -11,7 +11,6 @@ from dpf_release.models.reconstructors import (
     PAPER_RECONSTRUCTORS,
     InverseBottleneck,
     Reconstructor,
-    build_reconstructor,
 )
 
 
@@ -30,7 +29,7 @@ from dpf_release.models.reconstructors import (
 def test_every_reconstructor_makes_images_of_any_size(
     name: str, feature_shape: tuple[int, int, int], image_size: tuple[int, int]
 ) -> None:
-    images = build_reconstructor(name, feature_shape, image_size, width=8)(torch.randn(2, *feature_shape))
+    images = Reconstructor(name, feature_shape, image_size, width=8)(torch.randn(2, *feature_shape))
     assert images.shape == (2, 3, *image_size)
     assert images.min() >= 0
     assert images.max() <= 1
@@ -54,25 +53,25 @@ def test_every_reconstructor_makes_images_of_any_size(
 def test_there_is_a_stack_a_factor_and_the_last_takes_what_remains(
     scale: int, small: int, large: int, factors: list[int]
 ) -> None:
-    reconstructor = build_reconstructor(f"px1s{scale}", (4, small, small), (large, large))
+    reconstructor = Reconstructor(f"px1s{scale}", (4, small, small), (large, large))
     upscalings = [module for module in reconstructor.modules() if isinstance(module, nn.ConvTranspose2d)]
     assert [module.stride[0] for module in upscalings] == factors
     assert len(reconstructor.stacks) == len(factors)
 
 
 def test_the_paper_s_size_works() -> None:
-    reconstructor = build_reconstructor("rx4s4", (1024, 14, 14), (224, 224), width=16).eval()
+    reconstructor = Reconstructor("rx4s4", (1024, 14, 14), (224, 224), width=16).eval()
     with torch.no_grad():
         assert reconstructor(torch.randn(1, 1024, 14, 14)).shape == (1, 3, 224, 224)
 
 
 def test_blocks_stand_in_every_stack_and_widths_halve_to_the_floor() -> None:
-    reconstructor = build_reconstructor("rx4s2", (512, 4, 4), (64, 64))
+    reconstructor = Reconstructor("rx4s2", (512, 4, 4), (64, 64))
     for stack in reconstructor.stacks:
         assert sum(isinstance(module, InverseBottleneck) for module in stack.modules()) == 4
     widths = [m.in_channels for m in reconstructor.modules() if isinstance(m, nn.ConvTranspose2d)]
     assert widths == [256, 128, 64, 32]
-    assert isinstance(build_reconstructor("px2s2", (64, 8, 8), (32, 32)).entry, nn.Identity)
+    assert isinstance(Reconstructor("px2s2", (64, 8, 8), (32, 32)).entry, nn.Identity)
 
 
 def test_a_block_is_an_inverse_bottleneck_and_residual_ones_add_their_input() -> None:
@@ -88,7 +87,7 @@ def test_a_block_is_an_inverse_bottleneck_and_residual_ones_add_their_input() ->
 
 @pytest.mark.parametrize(("letter", "residual"), [("p", False), ("r", True)])
 def test_the_letter_of_the_name_chooses_the_block(letter: str, residual: bool) -> None:
-    reconstructor = build_reconstructor(f"{letter}x2s2", (8, 8, 8), (16, 16))
+    reconstructor = Reconstructor(f"{letter}x2s2", (8, 8, 8), (16, 16))
     blocks = [module for module in reconstructor.modules() if isinstance(module, InverseBottleneck)]
     assert len(blocks) == 2
     assert all(block.residual is residual for block in blocks)
@@ -96,10 +95,10 @@ def test_the_letter_of_the_name_chooses_the_block(letter: str, residual: bool) -
 
 def test_min_max_spans_each_image_and_clamp_does_not() -> None:
     features = torch.randn(3, 8, 8, 8)
-    spanned = build_reconstructor("px2s2", (8, 8, 8), (32, 32))(features).detach().flatten(1)
+    spanned = Reconstructor("px2s2", (8, 8, 8), (32, 32))(features).detach().flatten(1)
     assert spanned.amin(dim=1).tolist() == [0, 0, 0]
     assert spanned.amax(dim=1).tolist() == pytest.approx([1, 1, 1])
-    clamped = build_reconstructor("px2s2-c", (8, 8, 8), (32, 32))
+    clamped = Reconstructor("px2s2-c", (8, 8, 8), (32, 32))
     with torch.no_grad():
         list(clamped.head.parameters())[-2].mul_(0.01)  # the last layer's weight; its bias stays
         images = clamped(features)
@@ -108,14 +107,14 @@ def test_min_max_spans_each_image_and_clamp_does_not() -> None:
 
 
 def test_a_flat_image_is_finite() -> None:
-    reconstructor = build_reconstructor("px1s2", (4, 4, 4), (8, 8)).eval()
+    reconstructor = Reconstructor("px1s2", (4, 4, 4), (8, 8)).eval()
     for parameter in list(reconstructor.head.parameters())[-2:]:
         nn.init.zeros_(parameter)
     assert torch.isfinite(reconstructor(torch.zeros(1, 4, 4, 4))).all()
 
 
 def test_the_output_is_float32_under_autocast() -> None:
-    reconstructor = build_reconstructor("px1s2", (4, 4, 4), (8, 8))
+    reconstructor = Reconstructor("px1s2", (4, 4, 4), (8, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         images = reconstructor(torch.randn(2, 4, 4, 4))
     assert images.dtype == torch.float32
@@ -141,13 +140,13 @@ def test_the_output_is_float32_under_autocast() -> None:
 )
 def test_other_names_are_refused_with_the_grammar_and_the_paper_s_names(name: str) -> None:
     with pytest.raises(ConfigError, match=r"pxBLOCKSsSCALE.*rx2s2-c"):
-        build_reconstructor(name, (8, 8, 8), (32, 32))
+        Reconstructor(name, (8, 8, 8), (32, 32))
 
 
 @pytest.mark.parametrize("shape", [(8, 0, 8), (8,)])
 def test_features_without_places_are_refused(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ConfigError, match="feature shape"):
-        build_reconstructor("px2s2", shape, (32, 32))
+        Reconstructor("px2s2", shape, (32, 32))
 
 
 def _overfit(reconstructor: Reconstructor, features: torch.Tensor, images: torch.Tensor) -> tuple[float, float]:
@@ -169,8 +168,8 @@ def test_a_reconstructor_learns_images_from_their_features_but_not_from_none(nam
     images -= images.amin(dim=(1, 2, 3), keepdim=True)
     images /= images.amax(dim=(1, 2, 3), keepdim=True)  # what min-max can reach
     features = nn.functional.pixel_unshuffle(images, 4)  # (4, 48, 4, 4): all that is in the images
-    first, last = _overfit(build_reconstructor(name, (48, 4, 4), (16, 16)), features, images)
-    _, blind = _overfit(build_reconstructor(name, (48, 4, 4), (16, 16)), torch.zeros_like(features), images)
+    first, last = _overfit(Reconstructor(name, (48, 4, 4), (16, 16)), features, images)
+    _, blind = _overfit(Reconstructor(name, (48, 4, 4), (16, 16)), torch.zeros_like(features), images)
     assert last < 0.6 * first
     assert last < 0.6 * blind
 

@@ -21,7 +21,7 @@ from dpf_release.core.ranks import Ranks
 from dpf_release.errors import ConfigError
 from dpf_release.models import training
 from dpf_release.models.training import History, Recipe, fit, uses_bf16
-from dpf_release.models.weights import state_bytes
+from network_digests import state_bytes
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=0.02, bf16="off")

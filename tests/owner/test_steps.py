@@ -22,7 +22,7 @@ from dpf_release.core.files import sha256_of
 from dpf_release.core.progress import announce
 from dpf_release.errors import BankError, ConfigError, ImageError, VaultError
 from dpf_release.images.decode import decode
-from dpf_release.models.weights import load_state, state_bytes
+from dpf_release.models.weights import load_state
 from dpf_release.owner.adversaries import straw_man
 from dpf_release.owner.cut_network import CutNetwork
 from dpf_release.owner.featurize import featurize
@@ -36,6 +36,7 @@ from dpf_release.owner.train import train
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.interface import FUNCTIONS
 from dpf_release.release.featurize import featurize_new
+from network_digests import state_bytes
 
 
 def measurements(folder: Path, name: str = "default") -> dict:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from dpf_release.models.metrics import ssim
 from dpf_release.models.probes import AttributeClassifier
-from dpf_release.models.reconstructors import build_reconstructor
+from dpf_release.models.reconstructors import Reconstructor
 from dpf_release.models.training import Recipe, fit
-from dpf_release.models.weights import freeze, state_bytes
+from dpf_release.models.weights import freeze
 from dpf_release.owner.train import TargetTask
 from dpf_release.poisoning.deep import DeepPoisoningFunction
 from dpf_release.poisoning.objective import Adversaries, AttributeAttacker, Objective
 from dpf_release.poisoning.plan import FeatureSpec
+from network_digests import state_bytes
 
 SHAPE = (3, 16, 16)  # features that are pictures: ψ can be the identity, or its negative
 UNCHANGED = nn.Identity()
@@ -229,7 +230,7 @@ def test_an_attribute_classifier_alone_is_enough_and_best_confused_when_it_canno
 def test_training_p_leaves_the_classifier_and_the_attackers_byte_equal(
     phi_2: nn.Module, batch: tuple[Tensor, ...], kind: str
 ) -> None:
-    psi, who = freeze(build_reconstructor("px1s2", SHAPE, SHAPE[1:], width=8)), attribute_attacker()
+    psi, who = freeze(Reconstructor("px1s2", SHAPE, SHAPE[1:], width=8)), attribute_attacker()
     measure = objective(phi_2, kind, reconstructors={"same": nn.Identity(), "psi": psi}, classifiers={"who": who})
     others = [phi_2, psi, who.network]
     p = DeepPoisoningFunction(FeatureSpec(SHAPE, True), depth=1, width=8).network

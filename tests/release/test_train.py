@@ -12,8 +12,8 @@ from torch import nn
 from dpf_release.bank.dataset import BankDataset
 from dpf_release.bank.format import BankIndex
 from dpf_release.bank.writer import BankWriter
-from dpf_release.models.weights import state_bytes
 from dpf_release.release.train import fit_classifier, score
+from network_digests import state_bytes
 from small_banks import fill
 
 SHAPE = (4, 3, 3)

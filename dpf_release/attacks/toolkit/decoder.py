@@ -17,7 +17,7 @@ from dpf_release.attacks.threat_models import HeldPictures, ReleaseView, batches
 from dpf_release.attacks.toolkit.trained import recipe_for, seeded, trained, weights_sha256
 from dpf_release.core.arrays import Rows
 from dpf_release.models.metrics import l1, ssim
-from dpf_release.models.reconstructors import build_reconstructor
+from dpf_release.models.reconstructors import Reconstructor
 
 Inputs = Callable[[HeldPictures, Rows, np.random.Generator | None], Tensor]
 DecoderLoss = Literal["l1", "ssim"]
@@ -55,7 +55,7 @@ def train_decoder(
         name: under which it is kept, with the attack's code first.
         inputs: (`view.public`, numbers in it, a generator) → what the decoder sees of these pictures, (n, C, h, w) on
             the device. Of `view.public_val` there is no generator: as in earnest, without augmentation.
-        architecture: a name of `build_reconstructor`; by default that of A1's first.
+        architecture: a name of `Reconstructor`; by default that of A1's first.
         width: of its first stack; by default as many channels as the decoder sees, at most 256.
         loss: mean absolute difference; or 1 - SSIM with a tenth of it; by default that of A1's first.
         depends_on: what else the training depends on, beside Q, φ1, budget and seed: the bank (`view.bank_subject`).
@@ -72,7 +72,7 @@ def train_decoder(
     shape = shape or _shape_of(inputs(view.public_val, np.arange(1), None))
     _, *size = _shape_of(view.public_val.read(np.arange(1)))
     with seeded(view.seed):
-        network = build_reconstructor(architecture, shape, (size[0], size[1]), width)
+        network = Reconstructor(architecture, shape, (size[0], size[1]), width)
     if start is not None:
         network.load_state_dict(dict(start))
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dpf_release.errors import WeightsError
-from dpf_release.models.weights import parse_state
+from dpf_release.models.weights import load_state
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.publish.leaks.findings import public_banks, public_files, shard_of
 from dpf_release.release.verify import Problem
@@ -63,7 +63,7 @@ def _private_digests(vault: Vault, path: Path) -> Iterator[tuple[str, bytes, int
     """As `_digests`, of a member; what does not lie in the clear is opened in memory."""
     if path.is_file():
         return _digests(path)
-    state = parse_state(vault.read_bytes(path, "fit-poison"), path)
+    state = load_state(path, vault.read_bytes(path, "fit-poison"))
     return _telling(sorted(state.items()))
 
 
