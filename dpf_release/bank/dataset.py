@@ -69,6 +69,11 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         return list(zip(*self.read(rows), strict=True))
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's features."""
+        return self.banks[0].index.row_bytes
+
+    @property
     def digest(self) -> str:
         """Changes with any row of any bank, and with their order: from the digests of the shards."""
         shards = [[shard.sha256 for shard in bank.index.splits[bank.split]] for bank in self.banks]
