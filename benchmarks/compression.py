@@ -19,8 +19,8 @@ which is compressed for itself, so that neither depends on the other rows.
 
 Write rows/s is `BankWriter.write` from float16 rows in memory, fsync included, the index not. Read rows/s is
 `FeatureBank.read` of batches of 128, one after the other or from a permutation, so that each row is read once; the
-bank is opened anew, its files are in the page cache. All run in one process; that nothing starts threads of its
-own is seen in the CPU time of the reads by their time. Compressions take turns, `--repeats` times; medians.
+bank is opened anew, its files are in the page cache. All run in one process. Compressions take turns, `--repeats`
+times; medians.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import h5py
 import numpy as np
@@ -48,7 +46,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dpf_release.bank.format import BankIndex, Compression
+from dpf_release.bank.format import BankIndex, Compression, SplitName
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import BankWriter, SplitRows
 from dpf_release.images.decode import Preprocess
@@ -64,8 +62,8 @@ from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import train
 from dpf_release.poisoning.chain import build_chain
-from dpf_release.poisoning.interface import FeatureSpec
-from dpf_release.poisoning.objective import Objective
+from dpf_release.poisoning.objective import Adversaries, Objective, PoisonBatch, TaskLoss
+from dpf_release.poisoning.plan import FeatureSpec
 
 Features = NDArray[np.float16]
 CIFAR10_CONFIG = Path(__file__).parents[1] / "examples" / "cifar10" / "dpf.toml"
@@ -108,10 +106,9 @@ def mobilenet(args: argparse.Namespace, folder: Path) -> dict[str, Features]:
     clean = torch.cat(batches).clone()  # (N, C, H, W); a tensor of inference mode could not be trained on
 
     def fitted(network: nn.Module, loss: Callable[..., dict[str, Tensor]], title: str) -> nn.Module:
-        def read_batch(rows: NDArray[np.int64], _: np.random.Generator) -> tuple[Tensor, ...]:
-            number = torch.from_numpy(rows)
-            # As `Objective` takes them: P's input, what φ2 should see, targets, positions, pictures.
-            return clean[number], clean[number], number, torch.arange(len(rows)), pictures[number]
+        def read_batch(rows: NDArray[np.int64], _: np.random.Generator) -> PoisonBatch:
+            number = torch.from_numpy(rows)  # in the place of targets, which `equivalence` does not look at
+            return PoisonBatch(clean[number], clean[number], number, torch.arange(len(rows)), pictures[number])
 
         recipe = Recipe(args.epochs, min(TRAIN_ROWS, len(clean)), learning_rate=3e-3, bf16="off")
         history = fit(network, len(clean), read_batch, loss, recipe, title=title, device=device)
@@ -119,14 +116,14 @@ def mobilenet(args: argparse.Namespace, folder: Path) -> dict[str, Features]:
         return freeze(network)
 
     def reconstruction(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        return {"loss": F.l1_loss(network(batch[0]).float(), batch[4].float() / 255)}
+        of = PoisonBatch._make(batch)
+        return {"loss": F.l1_loss(network(of.features).float(), of.images.float() / 255)}
 
-    psi: Any = fitted(Reconstructor("px2s2", parts.hook.shape, IMAGENET.size), reconstruction, "px2s2")
-    classification: Any = SimpleNamespace(scale=None)  # all that `equivalence` asks a task for
-    objective = Objective(phi_2, classification, {"px2s2": psi}, {}, True, 1.0)
+    psi = fitted(Reconstructor("px2s2", parts.hook.shape, IMAGENET.size), reconstruction, "px2s2")
+    objective = Objective(phi_2, TaskLoss(), Adversaries({"px2s2": psi}), equivalence=True, lambda_=1.0)
     chain = build_chain("dpf", FeatureSpec(parts.hook.shape, parts.non_negative))
-    assert chain.learned is not None
-    poisoning = fitted(chain.learned, objective, "P")
+    (network,) = chain.networks()
+    poisoning = fitted(network, objective, "P")
     with torch.inference_mode():
         poisoned = torch.cat([poisoning(batch.to(device)).cpu() for batch in clean.split(TRAIN_ROWS)])
     return {"clean": clean.numpy().astype(np.float16), "poisoned": poisoned.numpy().astype(np.float16)}
@@ -139,14 +136,12 @@ class Side:
     Attributes:
         bytes_per_row: on disk, of all files of the bank.
         speeds: rows/s of `write`, `sequential` and `random` reads, one a repeat.
-        cores: CPU seconds of all threads by seconds, of each repeat's reads.
     """
 
     features: str
     compression: Compression
     bytes_per_row: float = 0.0
     speeds: dict[str, list[float]] = field(default_factory=lambda: {"write": [], "sequential": [], "random": []})
-    cores: list[float] = field(default_factory=list)
 
 
 def write_bank(folder: Path, side: Side, features: Features) -> float:
@@ -159,7 +154,8 @@ def write_bank(folder: Path, side: Side, features: Features) -> float:
         targets=0,
     )
     writer, count = BankWriter(folder, header), len(features)
-    rows = {"train": SplitRows(np.arange(count) % 1000, np.random.default_rng(0).integers(0, 256, (count, 16), "u1"))}
+    ids = np.random.default_rng(0).integers(0, 256, (count, 16), "u1")
+    rows: dict[SplitName, SplitRows] = {"train": SplitRows(np.arange(count) % 1000, ids)}
     shards = writer.shards(rows)
     batches = (features[span.start : span.stop] for span in writer.batches(shards))
     begin = time.perf_counter()
@@ -169,14 +165,14 @@ def write_bank(folder: Path, side: Side, features: Features) -> float:
     return seconds
 
 
-def read_bank(folder: Path, batches: Sequence[NDArray[np.int64]], features: Features) -> NDArray[Any]:
-    """Reads batches of a bank that is opened anew, and returns the seconds and CPU seconds that they took."""
+def read_bank(folder: Path, batches: Sequence[NDArray[np.int64]], features: Features) -> float:
+    """Reads batches of a bank that is opened anew, and returns the seconds that they took."""
     bank = FeatureBank(folder, "train")
     bank.read(batches[0][:1])  # the shard is open
-    begin = np.array([time.perf_counter(), time.process_time()])
+    begin = time.perf_counter()
     for rows in batches:
         found = bank.read(rows)
-    seconds = np.array([time.perf_counter(), time.process_time()]) - begin
+    seconds = time.perf_counter() - begin
     if not np.array_equal(found, features[batches[-1]]):
         raise SystemExit(f"{folder.name}: expected the rows that were written, found others")
     return seconds
@@ -192,12 +188,9 @@ def measure(side: Side, distinct: Features, count: int, folder: Path) -> None:
     timed = distinct[np.arange(count) % len(distinct)]
     side.speeds["write"].append(count / write_bank(bank, side, timed))
     orders = {"sequential": np.arange(count), "random": np.random.default_rng(1).permutation(count)}
-    total = np.zeros(2)
     for name, order in orders.items():
         seconds = read_bank(bank, [order[at : at + READ_ROWS] for at in range(0, count, READ_ROWS)], timed)
-        side.speeds[name].append(count / seconds[0])
-        total += seconds
-    side.cores.append(total[1] / total[0])
+        side.speeds[name].append(count / seconds)
     shutil.rmtree(bank)
 
 
@@ -235,8 +228,7 @@ def main() -> None:
     distinct, *shape = features["clean"].shape
     print(f"\n{args.source}: {distinct} distinct rows of {shape}, {args.rows} for the clocks; share of 0: {zeros}")
     print_table(sides)
-    cores = max(statistics.median(side.cores) for side in sides)
-    print(f"\nReads run in one process with one thread: CPU time by time at most {cores:.2f} (medians). {versions}")
+    print(f"\n{versions}")
     report = {"source": args.source, "distinct_rows": distinct, "rows": args.rows, "shape": shape, "zeros": zeros}
     report |= {"epochs": args.epochs, "hook": args.hook if args.source == "mobilenet" else "conv4_1"}
     report |= {"cpus": os.cpu_count(), "versions": versions, "sides": [asdict(side) for side in sides]}

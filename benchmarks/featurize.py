@@ -47,7 +47,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpf_release.bank.build import write_bank
-from dpf_release.bank.format import BankIndex
+from dpf_release.bank.format import BankIndex, SplitName
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import BankWriter, Span, SplitRows
 from dpf_release.core.files import sha256_of
@@ -58,7 +58,7 @@ from dpf_release.owner.featurize import featurize
 from dpf_release.owner.init import init
 from dpf_release.owner.project import Project
 from dpf_release.poisoning.chain import build_chain
-from dpf_release.poisoning.interface import FeatureSpec
+from dpf_release.poisoning.plan import FeatureSpec
 
 Times = defaultdict[str, list[float]]
 SPLIT_OF = ["train"] * 8 + ["val", "test"]  # of ten images in a row
@@ -169,7 +169,8 @@ def measure_poison(args: argparse.Namespace) -> dict[str, Any]:
     shape, rates = (1024, 14, 14), Times(list)
     header = BankIndex(poisoned=False, featurizer_sha256="0" * 64, feature_shape=shape, targets=0)
     generator = torch.Generator().manual_seed(0)
-    rows = {"train": SplitRows(np.zeros(args.rows, np.int64), np.zeros((args.rows, 16), np.uint8))}
+    ids = np.zeros((args.rows, 16), np.uint8)
+    rows: dict[SplitName, SplitRows] = {"train": SplitRows(np.zeros(args.rows, np.int64), ids)}
     args.folder.mkdir(parents=True, exist_ok=True)
 
     def random(spans: Sequence[Span]) -> Iterator[NDArray[np.floating[Any]]]:
@@ -178,11 +179,11 @@ def measure_poison(args: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="poison-", dir=args.folder.resolve()) as name:
         source, target = Path(name) / "bank", Path(name) / "poisoned"
-        write_bank(BankWriter(source, header), rows, random, Ranks(), "Random features", "rows")  # type: ignore[arg-type]
+        write_bank(BankWriter(source, header), rows, random, Ranks(), "Random features", "rows")
         torch.manual_seed(0)
         chain = build_chain("dpf", FeatureSpec(shape, True))
-        assert chain.learned is not None
-        network = freeze(chain.learned).to(memory_format=torch.channels_last)
+        (network,) = chain.networks()
+        network = freeze(network).to(memory_format=torch.channels_last)
         bank = FeatureBank(source, "train")
         poisoned = chain.on(bank, chain.plan(bank, nn.Identity(), bytes(32)))
 
@@ -197,7 +198,7 @@ def measure_poison(args: argparse.Namespace) -> dict[str, Any]:
             rates["forward alone"].append(forward_rate(network, batch, args.rows))
             without_shards(target)
             began = time.perf_counter()
-            write_bank(writer, rows, compute, Ranks(), "Poisoning", "rows")  # type: ignore[arg-type]
+            write_bank(writer, rows, compute, Ranks(), "Poisoning", "rows")
             rates["poison"].append(args.rows / (time.perf_counter() - began))
             print(f"{repeat + 1} of {args.repeats} rounds done", file=sys.stderr)
     print(f"dpf of the default size on {args.rows} rows of {shape}, batches of {args.batch_size}")

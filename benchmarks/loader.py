@@ -53,7 +53,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dpf_release.bank.dataset import BankDataset
+from dpf_release.bank.dataset import BankDataset, BankLoader
 from dpf_release.bank.format import BankIndex, SplitName, read_index
 from dpf_release.bank.writer import BankWriter, SplitRows
 
@@ -188,7 +188,7 @@ def raw_loader(data: Data, workers: int) -> Batches:
     return DataLoader(RawRows(data), batch_sampler=data.row_numbers, num_workers=workers, collate_fn=tuple)
 
 
-def ours(data: Data, workers: int) -> Any:
+def ours(data: Data, workers: int) -> BankLoader:
     dataset = BankDataset.open(data.folder / "bank", "train")
     return dataset.loader(data.batch_size, shuffle=True, workers=workers, seed=0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -76,10 +76,10 @@ class Objective:
         self.phi_2, self.task, self.adversaries = phi_2, task, adversaries
         self.equivalence, self.lambda_ = equivalence, lambda_
 
-    def __call__(self, network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The loss of a batch, a `PoisonBatch`, with its parts."""
+    def __call__(self, poison: Callable[[Tensor], Tensor], batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The loss of a batch, a `PoisonBatch`, with its parts; `poison` is a network, or several in a row."""
         of = PoisonBatch._make(batch)
-        poisoned = network(of.features.contiguous(memory_format=torch.channels_last))
+        poisoned = poison(of.features.contiguous(memory_format=torch.channels_last))
         outputs = self.phi_2(poisoned).float()
         task = self._task_term(outputs, of.seen, of.targets)
         terms = dict(self._adversaries_terms(poisoned, of.positions, of.images))

@@ -33,7 +33,7 @@ def main() -> None:
     rows = rows[np.linspace(0, len(rows) - 1, PICTURES).astype(int)]  # the table is sorted by class: some of each
     pictures = images.pictures.read(rows).to(project.device)
     reconstructor = straw_man(project, "px2s2")
-    network = load_function(project, "equivalence").chain.learned
+    (network,) = load_function(project, "equivalence").chain.networks()
     with torch.inference_mode():
         features = project.frozen(project.cut.split.featurizer)(project.preprocess.normalise(pictures))
         before, after = reconstructor(features), reconstructor(network(features))
