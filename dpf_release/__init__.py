@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dpf_release.owner.fit_poison import fit_poison
     from dpf_release.owner.init import init
     from dpf_release.owner.poison import poison
+    from dpf_release.owner.privacy import privacy
     from dpf_release.owner.project import Project
     from dpf_release.owner.retract import retract
     from dpf_release.owner.train import train
@@ -55,8 +56,8 @@ __all__ = [
     "Attack", "BankError", "ConfigError", "DPFReleaseError", "FeatureBank", "HookError", "ImageError",
     "NotGrantedError", "PoisoningFunction", "Project", "RankError", "RefusedError", "Release", "SigningError",
     "StorageError", "TrainingError", "VaultError", "VerificationError", "WeightsError", "__version__", "attack",
-    "audit", "concat", "featurize", "fit_poison", "init", "package", "poison", "register_attack", "register_function",
-    "retract", "train", "verify",
+    "audit", "concat", "featurize", "fit_poison", "init", "package", "poison", "privacy", "register_attack",
+    "register_function", "retract", "train", "verify",
 ]  # fmt: skip
 
 # Where each name lies, and under which name there where that is another; all others are errors.
@@ -74,6 +75,7 @@ _HOME = {
     "init": "owner.init",
     "package": "publish.package",
     "poison": "owner.poison",
+    "privacy": "owner.privacy",
     "register_attack": "attacks.interface:register",
     "register_function": "poisoning.interface:register",
     "retract": "owner.retract",

@@ -17,6 +17,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from browsing import browser  # noqa: F401  # a fixture for all
+from dpf_release.models.weights import state_file
+from dpf_release.owner.cut_network import new_network
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.init import init
@@ -146,6 +148,40 @@ def finish(folder: Path) -> None:
     write_candidate(project)
     measure(project)
     package(project)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose φ1 never saw S, with rows drawn under a bound in its candidate; not packaged, read-only."""
+    return made_once(tmp_path_factory, "drawn", draw)
+
+
+@pytest.fixture
+def drawn_folder(drawn: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(drawn, tmp_path / "drawn"))
+
+
+def draw(folder: Path) -> None:
+    """A new project with weights from elsewhere, φ2 trained on the rows, up to its candidate."""
+    config = new_project(folder)
+    text = config.read_text()
+    for old, new in DRAWN.items():
+        assert old in text
+        text = text.replace(old, new, 1)
+    config.write_text(text)
+    project = Project.open(config)
+    (folder / "phi.safetensors").write_bytes(state_file(new_network(project.config.model, 2, True).state_dict()))
+    featurize(project)
+    fit_poison(project)
+    write_candidate(project)
+
+
+DRAWN = {
+    "[model]": '[model]\nweights = "phi.safetensors"\nnever_saw_private = true\nclassifier = "from-bank"',
+    "epochs = 6": "classifier_epochs = 1",
+    "[poison]": '[poison]\nfunction = "mixture:delta=1e-4"\nstraw_men = []',
+}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,6 +26,10 @@ from safetensors.numpy import load
 
 from conftest import CONFIG, write_shapes
 from dpf_release import Release
+from dpf_release.bank.format import read_index
+from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.writer import BankWriter, SplitRows
+from dpf_release.core.sizes import parse_size
 from dpf_release.evaluation.suite import attack
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.fit_poison import fit_poison
@@ -101,15 +105,33 @@ def golden_project(folder: Path) -> Project:
 
 
 def digests(project: Project) -> dict[str, str]:
-    """SHA-256 of all that must come out the same: weights, shards of φ1(S), of each candidate, and each learned P."""
+    """SHA-256 of all that must come out the same: weights, shards of φ1(S), of each candidate, and each learned P.
+
+    φ1(S) is stored as it is before φ1's last ReLU; its shards here are those of its rows as they are read.
+    """
     vault = project.vault.root
     found = {}
-    for path in sorted([*vault.glob("features/*/*.h5"), *vault.glob("candidates/*/*/**/*.*")]):
-        found[path.relative_to(vault).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        write_as_read(vault / "features", Path(folder) / "features")
+        for root, pattern in ((Path(folder), "features/*/*.h5"), (vault, "candidates/*/*/**/*.*")):
+            for path in sorted(root.glob(pattern)):
+                found[path.relative_to(root).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     for name in FUNCTIONS:
         if tensors := learned_weights(project, name):
             found[f"functions/{name}"] = _digest_of(tensors)
     return found
+
+
+def write_as_read(bank: Path, out: Path) -> None:
+    """A bank's rows, as a reader gets them, in a bank that stores them so."""
+    index = read_index(bank)
+    assert index.encoding == "float16 before ReLU"
+    header = index.model_copy(update={"splits": {}, "encoding": "float16"})
+    writer = BankWriter(out, header, parse_size(SMALLER["20 kB"]), batch_size=4)
+    rows = {split: FeatureBank(bank, split) for split in index.splits}
+    shards = writer.shards({split: SplitRows(of.targets, of.ids) for split, of in rows.items()})
+    features = (rows[span.split].read(np.arange(span.start, span.stop)) for span in writer.batches(shards))
+    writer.write(shards, {split: SplitRows(of.targets, of.ids) for split, of in rows.items()}, features)
 
 
 def learned_weights(project: Project, name: str) -> dict[str, np.ndarray[Any, Any]]:

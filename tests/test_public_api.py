@@ -26,6 +26,7 @@ STEPS = {
     "featurize",
     "fit_poison",
     "poison",
+    "privacy",
     "attack",
     "package",
     "verify",

@@ -21,4 +21,5 @@ from dpf_release.attacks import (  # noqa: F401, each registers itself
     a09_two_releases,
     a10_membership,
     a12_jigsaw,
+    a13_drawn_rows,
 )

@@ -28,7 +28,7 @@ from dpf_release.attacks.toolkit.trained import schedule
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce
 from dpf_release.errors import ConfigError, NotGrantedError
-from dpf_release.poisoning.chain import build_chain
+from dpf_release.poisoning.chain import build_chain, draws_rows
 from dpf_release.poisoning.plan import FeatureSpec
 
 LACKS = "no function of P's own kind could be fitted on the public images"
@@ -55,6 +55,10 @@ class ShadowFunctions(Attack):
 
     def run(self, view: ReleaseView) -> Reconstructions:
         """Decoders on rows as they are; the last one also on rows with the per-channel moments of clean features."""
+        if draws_rows(view.function):
+            raise NotGrantedError(
+                "its rows belong to no image, so no shadow function gives pairs of a row and its image"
+            )
         shadows = [shadow(view, number) for number in range(view.budget.shadows)]
         decoders, series = {}, {}
         for m in _counts(len(shadows)):

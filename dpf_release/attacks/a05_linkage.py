@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from dpf_release.attacks.interface import Attack, Likeness, Links, register
 from dpf_release.attacks.threat_models import BATCH, Budget, QueryImages, ReleaseView, batches
+from dpf_release.attacks.toolkit.coefficients import space_of
 from dpf_release.attacks.toolkit.decoder import disturb
 from dpf_release.attacks.toolkit.taps import open_taps
 from dpf_release.attacks.toolkit.trained import recipe_for, seeded, trained
 from dpf_release.core.arrays import Rows
+from dpf_release.poisoning.chain import draws_rows
 
 SAMPLE_ROWS = 512  # of a class, from which its mean and the typical distance of a piece are estimated
 PUBLIC_PICTURES = 500  # of Q, that nobody's likeness is compared with
@@ -129,10 +131,20 @@ def all_looks(view: ReleaseView) -> dict[str, Look]:
         "channels, either sign": both(channels, "either sign"),
         "patches": both(patches),
     }
+    if draws_rows(view.function):
+        coefficients = lru_cache(maxsize=1)(_coefficients(view))
+        looks["coefficients"] = both(coefficients, "cosine")
+        looks["coefficients, distance"] = both(coefficients)
     if view.budget.decoders > 1:  # from `standard` on
         of_picture, of_row = train_matcher(view)
         looks["learned matcher"] = Look(lambda features: [of_picture(features)], lambda rows: [of_row(rows)], "cosine")
     return looks
+
+
+def _coefficients(view: ReleaseView) -> Vectors:
+    """Features → their coordinates in the components that rows were drawn in, in deviations of Q."""
+    space = space_of(view)
+    return lambda features: [space.whitened(space.of_rows(features)).to(features.device)]
 
 
 def patches(features: Tensor, size: int = 2) -> list[Tensor]:
@@ -157,7 +169,8 @@ def _classes(view: QueryImages) -> Iterator[tuple[Rows, Rows]]:
 def _look_at(view: QueryImages, looks: dict[str, Look], queries: Rows, rows: Rows) -> dict[str, Seen]:
     """One pass over the rows of a class, and one over a part of Q, for all ways of looking."""
     sample = np.sort(np.random.default_rng(view.seed).permutation(rows)[:SAMPLE_ROWS])
-    seen = {name: _begin(view, look, queries, sample) for name, look in looks.items()}
+    asked = [view.features_of(view.pictures, some) for some in batches(queries)]
+    seen = {name: _begin(view, look, asked, queries, sample) for name, look in looks.items()}
     pools = torch.from_numpy(view.pools[queries])
     for batch in batches(rows):
         features = view.rows(batch)
@@ -179,9 +192,9 @@ def _look_at(view: QueryImages, looks: dict[str, Look], queries: Rows, rows: Row
     return seen
 
 
-def _begin(view: QueryImages, look: Look, queries: Rows, sample: Rows) -> Seen:
-    """A look at the queries, and what is typical of the class."""
-    parts = [look.of_picture(view.features_of(view.pictures, some)) for some in batches(queries)]
+def _begin(view: QueryImages, look: Look, asked: Sequence[Tensor], queries: Rows, sample: Rows) -> Seen:
+    """A look at the queries, whose features are given, and what is typical of the class."""
+    parts = [look.of_picture(features) for features in asked]
     vectors = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
     sums = [torch.zeros_like(piece[0]) for piece in vectors]
     scales = [torch.zeros_like(piece[:, :1]) for piece in vectors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,7 @@ from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.core.arrays import Rows
 from dpf_release.core.own_code import imported, installed
 from dpf_release.errors import ConfigError
-from dpf_release.release.attack_report import ProfileName
-
-Claim = Literal["reconstruction", "linkage", "attribute"]
+from dpf_release.release.attack_report import Claim, ProfileName
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Links:
     """What linkage found, for each way of looking."""
 
     ways: Mapping[str, Likeness]
+    # whether it asks of drawn rows from which images they were: by person too, and by what a privacy bound allows
+    drawn: bool = False
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ class ReleaseView:
     # of what kind P is, as its name with its parameters: `recombine:k=20`; neither its draws nor what it learned.
     # Empty: not known
     function: str = ""
+    before_relu: nn.Module | None = None  # φ1 without the ReLU that it ends in; None: it ends in something else
 
     @property
     def feature_shape(self) -> tuple[int, int, int]:
@@ -146,9 +147,16 @@ class ReleaseView:
 
     def features(self, pictures: Tensor) -> Tensor:
         """φ1 of pictures (n, 3, H, W) uint8: (n, C, H', W') float32 on the device, as the bank is made."""
+        return self._through(self.phi_1, pictures)
+
+    def features_before_relu(self, pictures: Tensor) -> Tensor:
+        """The same before φ1's last ReLU, which anyone can leave out; as they are, where it ends in something else."""
+        return self._through(self.before_relu or self.phi_1, pictures)
+
+    def _through(self, network: nn.Module, pictures: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             inputs = self.preprocess.normalise(pictures.to(self.device))
-            out: Tensor = self.phi_1(inputs.contiguous(memory_format=torch.channels_last)).float()
+            out: Tensor = network(inputs.contiguous(memory_format=torch.channels_last)).float()
         return out
 
     def features_of(self, held: HeldPictures, rows: Rows) -> Tensor:
@@ -182,6 +190,21 @@ class QueryImages(ReleaseView):
     bins: NDArray[np.int64]  # (N,) the same of each row of the bank
     pools: Rows  # (n, M) rows of the bank among which each picture's own is looked for; of one that is in S, one row is
     persons: NDArray[np.int64] | None = None  # (n,) whom each shows, as numbers; None where nobody said
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DrawnRows(QueryImages):
+    """As `QueryImages`, of a release whose rows were drawn from statistics and belong to no image."""
+
+    name: ClassVar[str] = "DrawnRows"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LeakedFunction(DrawnRows):
+    """The attacker also has what the function learned: components, and the statistics that rows are drawn from."""
+
+    name: ClassVar[str] = "LeakedFunction"
+    learned: Mapping[str, Tensor]  # `Chain.state`
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

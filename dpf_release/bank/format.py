@@ -28,6 +28,7 @@ VERSION: Literal[1] = 1
 ID_BYTES = 16
 FLOAT16 = np.dtype("<f2")
 Compression = Literal["none", "gzip"]
+Encoding = Literal["float16", "float16 before ReLU"]  # of the second, what is below 0 is read as 0
 # HDF5's numbers of the filters that `/features` has, in order: byte shuffle, deflate.
 FILTERS: dict[Compression, tuple[int, ...]] = {"none": (), "gzip": (2, 1)}
 # A file claims at most so many times its size; 1,032 is deflate's limit.
@@ -53,7 +54,7 @@ class BankIndex(Record):
 
     format: Literal["dpf-release-bank"] = "dpf-release-bank"
     version: Literal[1] = VERSION
-    encoding: Literal["float16"] = "float16"
+    encoding: Encoding = "float16"
     compression: Compression = "none"
     poisoned: bool
     featurizer_sha256: Digest

@@ -22,7 +22,14 @@ from dpf_release.cli.app import (
     app,
     open_project,
 )
-from dpf_release.cli.printing import print_bank, print_measurements, print_table, print_unreadable
+from dpf_release.cli.printing import (
+    print_bank,
+    print_bound,
+    print_measurements,
+    print_spent,
+    print_table,
+    print_unreadable,
+)
 
 SeedOption = Annotated[int, typer.Option("--seed", help="Of all that is drawn.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON (docs/attacks.md) in the place of tables.")]
@@ -34,14 +41,34 @@ def init(
     from_release: Annotated[
         Path | None, typer.Option("--from-release", help="Share the φ1 and φ2 of this release, as a second owner.")
     ] = None,
+    private: Annotated[Path | None, typer.Option("--private", help="The private images.")] = None,
+    public: Annotated[Path | None, typer.Option("--public", help="Images that anyone can have.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="Weights of a pretrained network.")] = None,
+    never_saw_private: Annotated[
+        bool | None,
+        typer.Option("--weights-never-saw-private/--weights-saw-private", help="Your statement about the weights."),
+    ] = None,
 ) -> None:
     """Write a commented dpf.toml and an empty vault.
 
-    Example: dpf-release init my-release
+    Example: dpf-release init my-release --private photos --public public-photos
     """
     from dpf_release.owner.init import init as run
 
-    made = run(folder, from_release=from_release)
+    if weights and never_saw_private is None:
+        never_saw_private = typer.confirm(
+            "Were these weights trained without any of the private images?", default=False
+        )
+    made = run(
+        folder,
+        from_release=from_release,
+        private=private,
+        public=public,
+        weights=weights,
+        never_saw_private=bool(never_saw_private),
+    )
+    if made.warning:
+        print(f"Note: {made.warning}")
     print(f"Wrote {made.config} and {made.vault}. Next: edit dpf.toml, then `dpf-release featurize` in {folder}")
 
 
@@ -304,6 +331,13 @@ def package(
             help="Why to publish without the claims that attacks do not bear out; public, on the card.",
         ),
     ] = "",
+    without_report: Annotated[
+        bool,
+        typer.Option(
+            "--without-report",
+            help="Publish no number that was measured on the images: no privacy bound covers those.",
+        ),
+    ] = False,
     identity: IdentityOption = None,
     fix_permissions: FixPermissionsOption = False,
 ) -> None:
@@ -314,7 +348,7 @@ def package(
     from dpf_release.publish.package import package as run
 
     project = open_project(config, identity, fix_permissions)
-    manifest = run(project, name, out, sign, second_function, accept_risk)
+    manifest = run(project, name, out, sign, second_function, accept_risk, without_report)
     print(f"Published {manifest.name} {manifest.version} in {out or project.config.folder / 'release'}:")
     for file in manifest.files:
         print(f"  {file.path}  {file.bytes} bytes  {file.role}")
@@ -322,8 +356,27 @@ def package(
         print(f"As {manifest.version}, and not as {asked}, which was published with rows that are retracted since.")
     made, not_made = (", ".join(claims) or "none" for claims in (manifest.claims.made, manifest.claims.not_made))
     print(f"Claims made: {made}. Claims not made: {not_made}.")
-    if not manifest.of_role("attack-report"):
+    if without_report:
+        print("Nothing that was measured on the images is published.")
+    elif not manifest.of_role("attack-report"):
         print("No attack battery was run on it.")
+    if manifest.privacy:
+        print_bound(manifest.privacy)
+
+
+@app.command()
+def privacy(
+    config: ConfigOption = CONFIG,
+    identity: IdentityOption = None,
+    fix_permissions: FixPermissionsOption = False,
+) -> None:
+    """Show what of the images' privacy is spent and left, what one more fit costs, and all fits.
+
+    Example: dpf-release privacy
+    """
+    from dpf_release.owner.privacy import privacy as run
+
+    print_spent(run(open_project(config, identity, fix_permissions)))
 
 
 @app.command()
@@ -353,13 +406,16 @@ def retract(
     sources = [*(source or []), *(read_names(source_file) if source_file else [])]
     project = open_project(config, identity, fix_permissions, device)
     report = run(project, row_id or [], sources)
+    for name in report.redrawn:
+        print_measurements(measure(open_project(config, identity, device=device), name))
+        print(f"{name}: fitted and drawn again. Next: dpf-release package --name {name}, as version {report.version}")
     if not report.rows:
         print("Nothing to retract: these rows have gone before.")
         return
     counts = ", ".join(f"{split}: {count}" for split, count in report.rows.items())
     print(f"Retracted {sum(report.rows.values())} rows ({counts}). Delete the images too, if that is not done.")
     for name in report.lost:
-        print(f"{name}: its candidate was not whole, and is removed. Write it: dpf-release poison --name {name}")
+        print(f"{name}: its candidate could not be kept, and is removed. Write it: dpf-release poison --name {name}")
     for name, count in report.rebuilt.items():
         print_measurements(measure(open_project(config, identity, device=device), name))
         print(f"{name}: {count} rows rebuilt. Next: dpf-release package --name {name}, as version {report.version}")
@@ -368,11 +424,14 @@ def retract(
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option("--out", help="A new folder.")] = Path("dpf-demo")) -> None:
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="A new folder.")] = Path("dpf-demo"),
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's function: attacked, and refused.")] = False,
+) -> None:
     """Run the whole path on scikit-learn's digits: two minutes, no download.
 
     Example: dpf-release demo --out /tmp/dpf-demo
     """
     from dpf_release.cli.demo import demo as run
 
-    run(out)
+    run(out, paper=paper)

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dpf_release.bank.format import BankIndex
+    from dpf_release.core.privacy import Mechanism
     from dpf_release.images.dataset import BadImage
+    from dpf_release.owner.privacy import PrivacySpent
 
 
 def print_unreadable(images: Sequence[BadImage]) -> None:
@@ -36,6 +38,52 @@ def print_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, .
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)
+
+
+def print_bound(mechanism: Mechanism) -> None:
+    """What a release says of its privacy bound, with its condition."""
+    networks = "the networks were trained on these images, so the release has no bound"
+    clean = "φ1 never saw these images, and φ2 was trained on the drawn rows alone"
+    print(
+        f"The step that made the rows: epsilon = {mechanism.epsilon:g}, delta = {mechanism.delta:g} for each "
+        f"{mechanism.unit}, for fixed networks; {networks if mechanism.networks_saw_images else clean}."
+    )
+    if mechanism.fits > 1:
+        print(f"With the other published fits, {mechanism.fits} in all: epsilon = {mechanism.epsilon_of_all:.3g}.")
+    print(f"Not covered: {'; '.join(mechanism.not_covered) or 'nothing that is published'}.")
+
+
+def print_spent(spent: PrivacySpent) -> None:
+    """What of the images' privacy is spent and left, and the table of fits."""
+    if not spent.fits:
+        print("No function with a privacy bound was fitted.")
+    else:
+        print(f"Published fits together: epsilon = {spent.spent:.3g} (delta = {spent.delta:g}), for each {spent.unit}.")
+        print(
+            "This is of the steps that made rows, for fixed networks; `package` says whether a release has the bound."
+        )
+    if spent.budget is not None:
+        print(f"Budget ([privacy] epsilon): {spent.budget:g}. Left: epsilon = {spent.left:.3g}.")
+    if spent.next_fit is not None:
+        print(
+            "A retraction fits a function that draws rows once more. One more fit like the last, once published: "
+            f"epsilon = {spent.next_fit:.3g} of all together."
+        )
+    if spent.unbounded:
+        print(f"Without a bound: {', '.join(spent.unbounded)}. No epsilon holds for all that is published.")
+    rows = [
+        (
+            fit.name,
+            fit.function,
+            f"{fit.mechanism.epsilon:g}",
+            f"{fit.mechanism.delta:g}",
+            fit.mechanism.unit,
+            ", ".join(fit.published) or "no",
+        )
+        for fit in spent.fits
+    ]
+    if rows:
+        print_table("Fits", ("name", "function", "epsilon", "delta", "for each", "published"), rows)
 
 
 def print_measurements(report: Mapping[str, Any]) -> None:

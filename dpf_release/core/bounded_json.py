@@ -19,6 +19,8 @@ Schema = TypeVar("Schema", bound=BaseModel)
 MAX_BYTES = 16 * 2**20
 MAX_VALUES = 2**18
 SHOWN = 5
+# What a stranger wrote and a terminal shows: no characters that it obeys.
+SEEN = r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpf_release.attacks.interface import ATTACKS, Claim
+from dpf_release.attacks.interface import ATTACKS
 from dpf_release.errors import VaultError
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.release.attack_report import SCORER, AttackReport, ProfileName
+from dpf_release.release.attack_report import SCORER, AttackReport, Claim, ProfileName
 
 FAILURES = "failed.json"
 LIMITS_OF: dict[Claim, tuple[str, ...]] = {
     "reconstruction": ("leakage", "re_identification"),
     "linkage": ("top1", "auc", "tpr"),
     "attribute": ("attribute",),
+    "bound": (),  # what a bound allows is not the owner's to set
 }
 
 

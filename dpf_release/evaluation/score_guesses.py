@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from dpf_release.attacks.interface import Attributes, Likeness, Links
 from dpf_release.core.arrays import Rows
+from dpf_release.core.privacy import highest_auc, highest_tpr
 from dpf_release.evaluation.scoring import DRAWS, References, interval_over, share_interval, wilson
-from dpf_release.evaluation.targets import LEAST_POOL, QueryTruth, Target
-from dpf_release.evaluation.verdicts import Criterion, Scored, re_identification_limit
+from dpf_release.evaluation.targets import LEAST_POOL, QueryTruth, Target, Units
+from dpf_release.evaluation.verdicts import GROUPS, PRIVACY, Criterion, Scored, re_identification_limit
 from dpf_release.evaluation.views import Labelled, Setting, draw_labelled, draw_queries
 from dpf_release.release.attack_report import Interval, Way
 
@@ -26,22 +27,31 @@ def score_links(answer: Links, target: Target, setting: Setting, references: Cal
     queries = draw_queries(target, setting)
     links = any(way.pools is not None for way in answer.ways.values())
     # What links no rows looks at the network alone, which has not learnt from all that is in the bank: `val` is, too.
-    inside = queries.members if links or queries.trained_on is None else queries.members & queries.trained_on
+    # Rows that are drawn are drawn of all members.
+    inside = (
+        queries.members if links or answer.drawn or queries.trained_on is None else queries.members & queries.trained_on
+    )
     ways = {name: Way(measures=measure_links(way, queries, inside, setting.seed)) for name, way in answer.ways.items()}
-    among = queries.pools.shape[1] if links else 0
-    primary = "top1" if links else "auc"
+    if answer.drawn and queries.units is not None:
+        ways |= measure_persons(answer.ways, queries.units, setting.seed)
+    among = queries.pools.shape[1] if links and (queries.own >= 0).any() else 0  # drawn rows may be of no picture
+    primary = "top1" if among else "auc"
     having = [name for name in ways if primary in ways[name].measures]
     best = max(having, key=lambda name: ways[name].measures[primary].value, default=next(iter(ways)))
     return Scored(
         ways=ways,
         best=best,
-        baseline=1 / among if links else 0.5,
+        baseline=1 / among if among else 0.5,
         ceiling=1.0,
         re_identification=ways[best].measures.get("top1") if among >= LEAST_POOL else None,
         among=among,
-        criteria=_criteria(ways, among, setting.workbench.limits),
+        criteria=(
+            *_criteria(ways, among, setting.workbench.limits),
+            *(_criteria_of_groups(ways, target.groups / among) if among and target.groups else ()),
+            *(_criteria_of_bound(ways, target.bound_mu) if answer.drawn and target.bound_mu is not None else ()),
+        ),
         primary=primary,
-        told=_membership_told(ways),
+        told=_membership_told(ways)[: 1 if target.by_auc else None],
         rows=int(inside.sum()),
     )
 
@@ -59,6 +69,49 @@ def _criteria(ways: Mapping[str, Way], among: int, limits: Mapping[str, float]) 
     return tuple(criteria)
 
 
+def _criteria_of_bound(ways: Mapping[str, Way], mu: float) -> tuple[Criterion, ...]:
+    """Of each way what an attacker could reach at the most, where rows are under a privacy bound of μ."""
+    limit_of = {"auc": ("AUC", highest_auc(mu)), "tpr_at_1_percent": ("TPR at 1 % FPR", highest_tpr(mu, 0.01))}
+    return tuple(
+        Criterion(f"with a bound, {what}", way.measures[name], limit, PRIVACY)
+        for name, (what, limit) in limit_of.items()
+        for way in ways.values()
+        if name in way.measures
+    )
+
+
+def _criteria_of_groups(ways: Mapping[str, Way], limit: float) -> tuple[Criterion, ...]:
+    """Of each way that links rows: one of the images of its group stands for a drawn row, and any of them could.
+
+    So whoever knew the groups would name the right row of a pool once in as many times as it has rows of the group; on
+    average over the pool's rows that is groups / rows.
+    """
+    found = [way.measures["top1"] for way in ways.values() if "top1" in way.measures]
+    return tuple(Criterion("top-1 of drawn rows", one, min(1.0, limit), GROUPS) for one in found)
+
+
+def measure_persons(ways: Mapping[str, Likeness], units: Units, seed: int) -> dict[str, Way]:
+    """Membership by person, of each way: by the mean and by the highest of the scores of a person's query images.
+
+    A member is whoever has an image in S train, if it is another one too.
+    """
+    _, number, counts = np.unique(units.of, return_inverse=True, return_counts=True)
+    members = np.zeros(len(counts), np.bool_)
+    members[number] = units.members
+    if not members.any() or members.all():
+        return {}
+    found = {}
+    for name, way in ways.items():
+        highest = np.full(len(counts), -np.inf)
+        np.maximum.at(highest, number, way.membership)
+        of_persons = {"mean": np.bincount(number, way.membership) / counts, "highest": highest}
+        for by, scores in of_persons.items():
+            scores = scores.astype(np.float32)
+            measures = membership_measures(scores[members], scores[~members], seed)
+            found[f"{name}, by person ({by})"] = Way(measures=measures)
+    return found
+
+
 def measure_links(way: Likeness, queries: QueryTruth, inside: NDArray[np.bool_], seed: int) -> dict[str, Interval]:
     """What one way of looking found; `inside` (n,) are to be told from those that are not in the bank.
 
@@ -68,12 +121,13 @@ def measure_links(way: Likeness, queries: QueryTruth, inside: NDArray[np.bool_],
         `tpr_at_0.1_percent`: membership; the last with 1,000 non-members or more.
     """
     members, measures = queries.members, {}
-    if way.pools is not None and members.any():
-        rank = ranks(way.pools[members], queries.pools[members], queries.own[members])
+    linked = queries.own >= 0
+    if way.pools is not None and linked.any():
+        rank = ranks(way.pools[linked], queries.pools[linked], queries.own[linked])
         measures["top1"] = share_interval(rank < 1)
         measures["top5"] = share_interval(rank < 5)
         if queries.persons is not None:
-            persons, number = np.unique(queries.persons[members], return_inverse=True)
+            persons, number = np.unique(queries.persons[linked], return_inverse=True)
             found = np.zeros(len(persons), np.bool_)
             np.logical_or.at(found, number, rank < 1)
             measures["persons"] = share_interval(found)

@@ -24,7 +24,7 @@ from dpf_release.evaluation.profiles import PROFILES, Profile, decoder_rate, min
 from dpf_release.evaluation.report.page import write_page
 from dpf_release.evaluation.targets import LEAST_POOL, candidate_target, draw_truth
 from dpf_release.evaluation.utility import UTILITIES, measure_utility, utility_minutes
-from dpf_release.evaluation.verdicts import Scored, judge
+from dpf_release.evaluation.verdicts import PRIVACY, Scored, judge
 from dpf_release.evaluation.views import Setting, grant
 from dpf_release.models.metrics import WINDOW
 from dpf_release.owner.project import Project
@@ -35,6 +35,7 @@ from dpf_release.release.attack_report import SCORER, AttackReport, AttackResult
 # What of a `Scored` is told as it is.
 OF_SCORED = (
     "ways", "baseline", "ceiling", "leakage", "re_identification", "among", "re_identification_limit", "rows", "series",
+    "exceeds_bound",
 )  # fmt: skip
 
 
@@ -106,7 +107,7 @@ class _Run:
                 f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
                 f"found model.size {project.config.model.size}. Smaller ones cannot be attacked, so no claim passes."
             )
-        candidate, workbench = open_candidate(project, name), workbench_of(project)
+        candidate, workbench = open_candidate(project, name), workbench_of(project, name)
         target = candidate_target(workbench, candidate)
         harness = Harness(profile, target, planted_target(workbench, "clean", seed))
         setting = Setting(workbench, draw_truth(workbench, target, profile.rows, seed), profile.budget, seed)
@@ -173,8 +174,10 @@ class _Run:
             announce(f"{attack.code} {attack.title}: not applicable, {error}")
             return str(error), {}
         power = self.harness.power(attack, self.setting)
-        verdict, reasons = judge(scored.criteria, power, self._shortage(attack, scored))
-        claim = attack.claim
+        claim, criteria = attack.claim, scored.criteria
+        if claim is None and (of_bound := tuple(one for one in criteria if one.allowed_by == PRIVACY)):
+            claim, criteria = "bound", of_bound  # of what leaked with the function, nothing else is promised
+        verdict, reasons = judge(criteria, power, self._shortage(attack, scored))
         if attack.view is LeakedVault and not self.harness.target.learned_secret:
             claim = "reconstruction"  # nothing has to leak for that
         if claim is None:

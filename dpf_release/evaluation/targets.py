@@ -5,12 +5,13 @@ That is the private pictures, in pools of one class, and which row is made of wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -25,6 +26,7 @@ from dpf_release.core.arrays import Rows
 from dpf_release.errors import NotGrantedError
 from dpf_release.owner.workbench import Candidate, Workbench
 from dpf_release.poisoning.chain import Chain
+from dpf_release.poisoning.mixture import Mixture
 from dpf_release.poisoning.plan import Contributors, Plan
 
 MadeOf = Callable[[Rows], Contributors]  # rows of a bank → rows of the clean bank that are in each
@@ -48,6 +50,14 @@ class Target:
     classifier: nn.Module | None = None  # in the place of φ2, where a network is planted
     queries: QueryTruth | None = None  # the pictures that an attacker holds, where they belong to a planted network
     function: str = ""  # of what kind P is, as its name with its parameters; empty: of none that has a name
+    draws_rows: bool = False  # whether its rows belong to no image
+    learned: Mapping[str, Tensor] = field(default_factory=dict)  # what a function that draws rows learned
+    groups: int = 0  # of a class at the most, from whose statistics rows are drawn; 0: rows have no such groups
+    bound_mu: float | None = None  # of the bound that it has on what its rows tell of a unit; None: it has none
+    # rows of the clean bank, that drawn rows are asked about; None: all of `train`
+    drawn_of: Rows | None = None
+    # whether, where it is planted, an attack has power on it by AUC alone: it tells a little of all members
+    by_auc: bool = False
     learned_secret: bool = True  # whether more than P's draws is secret; else whoever knows its name can do the same
     # The same pictures under another function, as they are released too, and a digest of that bank.
     second: Callable[[], tuple[HeldRows, str]] = _no_second
@@ -78,6 +88,8 @@ def held(source: RowSource) -> HeldRows:
 def candidate_target(workbench: Workbench, candidate: Candidate) -> Target:
     """A candidate, as it lies on disk."""
     function, subject = candidate.function, candidate.index_sha256
+    chain = function.chain
+    mechanism = chain.mechanism("person" if workbench.group else "image")
 
     def second() -> tuple[HeldRows, str]:
         rows, index_sha256 = candidate.second()
@@ -86,13 +98,23 @@ def candidate_target(workbench: Workbench, candidate: Candidate) -> Target:
     return Target(
         candidate.name,
         held(candidate.rows),
-        poison_with(function.chain, workbench.phi_2, subject),
-        made_of(candidate.rows, function.chain, [function.plans[split] for split in RELEASED_SPLITS]),
+        poison_with(chain, workbench.phi_2, subject),
+        made_of(candidate.rows, chain, [function.plans[split] for split in RELEASED_SPLITS]),
         subject,
-        function=function.chain.spec,
-        learned_secret=function.chain.learned_secret,
+        function=chain.spec,
+        draws_rows=chain.draws_rows,
+        learned=chain.state() if chain.draws_rows else {},
+        groups=0 if mechanism else groups_of(chain),
+        bound_mu=mechanism.mu if mechanism else None,
+        learned_secret=chain.learned_secret,
         second=second,
     )
+
+
+def groups_of(chain: Chain) -> int:
+    """How many groups of a class there are at the most, from whose statistics rows are drawn; 0: it does not say."""
+    stage = chain.stages[0]
+    return int(torch.bincount(stage.learned["label"]).max()) if isinstance(stage, Mixture) and not stage.bounded else 0
 
 
 # --------------------------------------------------------------------------------------------- the truth
@@ -105,6 +127,7 @@ class Pool:
     rows: Rows
     pictures: Rows  # as rows of the clean bank, which has one for each picture
     label: int  # class, or bin of the target
+    clean: Rows | None = None  # of drawn rows, the clean row that stands for each; None: the row itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +137,12 @@ class Truth:
     pools: tuple[Pool, ...]
     read: Callable[[Rows], Tensor]  # rows of the clean bank → their pictures, (n, 3, H, W) uint8
     bins: NDArray[np.int64]  # (N,) class, or bin of the target, of each row
+    clean_bins: NDArray[np.int64] | None = None  # of each row of the clean bank, where rows are drawn; None: as `bins`
+
+    @property
+    def picture_bins(self) -> NDArray[np.int64]:
+        """(N,) class, or bin, of each row of the clean bank, which has one for each picture."""
+        return self.bins if self.clean_bins is None else self.clean_bins
 
     @cached_property
     def asked(self) -> Rows:
@@ -137,9 +166,26 @@ class Truth:
         for pool in self.pools:
             mine = places[(places >= start) & (places < start + len(pool.rows))] - start
             if len(mine):
-                pools.append(replace(pool, rows=pool.rows[mine]))
+                clean = None if pool.clean is None else pool.clean[mine]
+                pools.append(replace(pool, rows=pool.rows[mine], clean=clean))
             start += len(pool.rows)
-        return Truth(tuple(pools), self.read, self.bins)
+        return replace(self, pools=tuple(pools))
+
+    @cached_property
+    def of_clean(self) -> Truth:
+        """The same pools with rows of the clean bank in the place of drawn rows, one each: each has its own picture."""
+        if self.clean_bins is None:
+            return self
+        pools = tuple(replace(pool, rows=pool.rows if pool.clean is None else pool.clean) for pool in self.pools)
+        return Truth(pools, self.read, self.clean_bins)
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Whom pictures show."""
+
+    of: NDArray[np.int64]  # (n,) as numbers
+    members: NDArray[np.bool_]  # (n,) whether S has a picture of them to train on
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +197,15 @@ class QueryTruth:
     pools: Rows  # (n, M) rows of the bank among which each one's is looked for, ascending
     own: Rows  # (n,) the row of the pool that it is in; -1: it is in none
     persons: NDArray[np.int64] | None = None  # (n,) whom it shows, as numbers; None: not known
+    units: Units | None = None  # None: not known
     trained_on: NDArray[np.bool_] | None = None  # (n,) whether Φ was; None: on all that are in the bank
+    # (n,) where rows are drawn, and belong to no image: whether it had a part in the statistics
+    drawn_from: NDArray[np.bool_] | None = None
 
     @property
     def members(self) -> NDArray[np.bool_]:
-        """Which are in the bank."""
-        return self.own >= 0
+        """Which are in the bank, or had a part in it."""
+        return self.own >= 0 if self.drawn_from is None else self.drawn_from
 
 
 def bins_of(targets: NDArray[Any], most: int = 10, least_rows: int = POOL) -> NDArray[np.int64]:
@@ -178,8 +227,30 @@ def bin_of(targets: NDArray[Any], edges: list[float]) -> NDArray[np.int64]:
 
 def draw_truth(workbench: Workbench, target: Target, rows: int, seed: int) -> Truth:
     """The pools that a target is scored in."""
-    bins = bins_of(target.rows.targets)
-    return Truth(draw_pools(bins, target.contributors, rows, seed), workbench.private.pictures, bins)
+    bins, private = bins_of(target.rows.targets), workbench.private
+    if not target.draws_rows:
+        return Truth(draw_pools(bins, target.contributors, rows, seed), private.pictures, bins)
+    targets = private.rows.targets
+    edges = (
+        [float(target.rows.targets[bins == label, 0].max()) for label in np.unique(bins)] if targets.ndim > 1 else []
+    )
+    picture_bins = bin_of(targets, edges)
+    mine = np.arange(len(private.rows.parts[0])) if target.drawn_of is None else target.drawn_of
+    drawn_from = np.isin(np.arange(len(targets)), mine)  # `val` has no part in the statistics
+    labels, generator, pools = np.unique(bins), np.random.default_rng([seed, 11]), list[Pool]()
+    each = POOL * max(1, round(rows / (POOL * len(labels))))
+    for label in labels:
+        asked = generator.permutation(np.flatnonzero(bins == label))[:each]
+        images = np.flatnonzero((picture_bins == label) & drawn_from)
+        for some in np.split(asked, range(POOL, len(asked), POOL)):
+            made = target.contributors(np.sort(some))
+            own = np.unique(made.members)
+            others = generator.permutation(np.setdiff1d(images, own))[: max(0, POOL - len(own))]
+            pictures = np.concatenate([own, others])
+            clean = generator.choice(pictures, len(some), replace=len(some) > len(pictures))
+            clean[made.positions] = made.members
+            pools.append(Pool(np.sort(some), np.sort(pictures), int(label), clean))
+    return Truth(tuple(pools), private.pictures, bins, picture_bins)
 
 
 def draw_pools(bins: NDArray[np.int64], contributors: MadeOf, rows: int, seed: int) -> tuple[Pool, ...]:

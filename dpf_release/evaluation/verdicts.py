@@ -14,6 +14,8 @@ from dpf_release.evaluation.scoring import LEAST_GAP
 from dpf_release.evaluation.targets import LEAST_POOL, POOL
 from dpf_release.release.attack_report import Interval, Power, Verdict, Way
 
+PRIVACY, GROUPS = "the privacy bound", "the size of groups"  # what a limit can be proved by
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -22,11 +24,24 @@ class Criterion:
     what: str
     found: Interval | None  # None: it could not be measured
     limit: float
+    # what allows any attack just as much as the limit, and no more: `PRIVACY`, `GROUPS`. Such a criterion can fail, and
+    # is never an open question: it is proved, and an attack that gets past it shows that something is wrong
+    allowed_by: str = ""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether what was found is beyond the limit for sure."""
+        return self.found is not None and self.found.low >= self.limit
 
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.what} was not measured"
         found = self.found
+        if self.allowed_by:
+            return (
+                f"{self.what} {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], and {self.allowed_by} allows "
+                f"{self.limit:.3f}: this shows a bug in the mechanism, or networks that remember their images"
+            )
         return f"{self.what} {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], limit {self.limit:.3g}"
 
 
@@ -49,6 +64,11 @@ class Scored:
     judged: int | None = None  # of how many it was told whether they are found; None: of all
     pictures: Mapping[str, Tensor] = field(default_factory=dict)  # `gallery.pictures_of`
     lacks: str = ""  # what the attacker could not try; see `Reconstructions`
+
+    @property
+    def exceeds_bound(self) -> bool:
+        """Whether an attack got past what a privacy bound allows any attack."""
+        return any(one.allowed_by == PRIVACY and one.is_broken for one in self.criteria)
 
     @property
     def re_identification_limit(self) -> float | None:
@@ -85,9 +105,9 @@ def judge(criteria: Sequence[Criterion], power: Power, shortage: Sequence[str]) 
     `fail` where a lower bound is above its limit, whatever else; `pass` where every upper bound is below, the attack
     has power, and nothing was short; else `inconclusive`.
     """
-    broken = [one for one in criteria if one.found is not None and one.found.low >= one.limit]
-    if broken:
+    if broken := [one for one in criteria if one.is_broken]:
         return "fail", _worst_of_each(broken)
+    criteria = [one for one in criteria if not one.allowed_by]
     open_questions = [
         *_worst_of_each([one for one in criteria if one.found is not None and one.found.high >= one.limit]),
         *dict.fromkeys(str(one) for one in criteria if one.found is None),

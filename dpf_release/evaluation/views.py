@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from dpf_release.attacks.threat_models import (
     Budget,
+    DrawnRows,
     HeldPictures,
     HeldRows,
     KnownPairs,
     LabelledRows,
+    LeakedFunction,
     LeakedVault,
     QueryImages,
     ReleaseView,
@@ -24,7 +26,7 @@ from dpf_release.attacks.threat_models import (
 from dpf_release.bank.format import SplitName
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import NotGrantedError
-from dpf_release.evaluation.targets import POOL, QueryTruth, Target, Truth, bin_of
+from dpf_release.evaluation.targets import POOL, QueryTruth, Target, Truth, Units, bin_of
 from dpf_release.images.survey import ImageSet
 from dpf_release.owner.workbench import Workbench
 
@@ -43,6 +45,11 @@ class Setting:
     # φ1(Q), of each split.
     remembered: Mapping[str, Remembered] = field(default_factory=lambda: {"train": Remembered(), "val": Remembered()})
 
+    @property
+    def of_clean(self) -> Setting:
+        """For what is done to rows of the clean bank; see `Truth.of_clean`."""
+        return replace(self, truth=self.truth.of_clean)
+
 
 def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseView:
     """A view of one target; what the project has not (attributes, a second release) is a `NotGrantedError`."""
@@ -50,6 +57,7 @@ def grant(view: type[ReleaseView], target: Target, setting: Setting) -> ReleaseV
     fields: dict[str, Any] = {
         "phi_1": workbench.phi_1,
         "phi_2": target.classifier or workbench.phi_2,
+        "before_relu": workbench.before_relu,
         "preprocess": workbench.preprocess,
         "non_negative": workbench.features.non_negative,
         "task": workbench.task,
@@ -109,8 +117,29 @@ def _labelled_rows(target: Target, setting: Setting) -> dict[str, Any]:
     }
 
 
+def _refuse_drawn(target: Target) -> None:
+    if target.draws_rows:
+        raise NotGrantedError("its rows belong to no image, so there are no pairs of a row and its image")
+
+
+def _drawn_rows(target: Target, setting: Setting) -> dict[str, Any]:
+    if not target.draws_rows:
+        raise NotGrantedError("its rows are not drawn: each belongs to an image, which A5 looks for")
+    return _query_images(target, setting)
+
+
+def _leaked_function(target: Target, setting: Setting) -> dict[str, Any]:
+    return {**_drawn_rows(target, setting), "learned": target.learned}
+
+
+def _leaked_vault(target: Target, setting: Setting) -> dict[str, Any]:
+    _refuse_drawn(target)
+    return {"poison": target.poison}
+
+
 def _known_pairs(target: Target, setting: Setting) -> dict[str, Any]:
     """Rows that are not asked for, with the picture that each has the most of; none of these is to be found either."""
+    _refuse_drawn(target)
     truth = setting.truth
     rows = np.setdiff1d(np.arange(len(target.rows)), truth.asked)
     own = target.foremost(rows)
@@ -124,6 +153,7 @@ def _known_pairs(target: Target, setting: Setting) -> dict[str, Any]:
 
 def _two_releases(target: Target, setting: Setting) -> dict[str, Any]:
     """Another release of the same pictures, its rows in an order that says nothing."""
+    _refuse_drawn(target)
     other, _ = target.second()
     order = np.random.default_rng([setting.seed, 9]).permutation(len(other))
     return {"other": HeldRows(other.targets[order], lambda rows: other.read(order[rows]))}
@@ -132,9 +162,11 @@ def _two_releases(target: Target, setting: Setting) -> dict[str, Any]:
 # What a view holds beyond a release: view → (target, setting) → its fields, in the place of a release's.
 GRANTS: dict[type[ReleaseView], Callable[[Target, Setting], dict[str, Any]]] = {
     QueryImages: _query_images,
+    DrawnRows: _drawn_rows,
+    LeakedFunction: _leaked_function,
     LabelledRows: _labelled_rows,
     KnownPairs: _known_pairs,
-    LeakedVault: lambda target, _: {"poison": target.poison},
+    LeakedVault: _leaked_vault,
     TwoReleases: _two_releases,
 }
 
@@ -152,7 +184,7 @@ def draw_queries(target: Target, setting: Setting) -> QueryTruth:
         return target.queries
     workbench, generator = setting.workbench, np.random.default_rng([setting.seed, 5])
     images, classes = workbench.private.images, _draw_classes(target, setting, generator)
-    rooms = (len(drawn.rows) - max(map(len, drawn.with_picture), default=0) + 1 for drawn in classes)
+    rooms = (len(drawn.rows) - max([1, *map(len, drawn.with_picture)]) + 1 for drawn in classes)
     size = min([POOL, *rooms])
     pools = [drawn.pools(size, generator) for drawn in classes if len(drawn.own)]
     pictures, own = (np.concatenate([getattr(drawn, name) for drawn in classes]) for name in ("table_rows", "own"))
@@ -166,9 +198,21 @@ def draw_queries(target: Target, setting: Setting) -> QueryTruth:
         labels=labels[order].astype(np.int64),
         pools=np.concatenate(pools)[order],
         own=own[order],
+        drawn_from=np.isin(pictures, workbench.private.table_rows) if target.draws_rows else None,
         persons=None if cells is None else np.unique(cells, return_inverse=True)[1].astype(np.int64),
+        units=_units(workbench, pictures) if target.drawn_of is None else None,
         trained_on=np.isin(pictures, images.rows("train")),
     )
+
+
+def _units(workbench: Workbench, pictures: Rows) -> Units | None:
+    """Of each picture, as a row of S's table, whom it shows, and whether S train shows them; None: nobody said."""
+    images, column = workbench.private.images, workbench.group
+    if column is None or column not in images.table.attributes:
+        return None
+    cells = np.array(images.table.attributes[column])
+    inside = np.isin(cells[pictures], cells[images.rows("train")])
+    return Units(np.unique(cells[pictures], return_inverse=True)[1].astype(np.int64), inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,9 +246,10 @@ def _draw_classes(target: Target, setting: Setting, generator: np.random.Generat
     for label in labels:
         rows = np.flatnonzero(truth.bins == label)
         asked = np.unique(np.concatenate([pool.pictures for pool in truth.pools if pool.label == label]))
-        asked = asked[truth.bins[asked] == label]  # mixed rows may have pictures of other bins, non-members have none
+        # Mixed rows may have pictures of other bins, non-members have none.
+        asked = asked[truth.picture_bins[asked] == label]
         own, with_picture = _rows_of(target, rows, asked, generator)
-        members = generator.permutation(np.flatnonzero(own >= 0))[:each]
+        members = generator.permutation(np.flatnonzero((own >= 0) | target.draws_rows))[:each]
         others = generator.permutation(test[test_labels == label])[:each]
         table_rows = np.concatenate([private.table_rows[asked[members]], others])
         own = np.concatenate([own[members], np.full(len(others), -1)])

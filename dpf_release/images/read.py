@@ -12,7 +12,7 @@ import numpy as np
 from dpf_release.errors import ImageError
 from dpf_release.images.sources import csv_columns, csv_splits, image_files, read_csv, read_folder
 from dpf_release.images.splits import complete_splits
-from dpf_release.images.table import ImageTable, require_classes
+from dpf_release.images.table import SPLIT_NAMES, ImageTable, require_classes
 
 
 @dataclass(frozen=True)
@@ -76,32 +76,44 @@ def read_table(
     return replace(table, splits=complete_splits(source, table, groups, fractions, seed, earlier.splits))
 
 
-def read_unlabelled(
-    source: Path, *, classes: Sequence[str] = (), val_fraction: float = 0.05, seed: int = 0
-) -> ImageTable:
+def read_public(source: Path, *, classes: Sequence[str] = (), val_fraction: float = 0.05, seed: int = 0) -> ImageTable:
     """Reads public images Q: any folder, searched recursively, or a CSV table with a column `path`.
 
     Rows under a top-level folder `test` (or with `test` in a column `split`) stay `test`; of all others `val` gets its
-    share by the seed, `train` the rest. Targets are zeros, (N,) int64. Of files only those with one of the `classes`
-    among their parent folders, or in the column `label`, are taken, where any is named.
+    share by the seed, `train` the rest. Of files only those with one of the `classes` among their parent folders, or in
+    the column `label`, are taken, where any is named.
+
+    Returns:
+        Its classes are those that were named, or else the folders that files are in (or the column `label`), where
+        every file is in one; without, there are none, and targets are zeros, (N,) int64.
 
     Raises:
         ImageError: the source cannot be read, has no images, or lacks one of `classes`.
     """
-    source, wanted = Path(source), set(classes)
+    source = Path(source)
     if source.is_dir():
         root, columns = source, {"path": tuple(image_files(source))}
         folders = [PurePosixPath(path).parts[:-1] for path in columns["path"]]
         splits = ["test" if names and names[0].lower() == "test" else "train" for names in folders]
-        labels = [wanted.intersection(names) for names in folders]
+        labels = [_label_of(names, classes) for names in folders]
     else:
         root, columns = source.parent, csv_columns(source, ["path", *(["label"] if classes else [])])
         splits = ["test" if split == "test" else "train" for split in csv_splits(columns)]
-        labels = [wanted.intersection([label]) for label in columns["label"]] if classes else []
+        labels = [_label_of((label,), classes) for label in columns.get("label", ("",) * len(columns["path"]))]
     paths = columns.pop("path")
-    targets = np.zeros(len(paths), np.int64)
-    table = ImageTable(root, paths, targets, (), (), np.array(splits, dtype="U5"), columns)
+    names = tuple(classes) or tuple(sorted(set(labels) if all(labels) else ()))
+    number = {name: place for place, name in enumerate(names)}
+    targets = np.array([number.get(label, 0) for label in labels], np.int64)
+    table = ImageTable(root, paths, targets, names, (), np.array(splits, dtype="U5"), columns)
     if classes:
-        require_classes(source, classes, set().union(*labels))
-        table = table.select([row for row, found in enumerate(labels) if found])
-    return replace(table, splits=complete_splits(source, table, None, {"val": val_fraction}, seed, {}))
+        require_classes(source, classes, set(labels))
+        table = table.select([row for row, label in enumerate(labels) if label in number])
+    unlabelled = replace(table, targets=np.zeros(len(table), np.int64), classes=())  # `val` is of all classes together
+    return replace(table, splits=complete_splits(source, unlabelled, None, {"val": val_fraction}, seed, {}))
+
+
+def _label_of(folders: Sequence[str], classes: Sequence[str]) -> str:
+    """The one of `classes` that is among the folders; the last folder, where no class is named; else nothing."""
+    if classes:
+        return next((name for name in folders if name in classes), "")
+    return folders[-1] if folders and folders[-1].lower() not in SPLIT_NAMES else ""

@@ -23,7 +23,7 @@ from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from dpf_release.errors import HookError
-from dpf_release.models.tracing import make_out_of_place, tensors_of, trace_network
+from dpf_release.models.tracing import before_last_relu, make_out_of_place, tensors_of, trace_network
 from dpf_release.models.zoo import CifarResNet
 
 _RESNETS = (torchvision.models.ResNet, CifarResNet)
@@ -51,6 +51,7 @@ class Split:
     featurizer: nn.Module  # φ1, images (N, 3, H, W) to features (N, *hook.shape)
     classifier: nn.Module  # φ2, features to what the network returns
     hook: HookPoint
+    before_relu: nn.Module | None  # φ1 without the ReLU that it ends in; None where it ends in something else
     non_negative: bool  # of the probe batch's features, as where φ1 ends in a ReLU; False on the meta device
 
 
@@ -122,9 +123,16 @@ def split(network: nn.Module, hook: str, image_size: tuple[int, int]) -> Split:
     except HookError as error:
         table = hook_table(hook_points(network, image_size))
         raise HookError(f"the network cannot be cut at {hook!r}: {error}.\n{table}") from None
+    # Copied: both halves may hold one module without weights, such as a Dropout that Φ calls twice.
+    featurizer = copy.deepcopy(featurizer)
+    before = before_last_relu(featurizer)
+    if before is not None:
+        with torch.no_grad():
+            if not _same_bits(before(probe.clone()).relu(), features):
+                before = None
     return Split(
-        # Copied: both halves may hold one module without weights, such as a Dropout that Φ calls twice.
-        featurizer=_placed_as(network, copy.deepcopy(featurizer)),
+        featurizer=_placed_as(network, featurizer),
+        before_relu=before,
         classifier=_placed_as(network, classifier),
         hook=_hook_point(network, path, features.shape),
         non_negative=not features.is_meta and bool((features >= 0).all()),

@@ -124,6 +124,28 @@ def trace_network(reference: nn.Module) -> Trace:
     return Trace(reference, graph, tracer.calls)
 
 
+def before_last_relu(featurizer: nn.Module) -> fx.GraphModule | None:
+    """φ1 without the ReLU that it ends in, sharing its modules; None where it ends in something else."""
+    try:
+        trace = trace_network(featurizer)
+    except HookError:
+        return None
+    (last,) = trace.graph.output_node().all_input_nodes
+    if last.op == "call_module":
+        is_relu = type(featurizer.get_submodule(str(last.target))) is nn.ReLU
+    else:
+        is_relu = last.target in (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+    if not is_relu:
+        return None
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    before = _with_inputs(last.all_input_nodes[0])
+    for node in filter(before.__contains__, trace.graph.nodes):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[last.all_input_nodes[0]])
+    return fx.GraphModule(featurizer, graph, "BeforeReLU")
+
+
 def _with_inputs(node: fx.Node) -> set[fx.Node]:
     seen, waiting = {node}, [node]
     while waiting:

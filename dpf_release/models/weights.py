@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -29,8 +29,8 @@ _UNREADABLE = (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, Loo
 _SHOWN = 5
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Load all weights of `network` from a file; on failure the network is left as it was.
+def load_weights(network: nn.Module, path: Path, only: Collection[str] | None = None) -> None:
+    """Load all weights of `network` from a file, or `only` some; on failure the network is left as it was.
 
     Read are `.safetensors`, and `.pt`, `.pth` or `.bin` files of a `state_dict`, with `weights_only=True`. A dict
     wrapped under `state_dict` or `model`, names that all begin with `module.`, names of torchvision's old DenseNet
@@ -48,8 +48,11 @@ def load_weights(network: nn.Module, path: Path) -> None:
     if isinstance(network, DenseNet):
         tensors = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in tensors.items()}
 
+    if only is not None:
+        tensors = {name: tensor for name, tensor in tensors.items() if name in only}
     # Copied by hand: `load_state_dict` reads format versions that safetensors files do not carry.
     state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    state = state if only is None else {name: state[name] for name in only}
     problems = _mismatches(state, tensors)
     if problems:
         raise WeightsError(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dpf_release.bank.format import SPLITS, SplitName
 from dpf_release.bank.reader import FeatureBank
-from dpf_release.bank.rows import ComputedRows, RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder
 from dpf_release.errors import ConfigError, ImageError
@@ -57,20 +56,6 @@ def straw_man(project: Project, name: str) -> Reconstructor:
     }
     _trained(project, name, network, subject, lambda: _fit_straw_man(project, network, name, subject))
     return network
-
-
-def public_features(project: Project) -> RowSource:
-    """φ1(Q), computed as it is read, as rows of the `train` split of Q; targets where Q is labelled."""
-    images = project.public_images
-    rows, phi_1 = images.rows("train"), project.frozen(project.cut.split.featurizer)
-
-    def features(numbers: Rows) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            inputs = project.preprocess.normalise(images.pictures.read(rows[numbers]).to(project.device))
-            out: NDArray[np.float32] = phi_1(inputs.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
-        return out
-
-    return ComputedRows(images.table.targets[rows], features)
 
 
 def new_straw_man(project: Project, name: str) -> Reconstructor:

@@ -32,12 +32,13 @@ def bank_facts(project: Project) -> dict[str, Any]:
     return section.model_dump() | {"shard_size": parse_size(section.shard_size)} | machine_facts(project.device)
 
 
-def bank_writer(project: Project, folder: Path, poisoned: bool) -> BankWriter:
-    """Writes a bank of this project's features, sharded as `[bank]` says."""
+def bank_writer(project: Project, folder: Path, *, of_phi_1: bool = False, poisoned: bool = True) -> BankWriter:
+    """Writes a bank of this project's features, sharded as `[bank]` says; those of φ1 as they are before its ReLU."""
     cut, section = project.cut, project.config.bank
     header = BankIndex(
+        encoding="float16 before ReLU" if of_phi_1 and cut.split.before_relu is not None else "float16",
         compression=section.compression,
-        poisoned=poisoned,
+        poisoned=poisoned and not of_phi_1,
         featurizer_sha256=cut.featurizer_sha256,
         feature_shape=cut.record.feature_shape,
         targets=cut.record.target_columns,
@@ -48,7 +49,7 @@ def bank_writer(project: Project, folder: Path, poisoned: bool) -> BankWriter:
 def refuse_small_disk_for_bank(project: Project, folder: Path, rows: Sequence[int]) -> None:
     """That a bank has room when the one that is there is gone: before it is given up."""
     there = sum(path.stat().st_size for path in folder.glob("*/*.h5*"))
-    wanted = bank_writer(project, folder, poisoned=False).bytes_of([Span("train", 0, count) for count in rows])
+    wanted = bank_writer(project, folder).bytes_of([Span("train", 0, count) for count in rows])
     refuse_small_disk(project.vault.root, wanted - there)
 
 

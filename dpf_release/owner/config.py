@@ -51,6 +51,7 @@ class TaskSection(_Section):
     kind: Literal["classification", "regression"] = "classification"
     targets: tuple[str, ...] = ()
     unit: Annotated[str, Field(max_length=40)] = ""
+    ranges: tuple[tuple[float, float], ...] = ()
 
     @model_validator(mode="after")
     def _targets_belong_to_regression(self) -> TaskSection:
@@ -58,6 +59,8 @@ class TaskSection(_Section):
             raise ValueError("`targets` lists a column twice")
         if (self.kind == "regression") != bool(self.targets):
             raise ValueError("`targets` lists the target columns of a regression task, and of no other")
+        if self.ranges and (len(self.ranges) != len(self.targets) or any(low >= high for low, high in self.ranges)):
+            raise ValueError("`ranges` has a lowest and a highest value for each of `targets`, in their order")
         return self
 
 
@@ -100,6 +103,9 @@ class ModelSection(_Section):
     arch: str = "resnet18"
     arguments: dict[str, int] = {}
     weights: Path | None = None
+    never_saw_private: Annotated[bool, Field(strict=True)] = False
+    train_on: Literal["private", "public"] = "private"
+    classifier: Literal["trained", "from-bank"] = "trained"
     hook: str = "conv4_1"
     size: tuple[Side, Side] = (224, 224)
     resize: Annotated[int, Field(ge=0, le=4096)] = 256
@@ -108,7 +114,7 @@ class ModelSection(_Section):
 
 
 class TrainSection(_Section):
-    """How `train` fits Φ (SGD with momentum 0.9, one-cycle learning rate)."""
+    """How `train` fits Φ, and `poison` a φ2 from the bank (SGD with momentum 0.9, one-cycle learning rate)."""
 
     epochs: Epochs = 30
     batch_size: BatchSize = 128
@@ -116,6 +122,8 @@ class TrainSection(_Section):
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 5e-4
     flip: Annotated[bool, Field(strict=True)] = True
     shift: Annotated[int, Field(ge=0, le=512)] = 0
+    classifier_epochs: Epochs = 8
+    classifier_learning_rate: Rate = 0.05
 
 
 class ReconstructorSection(_Section):
@@ -153,17 +161,26 @@ class BankSection(_Section):
         return value
 
 
+class PrivacySection(_Section):
+    """The privacy budget of these images: what all releases of them together may spend. None: not limited."""
+
+    epsilon: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
+    delta: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-5
+
+
 class ClaimsSection(_Section):
     """What the release promises. `package` refuses a claim that the attacks of `[gate] profile` do not bear out."""
 
     reconstruction: Annotated[bool, Field(strict=True)] = True
     linkage: Annotated[bool, Field(strict=True)] = False
     attribute: str | None = None
+    bound: Annotated[bool, Field(strict=True)] = False
 
     @property
-    def made(self) -> tuple[Literal["reconstruction", "linkage", "attribute"], ...]:
+    def made(self) -> tuple[Literal["reconstruction", "linkage", "attribute", "bound"], ...]:
         """The names of the claims that are made."""
         asked = {"reconstruction": self.reconstruction, "linkage": self.linkage, "attribute": self.attribute}
+        asked["bound"] = self.bound
         return tuple(name for name, is_made in asked.items() if is_made)  # type: ignore[misc]
 
 
@@ -205,6 +222,7 @@ class Config(_Section):
     train: TrainSection = TrainSection()
     reconstructor: ReconstructorSection = ReconstructorSection()
     poison: PoisonSection = PoisonSection()
+    privacy: PrivacySection = PrivacySection()
     bank: BankSection = BankSection()
     claims: ClaimsSection = ClaimsSection()
     gate: GateSection = GateSection()

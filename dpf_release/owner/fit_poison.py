@@ -8,21 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpf_release.bank.format import RELEASED_SPLITS, SplitName
 from dpf_release.bank.reader import FeatureBank
-from dpf_release.core.files import make_folder
-from dpf_release.errors import ConfigError, VaultError
+from dpf_release.core.arrays import Rows
+from dpf_release.core.files import make_folder, sha256_of
+from dpf_release.core.privacy import Unit
+from dpf_release.errors import ConfigError, ImageError, VaultError
 from dpf_release.images.dataset import BadImage
+from dpf_release.images.table import ImageTable
 from dpf_release.models.training import Recipe
-from dpf_release.models.weights import state_file
-from dpf_release.owner.adversaries import adversaries_of, attribute_of_rows, new_straw_man, public_features, straw_man
+from dpf_release.models.weights import load_state, state_file
+from dpf_release.owner.adversaries import adversaries_of, attribute_of_rows, new_straw_man, straw_man
+from dpf_release.owner.featurize import public_bank, public_features
 from dpf_release.owner.fitted import CANDIDATE, PLAN, STATE, checkpoints, read_plans, write_plans
+from dpf_release.owner.privacy import Fit, note_fit, refuse_overspending
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import TargetTask
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.poisoning.chain import Chain, Plans, build_chain, fit_chain
+from dpf_release.poisoning.chain import Chain, Plans, build_chain, draws_rows, fit_chain
 from dpf_release.poisoning.context import Material, Split
 
 
@@ -68,7 +74,8 @@ def fit_poison(
 
     Raises:
         VaultError: a function of that name is fitted already and `restart` is not set, or there is no φ1(S).
-        ConfigError: no such function, parameter or reconstructor.
+        ConfigError: no such function, parameter or reconstructor; it needs a φ2 that is trained on the bank; or what is
+            published and this fit together exceed the budget of `[privacy]`.
         StorageError: another run works in the vault.
 
     Example:
@@ -80,12 +87,14 @@ def fit_poison(
     settings = {"function": function, "objective": objective, "lambda": lambda_, "epochs": epochs}
     options = {f"poison.{key}": value for key, value in settings.items()}
     project = project.with_options(options | {"compute.device": device})
-    public = bool(project.config.poison.straw_men)
+    section = project.config.poison
+    public = bool(section.straw_men) or draws_rows(section.function)
     with project.working(public=public):
-        return FitPoisonResult(_fit_poison(project, name, restart), project.public_images.bad if public else ())
+        last = _fit_poison(project, name, restart, public)
+        return FitPoisonResult(last, project.public_images.bad if public else ())
 
 
-def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
+def _fit_poison(project: Project, name: str, restart: bool, with_public: bool) -> dict[str, Any]:
     section, vault = project.config.poison, project.vault
     folder = vault.function(name)
     banks = {split: project.private_bank(split) for split in RELEASED_SPLITS}
@@ -99,21 +108,59 @@ def _fit_poison(project: Project, name: str, restart: bool) -> dict[str, Any]:
         torch.manual_seed(seed)  # the start of P is as secret as P
         chain = build_chain(section.function, project.cut.features)
 
-    for straw in section.straw_men:  # also where the function has no use for them: `poison` measures with them
-        straw_man(project, straw)
+    for straw in () if chain.draws_rows else section.straw_men:
+        straw_man(project, straw)  # also where the function has no use for them: `poison` measures with them
+
+    def keep(plans: Plans) -> None:
+        if state := chain.state():  # first: what was drawn from it must not outlive it
+            content, mechanism = state_file(state), chain.mechanism(unit_of(project))
+            if mechanism is not None:
+                digest = hashlib.sha256(content).hexdigest()
+                note_fit(vault, Fit(id=digest, name=name, function=section.function, mechanism=mechanism))
+            vault.write_bytes(folder / STATE, content)
+        write_plans(vault, folder, plans)
 
     def planned(plans: Plans) -> Plans:
-        project.ranks.once(lambda: write_plans(vault, folder, plans))
+        project.ranks.once(lambda: keep(plans))
         return read_plans(vault, chain, secret, folder)
 
     known = read_plans(vault, chain, secret, folder) if vault.holds(folder / PLAN) else {}
-    _, facts, histories = fit_chain(chain, _material(project, banks, secret, seed, folder), known, planned)
-    project.ranks.once(lambda: _finish(vault, chain, folder, histories))
+    if known and chain.draws_rows:
+        chain.load(load_state(folder / STATE, vault.read_bytes(folder / STATE, "fit-poison")))
+    _, facts, histories = fit_chain(chain, _material(project, banks, secret, seed, folder, with_public), known, planned)
+    project.ranks.once(lambda: _finish(project, chain, folder, histories or facts))
     return facts
 
 
+def unit_of(project: Project) -> Unit:
+    """What a privacy bound protects: a person, where the table says who is in an image."""
+    return "person" if project.config.images.private.group else "image"
+
+
+def units_of(project: Project, rows: Rows) -> Rows:
+    """Whose each image of S is, by rows of its table: a number for each person, else for each different file.
+
+    An image of which nobody says whom it shows is a unit of its own. One that is in Q too, on which the mechanism's
+    public numbers depend, is an `ImageError`.
+    """
+    private, public = project.private_images.table, project.public_images.table
+    column = project.config.images.private.group
+
+    def names_in(table: ImageTable, rows: Rows) -> list[str]:
+        cells = table.attributes.get(column or "", ("",) * len(table))
+        return [cells[row] or sha256_of(table.root / table.paths[row]) for row in rows]
+
+    names, others = names_in(private, rows), names_in(public, np.arange(len(public)))
+    if shared := set(names) & set(others):
+        raise ImageError(
+            f"expected public images of no {unit_of(project)} that is private, found {len(shared)} in both. Take them "
+            "out of [images.public]."
+        )
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
 def _material(
-    project: Project, banks: dict[SplitName, FeatureBank], secret: bytes, seed: int, folder: Path
+    project: Project, banks: dict[SplitName, FeatureBank], secret: bytes, seed: int, folder: Path, with_public: bool
 ) -> Material:
     """What P is fitted from: φ1(S), its images, and Q."""
     section, vault = project.config.poison, project.vault
@@ -121,7 +168,19 @@ def _material(
     images = project.private_images.pictures
 
     def split(name: SplitName) -> Split:
-        return Split(banks[name], lambda rows: images.read(rows_of[name][rows]))
+        bank, rows = banks[name], rows_of[name]
+        return Split(
+            bank, lambda chosen: images.read(rows[chosen]), bank.before_relu(), lambda: units_of(project, rows)
+        )
+
+    def public() -> Split:
+        of_public = project.public_images
+        rows = of_public.rows("train")
+        read = lambda chosen: of_public.pictures.read(rows[chosen])  # noqa: E731
+        if not draws_rows(section.function):  # which few look at: computed as it is read
+            return Split(public_features(project), read)
+        bank = public_bank(project)
+        return Split(bank, read, bank.before_relu())
 
     def checkpoint(training: str) -> Path | None:
         return vault.checkpoint(folder / f"checkpoint-{training}.safetensors")
@@ -134,7 +193,7 @@ def _material(
         task=TargetTask.of(project),
         train=split("train"),
         val=split("val"),
-        public=public_features(project) if section.straw_men else None,
+        public=public() if with_public else None,
         adversaries=lambda: adversaries_of(project),
         objective=section.objective,
         lambda_=section.lambda_,
@@ -145,6 +204,9 @@ def _material(
         subject=vault.read_bytes(folder / "function.json", "fit-poison").decode(),
         ranks=project.ranks,
         checkpoint=checkpoint,
+        outputs=len(project.output_names),
+        ranges=np.array(project.config.task.ranges) if project.config.task.ranges else None,
+        unit=unit_of(project),
         row_bytes=banks["train"].index.row_bytes,
     )
 
@@ -153,7 +215,7 @@ def _refuse_mistakes(project: Project) -> None:
     section = project.config.poison
     project.ranks.refuse_uneven(poison=section.batch_size, reconstructor=project.config.reconstructor.batch_size)
     chain = build_chain(section.function, project.cut.features)
-    for name in section.straw_men:
+    for name in () if chain.draws_rows else section.straw_men:
         new_straw_man(project, name)
     for column in section.confuse:
         attribute_of_rows(project, column, "train")
@@ -162,6 +224,12 @@ def _refuse_mistakes(project: Project) -> None:
             f"expected a byproduct attacker under [poison] straw_men or confuse, that {section.function} is trained "
             "against, found none."
         )
+    if chain.uses_classifier and project.config.model.classifier == "from-bank":
+        raise ConfigError(
+            f'{section.function} needs φ2 to be fitted, and [model] classifier = "from-bank" trains that on the rows '
+            'which it makes. Choose a function that draws rows, or set classifier = "trained".'
+        )
+    refuse_overspending(project, chain.mechanism(unit_of(project)))
 
 
 def _begin(vault: Vault, folder: Path, recipe: dict[str, Any], subject: dict[str, str], restart: bool) -> None:
@@ -181,11 +249,11 @@ def _begin(vault: Vault, folder: Path, recipe: dict[str, Any], subject: dict[str
     vault.write_json(path, {"recipe": recipe, "for": subject, "secret": os.urandom(32).hex(), "fitted": False})
 
 
-def _finish(vault: Vault, chain: Chain, folder: Path, histories: dict[str, Any]) -> None:
-    state, record = chain.state(), folder / "function.json"
-    if state:
-        vault.write_bytes(folder / STATE, state_file(state))
+def _finish(project: Project, chain: Chain, folder: Path, histories: dict[str, Any]) -> None:
+    vault, record, mechanism = project.vault, folder / "function.json", chain.mechanism(unit_of(project))
     vault.write_json(folder / "history.json", histories)
-    learned = {"fitted": True, "learned": bool(state), "statement": chain.statement()}
+    learned = {"fitted": True, "learned": vault.holds(folder / STATE), "statement": chain.statement()}
+    if mechanism is not None:
+        learned["privacy"] = mechanism.model_dump(mode="json")
     vault.write_json(record, vault.read_record(record, "fit-poison") | learned)
     vault.remove(*checkpoints(vault, folder))

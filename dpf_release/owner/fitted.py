@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,11 +139,40 @@ def without_rows(removal: Removal, name: str) -> tuple[FittedFunction, RowsOfSpl
     return replace(function, plans=plans), rebuilt
 
 
+def draws_rows(project: Project, name: str) -> bool:
+    """Whether a function is fitted, and its rows belong to no image: a retraction fits it anew."""
+    return is_fitted(project, name) and load_function(project, name).chain.draws_rows
+
+
+def to_draw_again(vault: Vault, name: str) -> bool:
+    """Whether a retraction has begun a function anew, and its rows are not all drawn yet."""
+    path, candidate = vault.function(name) / "function.json", vault.function(name) / CANDIDATE
+    record = vault.read_record(path, "fit-poison") if vault.holds(path) else {}
+    written = vault.holds(candidate) and vault.read_record(candidate, "poison")["index_sha256"]
+    return "redrawn_for" in record and not (record["fitted"] and written)
+
+
+def _begin_anew(removal: Removal, name: str) -> None:
+    """A function as it is before its first fit, with a new secret; the record first: what is beside it is nobody's."""
+    vault, folder = removal.project.vault, removal.project.vault.function(name)
+    record = vault.read_record(folder / "function.json", "fit-poison")
+    kept = {key: record[key] for key in ("recipe", "for")}
+    anew = {"secret": os.urandom(32).hex(), "fitted": False, "redrawn_for": removal.number}
+    vault.write_json(folder / "function.json", kept | anew)
+    vault.remove(*checkpoints(vault, folder), folder / PLAN, folder / STATE, folder / "history.json")
+
+
 def drop_rows(removal: Removal, name: str) -> None:
-    """Takes rows out of a function's plans; of one that is not fitted to its end goes what it has drawn and learned."""
+    """Takes rows out of a function's plans; of one that is not fitted to its end goes what it has drawn and learned.
+
+    So it does of one that draws rows, which belong to no image: it is to be fitted again.
+    """
     vault, folder = removal.project.vault, removal.project.vault.function(name)
     if not is_fitted(removal.project, name):
         vault.remove(*checkpoints(vault, folder), folder / PLAN, folder / STATE, folder / "history.json")
+        return
+    if load_function(removal.project, name).chain.draws_rows:
+        _begin_anew(removal, name)
         return
     function, rebuilt = without_rows(removal, name)
     planned = any(plan.arrays for plans in function.plans.values() for plan in plans)

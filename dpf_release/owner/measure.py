@@ -26,6 +26,7 @@ from dpf_release.errors import BankError, ConfigError
 from dpf_release.images.grid import draw_grid
 from dpf_release.models.metrics import bootstrap_interval, l1, mean_absolute_error, psnr, ssim, topk_correct
 from dpf_release.models.reconstructors import Reconstructor
+from dpf_release.models.weights import load_state
 from dpf_release.owner.adversaries import attribute_classifier, attribute_of_rows, straw_man
 from dpf_release.owner.fitted import FittedFunction, load_function
 from dpf_release.owner.project import Project
@@ -58,8 +59,25 @@ def measure_task(project: Project, name: str = "default") -> dict[str, Any]:
     The vault is held by the caller; nothing is written.
     """
     load_function(project, name)  # a candidate of another featurizer, or of rows since written anew, is refused
-    report = _Judge(project, [], []).compare("val", project.private_bank("val"), _candidate(project, name))
+    report = _Judge(project, name, [], []).compare("val", project.private_bank("val"), _candidate(project, name))
     return dict(report["task"])
+
+
+def classifier_file(project: Project, name: str) -> bytes:
+    """φ2 of a candidate as it would be published: Φ's, or one that was trained on the candidate's rows."""
+    if project.config.model.classifier == "trained":
+        return project.cut.classifier_file
+    path = project.vault.candidate(name) / "model" / "classifier.safetensors"
+    return project.vault.read_bytes(path, f"poison --name {name}")
+
+
+def classifier_of(project: Project, name: str) -> nn.Module:
+    """The same as a network, frozen."""
+    if project.config.model.classifier == "trained":
+        return project.frozen(project.cut.split.classifier)
+    network = project.new_classifier()
+    network.load_state_dict(load_state(Path("classifier.safetensors"), classifier_file(project, name)))
+    return project.frozen(network)
 
 
 def _candidate(project: Project, name: str) -> FeatureBank:
@@ -70,7 +88,7 @@ def _candidate(project: Project, name: str) -> FeatureBank:
 def _measure(project: Project, name: str) -> dict[str, Any]:
     vault, function, candidate = project.vault, load_function(project, name), _candidate(project, name)
     recipe = vault.read_record(vault.function(name) / "function.json", "fit-poison")["recipe"]
-    judge = _Judge(project, recipe["straw_men"], recipe["confuse"])
+    judge = _Judge(project, name, *([], []) if function.chain.draws_rows else (recipe["straw_men"], recipe["confuse"]))
     clean = project.private_bank("val")
     report: dict[str, Any] = {
         "function": recipe["function"],
@@ -86,6 +104,8 @@ def _measure(project: Project, name: str) -> dict[str, Any]:
 
 
 def _on_test(project: Project, function: FittedFunction, judge: _Judge) -> dict[str, Any]:
+    if function.chain.draws_rows:
+        return {"not_measured": "rows are drawn from the training images alone"}
     try:
         test = project.private_bank("test")
         secret = hashlib.sha256(function.digest.encode()).digest()  # any secret will do: these rows go nowhere
@@ -98,9 +118,10 @@ def _on_test(project: Project, function: FittedFunction, judge: _Judge) -> dict[
 class _Judge:
     """φ2 and the byproduct attackers, asked about clean and poisoned rows."""
 
-    def __init__(self, project: Project, straw_men: list[str], attributes: list[str]) -> None:
+    def __init__(self, project: Project, name: str, straw_men: list[str], attributes: list[str]) -> None:
         self.project = project
-        self.phi_2 = project.frozen(project.cut.split.classifier)
+        self.draws_rows = load_function(project, name).chain.draws_rows
+        self.phi_2 = classifier_of(project, name)
         self.reconstructors = {name: straw_man(project, name) for name in straw_men}
         self.attributes = {column: attribute_classifier(project, column) for column in attributes}
 
@@ -118,7 +139,7 @@ class _Judge:
             column: self._identified(split, column, attacker, clean, poisoned)
             for column, attacker in self.attributes.items()
         }
-        task = self._task(*answers, clean.targets)
+        task = self._task(*answers, clean.targets, poisoned.targets)
         return {"rows": len(clean), "task": task, "reconstruction": reconstruction, "attributes": identified}
 
     def draw(self, path: Path, clean: FeatureBank, poisoned: RowSource) -> None:
@@ -133,12 +154,18 @@ class _Judge:
         }
         self.project.vault.write_bytes(path, draw_grid(grid))
 
-    def _task(self, clean: Tensor, poisoned: Tensor, targets: NDArray[Any]) -> dict[str, Any]:
-        wanted = torch.from_numpy(targets)
+    def _task(
+        self, clean: Tensor, poisoned: Tensor, targets: NDArray[Any], targets_poisoned: NDArray[Any]
+    ) -> dict[str, Any]:
+        pairs = [(clean, torch.from_numpy(targets)), (poisoned, torch.from_numpy(targets_poisoned))]
+        wanted, drawn = pairs[0][1], self.draws_rows
         if self.project.config.task.kind == "regression":
-            errors = (mean_absolute_error(outputs, wanted).mean(dim=1).numpy() for outputs in (clean, poisoned))
-            return _paired("mae", *errors)
-        report = _paired("top1", *(topk_correct(outputs, wanted, 1).float().numpy() for outputs in (clean, poisoned)))
+            errors = [mean_absolute_error(outputs, of).mean(dim=1).numpy() for outputs, of in pairs]
+            return _apart("mae", *errors) if drawn else _paired("mae", *errors)
+        right = [topk_correct(outputs, of, 1).float().numpy() for outputs, of in pairs]
+        if drawn:
+            return _apart("top1", *right)
+        report = _paired("top1", *right)
         if clean.shape[1] > 5:
             report["top5_clean"], report["top5_poisoned"] = (
                 float(topk_correct(outputs, wanted, 5).float().mean()) for outputs in (clean, poisoned)
@@ -183,6 +210,18 @@ class _Judge:
         with torch.inference_mode():
             out: Tensor = network(features.contiguous(memory_format=torch.channels_last)).float().cpu()
         return out
+
+
+def _apart(metric: str, clean: NDArray[Any], drawn: NDArray[Any]) -> dict[str, Any]:
+    """As `_paired`, where the rows are not the same: the difference is of means, with its bootstrap 95 % interval."""
+    report: dict[str, Any] = {}
+    for kind, values in (("clean", clean), ("poisoned", drawn)):
+        report |= {f"{metric}_{kind}": float(values.mean()), f"{metric}_{kind}_95": list(bootstrap_interval(values))}
+    generator = np.random.default_rng(0)
+    means = [generator.choice(values, (2000, len(values))).mean(1) for values in (clean, drawn)]
+    low, high = np.quantile(means[0] - means[1], [0.025, 0.975])
+    difference = {f"{metric}_difference": float(clean.mean() - drawn.mean())}
+    return report | difference | {f"{metric}_difference_95": [float(low), float(high)]}
 
 
 def _paired(metric: str, clean: NDArray[Any], poisoned: NDArray[Any]) -> dict[str, Any]:

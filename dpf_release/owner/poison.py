@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dpf_release.bank import drop_rows as bank_rows
 from dpf_release.bank.build import changed_facts, refuse_other_plan, write_bank
+from dpf_release.bank.dataset import BankDataset
 from dpf_release.bank.drop_rows import BEFORE
 from dpf_release.bank.format import INDEX, RELEASED_SPLITS, BankIndex, SplitName, read_index
 from dpf_release.bank.reader import FeatureBank
@@ -20,11 +21,14 @@ from dpf_release.bank.writer import Span, SplitRows
 from dpf_release.core.files import make_folder, sha256_of
 from dpf_release.errors import BankError
 from dpf_release.images.dataset import BadImage
+from dpf_release.models.weights import state_file
 from dpf_release.owner.banks import Removal, bank_facts, bank_writer, refuse_small_disk_for_bank, remove_bank
 from dpf_release.owner.fitted import CANDIDATE, PLAN, FittedFunction, is_fitted, load_function, without_rows
-from dpf_release.owner.measure import measure
+from dpf_release.owner.measure import classifier_file, measure
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import BANK, Vault
+from dpf_release.release.manifest import CLASSIFIER
+from dpf_release.release.train import fit_classifier, score
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
         if not restart and (index := _after_retraction(project, name, plan)):
             return index
         project.ranks.once(lambda: _begin_candidate(project, name, plan, restart))
-        rows = {split: SplitRows(bank.targets, bank.ids) for split, bank in banks.items()}
         sources = {split: function.poisoned(split, bank) for split, bank in banks.items()}
+        rows = {split: SplitRows(source.targets, source.ids) for split, source in sources.items()}
 
         def compute(spans: Sequence[Span]) -> Iterator[NDArray[np.floating[Any]]]:
             for span in spans:
@@ -101,8 +105,34 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
             writer = bank_writer(project, folder, poisoned=function.chain.poisons)
             index = write_bank(writer, rows, compute, project.ranks, "Poisoning", "rows")
             finished = plan | {"index_sha256": sha256_of(folder / INDEX)}
-        project.ranks.once(lambda: vault.write_json(record, finished))
+        project.ranks.once(lambda: vault.write_json(record, finished | _with_classifier(project, name)))
         return index
+
+
+def _with_classifier(project: Project, name: str) -> dict[str, str]:
+    """The digest of the candidate's φ2, which is trained on its rows where [model] says so."""
+    if project.config.model.classifier == "from-bank":
+        _train_classifier(project, name)
+    return {"classifier_sha256": hashlib.sha256(classifier_file(project, name)).hexdigest()}
+
+
+def _train_classifier(project: Project, name: str) -> None:
+    """φ2 from the candidate's rows, `val` of it chooses the epoch: it depends on S by these alone."""
+    folder, section = project.vault.candidate(name), project.config.train
+    features = project.vault.opened(folder / "features", INDEX, *RELEASED_SPLITS)
+    train, val = (BankDataset.open(features, split, project.output_names) for split in RELEASED_SPLITS)
+    network = project.new_classifier(seed=0)
+    fit_classifier(
+        network,
+        train,
+        epochs=section.classifier_epochs,
+        batch_size=section.batch_size,
+        learning_rate=section.classifier_learning_rate,
+        device=project.config.compute.device,
+        title="Training the classifier on the released rows",
+        validate=lambda: score(network, val) if val.banks[0].index.targets else 1 - score(network, val),
+    )
+    project.vault.write_bytes(folder / CLASSIFIER, state_file(network.cpu().state_dict()))
 
 
 def _after_retraction(project: Project, name: str, plan: dict[str, Any]) -> BankIndex | None:
@@ -136,7 +166,8 @@ def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart:
     vault.write_json(record, plan | {"index_sha256": None})
     model, cut = make_folder(folder / "model"), project.cut
     vault.write_bytes(model / "featurizer.safetensors", cut.featurizer_file)
-    vault.write_bytes(model / "classifier.safetensors", cut.classifier_file)
+    if project.config.model.classifier == "trained":
+        vault.write_bytes(model / "classifier.safetensors", cut.classifier_file)
     vault.write_json(model / "model.json", cut.public_record.model_dump(mode="json"))
 
 
@@ -147,12 +178,14 @@ def forget_measurements(vault: Vault, name: str) -> None:
 
 def candidate_origin(project: Project, function: FittedFunction) -> dict[str, str]:
     """What a candidate is made from; `package` publishes no candidate of another origin than today's."""
+    from_bank = project.config.model.classifier == "from-bank"
     return {
         "function": function.digest,
         "plan": function.plan_sha256,
         "bank": project.bank_id,
         "rows": project.vault.sha256(project.vault.ids),
-        "model": hashlib.sha256(project.cut.featurizer_file + project.cut.classifier_file).hexdigest(),
+        "featurizer_sha256": project.cut.featurizer_sha256,
+        "classifier_sha256": "from-bank" if from_bank else hashlib.sha256(project.cut.classifier_file).hexdigest(),
         "record": project.cut.public_record.model_dump_json(),
     }
 
@@ -166,10 +199,14 @@ def changed_since_poison(project: Project, name: str, function: FittedFunction, 
 
 
 def drop_rows(removal: Removal, name: str) -> bool:
-    """Takes rows out of a candidate, and makes anew what it mixed of them; whether it is lost, and so removed."""
+    """Takes rows out of a candidate, and makes anew what it mixed of them; whether it is lost, and so removed.
+
+    One whose φ2 was trained on its rows is written anew: φ2 has seen those that go.
+    """
     vault, number = removal.project.vault, removal.number
     features, record = vault.candidate(name) / "features", vault.function(name) / CANDIDATE
-    if not (is_fitted(removal.project, name) and _is_whole(vault, name)):
+    from_bank = removal.project.config.model.classifier == "from-bank"
+    if from_bank or not (is_fitted(removal.project, name) and _is_whole(vault, name)):
         there = any(features.glob("*/shard-*.h5*"))
         vault.remove(record)
         remove_bank(vault, features)

@@ -23,7 +23,7 @@ from dpf_release.core.progress import announce
 from dpf_release.core.ranks import Ranks
 from dpf_release.errors import RankError, VaultError
 from dpf_release.images.decode import Preprocess
-from dpf_release.images.read import read_unlabelled
+from dpf_release.images.read import read_public
 from dpf_release.images.survey import ImageSet
 from dpf_release.images.table import ImageTable
 from dpf_release.models.hooks import split
@@ -169,7 +169,7 @@ class Project:
     def public_images(self) -> ImageSet:
         """Q."""
         section = self.config.images.public
-        table = read_unlabelled(self.config.locate(section.path), classes=section.classes)
+        table = read_public(self.config.locate(section.path), classes=section.classes)
         return surveyed("public", table, self.preprocess, self.config, self.vault, self.ranks)
 
     @property
@@ -181,6 +181,20 @@ class Project:
     def cut(self) -> CutNetwork:
         """Φ from the vault, cut and frozen; see `read_cut`."""
         return read_cut(self.vault, self.config.model, self.trusts_code)
+
+    @property
+    def network_names(self) -> tuple[str, ...]:
+        """What Φ is trained to answer: the outputs of φ2, or the classes of Q."""
+        return self.public_images.table.classes if self.config.model.train_on == "public" else self.output_names
+
+    @property
+    def networks_saw_images(self) -> bool:
+        """Whether φ1 or φ2 was trained on S: then no privacy bound holds for what is published."""
+        history, model = self.vault.network / "history.json", self.config.model
+        trained = self.vault.read_record(history, "train") if self.vault.holds(history) else None
+        started_clean = model.weights is None or model.never_saw_private
+        clean = model.never_saw_private if trained is None else trained["trained_on"] == "public" and started_clean
+        return not (clean and model.classifier == "from-bank")
 
     def new_classifier(self, seed: int = 0) -> nn.Module:
         """φ2's architecture with new random weights: where a φ3 starts."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -12,11 +11,15 @@ import numpy as np
 from dpf_release.bank.drop_rows import BEFORE, drop_rows
 from dpf_release.bank.format import RELEASED_SPLITS, SPLITS, SplitName
 from dpf_release.core.files import PARTIAL
+from dpf_release.core.privacy import composed, epsilon_of
+from dpf_release.core.progress import announce
 from dpf_release.errors import ConfigError, VaultError
 from dpf_release.images.table import ImageTable
 from dpf_release.owner import fitted, poison
 from dpf_release.owner.banks import Removal
-from dpf_release.owner.fitted import is_fitted, without_rows
+from dpf_release.owner.fit_poison import fit_poison, unit_of
+from dpf_release.owner.fitted import draws_rows, is_fitted, load_function, to_draw_again, without_rows
+from dpf_release.owner.privacy import fits_of, refuse_overspending
 from dpf_release.owner.private_images import drop_from_survey, splitting, table_without
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases
@@ -34,13 +37,15 @@ class RetractionReport:
         rows: how many rows went, by split; empty where all that was asked for had gone before.
         version: the version that `package` will publish.
         rebuilt: for each candidate without these rows, how many of its rows are made of other images now.
-        lost: candidates that were half written, or of another bank, and are removed.
+        lost: candidates that were half written, of another bank, or with a φ2 trained on these rows, and are removed.
+        redrawn: functions whose rows belong to no image: fitted again, and their rows drawn again.
     """
 
     rows: dict[SplitName, int]
     version: str
     rebuilt: dict[str, int]
     lost: tuple[str, ...]
+    redrawn: tuple[str, ...] = ()
 
     @property
     def released_rows(self) -> int:
@@ -54,6 +59,9 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
     Each P stays the same. Rows that are mixed of several images are made anew where one of these was among them. All
     others keep their bytes and their order, and shards that hold neither stay as they are. `package` publishes.
 
+    A function that draws rows is fitted again without these images, and its rows are drawn again. With a privacy bound
+    that spends more of it once it is published, which is said before anything is changed; earlier versions stay public.
+
     A run that was cut off is finished by the next, which needs no names for it. An encrypted vault changes as a whole,
     or not at all.
 
@@ -64,7 +72,8 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
 
     Raises:
         ConfigError: ids or names that no row has, all of them; a class with too few rows left for a function that mixes
-            rows; a split that would have none left. Nothing is changed then.
+            rows; a split that would have none left; a function with a bound that cannot be fitted once more within
+            `[privacy]`. Nothing is changed then.
         VaultError: φ1(S) is not of today's images and network, or the vault does not open.
         StorageError: another run works in the vault, or the disk takes no more.
         RankError: there are several ranks.
@@ -77,17 +86,54 @@ def retract(project: Project, ids: Sequence[str] = (), sources: Sequence[str] = 
     """
     project.forget("retracted", "private_images", "bank_order")
     with project.working(together=False, retracting=True), project.vault.changing(project.vault.root) as root:
-        project = replace(project, vault=Vault(root))  # perhaps a copy: shards and plans are read by paths
-        report = None if project.retracted.unfinished is None else _finish(project)
-        if ids or sources:
-            lines = _asked_for(project, ids, sources)
-            if lines:
-                _begin(project, lines, sources)
-                report = _finish(project)
-            report = report or RetractionReport({}, _version(project), {}, ())
-        if report is None:
-            raise ConfigError("expected ids or sources of what to retract, found none, and no retraction to finish.")
-        return report
+        report = _retract(replace(project, vault=Vault(root)), ids, sources)  # perhaps a copy: it is read by paths
+    project.forget("retracted", "private_table", "private_images", "bank_order")
+    redrawn = tuple(name for name in _names(project.vault) if to_draw_again(project.vault, name))
+    for name in redrawn:
+        _draw_again(project, name)
+    return replace(report, redrawn=redrawn)
+
+
+def _retract(project: Project, ids: Sequence[str], sources: Sequence[str]) -> RetractionReport:
+    """All but what is drawn again."""
+    report = None if project.retracted.unfinished is None else _finish(project)
+    lines = _asked_for(project, ids, sources) if ids or sources else []
+    if lines:
+        _begin(project, lines, sources)
+        report = _finish(project)
+    to_draw = any(to_draw_again(project.vault, name) for name in _names(project.vault))
+    if report is None and not (ids or sources or to_draw):
+        raise ConfigError("expected ids or sources of what to retract, found none, and no retraction to finish.")
+    return report or RetractionReport({}, _version(project), {}, ())
+
+
+def _draw_again(project: Project, name: str) -> None:
+    """Fits a function and writes its candidate, by the recipe that it had; each goes on where it was cut off."""
+    recipe = project.vault.read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
+    fitting = project.with_options({f"poison.{key}": value for key, value in recipe.items()})
+    if not is_fitted(project, name):
+        fit_poison(fitting, name=name)
+    poison.write_candidate(fitting, name)
+
+
+def _refuse_overspending(project: Project, names: Sequence[str]) -> None:
+    """That functions with a bound can be fitted once more; says what that will have spent."""
+    for name in names:
+        mechanism = load_function(project, name).chain.mechanism(unit_of(project))
+        if mechanism is None:
+            told = "it has no privacy bound"
+        else:
+            refuse_overspending(project, mechanism)
+            mus = [fit.mechanism.mu for fit in fits_of(project.vault) if fit.published]
+            before, after = (epsilon_of(composed(of), mechanism.delta) for of in (mus, [*mus, mechanism.mu]))
+            told = (
+                f"that spends privacy: published fits have epsilon = {before:.3g}, with this one they will have "
+                f"{after:.3g} (delta = {mechanism.delta:g})"
+            )
+        announce(
+            f"{name}: its rows belong to no image. It is fitted and drawn again without the retracted images; {told}. "
+            "Earlier versions stay public."
+        )
 
 
 def read_names(path: Path) -> list[str]:
@@ -134,8 +180,12 @@ def _begin(project: Project, lines: Sequence[Line], asked: Sequence[str]) -> Non
     after = _planned(project, lines, asked)
     removal = Removal.of(project, after)
     table = _table_after(project, lines, removal)
-    for name in filter(partial(is_fitted, project), _names(project.vault)):
-        without_rows(removal, name)
+    fitted_ones = [name for name in _names(project.vault) if is_fitted(project, name)]
+    drawn = [name for name in fitted_ones if draws_rows(project, name)]
+    _refuse_overspending(project, drawn)
+    for name in fitted_ones:
+        if name not in drawn:
+            without_rows(removal, name)
     drop_from_survey(project.vault, table, project.bank_plan["source_sha256"])
     (project.vault.features / BEFORE).unlink(missing_ok=True)  # of an earlier one that ended with this line undone
     write_retracted(project.vault, after.model_copy(update={"facts": {"source_sha256": table.digest()}}))
@@ -229,7 +279,7 @@ def _drop_from_all_but_features(project: Project) -> list[str]:
     for name in _names(vault):
         poison.forget_measurements(vault, name)
         fitted.drop_rows(removal, name)
-        lost += [name] * poison.drop_rows(removal, name)
+        lost += [name] * (poison.drop_rows(removal, name) and not to_draw_again(vault, name))
     return lost
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder, sha256_of
-from dpf_release.errors import VaultError
+from dpf_release.errors import ConfigError, VaultError
 from dpf_release.images.dataset import BadImage
 from dpf_release.images.survey import ImageSet
 from dpf_release.models.hooks import split
@@ -42,7 +42,9 @@ class TrainResult:
 def train(
     project: Project, *, epochs: int | None = None, device: str | None = None, restart: bool = False
 ) -> TrainResult:
-    """Trains Φ on S train; `val` chooses the epoch. Weights named under [model] are where it starts.
+    """Trains Φ on S train, or on Q where [model] train_on says so; `val` chooses the epoch.
+
+    Weights named under [model] are where it starts.
 
     Under `torchrun` the ranks share each batch. What is not given is as the configuration says.
 
@@ -64,16 +66,25 @@ def train(
     """
     project.forget("cut")
     project = project.with_options({"train.epochs": epochs, "compute.device": device})
-    with project.working():
-        return TrainResult(_train(project, restart), project.private_images.bad)
+    public = project.config.model.train_on == "public"
+    with project.working(public=public):
+        images = project.public_images if public else project.private_images
+        return TrainResult(_train(project, images, restart), images.bad)
 
 
-def _train(project: Project, restart: bool) -> dict[str, float]:
-    vault, section, images = project.vault, project.config.train, project.private_images
+def _train(project: Project, images: ImageSet, restart: bool) -> dict[str, float]:
+    vault, section, model = project.vault, project.config.train, project.config.model
     if vault.holds(vault.network / "network.json") and not restart:
         raise VaultError(f"{vault.network} holds a network already. Use it, or train anew with --restart.")
     project.ranks.refuse_uneven(train=section.batch_size)
-    network, task, rows = _first_network(project), TargetTask.of(project), images.rows("train")
+    public = model.train_on == "public"
+    if public and len(images.table.classes) < 2:
+        raise ConfigError(
+            'expected public images in two or more classes to train on, found none ([model] train_on = "public"). Put '
+            "them in a folder for each class under [images.public], or bring weights that never saw the private images."
+        )
+    network, rows = _first_network(project, project.network_names), images.rows("train")
+    task = TargetTask(images, regression=not public and project.config.task.kind == "regression")
 
     def read_batch(chosen: Rows, generator: np.random.Generator) -> tuple[Tensor, ...]:
         pictures = augment(images.pictures.read(rows[chosen]), generator, section.flip, section.shift)
@@ -84,7 +95,6 @@ def _train(project: Project, restart: bool) -> dict[str, float]:
 
     checkpoint = make_folder(vault.network) / "checkpoint.safetensors"
     project.ranks.once(lambda: vault.remove(checkpoint) if restart else None)
-    model = project.config.model
     split(network, model.hook, model.size)  # a wrong hook point is refused now, not after hours of training
     rate, decay, bf16 = section.learning_rate, section.weight_decay, project.config.compute.bf16
     history = fit(
@@ -96,34 +106,50 @@ def _train(project: Project, restart: bool) -> dict[str, float]:
         title="Training the network",
         device=project.device,
         ranks=project.ranks,
-        validate=(lambda: _judged(project, network, "val", task.error)) if len(images.rows("val")) else None,
+        validate=(lambda: _judged(project, network, images, "val", task.error)) if len(images.rows("val")) else None,
         checkpoint=vault.checkpoint(checkpoint),
         subject=json.dumps([images.digest, section.model_dump(), model.model_dump(mode="json")]),
     )
     scores = {}
     if project.ranks.is_first:
         judges = [name for name in ("val", "test") if len(images.rows(name))]
-        scores = {name: _judged(project, network, name, task.score) for name in judges}
-        save_network(network.to(memory_format=torch.contiguous_format), project.output_names, project.config, vault)
-        kept = {"epochs": history.epochs, "bf16": history.bf16, "scores": scores}
+        scores = {name: _judged(project, network, images, name, task.score) for name in judges}
+        network = network.to(memory_format=torch.contiguous_format)
+        if public:  # whose φ2 answers the classes of Q
+            network = _with_featurizer_of(project, network)
+        save_network(network, project.output_names, project.config, vault)
+        kept = {"epochs": history.epochs, "bf16": history.bf16, "scores": scores, "trained_on": model.train_on}
         vault.write_json(vault.network / "history.json", kept)
         vault.remove(checkpoint, vault.network / IMPORTED)
     project.ranks.wait()
     return scores
 
 
-def _first_network(project: Project) -> nn.Module:
+def _first_network(project: Project, names: tuple[str, ...]) -> nn.Module:
     """Φ where its training starts: random, or with the weights that the configuration names."""
     model = project.config.model
-    network = new_network(model, len(project.output_names), project.trusts_code)
+    network = new_network(model, len(names), project.trusts_code)
     if model.weights:
-        load_weights(network, project.config.locate(model.weights))
+        only = None
+        if model.classifier == "from-bank":  # whatever the weights' own φ2 answers
+            only = split(network, model.hook, model.size).featurizer.state_dict().keys()
+        load_weights(network, project.config.locate(model.weights), only)
     return network
 
 
-def _judged(project: Project, network: nn.Module, split_name: str, judge: Callable[[Tensor, Rows], float]) -> float:
-    """What `judge` makes of Φ's answers, (n, outputs), on a split of S."""
-    images, normalise = project.private_images, project.preprocess.normalise
+def _with_featurizer_of(project: Project, trained: nn.Module) -> nn.Module:
+    """A new Φ for the outputs of S with the φ1 of a network that answers something else."""
+    model = project.config.model
+    network = new_network(model, len(project.output_names), project.trusts_code)
+    network.load_state_dict(split(trained, model.hook, model.size).featurizer.state_dict(), strict=False)
+    return network
+
+
+def _judged(
+    project: Project, network: nn.Module, images: ImageSet, split_name: str, judge: Callable[[Tensor, Rows], float]
+) -> float:
+    """What `judge` makes of Φ's answers, (n, outputs), on a split."""
+    normalise = project.preprocess.normalise
     rows = images.rows(split_name)
     network.eval()
     with torch.inference_mode():
@@ -155,7 +181,7 @@ def import_network(project: Project, restart: bool = False) -> None:
             f"{path} is not the file that the vault's network came from. Put that back, or take over the new one with "
             "`dpf-release featurize --restart`."
         )
-    save_network(_first_network(project), project.output_names, project.config, vault)
+    save_network(_first_network(project, project.output_names), project.output_names, project.config, vault)
     vault.write_json(came_from, digest)
 
 

@@ -24,8 +24,9 @@ from dpf_release.core.files import sha256_of
 from dpf_release.errors import NotGrantedError, VaultError
 from dpf_release.images.decode import Preprocess
 from dpf_release.images.survey import ImageSet
+from dpf_release.owner.featurize import public_bank
 from dpf_release.owner.fitted import FittedFunction, load_function
-from dpf_release.owner.measure import measure_task
+from dpf_release.owner.measure import classifier_file, classifier_of, measure_task
 from dpf_release.owner.poison import changed_since_poison
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import releases
@@ -54,6 +55,7 @@ class Workbench:
 
     Attributes:
         phi_1: the featurizer, frozen, on the device; `phi_2`: the classifier, likewise.
+        before_relu: φ1 without the ReLU that it ends in, likewise; None: it ends in something else.
         record: of Φ, as cut there.
         bf16: as in `training.Recipe`.
         public: Q.
@@ -62,11 +64,13 @@ class Workbench:
         group: the column of `[images.private] group`.
         new_classifier: seed → φ2's architecture with new random weights.
         private_bank: one split of φ1(S).
+        public_bank: φ1(Q) of its `train` split.
         open_private: see `private`.
     """
 
     phi_1: nn.Module
     phi_2: nn.Module
+    before_relu: nn.Module | None
     record: ModelRecord
     features: FeatureSpec
     preprocess: Preprocess
@@ -82,6 +86,7 @@ class Workbench:
     group: str | None
     new_classifier: Callable[[int], nn.Module]
     private_bank: Callable[[SplitName], FeatureBank]
+    public_bank: Callable[[], FeatureBank]
     open_private: Callable[[], PrivateRows]
 
     @cached_property
@@ -90,8 +95,8 @@ class Workbench:
         return self.open_private()
 
 
-def workbench_of(project: Project) -> Workbench:
-    """What a project gives to those who attack and score; its vault is held by the caller."""
+def workbench_of(project: Project, name: str = "default") -> Workbench:
+    """What a project gives to those who attack and score a candidate; its vault is held by the caller."""
 
     def open_private() -> PrivateRows:
         order, _ = project.bank_order
@@ -102,10 +107,11 @@ def workbench_of(project: Project) -> Workbench:
             project.private_images,
         )
 
-    cut, config = project.cut, project.config
+    cut, config, phi_2 = project.cut, project.config, classifier_file(project, name)
     return Workbench(
         phi_1=project.frozen(cut.split.featurizer),
-        phi_2=project.frozen(cut.split.classifier),
+        phi_2=classifier_of(project, name),
+        before_relu=cut.split.before_relu and project.frozen(cut.split.before_relu),
         record=cut.record,
         features=cut.features,
         preprocess=project.preprocess,
@@ -113,7 +119,7 @@ def workbench_of(project: Project) -> Workbench:
         device=project.device,
         bf16=config.compute.bf16,
         featurizer_sha256=cut.featurizer_sha256,
-        classifier_sha256=hashlib.sha256(cut.classifier_file).hexdigest(),
+        classifier_sha256=hashlib.sha256(phi_2).hexdigest(),
         public=project.public_images,
         kept=kept_in(project.vault),
         limits=config.gate.limits,
@@ -121,6 +127,7 @@ def workbench_of(project: Project) -> Workbench:
         group=config.images.private.group,
         new_classifier=project.new_classifier,
         private_bank=project.private_bank,
+        public_bank=lambda: public_bank(project),
         open_private=open_private,
     )
 

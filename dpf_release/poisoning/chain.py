@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpf_release.bank.format import SplitName
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import sha256_of
 from dpf_release.core.own_code import imported, installed
 from dpf_release.core.parameters import parse_parameters
+from dpf_release.core.privacy import Mechanism, Unit
 from dpf_release.errors import ConfigError
 from dpf_release.poisoning.context import FitContext, FitRows, Material, Split
 from dpf_release.poisoning.interface import FUNCTIONS, PoisonedRows, PoisoningFunction
@@ -42,6 +44,15 @@ class Chain:
         return any(stage.poisons for stage in self.stages)
 
     @property
+    def draws_rows(self) -> bool:
+        """Whether its rows belong to no image."""
+        return self.stages[0].draws_rows
+
+    def mechanism(self, unit: Unit) -> Mechanism | None:
+        """See `PoisoningFunction.mechanism`; of what draws rows, which is alone."""
+        return self.stages[0].mechanism(unit)
+
+    @property
     def learned_secret(self) -> bool:
         """As of a stage, for any."""
         return any(stage.learned_secret for stage in self.stages)
@@ -50,6 +61,11 @@ class Chain:
     def needs_adversaries(self) -> bool:
         """As of a stage, for any."""
         return any(stage.needs_adversaries for stage in self.stages)
+
+    @property
+    def uses_classifier(self) -> bool:
+        """As of a stage, for any."""
+        return any(stage.uses_classifier for stage in self.stages)
 
     def outside_code(self) -> list[str]:
         """SHA-256 of the files that stages from outside this package are written in: what is kept depends on them."""
@@ -161,6 +177,8 @@ def build_chain(spec: str, features: FeatureSpec, *, allow_import: bool = True) 
     stages = tuple(_build_stage(part.strip(), features, allow_import) for part in spec.split("+"))
     if any(stage.learned_secret for stage in stages[:-1]):
         raise ConfigError(f"expected a learned function last in a chain, as in 'gaussian-filter+dpf', found {spec!r}.")
+    if len(stages) > 1 and any(stage.draws_rows for stage in stages):
+        raise ConfigError(f"a function that draws rows stands alone, found {spec!r}. Take the others out of the chain.")
     return Chain(spec, stages)
 
 
@@ -175,6 +193,12 @@ def _build_stage(text: str, features: FeatureSpec, allow_import: bool) -> Poison
     return cls(features, **parse_parameters(name, rest, cls.parameters))
 
 
+def draws_rows(spec: str) -> bool:
+    """Whether a function of this name draws rows, and so needs Q; of those from outside it is not known."""
+    known = FUNCTIONS.get(spec.partition(":")[0].strip())
+    return known is not None and known.draws_rows
+
+
 def fit_chain(
     chain: Chain,
     material: Material,
@@ -187,7 +211,8 @@ def fit_chain(
         chain: whose networks were drawn from secret randomness.
         material: what it is fitted from.
         known: plans of the first stages, of a run that was cut off.
-        planned: told of all plans so far, after each stage; says which count (of several ranks, the first's).
+        planned: told of all plans so far, after each stage, which has learned by then; says which count (of several
+            ranks, the first's).
 
     Returns:
         The plans of `train` and `val`; what the last stage that learned anything says; the histories of all trainings.
@@ -195,13 +220,15 @@ def fit_chain(
     Raises:
         ConfigError: a function that cannot be fitted on these rows; it says why.
     """
-    splits = {"train": material.train, "val": material.val}
+    splits: dict[SplitName, Split] = {"train": material.train, "val": material.val}
     plans: Plans = {name: list((known or {}).get(name, [])) for name in splits}
     facts: dict[str, float] = {}
     histories: dict[str, Any] = {}
     for network in chain.networks():
         network.to(material.device)
     for number, stage in enumerate(chain.stages):
+        if stage.draws_rows and "train" in plans and len(plans["train"]) > number:
+            continue  # what it learned was written before they were: it is loaded, and nothing is spent again
         rows = {name: _fit_rows(chain, split, plans[name], number) for name, split in splits.items()}
         secret = chain.stage_secret(material.secret, number)
         context = FitContext(material, number, rows["train"], rows["val"], secret)
@@ -211,7 +238,10 @@ def fit_chain(
             network.eval().requires_grad_(False)
         for name, of_split in rows.items():
             if len(plans[name]) == number:
-                plans[name].append(stage.plan(of_split.inputs, material.phi_2, secret))
+                if stage.draws_rows:
+                    plans[name].append(stage.draw(name, secret))
+                else:
+                    plans[name].append(stage.plan(of_split.inputs, material.phi_2, secret))
         plans = planned(plans)
     return plans, facts, histories
 

@@ -29,6 +29,7 @@ class ClassGaussian(PoisoningFunction):
     """
 
     mixes_rows = True
+    uses_classifier = False
     made_of = "Each row is drawn from the mean and spread of its class, which are those of {k} images or more."
     parameters = (
         Parameter("k", 5, 2, 10_000, "rows that a class has at the least"),

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
+from dpf_release.core.privacy import Unit
 from dpf_release.core.ranks import Ranks
 from dpf_release.errors import ConfigError
 from dpf_release.models.training import History, Loss, ReadBatch, Recipe, fit
@@ -31,6 +33,14 @@ class Split:
 
     rows: RowSource  # clean features, targets and ids
     images: Callable[[Rows], Tensor]  # row numbers → (n, 3, H, W) uint8
+    before_relu: RowSource | None = None  # the rows before φ1's last ReLU; None: as `rows`
+    # (N,) numbers of whose each row is, that a privacy bound protects; each row its own by default
+    units: Callable[[], Rows] | None = None
+
+    @property
+    def drawn_from(self) -> RowSource:
+        """The rows whose statistics a function that draws rows takes."""
+        return self.rows if self.before_relu is None else self.before_relu
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +53,7 @@ class Material:
     task: TaskLoss  # what φ2's answers are worth
     train: Split  # rows that a function learns from
     val: Split  # rows that choose the epoch; may be none
-    public: RowSource | None  # φ1(Q), with labels where Q has them; None: there is no Q
+    public: Split | None  # φ1(Q), with labels, all 0 where Q has none; None: there is no Q
     # whom a function is trained against; called when it asks for them, which may train them
     adversaries: Callable[[], Adversaries]
     objective: str  # `equivalence` or `paper`
@@ -56,6 +66,9 @@ class Material:
     ranks: Ranks = Ranks()  # who takes part
     # name of a training → where it keeps what it goes on from; None: nowhere
     checkpoint: Callable[[str], Path | None] = lambda name: None
+    outputs: int = 0  # classes, or regression targets
+    ranges: NDArray[np.float64] | None = None  # (K, 2) lowest and highest of each regression target, as declared
+    unit: Unit = "image"  # what a privacy bound protects
     row_bytes: int = 0  # of a row on disk, where neighbours are best read together; 0: in memory
 
 

@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dpf_release.bank.format import SplitName
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.parameters import Parameter, Value
+from dpf_release.core.privacy import Mechanism, Unit
 from dpf_release.errors import ConfigError
 from dpf_release.poisoning.context import FitContext
 from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
@@ -38,7 +40,10 @@ class PoisoningFunction:
         mixes_rows: whether a row comes out as another image, put together from several rows: φ2 should then see that.
         learned_secret: whether more than the draws for a bank is secret, as weights are. Without, whoever knows the
             name can do the same to images of their own, and an attack with P at hand (A0) is anybody's.
+        draws_rows: whether its rows belong to no image: how many there are, their ids and targets are in the plan that
+            `draw` makes. It is alone in its chain.
         needs_adversaries: whether it is trained against adversaries, and cannot be without any.
+        uses_classifier: whether φ2 is needed to fit or plan it: there is none yet where φ2 is trained on the bank.
         made_of: what `statement` says, with its parameters in braces.
     """
 
@@ -48,6 +53,8 @@ class PoisoningFunction:
     mixes_rows: ClassVar[bool] = False
     learned_secret: ClassVar[bool] = False
     needs_adversaries: ClassVar[bool] = False
+    uses_classifier: ClassVar[bool] = True
+    draws_rows: ClassVar[bool] = False
     made_of: ClassVar[str] = "Each row is the features of one image, changed by a function that is not published."
 
     def __init__(self, features: FeatureSpec, **values: Value) -> None:
@@ -82,6 +89,14 @@ class PoisoningFunction:
     def plan(self, source: RowSource, phi_2: nn.Module, secret: bytes) -> Plan:
         """Draws what `apply` needs for this source; by default nothing but the secret itself."""
         return Plan(secret)
+
+    def draw(self, split: SplitName, secret: bytes) -> Plan:
+        """Of a function that draws rows, in the place of `plan`: arrays `ids` and `targets`, and what `apply` needs."""
+        raise NotImplementedError
+
+    def mechanism(self, unit: Unit) -> Mechanism | None:
+        """The noise by which what it learned of S is differentially private; None: it is not."""
+        return None
 
     def drop_rows(
         self, plan: Plan, kept: Rows, source: RowSource, phi_2: nn.Module, secret: bytes
@@ -133,16 +148,16 @@ class PoisonedRows:
 
     @property
     def ids(self) -> NDArray[np.uint8]:
-        """(N, 16) bytes, those of the source."""
-        return self.source.ids
+        """(N, 16) bytes, those of the source, or of rows that are drawn."""
+        return self.plan.arrays["ids"] if self.function.draws_rows else self.source.ids
 
     @property
     def targets(self) -> NDArray[Any]:
-        """Those of the source: a recombined row keeps its own target."""
-        return self.source.targets
+        """Those of the source: a recombined row keeps its own target, a drawn row has the one it was drawn for."""
+        return self.plan.arrays["targets"] if self.function.draws_rows else self.source.targets
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.ids)
 
     def read(self, rows: Rows) -> NDArray[np.float32]:
         """Poisoned rows by number, (n, C, H, W)."""

@@ -22,6 +22,7 @@ class Identity(PoisoningFunction):
     """Leaves every row as it is: the control. `package` refuses it."""
 
     poisons = False
+    uses_classifier = False
 
     def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
         """The rows themselves."""
@@ -35,6 +36,7 @@ class GaussianNoise(PoisoningFunction):
     The noise of a row is keyed by (secret, id): it stays the same when other rows come or go.
     """
 
+    uses_classifier = False
     made_of = "Each row is the features of one image, with random noise added."
     parameters = (Parameter("scale", 1.0, 0.0, 1e3, "standard deviations of the row that are added"),)
     scale: float
@@ -49,6 +51,7 @@ class GaussianNoise(PoisoningFunction):
 class _Filter(PoisoningFunction):
     """What the filters have in common: a window of `size` feature pixels."""
 
+    uses_classifier = False
     made_of = "Each row is the features of one image, blurred."
     size: int
 
@@ -88,8 +91,8 @@ class MeanFilter(_Filter):
         return np.asarray(windows)
 
 
-def keyed_normal(secret: bytes, ids: NDArray[np.uint8], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Standard normal numbers of that shape for each id, (n, C, H, W), which follow from the secret and it alone."""
+def keyed_normal(secret: bytes, ids: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Standard normal numbers of that shape for each id, (n, *shape), which follow from the secret and it alone."""
     noise = np.empty((len(ids), *shape), np.float32)
     for place, row_id in enumerate(ids):
         key = int.from_bytes(hashlib.sha256(secret + row_id.tobytes()).digest()[:16])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpf_release.bank.format import BankIndex
 from dpf_release.core.files import PUBLIC_FILE, write_text
+from dpf_release.core.privacy import Mechanism
 from dpf_release.evaluation.report.headline import strongest
 from dpf_release.owner.config import ReleaseSection
 from dpf_release.owner.vault.retractions import Retracted
@@ -29,6 +31,7 @@ def write_card(
     statement: str,
     second_function: str,
     retractions: str,
+    privacy: Mechanism | None = None,
 ) -> None:
     """Writes the card.
 
@@ -42,6 +45,7 @@ def write_card(
         statement: what a row is made of, in a sentence (`PoisoningFunction.statement`).
         second_function: why the same images are published once more, under another function; empty where they are not.
         retractions: as `retractions_section` says it.
+        privacy: of the step that made the rows; None: it has no bound.
     """
     text = words.CARD.format(
         release=release,
@@ -63,7 +67,8 @@ def write_card(
         scores="\n".join(f"| {label} | {value} |" for label, value in words.score_rows(scores, record.unit)),
         claims_made=", ".join(passage.claims.made) or words.NO_CLAIM,
         claims=_claims(passage),
-        attacks=words.NO_ATTACKS if passage.report is None else _attacks(passage.report),
+        attacks=_attacks_section(passage),
+        protection=words.EMPIRICAL if privacy is None else _privacy(privacy),
         accepted_risk=_accepted_risk(passage),
         second_function=words.SECOND_FUNCTION.format(reason=second_function) if second_function else "",
         retractions=retractions,
@@ -71,12 +76,13 @@ def write_card(
     write_text(path, text, PUBLIC_FILE)
 
 
-def retractions_section(retracted: Retracted, steps: Sequence[Mapping[str, Any]]) -> str:
+def retractions_section(retracted: Retracted, steps: Sequence[Mapping[str, Any]], drawn: bool = False) -> str:
     """The section on what was retracted since a version was published; empty where nothing was.
 
     Args:
         retracted: all retractions of the vault.
         steps: `retracted` of the candidate's `candidate.json`: by which retractions rows were taken out of it.
+        drawn: whether rows belong to no image; then it is not told how many images went.
     """
     rows: dict[str, int] = {}
     for retraction in retracted.retractions:
@@ -84,6 +90,8 @@ def retractions_section(retracted: Retracted, steps: Sequence[Mapping[str, Any]]
             rows[retraction.published[-1]] = rows.get(retraction.published[-1], 0) + retraction.released_rows
     if not rows:
         return ""
+    if drawn:
+        return words.DRAWN_AGAIN.format(versions=", ".join(rows))
     base, count = "", 0  # the version whose bank the first of the steps began with, and the rows rebuilt since
     for step in steps:
         retraction = retracted.retractions[step["number"] - 1]
@@ -102,6 +110,28 @@ def _claims(passage: Passage) -> str:
     lines = [words.CLAIMED.format(name=name, of=of.get(name, ""), claim=words.CLAIMS[name]) for name in made]
     lines += [words.NOT_CLAIMED.format(name=name, claim=words.CLAIMS[name]) for name in not_made]
     return "".join(f"\n{line}" for line in lines) + "\n"
+
+
+def _attacks_section(passage: Passage) -> str:
+    if passage.report is not None:
+        return _attacks(passage.report)
+    return words.ATTACKS_KEPT if passage.report_kept else words.NO_ATTACKS
+
+
+def _privacy(mechanism: Mechanism) -> str:
+    """The bound, with its unit and its condition; only where nothing is left out is it one of the whole release."""
+    numbers = {"epsilon": f"{mechanism.epsilon:g}", "delta": f"{mechanism.delta:g}"}
+    unit = words.UNITS[mechanism.unit]
+    if mechanism.networks_saw_images:
+        text = words.BOUND_OF_STEP.format(unit=unit, **numbers)
+    else:
+        what = words.PARTS if mechanism.not_covered else words.WHOLE
+        text = words.BOUND.format(what=what, unit=unit, **numbers)
+    if mechanism.fits > 1:
+        text += words.SEVERAL_FITS.format(fits=mechanism.fits, epsilon=f"{mechanism.epsilon_of_all:.3g}")
+    if mechanism.not_covered and not mechanism.networks_saw_images:
+        text += words.NOT_COVERED.format(listed="; ".join(mechanism.not_covered))
+    return words.PRIVACY.format(text=textwrap.fill(" ".join(text.split()), 118))
 
 
 def _attacks(report: AttackReport) -> str:

@@ -57,18 +57,49 @@ features_of_mine = phi_1(release.preprocess(my_images))
 Claims made: **{claims_made}**.
 {claims}
 {attacks}
-The protection is empirical: the method (Guo et al., arXiv 1912.06895) gives no formal guarantee. A release cannot be
+{protection} A release cannot be
 recalled: who has a copy keeps it. A patent application, US 2021/0141926, describes this family of methods.
 {accepted_risk}{second_function}"""
+
+EMPIRICAL = "The protection is empirical: the method (Guo et al., arXiv 1912.06895) gives no formal guarantee."
+# With a bound. Nowhere does (ε, δ) stand without what it is of, for which unit, and under which condition.
+PRIVACY = """\
+### Privacy bound
+
+{text}
+
+The numbers are in `manifest.json`, under `privacy`; docs/privacy.md of dpf-release shows how to compute ε from them.
+
+What else protects the images is empirical: it is what attacks showed."""
+BOUND = """\
+{what} differentially private for {unit}, with ε = {epsilon} and δ = {delta}: whether {unit} was among the private
+images or not changes what can be found here by no more than that. The condition: as its owner states, φ1 was never
+trained on these images, and φ2 was trained on the drawn rows alone.
+"""
+PARTS, WHOLE = "Rows, φ1 and φ2 are", "The whole release is"
+BOUND_OF_STEP = """\
+The step that made the rows is (ε, δ)-private for fixed networks. The networks were trained on these images without a
+bound, so this release has none. (Of the step: ε = {epsilon} and δ = {delta} for {unit}.)
+"""
+UNITS = {"image": "one image with all its copies", "person": "one person with all their images"}
+SEVERAL_FITS = """\
+It is one of {fits} such fits of these images that are published; of all of them together ε is {epsilon}.
+"""
+NOT_COVERED = "Not covered, although computed from the images: {listed}.\n"
 
 CLAIMS: dict[str, str] = {
     "reconstruction": "that no picture can be reconstructed",
     "linkage": "that nobody who holds a picture can tell that it is in here",
     "attribute": "that no attribute of a person can be read from a row",
+    "bound": "that what rows, φ1 and φ2 tell of one unit is bounded, as said below",
 }
 CLAIMED, NOT_CLAIMED = "- claimed (`{name}`{of}): {claim}", "- not claimed (`{name}`): {claim}"
 OF_ATTRIBUTE, NO_CLAIM = ", of `{attribute}`", "none"
 
+ATTACKS_KEPT = """\
+Attacks were run where claims want them. Their numbers are not published: no privacy bound covers what is measured on
+the images. That the claims passed is the owner's word.
+"""
 NO_ATTACKS = "Attacks measured: **none**; no attack battery was run on this bank.\n"
 ATTACKS = """\
 Attacks measured: those of profile **{profile}**, {bank}. All numbers are in `{file}`.
@@ -95,7 +126,7 @@ AMONG, LIMIT = "{share}, of {count}", ", limit {limit:.1%}"
 ACCEPTED_RISK = """
 ## A risk that was accepted
 
-The owner wanted to make claims that the attacks do not bear out, and published without them. What speaks against them:
+The owner wanted to make claims that are not borne out, and published without them. What speaks against them:
 
 {objections}
 
@@ -119,6 +150,12 @@ RETRACTIONS = """
 
 Rows that an earlier version has are not in this one: {rows}. {others} Comparing two versions shows which rows were
 retracted{shown}. Who has a copy of an earlier version still has them.
+"""
+DRAWN_AGAIN = """
+## Retracted
+
+Images were retracted since {versions}. The rows here were drawn anew, from statistics fitted without these images;
+they are other rows. Who has a copy of an earlier version still has what was drawn with them.
 """
 RETRACTED_SINCE = "{count} retracted since {version}"
 DROPPED = (

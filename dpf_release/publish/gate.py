@@ -8,18 +8,27 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpf_release.attacks.interface import Attack, Claim, registered
+from dpf_release.attacks.interface import Attack, registered
 from dpf_release.attacks.threat_models import ReleaseView, TwoReleases
 from dpf_release.errors import RefusedError, VaultError
-from dpf_release.evaluation.failed_attacks import failed_in, failures
+from dpf_release.evaluation.failed_attacks import Failure, failed_in, failures
 from dpf_release.evaluation.suite import report_file
 from dpf_release.owner.config import ClaimsSection, GateSection
 from dpf_release.owner.project import Project
-from dpf_release.release.attack_report import PROFILE_ORDER, SCORER, AttackReport, AttackResult, public_report
+from dpf_release.release.attack_report import (
+    PROFILE_ORDER,
+    SCORER,
+    AttackReport,
+    AttackResult,
+    Claim,
+    public_report,
+)
 from dpf_release.release.manifest import Claims
 
-CLAIMS: tuple[Claim, ...] = ("reconstruction", "linkage", "attribute")
+CLAIMS: tuple[Claim, ...] = ("reconstruction", "linkage", "attribute", "bound")
 NO_ATTACK = "no attack was run on this bank"
+BEYOND_BOUND = "the privacy bound allows"  # in the reasons of an attack that got past what a bound allows any attack
+NO_MECHANISM = "the function has no mechanism that the privacy ledger could list"
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,11 @@ class Passage:
 
     Attributes:
         claims: those that are made, and those that are not.
-        report: its public numbers; None: no attack was run on this bank.
+        report: its public numbers; None: no attack was run on this bank, or they are kept.
         attribute: of which the claim `attribute` is made.
         accepted_risk: why to publish although claims were wanted that are not made; empty: none were.
         objections: what speaks against those claims; nothing in it is private.
+        report_kept: whether the report's numbers stay in the vault.
     """
 
     claims: Claims
@@ -39,6 +49,7 @@ class Passage:
     attribute: str = ""
     accepted_risk: str = ""
     objections: tuple[str, ...] = ()
+    report_kept: bool = False
 
 
 def pass_gate(
@@ -49,6 +60,7 @@ def pass_gate(
     accept_risk: str = "",
     required: Sequence[type[ReleaseView]] = (),
     beside: Sequence[str] = (),
+    against_bound: Sequence[str] | None = None,
 ) -> Passage:
     """What of `[claims]` the release of a candidate may promise.
 
@@ -60,38 +72,62 @@ def pass_gate(
         accept_risk: why to publish without the claims that do not pass; public, on the card.
         required: attacks with these views speak of `reconstruction` here, and apply.
         beside: digests of the indexes of these images' other releases, the last of each other function.
+        against_bound: what the privacy ledger says against the claim `bound`; None: the function has no mechanism.
 
     Raises:
-        RefusedError: a claim does not pass, and no reason was given; all that speaks against it.
+        RefusedError: a claim does not pass, and no reason was given; all that speaks against it. Or an attack found
+            more than a mechanism's bound allows: then no reason helps.
         VaultError: the report in the vault is not one of ours.
     """
     wanted, gate = project.config.claims, project.config.gate
     ancestors = same_but_for_dropped_rows(index_sha256, retracted)
-    report = _speaking(_reports_of(project, name, ancestors), gate)
-    against = {
+    reports = _reports_of(project, name, ancestors)
+    report = _speaking(reports, gate)
+    noted = [
+        failure
+        for failure in failures(project.vault, name)
+        if failure.index_sha256 in ancestors and failure.holds(gate.limits)
+    ]
+    if against_bound is not None:
+        _refuse_broken_bound([*noted, *(failure for of in reports for failure in failed_in(of))])
+    against: dict[Claim, list[str]] = {
         claim: [NO_ATTACK] if report is None else objections(claim, report, wanted, gate, required, beside)
         for claim in wanted.made
+        if claim != "bound"
     }
+    if wanted.bound:
+        against["bound"] = [NO_MECHANISM] if against_bound is None else [*against_bound]
     told = [] if report is None else failed_in(report)
-    for failure in failures(project.vault, name):
-        counts = failure.index_sha256 in ancestors and failure.holds(gate.limits)
-        if counts and failure.claim in against and failure not in told:
+    for failure in noted:
+        if failure.claim in against and failure not in told:
             against[failure.claim].append(str(failure))
     listed = tuple(f"{claim}: {objection}" for claim, of in against.items() for objection in of)
     reason = " ".join(accept_risk.split()) if listed else ""
     if listed and not reason:
         raise RefusedError(
-            "attacks do not bear out what [claims] in dpf.toml promises. Nothing was published.\n"
+            "what [claims] in dpf.toml promises is not borne out. Nothing was published.\n"
             + "\n".join(f"  {objection}" for objection in listed)
             + f"\nRun `dpf-release attack --name {name} --profile {gate.profile}`, where that was not done. Where an "
             "attack breaks the function, fit another. Or promise less under [claims]; or publish without these claims "
             'with --accept-risk "REASON" (it will be on the card, with all this).'
         )
     made = tuple(claim for claim in CLAIMS if claim in against and not against[claim])
-    claims = Claims(made=made, not_made=tuple(claim for claim in CLAIMS if claim not in made))
+    concerned = [claim for claim in CLAIMS if claim != "bound" or against_bound is not None or wanted.bound]
+    claims = Claims(made=made, not_made=tuple(claim for claim in concerned if claim not in made))
     if report is not None:
         report = public_report(report).model_copy(update={"claims_not_made": claims.not_made})
     return Passage(claims, report, wanted.attribute or "" if "attribute" in made else "", reason, listed)
+
+
+def _refuse_broken_bound(failed: Sequence[Failure]) -> None:
+    """That no attack found more than the mechanism allows: one that did shows a bug, and there is no such bound."""
+    broken = [one for one in failed if one.claim == "bound" or any(BEYOND_BOUND in reason for reason in one.reasons)]
+    if broken:
+        raise RefusedError(
+            "an attack found more of these images than their privacy bound allows. Nothing was published, and no "
+            "accepted risk helps: the mechanism has a bug, or its networks or statistics are not what they are said to "
+            "be. Report it.\n" + "\n".join(f"  {one}" for one in dict.fromkeys(map(str, broken)))
+        )
 
 
 def objections(

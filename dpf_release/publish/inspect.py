@@ -82,9 +82,10 @@ def _bank(title: str, index: BankIndex) -> Table:
         (split, str(rows), str(len(index.splits[split])), str(sum(shard.bytes for shard in index.splits[split])))
         for split, rows in index.rows.items()
     ]
-    state = "poisoned" if index.poisoned else "NOT poisoned: private"
+    encoding, _, before = index.encoding.partition(" ")
+    state = ("poisoned" if index.poisoned else "NOT poisoned: private") + f", {before}" * bool(before)
     shape = " x ".join(map(str, index.feature_shape))
-    return Table(f"Bank {title}: {shape} {index.encoding}, {state}", ("split", "rows", "shards", "bytes"), rows)
+    return Table(f"Bank {title}: {shape} {encoding}, {state}", ("split", "rows", "shards", "bytes"), rows)
 
 
 def _shard(path: Path) -> Table:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,23 @@ from dpf_release.core.files import (
     sha256_of,
     write_json,
 )
+from dpf_release.core.privacy import Mechanism
 from dpf_release.errors import RefusedError, VaultError
 from dpf_release.owner.config import Config, ReleaseSection
 from dpf_release.owner.fitted import CANDIDATE, FittedFunction, load_function
-from dpf_release.owner.poison import candidate_origin, changed_since_poison
+from dpf_release.owner.poison import changed_since_poison
+from dpf_release.owner.privacy import Fit, as_published, book, fit_of, refuse_overspending
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.ledger import forget_release, releases, remember_release
 from dpf_release.owner.vault.staging import build_beside, remove_unpublished, removed_manifest
 from dpf_release.owner.vault.vault import Vault
+from dpf_release.publish.bound import against_bound, not_covered
 from dpf_release.publish.card import retractions_section, write_card
 from dpf_release.publish.card_text import NO_DESCRIPTION
 from dpf_release.publish.gate import Passage, pass_gate
 from dpf_release.publish.leaks.private_facts import private_facts
 from dpf_release.publish.swap import nested_with, recover, swap
+from dpf_release.release.attack_report import text_without_sizes, without_sizes
 from dpf_release.release.contents import shards_of, verify_deep
 from dpf_release.release.croissant import CROISSANT, croissant
 from dpf_release.release.manifest import (
@@ -57,6 +60,7 @@ from dpf_release.release.model_record import read_model_record
 from dpf_release.release.signing import read_private_key, write_signature
 from dpf_release.release.verify import Problem, read_manifest
 
+REDRAWN = "Images were retracted, and the rows were drawn again without them."
 IS_UNSOUND = "Run `dpf-release poison --restart`, and report it where that does not help."
 TELLS = (
     "Texts: change [release] in dpf.toml, or the reason that was given. Rows of φ1(S): fit with more epochs or a "
@@ -72,6 +76,7 @@ def package(
     sign: Path | None = None,
     second_function: str = "",
     accept_risk: str = "",
+    without_report: bool = False,
 ) -> Manifest:
     """Publishes a candidate into a folder, whole or not at all; a release of the same name that is there is replaced.
 
@@ -84,13 +89,17 @@ def package(
             card.
         accept_risk: why to publish although attacks do not bear out what `[claims]` promises; public, on the card, and
             the claims that did not pass are not made.
+        without_report: publish none of the numbers that were measured on the images, which no privacy bound covers;
+            claims rest on the report in the vault, and are the owner's word.
 
     Raises:
         VaultError: the candidate is unfinished; `out` is no place for a release, or holds more than one; or there is a
             release that the vault's ledger does not know.
         RefusedError: the candidate holds what has no place in a release, was made from something else than today's
             function, features and network, is not poisoned, or tells a private fact; or another function's release was
-            published from this vault, or a claim does not pass the gate, and no reason was given.
+            published from this vault, or a claim does not pass the gate, and no reason was given; or an attack found
+            more than a privacy bound allows; or `without_report` is asked for where no bound is there to be kept.
+        ConfigError: what is published and this fit together exceed the budget of `[privacy]`.
         SigningError: others can read the private key, or it lies where the release or the candidate does.
         StorageError: another run works in the vault, or the disk does not take the release.
         RankError: there are several ranks.
@@ -112,12 +121,15 @@ def package(
         _refuse_place(out, project)
         _refuse_unknown_releases(out, vault, config)
         candidate = _checked_candidate(project, name)
-        reason = _reason_for_function(vault, candidate.function, second_function)
-        passage = _ask_gate(project, candidate, accept_risk)
+        privacy = _privacy_of(project, candidate, without_report)
+        reason = _reason_for_function(vault, candidate.function, second_function or _redrawn(vault, name))
+        passage = _ask_gate(project, candidate, accept_risk, privacy)
+        if candidate.function.chain.draws_rows:
+            passage = _without_sizes(passage, without_report)
 
         staging = build_beside(vault.root, out)
         try:
-            manifest = _build(staging, project, candidate, passage, reason)
+            manifest = _build(staging, project, candidate, passage, reason, privacy)
             if key is not None:
                 write_signature(staging, key)
             # As any reader can, in a limited child; only then are its files opened here, for what only the owner sees.
@@ -137,8 +149,13 @@ def package(
             "accepted_risk": passage.accepted_risk,
             "index_sha256": candidate.index_sha256,
             "manifest_sha256": sha256_of(staging / MANIFEST),
+            "classifier_sha256": sha256_of(staging / CLASSIFIER),
+            "drawn": candidate.function.chain.draws_rows,
             "place": os.path.relpath(out, config.folder),
         }
+        if candidate.fit is not None and privacy is not None:  # spent before anybody can see it
+            book(vault, candidate.fit, f"{manifest.name} {manifest.version}")
+            entry |= {"fit": candidate.fit.id, "networks_saw_images": privacy.networks_saw_images}
         remember_release(vault, entry | {"published": False})  # so that nothing is public that the ledger does not know
         staging.chmod(PUBLIC_FOLDER)
         swap(staging, out)
@@ -151,7 +168,8 @@ def package(
 class Candidate:
     """A bank and a network that may be published, as they lie in the vault; in `folder` in the clear.
 
-    `retractions` are those by which rows were taken out of it, the first first.
+    `retractions` are those by which rows were taken out of it, the first first; `fit` is the ledger's line of its
+    statistics, None where they have no bound.
     """
 
     name: str
@@ -160,6 +178,7 @@ class Candidate:
     index_sha256: str
     function: FittedFunction
     retractions: list[dict[str, Any]]
+    fit: Fit | None
 
 
 def _checked_candidate(project: Project, name: str) -> Candidate:
@@ -169,7 +188,8 @@ def _checked_candidate(project: Project, name: str) -> Candidate:
     index, function = read_index(folder / "features"), load_function(project, name)
     made = vault.read_record(vault.function(name) / CANDIDATE, f"poison --name {name}")
     digest = sha256_of(folder / BANK_INDEX)
-    candidate = Candidate(name, folder, index, digest, function, made.get("retracted", []))
+    fit = fit_of(vault, name, function)
+    candidate = Candidate(name, folder, index, digest, function, made.get("retracted", []), fit)
     _refuse_strangers(candidate)
     _refuse_other_origin(project, candidate)
     if not (index.poisoned and function.chain.poisons):
@@ -187,7 +207,32 @@ def _checked_candidate(project: Project, name: str) -> Candidate:
     return candidate
 
 
-def _ask_gate(project: Project, candidate: Candidate, accept_risk: str) -> Passage:
+def _privacy_of(project: Project, candidate: Candidate, without_report: bool) -> Mechanism | None:
+    """What the ledger says of the candidate's mechanism, beside all that is published; within the budget."""
+    fit = candidate.fit
+    refuse_overspending(project, fit.mechanism if fit else None, fit.id if fit else "")
+    if fit is None and without_report:
+        raise RefusedError(
+            "expected a function with a privacy bound for --without-report, found none: where nothing is bounded, "
+            "claims rest on numbers that anyone can see. Nothing was published."
+        )
+    return as_published(project, fit) if fit else None
+
+
+def _without_sizes(passage: Passage, without_report: bool) -> Passage:
+    """What attacks found on drawn rows, without what would say how many images there are; or nothing of it."""
+    objections = tuple(map(text_without_sizes, passage.objections))
+    report = None if without_report or passage.report is None else without_sizes(passage.report)
+    return replace(passage, report=report, objections=objections, report_kept=without_report)
+
+
+def _redrawn(vault: Vault, name: str) -> str:
+    """Why a function that a retraction fitted anew is another than before; empty for all others."""
+    record = vault.read_record(vault.function(name) / "function.json", f"fit-poison --name {name}")
+    return REDRAWN if "redrawn_for" in record else ""
+
+
+def _ask_gate(project: Project, candidate: Candidate, accept_risk: str, privacy: Mechanism | None) -> Passage:
     """Attacks count here that want a leaked P, or the last release of each other function on these features beside."""
     function = candidate.function
     mine = [entry for entry in releases(project.vault) if entry["bank"] == project.bank_id]
@@ -196,21 +241,44 @@ def _ask_gate(project: Project, candidate: Candidate, accept_risk: str) -> Passa
     views = {LeakedVault: not function.chain.learned_secret, TwoReleases: bool(beside)}
     required = [view for view, applies in views.items() if applies]
     index_sha256, retractions = candidate.index_sha256, candidate.retractions
-    return pass_gate(project, candidate.name, index_sha256, retractions, accept_risk, required, beside)
+    by_ledger = against_bound(project, privacy)
+    return pass_gate(project, candidate.name, index_sha256, retractions, accept_risk, required, beside, by_ledger)
 
 
-def _build(staging: Path, project: Project, candidate: Candidate, passage: Passage, reason: str) -> Manifest:
+def _build(
+    staging: Path,
+    project: Project,
+    candidate: Candidate,
+    passage: Passage,
+    reason: str,
+    privacy: Mechanism | None,
+) -> Manifest:
     """All files of the release but a signature, in a folder that nobody sees yet."""
     record, release = project.cut.public_record, project.config.release
     release = release.model_copy(update={"version": project.retracted.version_after(release.version)})
     _copy_public(candidate.folder, staging)
-    scores = _scores(project.vault, candidate)
-    retractions = retractions_section(project.retracted, candidate.retractions)
+    scores = {} if passage.report_kept else _scores(project.vault, candidate)
+    if privacy is not None and candidate.fit is not None:
+        left_out = not_covered(project, candidate.fit, privacy, passage, bool(scores))
+        privacy = Mechanism.model_validate(privacy.model_dump() | {"not_covered": left_out})
+    retractions = retractions_section(project.retracted, candidate.retractions, candidate.function.chain.draws_rows)
     statement = candidate.function.chain.statement()
-    write_card(staging / "README.md", release, record, candidate.index, scores, passage, statement, reason, retractions)
+    write_card(
+        staging / "README.md",
+        release,
+        record,
+        candidate.index,
+        scores,
+        passage,
+        statement,
+        reason,
+        retractions,
+        privacy,
+    )
     if passage.report is not None:
+        report = passage.report.model_copy(update={"not_covered": privacy.not_covered if privacy else ()})
         make_folder((staging / ATTACK_REPORT).parent, PUBLIC_FOLDER)
-        write_json(staging / ATTACK_REPORT, passage.report.model_dump(mode="json"), PUBLIC_FILE)
+        write_json(staging / ATTACK_REPORT, report.model_dump(mode="json"), PUBLIC_FILE)
     manifest = Manifest(
         name=release.name,
         version=release.version,
@@ -221,6 +289,7 @@ def _build(staging: Path, project: Project, candidate: Candidate, passage: Passa
         targets=record.targets,
         splits=candidate.index.rows,
         claims=passage.claims,
+        privacy=privacy,
         files=_describe(staging, release),
     )
     write_manifest(staging, manifest)
@@ -292,10 +361,10 @@ def _refuse_strangers(candidate: Candidate) -> None:
 def _refuse_other_origin(project: Project, candidate: Candidate) -> None:
     """That the candidate was made by today's function from today's features and network, and is as it was made."""
     name, folder, function = candidate.name, candidate.folder, candidate.function
-    weights = (folder / FEATURIZER).read_bytes() + (folder / CLASSIFIER).read_bytes()
+    made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
+    expected = {FEATURIZER: project.cut.featurizer_sha256, CLASSIFIER: made.get("classifier_sha256")}
     problems = changed_since_poison(project, name, function, folder / BANK_INDEX)
-    if candidate_origin(project, function)["model"] != hashlib.sha256(weights).hexdigest():
-        problems.append("weights changed since")
+    problems += [f"{path} changed since" for path, digest in expected.items() if sha256_of(folder / path) != digest]
     if read_model_record(folder / MODEL) != project.cut.public_record:
         problems.append(f"{MODEL} changed since")
     if problems:

@@ -9,18 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dpf_release.core.bounded_json import Record, Sha256, read_json
+from dpf_release.core.bounded_json import SEEN, Record, Sha256, read_json
 from dpf_release.errors import VerificationError
 
-Claim = Literal["reconstruction", "linkage", "attribute"]
+Claim = Literal["reconstruction", "linkage", "attribute", "bound"]
 Verdict = Literal["pass", "fail", "inconclusive", "reported"]
 ProfileName = Literal["quick", "standard", "full"]
 PROFILE_ORDER: tuple[ProfileName, ...] = ("quick", "standard", "full")
 GAIN = "gain over own images alone"  # of U3; for each m a measure, positive where the bank helps
-# A report may be a stranger's: no characters that a terminal obeys, and no more of anything than attacks make.
-_SEEN = r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
-Text = Annotated[str, Field(max_length=500, pattern=_SEEN)]
-Short = Annotated[str, Field(max_length=100, pattern=_SEEN)]
+# A report may be a stranger's: no more of anything than attacks make.
+Text = Annotated[str, Field(max_length=500, pattern=SEEN)]
+Short = Annotated[str, Field(max_length=100, pattern=SEEN)]
 Few = Field(max_length=200)
 DECIMALS = 4  # of public numbers
 SCORER = 3  # raised whenever the same answers of attacks would be scored otherwise
@@ -81,6 +80,7 @@ class AttackResult(Record):
     verdict: Verdict
     reasons: Annotated[tuple[Text, ...], Few] = ()  # for a verdict that is not `pass`
     series: Annotated[dict[Short, Intervals], Few] = {}
+    exceeds_bound: bool = False  # whether it got past what the privacy bound of the rows allows any attack
 
     def smallest_above(self, series: str, limit: float) -> int | None:
         """The smallest number of a series at which the leakage is above the limit; None: at no one that was tried."""
@@ -120,6 +120,7 @@ class AttackReport(Record):
     not_run: Annotated[tuple[Short, ...], Few] = ()  # attacks of the profile that were not run, or not yet
     claims_not_made: Annotated[tuple[Claim, ...], Few] | None = None  # by the release that it is in; None in the vault
     dropped_since: Annotated[int, Field(ge=0)] = 0  # rows that the release no longer has; all others are as they were
+    not_covered: Annotated[tuple[Text, ...], Few] = ()  # by the privacy bound of the release that it is in
     baselines: Intervals = {}
     references: Intervals = {}
     attacks: Annotated[tuple[AttackResult, ...], Few] = ()
@@ -148,6 +149,31 @@ def public_report(report: AttackReport) -> AttackReport:
     tree["not_applicable"] = dict.fromkeys(tree["not_applicable"], "")
     tree["attacks"] = [attack | {"seconds": None} for attack in tree["attacks"]]
     return AttackReport.model_validate(tree)
+
+
+def without_sizes(report: AttackReport) -> AttackReport:
+    """A report whose counts of rows and images do not tell how many the data set has: of one digit, rounded down."""
+    attacks = [
+        attack.model_copy(
+            update={
+                "rows": _one_digit(attack.rows),
+                "among": _one_digit(attack.among),
+                "reasons": tuple(map(text_without_sizes, attack.reasons)),
+            }
+        )
+        for attack in report.attacks
+    ]
+    return report.model_copy(update={"attacks": tuple(attacks)})
+
+
+def text_without_sizes(text: str) -> str:
+    """A reason for a verdict, where it counts rows."""
+    return re.sub(r"\b\d+(?= rows\b)", lambda found: str(_one_digit(int(found[0]))), text)
+
+
+def _one_digit(count: int) -> int:
+    unit = 10 ** (len(str(count)) - 1)
+    return count // unit * unit
 
 
 def _rounded(tree: Any) -> Any:

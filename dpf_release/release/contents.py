@@ -214,8 +214,16 @@ def _unfounded_claims(manifest: Manifest, report: AttackReport | None) -> list[s
             problems.append(f"{ATTACK_REPORT} is of another bank")
         if report.claims_not_made != manifest.claims.not_made:
             problems.append(f"{ATTACK_REPORT} and the manifest differ in the claims that are not made")
+        if report.not_covered != (manifest.privacy.not_covered if manifest.privacy else ()):
+            problems.append(f"{ATTACK_REPORT} and the manifest differ in what no privacy bound covers")
+    if "bound" in manifest.claims.made and (manifest.privacy is None or manifest.privacy.networks_saw_images):
+        problems.append("the manifest claims 'bound', and has no mechanism whose networks never saw the images")
+    if manifest.privacy is not None and report is None:
+        return problems  # its owner keeps what was measured on the images (`package --without-report`)
     for claim in manifest.claims.made:
         verdicts = {attack.verdict for attack in report.attacks if attack.claim == claim} if report else set()
+        if claim == "bound" and "fail" not in verdicts:
+            continue  # it rests on the mechanism
         if "pass" not in verdicts or "fail" in verdicts:
             problems.append(f"the manifest claims {claim[:40]!r}, which no attack in {ATTACK_REPORT} bears out")
     return problems

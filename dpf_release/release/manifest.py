@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from dpf_release.core.bounded_json import Record, Sha256
 from dpf_release.core.files import PUBLIC_FILE, sha256_of, write_json, write_text
+from dpf_release.core.privacy import Mechanism
 
 ATTACK_REPORT, BANK_INDEX = "reports/attack.json", "features/index.json"
 MODEL, FEATURIZER, CLASSIFIER = "model/model.json", "model/featurizer.safetensors", "model/classifier.safetensors"
@@ -60,14 +61,20 @@ class FileRecord(Record):
 
 
 class Claims(Record):
-    """What a release promises, and what it does not; made claims have passed the gate."""
+    """What a release promises, and what it does not; made claims have passed the gate.
+
+    `bound` is in neither where the function has no mechanism that could be one.
+    """
 
     made: tuple[str, ...] = ()
     not_made: tuple[str, ...] = ("reconstruction", "linkage", "attribute")
 
 
 class Manifest(Record):
-    """`manifest.json`: every other file but its sums and signature, and what the release is."""
+    """`manifest.json`: every other file but its sums and signature, and what the release is.
+
+    `privacy` is there where its rows were made with noise of a known privacy (docs/privacy.md).
+    """
 
     format: Literal["dpf-release"] = "dpf-release"
     format_version: Literal[1] = 1
@@ -80,6 +87,7 @@ class Manifest(Record):
     targets: tuple[str, ...] = ()
     splits: dict[Literal["train", "val"], int]
     claims: Claims = Claims()
+    privacy: Mechanism | None = None
     files: tuple[FileRecord, ...]
 
     def of_role(self, *roles: Role) -> dict[str, FileRecord]:
@@ -103,7 +111,8 @@ def describe_file(folder: Path, name: str) -> FileRecord:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """`manifest.json`, and `SHA256SUMS` over it and every file it lists."""
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json"), PUBLIC_FILE)
+    left_out = None if manifest.privacy else {"privacy"}  # as it was before there were mechanisms
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json", exclude=left_out), PUBLIC_FILE)
     write_text(folder / SUMS, sums_of(manifest, sha256_of(folder / MANIFEST)), PUBLIC_FILE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +41,7 @@ def fit_classifier(
     title: str = "Training on features",
     checkpoint: Path | None = None,
     subject: str = "",
+    validate: Callable[[], float] | None = None,
 ) -> History:
     """Fits a network from features to targets, in place: cross entropy, or smooth L1 for regression.
 
@@ -58,6 +60,7 @@ def fit_classifier(
         device=pick_device(device),
         checkpoint=checkpoint,
         subject=subject,
+        validate=validate,
         row_bytes=rows.row_bytes,
     )
 

@@ -306,12 +306,12 @@ STREAMING = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from dpf_release.images.read import read_unlabelled
+from dpf_release.images.read import read_public
 from dpf_release.images.decode import Preprocess
 from dpf_release.images.dataset import Pictures
 
 def main():
-    table = read_unlabelled(Path(sys.argv[1]))
+    table = read_public(Path(sys.argv[1]))
     pictures = Pictures(table, Preprocess((16, 16), 16, (0.5,) * 3, (0.5,) * 3), workers=2)
     stream = pictures.stream([np.arange(2)] * 500)
     next(stream)

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from dpf_release.errors import ImageError
 from dpf_release.images.decode import Preprocess, decode
-from dpf_release.images.read import read_table, read_unlabelled
+from dpf_release.images.read import read_public, read_table
 from dpf_release.images.table import ImageTable
 
 PLAIN = Preprocess(size=(16, 16), resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -297,24 +297,24 @@ def test_the_digest_follows_files_labels_and_splits_but_not_the_order(tmp_path: 
 def test_public_images_need_no_labels(tmp_path: Path) -> None:
     root = _write_tree(tmp_path / "q", {"a/b": 30, "train": 10, "test/a": 5, ".hidden": 3})
     _write(root / "TOP.JPEG", format="JPEG")
-    table = read_unlabelled(root, val_fraction=0.1)
+    table = read_public(root, val_fraction=0.1)
     assert table.counts() == {"train": 37, "val": 4, "test": 5}
     assert not table.targets.any()
     assert table.classes == ()
-    limited = read_unlabelled(root, classes=["a"])
+    limited = read_public(root, classes=["a"])
     assert len(limited) == 35
     assert all("a/" in path for path in limited.paths)
     with pytest.raises(ImageError, match="class emu"):
-        read_unlabelled(root, classes=["emu"])
+        read_public(root, classes=["emu"])
 
 
 def test_public_images_can_be_a_csv_table(tmp_path: Path) -> None:
     rows = [[f"{n}.jpg", "ab"[n % 2], ["train", "test"][n < 4]] for n in range(40)]
     path = _write_csv(tmp_path / "q.csv", ["path", "label", "split"], rows)
-    assert read_unlabelled(path, val_fraction=0.25).counts() == {"train": 27, "val": 9, "test": 4}
-    assert len(read_unlabelled(path, classes=["b"])) == 20
+    assert read_public(path, val_fraction=0.25).counts() == {"train": 27, "val": 9, "test": 4}
+    assert len(read_public(path, classes=["b"])) == 20
     bare = _write_csv(tmp_path / "bare.csv", ["path"], [[f"{n}.jpg"] for n in range(20)])
-    assert read_unlabelled(bare).counts() == {"train": 19, "val": 1, "test": 0}
+    assert read_public(bare).counts() == {"train": 19, "val": 1, "test": 0}
 
 
 # Decoding.
@@ -500,3 +500,17 @@ def test_values_out_of_bounds_are_refused() -> None:
     ):
         with pytest.raises(ImageError, match="preprocessing: expected"):
             Preprocess(**{**fields, **change})
+
+
+def test_public_images_have_the_labels_of_their_folders_where_all_have_one(tmp_path: Path) -> None:
+    for place in ("train/cat", "train/dog", "test/cat"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "one.png")
+    table = read_public(tmp_path)
+    labels = {path: table.classes[target] for path, target in zip(table.paths, table.targets, strict=True)}
+    assert labels == {"train/cat/one.png": "cat", "train/dog/one.png": "dog", "test/cat/one.png": "cat"}
+    assert read_public(tmp_path, classes=["dog", "cat"]).classes == ("dog", "cat")
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "nobody's.png")
+    bare = read_public(tmp_path)
+    assert bare.classes == ()
+    assert not bare.targets.any()

@@ -381,3 +381,25 @@ def test_the_halves_are_ordinary_modules(small: CifarResNet) -> None:
         torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), features)
         double = copy.deepcopy(cut.featurizer).double()
         assert double(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("arch", "hook", "ends_in_relu"),
+    [
+        ("resnet20_cifar", "conv4_1", True),
+        ("resnet18", "conv4_1", True),
+        ("vgg16_bn", "features.42", True),
+        ("vgg16_bn", "features.41", False),  # its BatchNorm
+        ("mobilenet_v2", "features.13", False),  # a linear bottleneck
+        ("convnext_tiny", "features.3", False),
+    ],
+)
+@torch.no_grad()
+def test_a_featurizer_that_ends_in_a_relu_can_be_had_without_it(arch: str, hook: str, ends_in_relu: bool) -> None:
+    cut = split(build_network(arch, 7), hook, (64, 64))
+    freeze(cut.featurizer)
+    assert (cut.before_relu is not None) == ends_in_relu
+    if cut.before_relu is not None:
+        before, features = cut.before_relu.eval()(images()), cut.featurizer(images())
+        assert (before < 0).any()
+        assert torch.equal(before.relu(), features)

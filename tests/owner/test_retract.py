@@ -50,8 +50,8 @@ def lines_of(folder: Path, split: str = "train") -> list[dict[str, str]]:
 
 
 def rows_in(features: Path, split: SplitName) -> dict[str, bytes]:
-    """Returns id → the bytes of the row, in the order of the bank."""
-    bank = FeatureBank(features, split)
+    """Returns id → the bytes of the row as it is stored, in the order of the bank."""
+    bank = FeatureBank(features, split).before_relu()
     return {row_id.tobytes().hex(): row.tobytes() for row_id, row in zip(bank.ids, bank[:][0], strict=True)}
 
 

@@ -204,8 +204,10 @@ def test_every_function_declares_its_parameters_within_their_bounds_and_says_wha
         assert parameter.low <= parameter.default <= parameter.high
         assert getattr(function, parameter.name) == parameter.default
         assert parameter.help
-        with pytest.raises(ConfigError, match=f"{name}:{parameter.name}"):
-            cls(FeatureSpec((4, 8, 8), True), **{parameter.name: parameter.high * 2 + 1})
+        for beyond in (parameter.low - 1, parameter.high * 2 + 1):
+            if beyond < float("inf"):  # above no bound there is nothing
+                with pytest.raises(ConfigError, match=f"{name}:{parameter.name}"):
+                    cls(FeatureSpec((4, 8, 8), True), **{parameter.name: beyond})
     assert function.statement().startswith("Each row ")
     with pytest.raises(ConfigError, match="'nonsense'"):
         cls(FeatureSpec((4, 8, 8), True), nonsense=1)

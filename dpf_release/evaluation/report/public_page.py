@@ -63,7 +63,7 @@ def public_pictures(project: Project, name: str, report: AttackReport) -> dict[s
     images, profile = project.public_images, PROFILES[report.profile]
     rows = np.concatenate([public_rows(images, split, report.seed) for split in ("val", "train")])[:PICTURES]
     pictures = HeldPictures(len(rows), lambda numbers: images.pictures.read(rows[numbers]))
-    setting = Setting(workbench_of(project), _nothing_asked(len(rows)), profile.budget, report.seed)
+    setting = Setting(workbench_of(project, name), _nothing_asked(len(rows)), profile.budget, report.seed)
     clean = _clean_view(setting, pictures)
     recipe = project.vault.read_record(project.vault.function(name) / "function.json", "fit-poison")["recipe"]
     poison = shadow_function(project, clean, pictures, recipe)
@@ -146,7 +146,8 @@ def _material(
         task=TaskLoss(torch.from_numpy(bank.targets.std(axis=0) + 1e-6) if bank.targets.ndim == 2 else None),
         train=Split(bank, pictures.read),
         val=Split(Select(bank, np.empty(0, np.int64)), pictures.read),
-        public=bank,
+        public=Split(bank, pictures.read),
+        outputs=view.answers(view.features(pictures.read(np.arange(1)))).shape[1],
         adversaries=lambda: adversaries,
         objective=recipe["objective"],
         lambda_=recipe["lambda"],

@@ -25,7 +25,8 @@ SHOWN = 5
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _SHARD = r"(train|val|test)/shard-[0-9]{5}\.h5"
-BANK_FILE = re.compile(rf"features/(index(-before)?\.json|{_SHARD})")
+BANK_FILE_NAME = rf"(index(-before)?\.json|{_SHARD})"
+BANK_FILE = re.compile(rf"features/{BANK_FILE_NAME}")
 _MODEL_FILE = r"model/((featurizer|classifier)\.safetensors|model\.json)"
 _CHECKPOINT = rf"(network/|functions/{_NAME}/|reconstructors/[^/]+\.)checkpoint[-0-9A-Za-z_]*\.safetensors"
 
@@ -40,6 +41,7 @@ _MEMBERS: tuple[tuple[str, str, str], ...] = (
     (r"features/index\.json", "private-bank", "the index of φ1(S)"),
     (r"features/index-before\.json", "private-bank", "the index of φ1(S) as it was before a retraction"),
     (rf"features/{_SHARD}", "private-bank", "rows of φ1(S), not poisoned: worth as much as the pictures"),
+    (rf"public_features/({BANK_FILE_NAME}|plan\.json)", "public-bank", "φ1(Q), rows of public images"),
     (r"ids\.csv", "id-map", "which id is which source file, with its attributes"),
     (r"reconstructors/[^/]+\.safetensors", "attacker", "a reconstructor ψ or an attribute classifier"),
     (r"reconstructors/[^/]+\.json", "attacker", "what an attacker was trained for, and how it went"),
@@ -63,6 +65,7 @@ _MEMBERS: tuple[tuple[str, str, str], ...] = (
     (rf"reports/{_NAME}/.+", "report", "of a candidate, and not a file that this version writes: look at it"),
     (r"reports/frontier\.(json|svg|png)", "report", "what several candidates protect, and what they leave to use"),
     (r"ledger\.json", "ledger", "the releases made from this vault"),
+    (r"privacy\.json", "ledger", "which noisy statistics were fitted, which are published, and so what was spent"),
     (r"retracted\.json", "retractions", "which rows were retracted, and digests of the names of their images"),
 )
 _OTHERS: tuple[tuple[str, str, str], ...] = (

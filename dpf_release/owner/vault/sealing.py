@@ -154,7 +154,7 @@ def _kind_of(member: Path) -> str | None:
     name = member.as_posix()
     if name.startswith("candidates/"):
         return "candidates"
-    if BANK_FILE.fullmatch(name):
+    if BANK_FILE.fullmatch(name.removeprefix("public_")):
         return "features"
     return "figures" if name.startswith("reports/") and member.suffix != ".json" else None
 

@@ -56,6 +56,11 @@ class Vault(Storage):
         return self.root / "features"
 
     @property
+    def public_features(self) -> Path:
+        """φ1(Q)."""
+        return self.root / "public_features"
+
+    @property
     def plan(self) -> Path:
         """What `featurize` drew and saw before row 0."""
         return self.features / "plan.json"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import stat
 from collections.abc import Iterable
@@ -14,8 +15,10 @@ from pathlib import Path
 
 from dpf_release.bank.format import INDEX, read_index
 from dpf_release.core.files import sha256_of
+from dpf_release.core.privacy import composed, epsilon_of
 from dpf_release.errors import VaultError, VerificationError
 from dpf_release.owner.fitted import load_function
+from dpf_release.owner.privacy import fits_of
 from dpf_release.owner.vault.contents import OPENED
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.permissions import problem_of, refuse_tracked
@@ -23,7 +26,7 @@ from dpf_release.publish.audit.engine import Check, Finding, NotRunError, Subjec
 from dpf_release.publish.leaks.drawn import source_order, telling_ids
 from dpf_release.publish.leaks.findings import Sources
 from dpf_release.publish.leaks.near_rows import SAME_ROW_COSINE
-from dpf_release.publish.leaks.private_facts import private_rows
+from dpf_release.publish.leaks.private_facts import drawn_ids, private_rows
 from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.leaks.text import private_words
 from dpf_release.publish.swap import nested_with
@@ -36,6 +39,7 @@ from dpf_release.release.verify import Problem, verify
 
 BANK = ("bank-index", "shard")
 WEIGHTS = ("featurizer", "classifier")
+SAME_EPSILON = 1e-4  # as far as two ways to reckon it differ
 
 
 def _structure(subject: Subject) -> list[Problem]:
@@ -74,9 +78,61 @@ def _ledger(subject: Subject) -> Iterable[Finding]:
         yield Finding("unknown release", MANIFEST, detail)
 
 
+def _bound(subject: Subject) -> Iterable[Finding]:
+    subject.refuse_gaps([])
+    told = subject.manifest.privacy if subject.manifest else None
+    if told is None:
+        return
+    of_one = epsilon_of(told.mu, told.delta)
+    if not math.isclose(of_one, told.epsilon, rel_tol=SAME_EPSILON):
+        yield Finding("bound", MANIFEST, f"says epsilon = {told.epsilon:g}; its noise gives {of_one:.4g}")
+    alone = math.isclose(told.epsilon_of_all, told.epsilon, rel_tol=SAME_EPSILON)
+    if told.epsilon_of_all < told.epsilon * (1 - SAME_EPSILON) or (told.fits == 1 and not alone):
+        detail = f"says epsilon = {told.epsilon_of_all:g} of {told.fits} fits, and {told.epsilon:g} of one"
+        yield Finding("bound", MANIFEST, detail)
+
+
+def _spending(subject: Subject) -> Iterable[Finding]:
+    vault = subject.opened.vault
+    subject.refuse_gaps([])
+    told, digest = subject.manifest.privacy if subject.manifest else None, sha256_of(subject.release / MANIFEST)
+    made = releases(vault)
+    mine = [number for number, entry in enumerate(made) if entry["manifest_sha256"] == digest]
+    if not mine:
+        raise NotRunError("the vault's ledger has no release with this manifest")
+    known = {fit.id: fit.mechanism for fit in fits_of(vault)}
+    booked = known.get(made[mine[0]].get("fit", ""))
+    if told is None or booked is None:
+        if told is not booked:
+            detail = f"the privacy ledger lists {'a' if booked else 'no'} fit for it, the manifest says otherwise"
+            yield Finding("spending", MANIFEST, detail)
+        return
+    of_fit = {"epsilon", "delta", "unit", "noise", "sensitivity", "shares", "clip", "library"}
+    yield from (
+        Finding("spending", MANIFEST, f"says {key} = {getattr(told, key)}, the ledger {getattr(booked, key)}")
+        for key in sorted(of_fit)
+        if getattr(told, key) != getattr(booked, key)
+    )
+    until = {entry["fit"] for entry in made[: mine[0] + 1] if entry.get("fit")}
+    least = epsilon_of(composed(known[fit].mu for fit in until), told.delta)
+    if told.fits < len(until) or told.epsilon_of_all < least * (1 - SAME_EPSILON):
+        detail = f"says epsilon = {told.epsilon_of_all:g} of {told.fits} fits; {len(until)} were published: {least:.4g}"
+        yield Finding("spending", MANIFEST, detail)
+
+
+def _phi_2(subject: Subject) -> str:
+    """The digest of φ2 as the vault has it: Φ's, or what the ledger noted of one that was trained on the bank."""
+    project, digest = subject.opened, sha256_of(subject.release / MANIFEST)
+    if project.config.model.classifier == "from-bank":
+        for entry in releases(project.vault):
+            if entry["manifest_sha256"] == digest:
+                return str(entry.get("classifier_sha256"))
+    return hashlib.sha256(project.cut.classifier_file).hexdigest()
+
+
 def _network(subject: Subject) -> list[Finding]:
     cut = subject.opened.cut
-    expected = {FEATURIZER: cut.featurizer_sha256, CLASSIFIER: hashlib.sha256(cut.classifier_file).hexdigest()}
+    expected = {FEATURIZER: cut.featurizer_sha256, CLASSIFIER: _phi_2(subject)}
     detail = "not the bytes that the vault's network gives at its hook point"
     found = [
         Finding("foreign weights", path, detail)
@@ -109,6 +165,16 @@ def _function(subject: Subject) -> str | None:
                 if load_function(subject.owners, entry["function"]).digest == entry["function_digest"]:
                     return str(entry["function"])
     return None
+
+
+def _ids(subject: Subject) -> list[Problem]:
+    sources, digest = _sources(subject), sha256_of(subject.release / MANIFEST)
+    drawn = drawn_ids(subject.owners, _function(subject))
+    if drawn is None and any(
+        entry["manifest_sha256"] == digest and entry.get("drawn") for entry in releases(subject.owners.vault)
+    ):
+        drawn = {}  # the function is no longer in the vault
+    return telling_ids(subject.release, sources, drawn)
 
 
 def _sources(subject: Subject) -> Sources:
@@ -190,11 +256,28 @@ CHECKS: tuple[Check, ...] = (
         BANK,
     ),
     Check(
+        "bound",
+        "Where the manifest names a privacy bound: its noise gives the ε that it says.",
+        "Whether that noise was added, to these statistics; whether the networks never saw the images.",
+        "Trust no number of the bound. Its owner: run `dpf-release package` again, and report it where that fails.",
+        _bound,
+        ("manifest",),
+    ),
+    Check(
         "ledger",
         "The vault's ledger lists exactly this manifest: the release was packaged from this vault.",
         "Releases made from a copy of the vault.",
         "Give the vault that made this release. If it is this one, somebody else packaged what you hold.",
         _ledger,
+        ("manifest",),
+    ),
+    Check(
+        "spending",
+        "The privacy ledger lists the fit that the release is made of, with the noise that the manifest says, and no "
+        "more was published before it than the manifest counts.",
+        "Releases of the same images from another vault, or from a copy of this one.",
+        "Take the release down. Bring back the vault's privacy.json as it was, and package again.",
+        _spending,
         ("manifest",),
     ),
     Check(
@@ -237,7 +320,7 @@ CHECKS: tuple[Check, ...] = (
         "The ids are those that the vault's plan drew, in its order; they look random and are no digest of an image.",
         "A derivation that it does not try.",
         "Take the release down: who guesses an image finds its row.",
-        lambda subject: telling_ids(subject.release, _sources(subject)),
+        _ids,
         ("shard",),
     ),
     Check(

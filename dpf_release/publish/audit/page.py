@@ -21,10 +21,12 @@ CLAIMS = {
     "reconstruction": "no picture can be reconstructed from its row",
     "linkage": "nobody who holds a picture can tell that it is in the release",
     "attribute": "no attribute of a person can be read from a row",
+    "bound": "what rows, φ1 and φ2 tell of one unit is bounded",
 }
 NOT_MEASURED = (
     "An audit looks for mistakes and leaks in files. It does not measure what an attacker reconstructs from the rows: "
-    "the method is empirical, there is no formal guarantee, and what is published cannot be called back."
+    "but for a bound that the manifest names, on its conditions, what protects them is empirical, without a formal "
+    "guarantee. What is published cannot be called back."
 )
 
 

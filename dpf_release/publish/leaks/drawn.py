@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpf_release.bank.format import ID_BYTES
+from dpf_release.bank.format import ID_BYTES, SplitName
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.arrays import Rows
 from dpf_release.images.table import ImageTable
@@ -25,8 +25,13 @@ _HASHES = (hashlib.md5, hashlib.sha1, hashlib.sha256, hashlib.sha512, hashlib.bl
 _NAMESPACES = (uuid.NAMESPACE_DNS, uuid.NAMESPACE_URL, uuid.NAMESPACE_OID, uuid.NAMESPACE_X500)
 
 
-def telling_ids(release: Path, sources: Sources) -> list[Problem]:
+def telling_ids(
+    release: Path, sources: Sources, drawn: Mapping[SplitName, NDArray[np.uint8]] | None = None
+) -> list[Problem]:
     """Ids that the vault's `ids.csv` does not have in this order, that come twice, are not random or are derived.
+
+    Of rows that belong to no image, the ids that were `drawn` for them, (n, 16) for each split: an id of an image's
+    would say which it is of. A split whose plan is lost is not in it.
 
     Derived: the first 16 bytes of a common digest, a UUID of version 3 or 5, or the text itself, of the name, stem,
     path or row of the image; for some rows of each split, also the digest of its file.
@@ -36,7 +41,9 @@ def telling_ids(release: Path, sources: Sources) -> list[Problem]:
     for bank in banks:
         path, positions = f"features/{bank.split}", sources.positions(bank)
         seen += len(bank)
-        if unknown := int((positions < 0).sum()):
+        if drawn is not None:
+            problems += [Problem("telling id", path, told) for told in _not_as_drawn(bank, positions, drawn)]
+        elif unknown := int((positions < 0).sum()):
             problems.append(Problem("telling id", path, f"{unknown} ids are not of the plan of this bank (ids.csv)"))
         elif (np.diff(positions) <= 0).any():
             problems.append(Problem("telling id", path, "ids stand in another order than in ids.csv"))
@@ -48,6 +55,13 @@ def telling_ids(release: Path, sources: Sources) -> list[Problem]:
     if len({row_id.tobytes() for bank in banks for row_id in bank.ids}) < seen:
         problems.append(Problem("telling id", "features", "several rows have the same id"))
     return problems
+
+
+def _not_as_drawn(bank: FeatureBank, positions: Rows, drawn: Mapping[SplitName, NDArray[np.uint8]]) -> Iterator[str]:
+    if images := int((positions >= 0).sum()):
+        yield f"{images} drawn rows have the id of an image (ids.csv)"
+    if bank.split in drawn and not np.array_equal(bank.ids, drawn[bank.split]):
+        yield "ids are not those that were drawn for these rows"
 
 
 def _chance_of_bits(ids: NDArray[np.uint8]) -> float:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from dpf_release.bank.format import SplitName, read_index
+import numpy as np
+from numpy.typing import NDArray
+
+from dpf_release.bank.format import RELEASED_SPLITS, SplitName, read_index
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import VaultError
@@ -39,10 +42,18 @@ def private_facts(release: Path, project: Project, name: str | None = None) -> l
     return [
         *private_words(release, project, sources),
         *private_tensors(release, project.vault),
-        *telling_ids(release, sources),
+        *telling_ids(release, sources, drawn_ids(project, name)),
         *source_order(release, sources),
         *private_rows(release, project, name),
     ]
+
+
+def drawn_ids(project: Project, name: str | None) -> dict[SplitName, NDArray[np.uint8]] | None:
+    """The ids, (n, 16), that a function drew for its rows; None: its rows are those of images, or it is not known."""
+    function = None if name is None else load_function(project, name)
+    if function is None or not function.chain.draws_rows:
+        return None
+    return {split: function.plans[split][0].arrays["ids"] for split in RELEASED_SPLITS}
 
 
 def private_rows(release: Path, project: Project, name: str | None = None) -> list[Problem]:

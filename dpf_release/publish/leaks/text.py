@@ -21,6 +21,7 @@ from dpf_release.bank.format import BankIndex
 from dpf_release.core.bounded_json import MAX_BYTES
 from dpf_release.errors import VerificationError
 from dpf_release.models.zoo import public_architectures
+from dpf_release.owner.privacy import PRIVACY_LEDGER
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.retractions import RETRACTED
 from dpf_release.owner.vault.vault import Vault
@@ -42,13 +43,20 @@ COMMON_ACCOUNTS = frozenset({"root", "user", "users", "home", "admin", "ubuntu",
 SHOWN, MOST_COMPARED = 10, 1000  # names that one file says
 # Keys of the vault's records with digests of what is published; all other digests are private.
 PUBLIC_DIGESTS = frozenset(
-    {"featurizer_sha256", "index_sha256", "published_index", "dropped_from", "manifest_sha256", "model"}
+    {
+        "featurizer_sha256",
+        "classifier_sha256",
+        "index_sha256",
+        "published_index",
+        "dropped_from",
+        "manifest_sha256",
+    }  # fmt: skip
 )
 
 _RUN = re.compile(r"[^\W_]+")
 _HEX = re.compile(r"(?=([0-9a-f]{64}))")  # each 64 digits of a longer run too
 _IN_VAULT = re.compile(
-    r"(?<![^\W_])vault/(?:network|features|reconstructors|functions|candidates|reports|ids\.csv|ledger\.json|survey-)"
+    r"(?<![^\W_])vault/(?:network|features|reconstructors|functions|candidates|reports|ids\.csv|ledger\.json|privacy\.json|survey-)"
 )
 
 
@@ -207,7 +215,13 @@ def _accounts(project: Project) -> dict[str, str]:
 
 def _private_digits(vault: Vault) -> dict[str, str]:
     """Every 64 hexadecimal digits of the vault's records that no release says, and where they stand."""
-    records = [vault.ledger, vault.root / RETRACTED, vault.survey("private"), vault.survey("public")]
+    records = [
+        vault.ledger,
+        vault.root / PRIVACY_LEDGER,
+        vault.root / RETRACTED,
+        vault.survey("private"),
+        vault.survey("public"),
+    ]
     folders = [vault.root / "functions", vault.features]
     members = [member for folder in folders for member in vault.members(folder) if member.suffix == ".json"]
     found: dict[str, str] = {}

@@ -290,7 +290,13 @@ def test_secrets_of_p_and_digests_of_private_files_are_not_said(project_folder: 
             (found,) = said(project_folder)
             assert what in found
             assert digits not in found
-    public = [plan["featurizer_sha256"], entry["index_sha256"], entry["manifest_sha256"], origin["model"], "0" * 64]
+    public = [
+        plan["featurizer_sha256"],
+        entry["index_sha256"],
+        entry["manifest_sha256"],
+        origin["classifier_sha256"],
+        "0" * 64,
+    ]
     write_card(project_folder, f"{public} {function['secret'][:-1]}")
     assert said(project_folder) == []
 

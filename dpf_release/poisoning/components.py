@@ -1,0 +1,91 @@
+"""The space that rows are drawn in: the principal components of public features, found a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpf_release.core.arrays import Rows
+
+Read = Callable[[Rows], NDArray[np.floating]]  # row numbers → (n, C, H, W)
+BATCH_NUMBERS = 2**26  # of features that are in memory together: 256 MiB
+SPARE, ROUNDS = 16, 3  # directions beyond those that are kept, and passes: as Halko, Martinsson and Tropp 2011 advise
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """Coordinates of features: z = V (u - mean)."""
+
+    mean: Tensor  # (D,) of the public features, flattened; D = C·H·W
+    axes: Tensor  # V, (K, D), orthonormal rows
+    variances: Tensor  # (K,) of the public features along them, descending
+    share: float  # of the public features' variance that lies along them, 0 to 1
+
+    def coordinates(self, read: Read, count: int) -> NDArray[np.float64]:
+        """Z of all rows, (count, K)."""
+        parts = [((rows - self.mean) @ self.axes.T).double().numpy() for rows in _batches(read, count, len(self.mean))]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.axes)))
+
+    def features(self, coordinates: NDArray[np.floating]) -> Tensor:
+        """(n, K) → (n, D), without what lies outside the components."""
+        return self.mean + torch.from_numpy(coordinates.astype(np.float32)) @ self.axes
+
+    def share_of(self, read: Read, count: int) -> float:
+        """How much of the variance of other features lies along these components, 0 to 1."""
+        within = total = 0.0
+        for rows in _batches(read, count, len(self.mean)):
+            centred = rows - self.mean
+            within += float((centred @ self.axes.T).square().sum())
+            total += float(centred.square().sum())
+        return within / max(total, 1e-30)
+
+
+def principal_components(read: Read, count: int, size: int, kept: int, seed: int = 0) -> Components:
+    """The first components of rows, by subspace iteration: memory for a batch and 2 · (kept + 16) · D numbers.
+
+    Args:
+        read: the rows by number.
+        count: how many there are.
+        size: D, numbers in a row.
+        kept: K, how many components; fewer than rows.
+        seed: of the directions that it starts with.
+    """
+    mean = sum((rows.sum(0) for rows in _batches(read, count, size)), torch.zeros(size)) / count
+    generator = torch.Generator().manual_seed(seed)
+    width = min(kept + SPARE, count, size)
+    axes = torch.linalg.qr(torch.randn(size, width, generator=generator)).Q  # (D, K + 16)
+    total = 0.0
+    for _ in range(ROUNDS + 1):
+        image, total = torch.zeros(size, width), 0.0
+        for rows in _batches(read, count, size):
+            centred = rows - mean
+            image += centred.T @ (centred @ axes)  # covariance times axes
+            total += float(centred.square().sum())
+        axes = torch.linalg.qr(image).Q
+    return _aligned(read, count, mean, axes, kept, total)
+
+
+def _aligned(read: Read, count: int, mean: Tensor, axes: Tensor, kept: int, total: float) -> Components:
+    """The principal axes within a subspace."""
+    within = torch.zeros(axes.shape[1], axes.shape[1], dtype=torch.float64)
+    for rows in _batches(read, count, len(mean)):
+        seen = ((rows - mean) @ axes).double()
+        within += seen.T @ seen
+    variances, turn = torch.linalg.eigh(within / count)
+    order = variances.argsort(descending=True)[:kept]
+    found = variances[order].clamp_min(1e-12)
+    return Components(mean, (axes @ turn[:, order].float()).T.contiguous(), found, float(found.sum()) * count / total)
+
+
+def _batches(read: Read, count: int, size: int) -> Iterator[Tensor]:
+    """(n, D) float32, in the order of the rows."""
+    each = max(1, BATCH_NUMBERS // size // 4)
+    for first in range(0, count, each):
+        yield torch.from_numpy(
+            np.ascontiguousarray(read(np.arange(first, min(first + each, count))), np.float32)
+        ).flatten(1)
