@@ -60,6 +60,7 @@ def score_reconstructions(
     best = max(scores, key=lambda name: (leakages[name], float(scores[name].primary.mean())))
     found = [way.measures.get("re_identification") for way in ways.values()]
     highest = max((value for value in found if value is not None), key=lambda value: value.value, default=None)
+    of_somebody = any(of.guess.any() for of in scores.values())  # else no match is right, and none wrong
     own = re_identification_limit(truth.sizes, limits["re_identification"], scores[best].guess)
     return Scored(
         ways=ways,
@@ -68,10 +69,10 @@ def score_reconstructions(
         ceiling=float(between.ceiling.primary.mean()),
         leakage=ways[best].leakage,
         re_identification=highest,
-        among=truth.among,
+        among=truth.among if of_somebody else 0,
         criteria=(
             *(Criterion("leakage", one, limits["leakage"]) for way in ways.values() for one in leakages_of(way)),
-            *(Criterion("re-identification", one, own) for one in found),
+            *(Criterion("re-identification", one, own) for one in found if of_somebody),
         ),
         series=_series(answer, ways),
         pictures=pictures_of(truth, scores[best], lambda at: answer.decoders[best](places[at]), clean) if clean else {},

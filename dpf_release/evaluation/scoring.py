@@ -155,7 +155,7 @@ def way_of(scores: RowScores, references: References, sizes: Rows, seed: int) ->
     for name, values in scores.measures.items():  # the worst for whoever is shown: the most alike
         alike = np.sort(values)
         measures[f"{name}_worst"] = mean_interval(alike[:count] if name == "l1" else alike[-count:], seed)
-    if (sizes >= LEAST_POOL).any():
+    if (sizes >= LEAST_POOL).any() and scores.guess.any():  # a row of no image has none to be found
         measures["re_identification"] = share_interval(scores.own[sizes >= LEAST_POOL])
     baseline, ceiling = references.baseline, references.ceiling
     by_own = ratio_interval(scores.primary, baseline.primary, ceiling.primary, seed)
