@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from attackers import Memory
 from dpf_release.attacks.threat_models import Budget, Kept, Remembered
 from dpf_release.bank.rows import Concat
+from dpf_release.evaluation.drawn_controls import drawn_from
 from dpf_release.evaluation.targets import Target, Truth, draw_truth, held
 from dpf_release.evaluation.views import Setting
 from dpf_release.images.decode import Preprocess
-from dpf_release.models.training import Recipe
 from dpf_release.owner.workbench import Workbench
-from dpf_release.poisoning.chain import build_chain, fit_chain
-from dpf_release.poisoning.context import Material, Split
-from dpf_release.poisoning.objective import Adversaries, TaskLoss
+from dpf_release.poisoning.context import Split
 from dpf_release.poisoning.plan import Contributors, FeatureSpec
 
 SIZE, SHAPE = (16, 16), (48, 4, 4)
@@ -146,30 +144,13 @@ def setting_of(workbench: Workbench, target: Target, rows: int = 1000) -> Settin
 
 def mixture_target(workbench: Workbench, spec: str) -> Target:
     """A bank that a mixture draws from all of S train."""
-    train, public = workbench.private_bank("train"), workbench.public_bank()
+    train = workbench.private_bank("train")
     mine = Split(train, workbench.private.pictures, train.before_relu())
-    material = Material(
-        features=workbench.features,
-        phi_1=workbench.phi_1,
-        phi_2=workbench.phi_2,
-        task=TaskLoss(None),
-        train=mine,
-        val=mine,
-        public=Split(public, workbench.private.pictures, public.before_relu()),
-        adversaries=lambda: Adversaries({}),
-        objective="equivalence",
-        lambda_=0.0,
-        recipe=Recipe(1, 1, 1e-3),
-        secret=bytes(32),
-        device=workbench.device,
-        outputs=2,
-    )
-    chain = build_chain(spec, workbench.features)
-    plans, _, _ = fit_chain(chain, material)
+    rows, chain = drawn_from(workbench, spec, mine, bytes(32))
     mechanism = chain.mechanism("image")
     return Target(
         spec,
-        held(chain.on(train, plans["train"])),
+        held(rows),
         lambda rows: (rows, np.arange(len(rows))),
         lambda rows: Contributors.nobody(),
         spec,

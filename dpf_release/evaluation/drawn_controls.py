@@ -34,6 +34,30 @@ COPIED, LEAST_COPIED = 0.01, 50  # of the rows; and how many at least, for a sha
 LEAST_POWER = {COPIES: 0.9}  # of those copies nearly all must be found
 
 
+def drawn_from(workbench: Workbench, spec: str, mine: Split, secret: bytes) -> tuple[RowSource, Chain]:
+    """Rows that a function draws from statistics of some rows, in components of Q; and the function."""
+    public = workbench.public_bank()
+    material = Material(
+        features=workbench.features,
+        phi_1=workbench.phi_1,
+        phi_2=workbench.phi_2,
+        task=TaskLoss(None),
+        train=mine,
+        val=mine,
+        public=Split(public, workbench.private.pictures, public.before_relu()),
+        adversaries=lambda: Adversaries({}),
+        objective="equivalence",
+        lambda_=0.0,
+        recipe=Recipe(1, 1, 1e-3),
+        secret=secret,
+        device=workbench.device,
+        outputs=int(mine.rows.targets.max()) + 1,
+    )
+    chain = build_chain(spec, workbench.features)
+    plans, _, _ = fit_chain(chain, material)
+    return chain.on(mine.rows, plans["train"]), chain
+
+
 @dataclass(frozen=True, eq=False)
 class _Material:
     """Some rows of each class of S, and Q.
@@ -71,27 +95,9 @@ class _Material:
 
     def fitted(self) -> tuple[RowSource, Chain]:
         """Rows that `mixture` without a bound draws from their statistics; and what it learned."""
-        workbench, public = self.workbench, self.workbench.public_bank()
-        mine = Split(self.before_relu(), workbench.private.pictures)
-        material = Material(
-            features=workbench.features,
-            phi_1=workbench.phi_1,
-            phi_2=workbench.phi_2,
-            task=TaskLoss(None),
-            train=mine,
-            val=mine,
-            public=Split(public, workbench.private.pictures, public.before_relu()),
-            adversaries=lambda: Adversaries({}),
-            objective="equivalence",
-            lambda_=0.0,
-            recipe=Recipe(1, 1, 1e-3),
-            secret=self.secret,
-            device=workbench.device,
-            outputs=int(self.classes.max()) + 1,
-        )
-        chain = build_chain(f"mixture:epsilon=inf,components={COMPONENTS},rows={DRAWN}", workbench.features)
-        plans, _, _ = fit_chain(chain, material)
-        return chain.on(mine.rows, plans["train"]), chain
+        mine = Split(self.before_relu(), self.workbench.private.pictures)
+        spec = f"mixture:epsilon=inf,components={COMPONENTS},rows={DRAWN}"
+        return drawn_from(self.workbench, spec, mine, self.secret)
 
     def plain(self) -> RowSource:
         """Gaussian rows with the very mean and covariance of the chosen rows of their class, shrunk towards nothing."""

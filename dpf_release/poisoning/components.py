@@ -27,22 +27,22 @@ class Components:
     share: float  # of the public features' variance that lies along them, 0 to 1
 
     def coordinates(self, read: Read, count: int) -> NDArray[np.float64]:
-        """Z of all rows, (count, K)."""
-        parts = [((rows - self.mean) @ self.axes.T).double().numpy() for rows in _batches(read, count, len(self.mean))]
-        return np.concatenate(parts) if parts else np.empty((0, len(self.axes)))
+        """Of all rows, (count, K)."""
+        return self.projected(read, count)[0]
+
+    def projected(self, read: Read, count: int) -> tuple[NDArray[np.float64], float]:
+        """The coordinates, and the share of these rows' variance that lies along the components; in one pass."""
+        parts, total = [np.empty((0, len(self.axes)))], 0.0
+        for rows in _batches(read, count, len(self.mean)):
+            centred = rows - self.mean
+            parts.append((centred @ self.axes.T).double().numpy())
+            total += float(centred.square().sum())
+        found = np.concatenate(parts)
+        return found, float(np.square(found).sum()) / max(total, 1e-30)
 
     def features(self, coordinates: NDArray[np.floating]) -> Tensor:
         """(n, K) → (n, D), without what lies outside the components."""
         return self.mean + torch.from_numpy(coordinates.astype(np.float32)) @ self.axes
-
-    def share_of(self, read: Read, count: int) -> float:
-        """How much of the variance of other features lies along these components, 0 to 1."""
-        within = total = 0.0
-        for rows in _batches(read, count, len(self.mean)):
-            centred = rows - self.mean
-            within += float((centred @ self.axes.T).square().sum())
-            total += float(centred.square().sum())
-        return within / max(total, 1e-30)
 
 
 def principal_components(read: Read, count: int, size: int, kept: int, seed: int = 0) -> Components:

@@ -115,14 +115,13 @@ class Mixture(PoisoningFunction):
         kept = min(self.components, count // 4)
         space = principal_components(public.drawn_from.read, count, size, kept)
         z_public = space.coordinates(public.drawn_from.read, count)
-        z_private = space.coordinates(private.drawn_from.read, len(private.rows))
+        z_private, share = space.projected(private.drawn_from.read, len(private.rows))
         classes, targets = _targets(material)
         self.learned = {"mean": space.mean, "axes": space.axes}
         if self.bounded:
             self._learn_noisy(material, units, z_private, classes, targets, z_public, space)
         else:
             self._learn_groups(z_private, classes, targets, z_public, context)
-        share = space.share_of(private.drawn_from.read, len(private.rows))
         return {"public variance in components": space.share, "private variance in components": share}
 
     def _learn_noisy(
