@@ -71,7 +71,7 @@ epochs = 36
 batch_size = 16
 
 [bank]
-shard_size = "20 kB"
+shard_size = "50 kB"
 batch_size = 4
 
 [claims]

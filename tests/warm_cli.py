@@ -18,6 +18,8 @@ WARM = (
     "torchvision",
     "h5py",
     "rich.console",
+    "dp_accounting",
+    "sklearn.cluster",
     "dpf_release.cli.main",
     "dpf_release.cli.demo",
     "dpf_release.evaluation.frontier",

@@ -12,12 +12,12 @@ import math
 import os
 from collections.abc import Iterable
 from importlib.metadata import version
+from statistics import NormalDist
 from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from scipy.special import ndtr, ndtri
 
 from dpf_release.core.bounded_json import SEEN, Record
 
@@ -26,6 +26,7 @@ Positive = Annotated[float, Field(ge=1e-12, le=1e12)]
 Delta = Annotated[float, Field(ge=1e-15, le=0.5)]
 Sentence = Annotated[str, Field(max_length=300, pattern=SEEN)]
 Unit = Literal["image", "person"]
+NORMAL = NormalDist()
 STATISTICS = ("count", "sum", "second moment")
 # Statistics and noise are rounded to multiples of this before they are added, so the low bits of a noisy number say
 # nothing of the number below: a multiple of GRID plus rounded noise is the rounded exact sum. (The attack on noise in
@@ -120,12 +121,12 @@ def composed(mus: Iterable[float]) -> float:
 
 def highest_auc(mu: float) -> float:
     """The largest area under a membership attack's ROC curve that μ allows, 0.5 to 1."""
-    return float(ndtr(mu / math.sqrt(2)))
+    return NORMAL.cdf(mu / math.sqrt(2))
 
 
 def highest_tpr(mu: float, false_positives: float) -> float:
     """The largest share of members that a membership attack can find at a share of false alarms."""
-    return float(ndtr(ndtri(false_positives) + mu))
+    return NORMAL.cdf(NORMAL.inv_cdf(false_positives) + mu)
 
 
 def noisy(values: NDArray[np.float64], sigma: float | NDArray[np.float64]) -> NDArray[np.float64]:
@@ -136,6 +137,8 @@ def noisy(values: NDArray[np.float64], sigma: float | NDArray[np.float64]) -> ND
     grid, and would tell there which values it cannot have been added to. Together they reach 11 deviations, and every
     number of the grid within.
     """
+    from scipy.special import ndtri  # as long to import as all else that verifying a release needs, which draws nothing
+
     drawn = np.frombuffer(os.urandom(16 * values.size), np.uint64).reshape(2, *values.shape) >> np.uint64(12)
     halves = sigma / math.sqrt(2) * ndtri((drawn + 0.5) * 2.0**-52)
     return GRID * (np.round(values / GRID) + np.round(halves / GRID).sum(0))
