@@ -29,6 +29,7 @@ from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce
 from dpf_release.errors import ConfigError, NotGrantedError
 from dpf_release.poisoning.chain import build_chain, draws_rows
+from dpf_release.poisoning.mixture import Mixture
 from dpf_release.poisoning.plan import FeatureSpec
 
 LACKS = "no function of P's own kind could be fitted on the public images"
@@ -39,7 +40,8 @@ class ShadowFunctions(Attack):
     """m functions P' fitted on Q, and one decoder for them all, for clean features and for simple disturbances.
 
     They are `dpf`, whatever P is. Where P is of another kind, there are as many of that kind, with P's parameters and
-    with others, and a decoder for them. Leakage against m, m = 1, 2, 4, ...
+    with others, and a decoder for them: the only one where rows are drawn from groups of images, which gives pairs of a
+    row and any image of its group. Leakage against m, m = 1, 2, 4, ...
     """
 
     code, title, version = "A3", "shadow functions", 2
@@ -55,12 +57,12 @@ class ShadowFunctions(Attack):
 
     def run(self, view: ReleaseView) -> Reconstructions:
         """Decoders on rows as they are; the last one also on rows with the per-channel moments of clean features."""
-        if draws_rows(view.function):
-            raise NotGrantedError(
-                "its rows belong to no image, so no shadow function gives pairs of a row and its image"
-            )
-        shadows = [shadow(view, number) for number in range(view.budget.shadows)]
+        shadows: list[nn.Module] = []
         decoders, series = {}, {}
+        if draws_rows(view.function):  # of what changes rows one by one there is nothing to learn
+            _refuse_ungrouped(view)
+        else:
+            shadows = [shadow(view, number) for number in range(view.budget.shadows)]
         for m in _counts(len(shadows)):
             recipes = [asdict(shadow_recipe(number, view.budget.decoders, view.seed)) for number in range(m)]
             start, of = clean_decoder(view).state_dict(), union(view, shadows[:m])
@@ -78,8 +80,15 @@ class ShadowFunctions(Attack):
             small, inputs, facts = own_kind
             name, start = "A3 decoder for P's own kind", clean_decoder(view).state_dict()
             network = train_decoder(small, name, inputs, depends_on=facts, start=start, shape=view.feature_shape)
-            decoders[f"{len(shadows)} shadows of its own kind"] = decode(view, network)
+            decoders[f"{view.budget.shadows} shadows of its own kind"] = decode(view, network)
         return Reconstructions(decoders, series=series)
+
+
+def _refuse_ungrouped(view: ReleaseView) -> None:
+    """Where rows are drawn from several groups of a class, they say of an image to which it belongs; else nothing."""
+    stage = build_chain(view.function, FeatureSpec(view.feature_shape, view.non_negative)).stages[0]
+    if not isinstance(stage, Mixture) or stage.bounded or stage.groups == 1:
+        raise NotGrantedError("its rows belong to no image, so no shadow function gives pairs of a row and its image")
 
 
 def _counts(shadows: int) -> list[int]:

@@ -170,7 +170,7 @@ class LeakedMembership(Attack):
         """
         assert isinstance(view, LeakedFunction)
         function, space = _leaked(view), space_of(view)
-        mean, axes = function.learned["mean"], function.learned["axes"]
+        mean, axes = function.space.mean, function.space.axes
         seen = (space.components.features(space.public.numpy()) - mean) @ axes.T
         scale = seen.std(0).clamp_min(1e-6)
         public = Public(seen / scale, _labels(view, len(seen)), view.seed)

@@ -126,7 +126,7 @@ class Harness:
         if known not in self.made:
             ceiling, clean = self._ceiling(setting)
             guesses = baselines(grant(ReleaseView, self.clean, setting.of_clean), truth.of_clean)
-            scores = {name: score_pictures(truth, target.contributors, of) for name, of in guesses.items()}
+            scores = {name: score_pictures(truth, target.shown, of) for name, of in guesses.items()}
             _, baseline = best_of(scores)
             self.made[known] = References(baseline, ceiling, clean)
             announce(

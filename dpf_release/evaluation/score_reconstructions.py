@@ -87,7 +87,7 @@ def score_decoders(answer: Reconstructions, target: Target, truth: Truth) -> dic
     places, part = _answered(answer, truth)
 
     def score_of(pictures: Callable[[Rows], Tensor]) -> RowScores:
-        return score_pictures(part, target.contributors, lambda positions: pictures(places[positions]))
+        return score_pictures(part, target.shown, lambda positions: pictures(places[positions]))
 
     return {name: score_of(pictures) for name, pictures in answer.decoders.items()}
 

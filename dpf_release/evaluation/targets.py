@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -26,6 +25,7 @@ from dpf_release.core.arrays import Rows
 from dpf_release.errors import NotGrantedError
 from dpf_release.owner.workbench import Candidate, Workbench
 from dpf_release.poisoning.chain import Chain
+from dpf_release.poisoning.groups import Groups
 from dpf_release.poisoning.mixture import Mixture
 from dpf_release.poisoning.plan import Contributors, Plan
 
@@ -53,6 +53,8 @@ class Target:
     draws_rows: bool = False  # whether its rows belong to no image
     learned: Mapping[str, Tensor] = field(default_factory=dict)  # what a function that draws rows learned
     groups: int = 0  # of a class at the most, from whose statistics rows are drawn; 0: rows have no such groups
+    # of such a row, all images of its group: to name any of them is to name it; None: `contributors`
+    of_group: MadeOf | None = None
     bound_mu: float | None = None  # of the bound that it has on what its rows tell of a unit; None: it has none
     # rows of the clean bank, that drawn rows are asked about; None: all of `train`
     drawn_of: Rows | None = None
@@ -61,6 +63,11 @@ class Target:
     learned_secret: bool = True  # whether more than P's draws is secret; else whoever knows its name can do the same
     # The same pictures under another function, as they are released too, and a digest of that bank.
     second: Callable[[], tuple[HeldRows, str]] = _no_second
+
+    @property
+    def shown(self) -> MadeOf:
+        """The pictures of which a reconstruction of a row may show any."""
+        return self.of_group or self.contributors
 
     def foremost(self, rows: Rows) -> Rows:
         """The clean row that each of `rows` has the most of."""
@@ -88,7 +95,7 @@ def held(source: RowSource) -> HeldRows:
 def candidate_target(workbench: Workbench, candidate: Candidate) -> Target:
     """A candidate, as it lies on disk."""
     function, subject = candidate.function, candidate.index_sha256
-    chain = function.chain
+    chain, plans = function.chain, [function.plans[split] for split in RELEASED_SPLITS]
     mechanism = chain.mechanism("person" if workbench.group else "image")
 
     def second() -> tuple[HeldRows, str]:
@@ -99,12 +106,13 @@ def candidate_target(workbench: Workbench, candidate: Candidate) -> Target:
         candidate.name,
         held(candidate.rows),
         poison_with(chain, workbench.phi_2, subject),
-        made_of(candidate.rows, chain, [function.plans[split] for split in RELEASED_SPLITS]),
+        made_of(candidate.rows, chain, plans),
         subject,
         function=chain.spec,
         draws_rows=chain.draws_rows,
         learned=chain.state() if chain.draws_rows else {},
-        groups=0 if mechanism else groups_of(chain),
+        groups=groups_of(chain),
+        of_group=images_of_groups(candidate.rows, chain, plans) if groups_of(chain) > 1 else None,
         bound_mu=mechanism.mu if mechanism else None,
         learned_secret=chain.learned_secret,
         second=second,
@@ -113,8 +121,31 @@ def candidate_target(workbench: Workbench, candidate: Candidate) -> Target:
 
 def groups_of(chain: Chain) -> int:
     """How many groups of a class there are at the most, from whose statistics rows are drawn; 0: it does not say."""
+    groups = _groups_in(chain)
+    return 0 if groups is None else int(np.bincount(groups.label).max())
+
+
+def _groups_in(chain: Chain) -> Groups | None:
     stage = chain.stages[0]
-    return int(torch.bincount(stage.learned["label"]).max()) if isinstance(stage, Mixture) and not stage.bounded else 0
+    return stage.statistics if isinstance(stage, Mixture) and isinstance(stage.statistics, Groups) else None
+
+
+def images_of_groups(bank: Concat, chain: Chain, plans: Sequence[Sequence[Plan]]) -> MadeOf:
+    """Which images of `train` are in the group that each of its rows was drawn from; of rows of `val`, none."""
+    groups = _groups_in(chain)
+    assert groups is not None
+
+    def images(rows: Rows) -> Contributors:
+        found = [Contributors.nobody()]
+        for part, places, mine in bank.split(rows):
+            if part == 0:
+                there = [np.flatnonzero(groups.group == of) for of in plans[part][0].arrays["group"][mine]]
+                sizes = np.array(list(map(len, there)), np.int64)
+                members = np.concatenate(there)
+                found.append(Contributors(np.repeat(places, sizes), members, np.ones(len(members), np.int64)))
+        return Contributors(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+    return images
 
 
 # --------------------------------------------------------------------------------------------- the truth

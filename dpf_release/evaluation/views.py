@@ -133,7 +133,8 @@ def _leaked_function(target: Target, setting: Setting) -> dict[str, Any]:
 
 
 def _leaked_vault(target: Target, setting: Setting) -> dict[str, Any]:
-    _refuse_drawn(target)
+    if target.groups < 2:  # of several groups, rows say of an image to which it belongs
+        _refuse_drawn(target)
     return {"poison": target.poison}
 
 

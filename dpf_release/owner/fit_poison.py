@@ -30,6 +30,8 @@ from dpf_release.owner.train import TargetTask
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.chain import Chain, Plans, build_chain, draws_rows, fit_chain
 from dpf_release.poisoning.context import Material, Split
+from dpf_release.poisoning.groups import CANDIDATES
+from dpf_release.poisoning.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,19 @@ def _refuse_mistakes(project: Project) -> None:
             f'{section.function} needs φ2 to be fitted, and [model] classifier = "from-bank" trains that on the rows '
             'which it makes. Choose a function that draws rows, or set classifier = "trained".'
         )
+    _refuse_linkable(project, chain)
     refuse_overspending(project, chain.mechanism(unit_of(project)))
+
+
+def _refuse_linkable(project: Project, chain: Chain) -> None:
+    """Where rows of so many groups cannot pass the gate, it is said before they are drawn."""
+    stage, limit = chain.stages[0], project.config.gate.top1
+    if project.config.claims.linkage and isinstance(stage, Mixture) and stage.linkage() > limit:
+        raise ConfigError(
+            f"{project.config.poison.function}: whoever knows the groups names the image of a row, among {CANDIDATES} "
+            f"of its class, in {stage.linkage():.1%} of cases on average; [gate] top1 = {limit:g} is the limit of the "
+            f"claim linkage. Take at most {int(limit * CANDIDATES)} groups, set epsilon, or do not claim linkage."
+        )
 
 
 def _begin(vault: Vault, folder: Path, recipe: dict[str, Any], subject: dict[str, str], restart: bool) -> None:

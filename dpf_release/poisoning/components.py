@@ -14,7 +14,8 @@ from dpf_release.core.arrays import Rows
 
 Read = Callable[[Rows], NDArray[np.floating]]  # row numbers → (n, C, H, W)
 BATCH_NUMBERS = 2**26  # of features that are in memory together: 256 MiB
-SPARE, ROUNDS = 16, 3  # directions beyond those that are kept, and passes: as Halko, Martinsson and Tropp 2011 advise
+# Directions beyond those that are kept, and powers of the covariance (Halko, Martinsson and Tropp 2011 ask for 2).
+SPARE, ROUNDS = 16, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,6 @@ class Components:
     mean: Tensor  # (D,) of the public features, flattened; D = C·H·W
     axes: Tensor  # V, (K, D), orthonormal rows
     variances: Tensor  # (K,) of the public features along them, descending
-    share: float  # of the public features' variance that lies along them, 0 to 1
 
     def coordinates(self, read: Read, count: int) -> NDArray[np.float64]:
         """Of all rows, (count, K)."""
@@ -58,28 +58,17 @@ def principal_components(read: Read, count: int, size: int, kept: int, seed: int
     mean = sum((rows.sum(0) for rows in _batches(read, count, size)), torch.zeros(size)) / count
     generator = torch.Generator().manual_seed(seed)
     width = min(kept + SPARE, count, size)
-    axes = torch.linalg.qr(torch.randn(size, width, generator=generator)).Q  # (D, K + 16)
-    total = 0.0
+    axes = torch.randn(size, width, generator=generator)
     for _ in range(ROUNDS + 1):
-        image, total = torch.zeros(size, width), 0.0
+        axes = torch.linalg.qr(axes).Q  # (D, K + 16)
+        image = torch.zeros(size, width)
         for rows in _batches(read, count, size):
             centred = rows - mean
             image += centred.T @ (centred @ axes)  # covariance times axes
-            total += float(centred.square().sum())
-        axes = torch.linalg.qr(image).Q
-    return _aligned(read, count, mean, axes, kept, total)
-
-
-def _aligned(read: Read, count: int, mean: Tensor, axes: Tensor, kept: int, total: float) -> Components:
-    """The principal axes within a subspace."""
-    within = torch.zeros(axes.shape[1], axes.shape[1], dtype=torch.float64)
-    for rows in _batches(read, count, len(mean)):
-        seen = ((rows - mean) @ axes).double()
-        within += seen.T @ seen
-    variances, turn = torch.linalg.eigh(within / count)
+        before, axes = axes, image
+    variances, turn = torch.linalg.eigh((before.T.double() @ image.double()) / count)
     order = variances.argsort(descending=True)[:kept]
-    found = variances[order].clamp_min(1e-12)
-    return Components(mean, (axes @ turn[:, order].float()).T.contiguous(), found, float(found.sum()) * count / total)
+    return Components(mean, (before @ turn[:, order].float()).T.contiguous(), variances[order].clamp_min(1e-12))
 
 
 def _batches(read: Read, count: int, size: int) -> Iterator[Tensor]:

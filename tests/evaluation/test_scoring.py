@@ -16,6 +16,7 @@ from torch import Tensor
 import dpf_release.attacks
 from dpf_release.attacks.interface import Reconstructions
 from dpf_release.attacks.threat_models import HeldRows
+from dpf_release.bank.rows import Concat
 from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.score_reconstructions import score_reconstructions
 from dpf_release.evaluation.scoring import (
@@ -28,12 +29,16 @@ from dpf_release.evaluation.scoring import (
     share_interval,
     way_of,
 )
-from dpf_release.evaluation.targets import Target, Truth, bins_of, draw_pools
+from dpf_release.evaluation.targets import Target, Truth, bins_of, draw_pools, groups_of, images_of_groups
 from dpf_release.evaluation.verdicts import Criterion, judge, re_identification_limit
 from dpf_release.models.metrics import ssim
 from dpf_release.owner.config import GateSection
-from dpf_release.poisoning.plan import Contributors
+from dpf_release.poisoning.chain import build_chain
+from dpf_release.poisoning.groups import Groups
+from dpf_release.poisoning.mixture import Mixture
+from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
 from dpf_release.release.attack_report import Interval, Power
+from rows_in_memory import rows_of
 
 POOL, CLASSES = 60, 2
 
@@ -383,3 +388,27 @@ def test_a_row_of_nobody_is_judged_by_its_match_and_recognised_as_no_one() -> No
     assert not of_nobody.own.any()
     assert of_themselves.own.all()
     assert (of_nobody.guess == 0).all()
+
+
+def test_of_a_row_from_a_group_any_image_of_the_group_counts_and_a_guess_finds_its_share() -> None:
+    group, none = np.arange(POOL * CLASSES) // 15, np.empty((0, 0), np.float32)
+    chain = build_chain("mixture:epsilon=inf", FeatureSpec((3, 2, 2), True))
+    stage = chain.stages[0]
+    assert isinstance(stage, Mixture)
+    stage.statistics = Groups(none, none, none, none, none, np.arange(8) // 4, np.full(8, 15), group)  # type: ignore[arg-type]
+    bank = Concat([rows_of(LABELS)])
+    alike = images_of_groups(bank, chain, [[Plan(bytes(32), {"group": group})]])
+
+    def neighbour(positions: Rows) -> Tensor:
+        rows = TRUTH.asked[positions]
+        return ORIGINALS[torch.from_numpy(rows // 15 * 15 + (rows + 1) % 15)].float() / 255
+
+    assert groups_of(chain) == 4
+    found = score_pictures(TRUTH, alike, neighbour)
+    assert found.own.all()
+    assert np.allclose(found.guess, 15 / POOL)
+    limit = re_identification_limit(TRUTH.sizes, 0.05, found.guess)
+    assert limit == pytest.approx(0.05 * 200 / POOL + 14 / POOL)
+    assert not score_pictures(TRUTH, itself, neighbour).own.any()  # the control: it is another image
+    stranger = score_pictures(TRUTH, alike, lambda positions: neighbour((positions + 15) % len(TRUTH.asked)))
+    assert stranger.own.mean() < 0.5  # and a picture of another group does not count

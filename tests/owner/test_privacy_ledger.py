@@ -273,3 +273,13 @@ def test_without_report_is_refused_where_no_bound_is_there(project_folder: Path)
         package(opened(project_folder), without_report=True)
     assert privacy(opened(project_folder)).unbounded == ("shapes 1.0.0",)
     assert json.loads((project_folder / "vault/ledger.json").read_text())[0].get("fit") is None
+
+
+def test_groups_that_cannot_pass_the_gate_are_refused_before_anything_is_fitted(drawn_folder: Path) -> None:
+    claimed = {"claims__linkage": True, "poison__function": "mixture:epsilon=inf,groups=11"}
+    with pytest.raises(ConfigError, match=r"5\.5% of cases on average.*at most 10 groups"):
+        fit_poison(opened(drawn_folder, **claimed), name="groups")
+    allowed = (claimed | {"poison__function": "mixture:epsilon=inf,groups=10"}, claimed | {"claims__linkage": False})
+    for number, options in enumerate(allowed):  # the control: these go on, to find too few images
+        with pytest.raises(ConfigError, match="expected 50 images of each class"):
+            fit_poison(opened(drawn_folder, **options), name=f"groups-{number}")

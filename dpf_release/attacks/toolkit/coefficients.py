@@ -101,7 +101,7 @@ def space_of(view: ReleaseView, *, after_relu: bool = False) -> Space:
     if tensors is None:
         tensors = _computed(view, count, kept, after_relu)
         view.kept.save(name, view.subject, tensors)
-    components = Components(tensors["mean"], tensors["axes"], tensors["variances"], float(tensors["share"]))
+    components = Components(tensors["mean"], tensors["axes"], tensors["variances"])
     size = len(components.mean)
     units = np.random.default_rng([view.seed, 13]).permutation(size)[: max(UNITS, 8 * kept)]
     rectified = view.before_relu is not None and not after_relu
@@ -128,5 +128,4 @@ def _computed(view: ReleaseView, count: int, kept: int, after_relu: bool) -> dic
 
     found = principal_components(read, count, int(np.prod(view.feature_shape)), kept)
     public = torch.from_numpy(found.coordinates(read, count)).float()
-    share = torch.tensor(found.share, dtype=torch.float64)
-    return {"mean": found.mean, "axes": found.axes, "variances": found.variances, "share": share, "public": public}
+    return {"mean": found.mean, "axes": found.axes, "variances": found.variances, "public": public}

@@ -19,10 +19,10 @@ from dpf_release.attacks.threat_models import HeldPictures, HeldRows, ReleaseVie
 from dpf_release.attacks.toolkit.decoder import DECODERS, LEARNING_RATE, VALIDATION_PICTURES, Inputs, clean_decoder
 from dpf_release.attacks.toolkit.poisoned_public import Poison
 from dpf_release.attacks.toolkit.trained import freeze_on, recipe_for, seeded
-from dpf_release.bank.rows import ComputedRows
+from dpf_release.bank.rows import ComputedRows, Select
 from dpf_release.core.arrays import Rows
 from dpf_release.models.training import Recipe
-from dpf_release.poisoning.chain import Chain, build_chain, fit_chain
+from dpf_release.poisoning.chain import Chain, build_chain, draws_rows, fit_chain
 from dpf_release.poisoning.context import Material, Split
 from dpf_release.poisoning.objective import Adversaries, TaskLoss
 from dpf_release.poisoning.plan import FeatureSpec
@@ -96,6 +96,9 @@ def _material(
     view: ReleaseView, name: str, recipe: ShadowRecipe, training: Recipe, rows: int, subject: Mapping[str, Any]
 ) -> Material:
     train, scale = _labelled(view, view.public, rows), None
+    others = train
+    if draws_rows(recipe.function):  # as the owner's S and Q, the attacker's two share no image
+        train, others = (_part(train, numbers) for numbers in np.array_split(np.arange(rows), 2))
     if view.task == "regression":  # standard deviations of the targets: those of φ2's answers on Q
         count = min(len(view.public), MOMENT_PICTURES)
         scale = _answers(view, view.public, count).std(dim=0, correction=0) + 1e-6
@@ -106,7 +109,7 @@ def _material(
         task=TaskLoss(scale),
         train=train,
         val=_labelled(view, view.public_val, min(len(view.public_val), VALIDATION_PICTURES)),
-        public=train,
+        public=others,
         outputs=_answers(view, view.public, 1).shape[1],
         adversaries=lambda: Adversaries({"psi": clean_decoder(view, recipe.straw_man)}),
         objective=recipe.objective,
@@ -126,6 +129,10 @@ def _labelled(view: ReleaseView, held: HeldPictures, count: int) -> Split:
     labels = answers if view.task == "regression" else answers.argmax(1)
     rows = ComputedRows(labels.numpy(), lambda rows: view.features_of(held, rows).cpu().numpy())
     return Split(rows, held.read)
+
+
+def _part(split: Split, numbers: Rows) -> Split:
+    return Split(Select(split.rows, numbers), lambda rows: split.images(numbers[rows]))
 
 
 def _answers(view: ReleaseView, held: HeldPictures, count: int) -> Tensor:
