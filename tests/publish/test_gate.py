@@ -35,6 +35,7 @@ from dpf_release.release.attack_report import AttackReport, AttackResult, Interv
 from dpf_release.release.contents import verify_deep
 from dpf_release.release.manifest import ATTACK_REPORT, Manifest, describe_files, write_manifest
 from dpf_release.release.verify import read_manifest
+from in_process import _structure_in_process  # noqa: F401  # for all tests here
 
 REASON = "For a workshop of ten, who signed for it."
 FOUND = Interval(value=0.012345678, low=-0.000001, high=0.03)

@@ -41,6 +41,7 @@ from dpf_release.publish.inspect import inspect
 from dpf_release.publish.leaks.private_facts import private_facts
 from dpf_release.publish.package import package
 from dpf_release.release.verify import verify
+from in_process import _structure_in_process  # noqa: F401  # for all tests here
 from places import ROOT
 
 pyrage = age.load_pyrage()

@@ -41,6 +41,7 @@ from dpf_release.publish.inspect import inspect
 from dpf_release.release.manifest import MANIFEST, SUMS
 from dpf_release.release.signing import new_key
 from dpf_release.release.verify import Problem
+from in_process import _structure_in_process  # noqa: F401  # for all tests here
 from places import ROOT
 from small_releases import HOSTILE, list_anew
 
