@@ -288,9 +288,9 @@ def test_an_accepted_risk_publishes_without_the_claims_and_says_why(project_fold
     assert package(Project.open(project_folder / "dpf.toml")).claims.made == ()
     config = project_folder / "dpf.toml"
     config.write_text(config.read_text().replace("reconstruction = false", "reconstruction = true"))
-    refused = run_cli("package", folder=project_folder)
-    assert refused.returncode == 3
-    assert "no attack was run on this bank" in refused.stderr
+    with pytest.raises(RefusedError, match="no attack was run on this bank") as refused:
+        package(Project.open(config))
+    assert refused.value.exit_code == 3
     done = run_cli("package", "--accept-risk", REASON, folder=project_folder)
     assert "Claims made: none. Claims not made: reconstruction, linkage, attribute." in done.stdout, done.stderr
     assert "No attack battery was run on it." in done.stdout
