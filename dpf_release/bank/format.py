@@ -169,12 +169,12 @@ def check_shard(shard: h5py.File, path: Path, header: BankIndex, split: str, row
 
 
 def _differences(shard: h5py.File, path: Path, header: BankIndex, split: str, rows: int) -> list[str]:
-    size, expected, problems = path.stat().st_size, header.members(rows), []
-    if set(shard) != set(expected):
-        problems.append(f"expected the members {sorted(expected)}, found {sorted(shard)}")
+    size, expected, members, problems = path.stat().st_size, header.members(rows), set(shard), []
+    if members != set(expected):
+        problems.append(f"expected the members {sorted(expected)}, found {sorted(members)}")
     for member, (dtype, shape) in expected.items():
         # Links are looked at before they are followed: one that leaves the file could read any file here.
-        if member not in set(shard):
+        if member not in members:
             continue
         if not isinstance(shard.get(member, getlink=True), h5py.HardLink):
             problems.append(f"/{member} is a link")

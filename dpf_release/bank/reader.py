@@ -213,7 +213,7 @@ class FeatureBank:
             rows = np.arange(start, min(start + size, len(self)))
             yield rows, self.read(rows)
 
-    def _shard(self, number: int) -> _OpenShard:
+    def _shard(self, number: int, *, checked: bool = False) -> _OpenShard:
         if self._pid != os.getpid():  # a handle belongs to the process that opened it
             self._open, self._offsets, self._pid = {}, {}, os.getpid()
         opened = self._open  # of this thread from here on: another may put a shard out meanwhile
@@ -221,14 +221,14 @@ class FeatureBank:
         if shard is None:
             while len(opened) >= MAX_OPEN_SHARDS:
                 opened.pop(list(opened)[0], None)
-            shard = opened[number] = self._opened(number)
+            shard = opened[number] = self._opened(number, checked)
         return shard
 
-    def _opened(self, number: int) -> _OpenShard:
+    def _opened(self, number: int, checked: bool) -> _OpenShard:
         record = self._shards[number]
         path = self.folder / record.file
         if number not in self._offsets:  # once it was checked there is no need of HDF5
-            with self._checked(number):
+            with contextlib.nullcontext() if checked else self._checked(number):
                 layout = read_layout(path)
             if self.index.compression == "gzip":
                 stored, most = layout.rows.get("features"), self.index.row_bytes
@@ -254,8 +254,8 @@ class FeatureBank:
         dtype, shape = self.index.members(0)[member]
         parts: list[NDArray[Any]] = [np.empty(shape, dtype)]
         for number in range(len(self._shards)):
-            self._shard(number)  # whose labels are taken must be whole
             with self._checked(number) as file:
+                self._shard(number, checked=True)  # whose labels are taken must be whole
                 try:
                     parts.append(file[member][:])
                 except HDF5_ERRORS as error:

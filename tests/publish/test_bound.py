@@ -30,6 +30,7 @@ from dpf_release.release.attack_report import AttackReport, AttackResult, Interv
 from dpf_release.release.contents import verify_deep
 from dpf_release.release.manifest import ATTACK_REPORT, Manifest, describe_files, write_manifest
 from dpf_release.release.verify import parse_manifest, read_manifest, verify
+from in_process import _structure_in_process  # noqa: F401  # for all tests here
 
 CONDITION = "φ1 was never trained on these images, and φ2 was trained on the drawn rows alone"
 NO_BOUND = (

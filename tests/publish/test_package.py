@@ -29,6 +29,7 @@ from dpf_release.release import contents as structure
 from dpf_release.release.child_process import run_limited
 from dpf_release.release.manifest import Manifest, describe_files, write_manifest
 from dpf_release.release.verify import read_manifest, verify
+from in_process import _structure_in_process  # noqa: F401  # for all tests here
 from small_banks import fill
 from small_releases import list_anew
 

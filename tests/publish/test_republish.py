@@ -21,6 +21,7 @@ from dpf_release.owner.project import Project
 from dpf_release.publish import package as package_module
 from dpf_release.publish.package import package
 from dpf_release.release.verify import verify
+from in_process import _structure_in_process  # noqa: F401  # for all tests here
 
 REASON = "The first function broke; all copies of its release were destroyed."
 

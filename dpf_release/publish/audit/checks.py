@@ -17,14 +17,14 @@ from dpf_release.bank.format import INDEX, read_index
 from dpf_release.core.files import sha256_of
 from dpf_release.core.privacy import composed, epsilon_of
 from dpf_release.errors import VaultError, VerificationError
-from dpf_release.owner.fitted import load_function
+from dpf_release.owner.fitted import FittedFunction, load_function
 from dpf_release.owner.privacy import fits_of
 from dpf_release.owner.vault.contents import OPENED
 from dpf_release.owner.vault.ledger import releases
 from dpf_release.owner.vault.permissions import problem_of, refuse_tracked
 from dpf_release.publish.audit.engine import Check, Finding, NotRunError, Subject
 from dpf_release.publish.leaks.drawn import source_order, telling_ids
-from dpf_release.publish.leaks.findings import Sources
+from dpf_release.publish.leaks.findings import Sources, public_banks
 from dpf_release.publish.leaks.near_rows import SAME_ROW_COSINE
 from dpf_release.publish.leaks.private_facts import drawn_ids, private_rows
 from dpf_release.publish.leaks.tensors import private_tensors
@@ -153,28 +153,39 @@ def _rows(subject: Subject) -> list[Problem]:
     theirs = read_index(vault.opened(vault.features, INDEX))
     if (theirs.featurizer_sha256, theirs.feature_shape) != (index.featurizer_sha256, index.feature_shape):
         raise NotRunError("the vault's φ1(S) is of another featurizer: comparing with it would say nothing")
-    return private_rows(subject.release, subject.owners, _function(subject))
+    return private_rows(public_banks(subject.release), subject.owners, _function(subject))
 
 
-def _function(subject: Subject) -> str | None:
-    """The name of the fitted function that made the release; None where the vault no longer has it."""
+def _function(subject: Subject) -> FittedFunction | None:
+    """The fitted function that made the release; None where the vault no longer has it."""
     digest = sha256_of(subject.release / MANIFEST)
     for entry in releases(subject.owners.vault):
         if entry["manifest_sha256"] == digest:
             with contextlib.suppress(VaultError):
-                if load_function(subject.owners, entry["function"]).digest == entry["function_digest"]:
-                    return str(entry["function"])
+                function = load_function(subject.owners, entry["function"])
+                if function.digest == entry["function_digest"]:
+                    return function
     return None
 
 
 def _ids(subject: Subject) -> list[Problem]:
     sources, digest = _sources(subject), sha256_of(subject.release / MANIFEST)
-    drawn = drawn_ids(subject.owners, _function(subject))
+    drawn = drawn_ids(_function(subject))
     if drawn is None and any(
         entry["manifest_sha256"] == digest and entry.get("drawn") for entry in releases(subject.owners.vault)
     ):
         drawn = {}  # the function is no longer in the vault
-    return telling_ids(subject.release, sources, drawn)
+    return telling_ids(public_banks(subject.release), sources, drawn)
+
+
+def _order(subject: Subject) -> list[Problem]:
+    sources = _sources(subject)
+    return source_order(public_banks(subject.release), sources)
+
+
+def _tensors(subject: Subject) -> list[Problem]:
+    vault = subject.comparable.vault
+    return private_tensors(subject.release, vault, public_banks(subject.release))
 
 
 def _sources(subject: Subject) -> Sources:
@@ -312,7 +323,7 @@ CHECKS: tuple[Check, ...] = (
         "No public tensor or row equals one of P, ψ or another private member of the vault.",
         "A tensor that was changed, if only by its last bit in float16.",
         "Take the release down: with P, or enough of it, the poisoning is undone.",
-        lambda subject: private_tensors(subject.release, subject.comparable.vault),
+        _tensors,
         (*WEIGHTS, *BANK),
     ),
     Check(
@@ -329,7 +340,7 @@ CHECKS: tuple[Check, ...] = (
         "steps through it.",
         "Orders by something else than the image table; other orders that can be reckoned.",
         "Take the release down, and write the features anew with `dpf-release featurize --restart`.",
-        lambda subject: source_order(subject.release, _sources(subject)),
+        _order,
         ("shard",),
     ),
     Check(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from dpf_release.bank.format import ID_BYTES, SplitName
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.arrays import Rows
 from dpf_release.images.table import ImageTable
-from dpf_release.publish.leaks.findings import Sources, public_banks
+from dpf_release.publish.leaks.findings import Sources
 from dpf_release.release.verify import Problem
 
 CHANCE = 1e-6  # how often truly random ids, or a bank in truly random order, may be refused
@@ -26,7 +26,7 @@ _NAMESPACES = (uuid.NAMESPACE_DNS, uuid.NAMESPACE_URL, uuid.NAMESPACE_OID, uuid.
 
 
 def telling_ids(
-    release: Path, sources: Sources, drawn: Mapping[SplitName, NDArray[np.uint8]] | None = None
+    banks: Sequence[FeatureBank], sources: Sources, drawn: Mapping[SplitName, NDArray[np.uint8]] | None = None
 ) -> list[Problem]:
     """Ids that the vault's `ids.csv` does not have in this order, that come twice, are not random or are derived.
 
@@ -37,7 +37,6 @@ def telling_ids(
     path or row of the image; for some rows of each split, also the digest of its file.
     """
     problems, seen = [], 0
-    banks = public_banks(release)
     for bank in banks:
         path, positions = f"features/{bank.split}", sources.positions(bank)
         seen += len(bank)
@@ -116,7 +115,7 @@ def _digests(data: bytes) -> Iterator[bytes]:
     yield hashlib.blake2s(data, digest_size=ID_BYTES).digest()
 
 
-def source_order(release: Path, sources: Sources) -> list[Problem]:
+def source_order(banks: Sequence[FeatureBank], sources: Sources) -> list[Problem]:
     """Splits whose rows stand in an order that goes with the order of the image table, as a whole or in a class.
 
     Spearman's rank correlation ρ of n rows in random order has the mean 0 and the variance 1 / (n - 1); its tail is
@@ -125,7 +124,7 @@ def source_order(release: Path, sources: Sources) -> list[Problem]:
     same step of the source too often.
     """
     problems = []
-    for bank in public_banks(release):
+    for bank in banks:
         rows = sources.table_rows(bank)
         known = np.flatnonzero(rows >= 0)
         targets = bank.targets[known]

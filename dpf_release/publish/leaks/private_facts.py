@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,36 +39,36 @@ def private_facts(release: Path, project: Project, name: str | None = None) -> l
         VerificationError: the release has no manifest, or a text is longer than any of a release.
         WeightsError: a safetensors file is damaged.
     """
-    sources = Sources.of(project.vault, project.private_table)
+    sources, public = Sources.of(project.vault, project.private_table), public_banks(release)
+    function = None if name is None else load_function(project, name)
     return [
         *private_words(release, project, sources),
-        *private_tensors(release, project.vault),
-        *telling_ids(release, sources, drawn_ids(project, name)),
-        *source_order(release, sources),
-        *private_rows(release, project, name),
+        *private_tensors(release, project.vault, public),
+        *telling_ids(public, sources, drawn_ids(function)),
+        *source_order(public, sources),
+        *private_rows(public, project, function),
     ]
 
 
-def drawn_ids(project: Project, name: str | None) -> dict[SplitName, NDArray[np.uint8]] | None:
+def drawn_ids(function: FittedFunction | None) -> dict[SplitName, NDArray[np.uint8]] | None:
     """The ids, (n, 16), that a function drew for its rows; None: its rows are those of images, or it is not known."""
-    function = None if name is None else load_function(project, name)
     if function is None or not function.chain.draws_rows:
         return None
     return {split: function.plans[split][0].arrays["ids"] for split in RELEASED_SPLITS}
 
 
-def private_rows(release: Path, project: Project, name: str | None = None) -> list[Problem]:
-    """Public rows that are as good as equal to a row of φ1(S); `name` as of `private_facts`.
+def private_rows(
+    public: Sequence[FeatureBank], project: Project, function: FittedFunction | None = None
+) -> list[Problem]:
+    """Public rows that are as good as equal to a row of φ1(S); `function` made them, None where it is not known.
 
     Raises:
         BankError: a bank, public or private, is not whole.
-        VaultError: the vault has no function of that name, or its φ1(S) has rows of another shape.
+        VaultError: the vault's φ1(S) has rows of another shape.
     """
     features = project.vault.opened(project.vault.features, *BANK)
     private = [FeatureBank(features, split) for split in read_index(features).splits]
-    function = None if name is None else load_function(project, name)
     contributors = partial(_contributors, function) if function and function.chain.mixing_stages() else None
-    public = public_banks(release)
     if {bank.shape for bank in public} - {bank.shape for bank in private}:
         raise VaultError(
             f"expected a release of rows of {private[0].shape}, as the vault's are, found {public[0].shape}: it was "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dpf_release.bank.reader import FeatureBank
 from dpf_release.errors import WeightsError
 from dpf_release.models.weights import load_state
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.publish.leaks.findings import public_banks, public_files, shard_of
+from dpf_release.publish.leaks.findings import public_files, shard_of
 from dpf_release.release.verify import Problem
 
 LEAST_VALUES = 1024
 
 
-def private_tensors(release: Path, vault: Vault) -> list[Problem]:
+def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -> list[Problem]:
     """Public tensors that equal one of the vault's, Φ's own excepted, and public rows that do.
 
     Equal: as canonical float16, flattened, so in whatever shape and type. Tensors of fewer than 1,024 values, and
@@ -48,7 +49,7 @@ def private_tensors(release: Path, vault: Vault) -> list[Problem]:
             for key, digest, _ in _digests(release / path)
             if digest in private
         ]
-    for bank in public_banks(release):
+    for bank in banks:
         if int(np.prod(bank.shape)) in sizes:
             for rows, features in bank.batches(64):
                 for row, values in zip(rows, torch.from_numpy(features), strict=True):

@@ -12,6 +12,7 @@ import re
 import subprocess
 import unicodedata
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -258,13 +259,17 @@ def _addresses(folder: Path) -> list[str]:
     return [address for line in done.stdout.splitlines() for address in line.split()[1:]]
 
 
+@cache
+def _schemas() -> list[str]:
+    return [json.dumps(schema.model_json_schema()) for schema in (Manifest, ModelRecord, BankIndex, AttackReport)]
+
+
 def _fixed_texts(project: Project) -> Iterator[str]:
     """What every release says, and what this owner chose to: classes, targets, their unit, names of weights."""
     yield fixed_card_text()
     yield from (MANIFEST, SUMS, "sha256sums", json.dumps(CONTEXT))
     yield from (pattern.replace("\\", "") for pattern in ROLES)
-    for schema in (Manifest, ModelRecord, BankIndex, AttackReport):
-        yield json.dumps(schema.model_json_schema())
+    yield from _schemas()
     yield from public_architectures()
     yield from (attack.title for attack in registered())
     spec = FeatureSpec(project.cut.record.feature_shape, project.cut.split.non_negative)

@@ -20,7 +20,7 @@ from typer.main import get_command
 from bare_banks import files_with
 from conftest import killed, run_cli
 from dpf_release.bank.reader import FeatureBank
-from dpf_release.cli import owner as cli
+from dpf_release.cli import main as cli
 from dpf_release.core.files import sha256_of
 from dpf_release.core.locks import locked
 from dpf_release.errors import ConfigError, DPFReleaseError, StorageError, VaultError
@@ -41,6 +41,7 @@ from dpf_release.publish.inspect import inspect
 from dpf_release.publish.leaks.private_facts import private_facts
 from dpf_release.publish.package import package
 from dpf_release.release.verify import verify
+from in_process import _structure_in_process  # noqa: F401  # for all tests here
 from places import ROOT
 
 pyrage = age.load_pyrage()
@@ -493,9 +494,10 @@ def test_what_a_killed_run_had_opened_goes_at_the_next_start(
     with pytest.raises(VaultError, match="is sealed"):
         package(opened(sealed_folder))  # it does not even need the key
     assert in_the_clear(vault) == []
-    write_candidate(opened(sealed_folder, key))
-    measure(opened(sealed_folder, key))
-    package(opened(sealed_folder, key))
+    project = opened(sealed_folder, key)
+    write_candidate(project)
+    measure(project)
+    package(project)
     assert private(sealed_folder / "release") == release
     assert in_the_clear(vault) == []
 
@@ -754,7 +756,7 @@ def assert_nothing_clear(vault: Path) -> None:
 
 
 KILLED_IN_A_RETRACTION = [  # the step before which it is killed, and whether all is done then
-    (("os.rename", ".h5.partial", 20), False),  # the vault is being opened, or a shard written
+    (("os.rename", ".h5.partial", 8), False),  # the vault is being opened, or a shard written
     (("os.rename", ".age.partial", 2), False),  # what changed is being sealed
     (("os.rename", ".staged/sealed.json.partial", 1), False),  # all is sealed, and that is not noted
     (("os.rename", ".age", 1), True),  # it is noted

@@ -31,6 +31,7 @@ from dpf_release.core.files import sha256_of
 from dpf_release.errors import BankError, RefusedError
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.fit_poison import fit_poison
+from dpf_release.owner.fitted import load_function
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
@@ -47,12 +48,14 @@ from dpf_release.publish.leaks.drawn import (
     source_order,
     telling_ids,
 )
-from dpf_release.publish.leaks.findings import Sources
+from dpf_release.publish.leaks.findings import Sources, public_banks
 from dpf_release.publish.leaks.near_rows import find_near_rows
 from dpf_release.publish.leaks.private_facts import private_facts, private_rows
 from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.leaks.text import private_words
 from dpf_release.publish.package import package
+from dpf_release.release.verify import Problem
+from in_process import _structure_in_process  # noqa: F401  # for all tests here
 from small_banks import fill
 from small_releases import list_anew
 
@@ -66,6 +69,10 @@ def said(folder: Path) -> list[str]:
 
 def sources_of(project: Project) -> Sources:
     return Sources.of(project.vault, project.private_table)
+
+
+def tensors_told(release: Path, project: Project) -> list[Problem]:
+    return private_tensors(release, project.vault, public_banks(release))
 
 
 def write_card(folder: Path, text: str) -> None:
@@ -233,26 +240,31 @@ IN_A_SHARD: dict[str, Callable[[h5py.File], Any]] = {
 }
 
 
-@pytest.mark.parametrize("where", IN_A_SHARD)
-def test_a_name_in_a_shard_has_no_place_to_be(project_folder: Path, where: str) -> None:
+def test_a_name_in_a_shard_has_no_place_to_be(project_folder: Path) -> None:
     release, candidate = project_folder / "release", project_folder / "vault" / "candidates" / "default"
     project, owners = Project.open(project_folder / "dpf.toml"), project_of(project_folder / "vault")
     _change(candidate, lambda shard: None)  # the control: written to, and nothing more in it
     package(project)
     assert audit(release, owners).findings == ()
-    _change(candidate, IN_A_SHARD[where])
-    with pytest.raises(RefusedError, match=r"\n  structure: features/train/shard-00000\.h5: "):
-        package(project)
-    with h5py.File(release / "features" / "train" / "shard-00000.h5", "r+") as shard:
-        IN_A_SHARD[where](shard)
-    with pytest.raises(BankError):  # whoever does not look at the structure first
-        private_facts(release, project, "default")
-    list_anew(release)
-    found = {(finding.kind, finding.path) for finding in audit(release, owners).findings}
-    assert ("structure", "features/train/shard-00000.h5") in found
-    (release / "notes.txt").touch()
-    found = {finding.kind for finding in audit(release, owners).findings}
-    assert found == {"unexpected", "unknown release", "structure"}
+    places = (candidate, release, project.vault.function("default"))
+    good = [Path(shutil.copytree(place, project_folder / f"good-{n}")) for n, place in enumerate(places)]
+    for where, put in IN_A_SHARD.items():
+        for place, copy in zip(places, good, strict=True):
+            shutil.rmtree(place)
+            shutil.copytree(copy, place)
+        _change(candidate, put)
+        with pytest.raises(RefusedError, match=r"\n  structure: features/train/shard-00000\.h5: "):
+            package(project)
+        with h5py.File(release / "features" / "train" / "shard-00000.h5", "r+") as shard:
+            put(shard)
+        with pytest.raises(BankError):  # whoever does not look at the structure first
+            private_facts(release, project, "default")
+        list_anew(release)
+        found = {(finding.kind, finding.path) for finding in audit(release, owners).findings}
+        assert ("structure", "features/train/shard-00000.h5") in found, where
+        (release / "notes.txt").touch()
+        found = {finding.kind for finding in audit(release, owners).findings}
+        assert found == {"unexpected", "unknown release", "structure"}, where
 
 
 def test_a_source_that_is_no_longer_there_is_still_not_named(project_folder: Path) -> None:
@@ -322,7 +334,7 @@ def test_a_stray_file_is_a_finding_and_is_not_opened(project_folder: Path, what:
     (release / name).unlink()
     weights = release / "model" / "classifier.safetensors"  # the control: what the manifest lists is read
     weights.write_bytes(function.read_bytes())
-    assert {problem.kind for problem in private_tensors(release, project.vault)} == {"private tensor"}
+    assert {problem.kind for problem in tensors_told(release, project)} == {"private tensor"}
 
 
 def test_the_list_of_ids_is_read_once(project_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,8 +345,8 @@ def test_the_list_of_ids_is_read_once(project_folder: Path, monkeypatch: pytest.
     assert private_facts(project_folder / "release", project, "default") == []
     assert len(reads) == 1
     assert (
-        telling_ids(project_folder / "release", sources_of(project))
-        == source_order(project_folder / "release", sources_of(project))
+        telling_ids(public_banks(project_folder / "release"), sources_of(project))
+        == source_order(public_banks(project_folder / "release"), sources_of(project))
         == []
     )
     assert len(reads) == 3  # the control: alone, each reads them
@@ -364,11 +376,12 @@ def largest(path: Path) -> torch.Tensor:
 def test_a_private_tensor_among_the_public_weights_is_found(project_folder: Path, wrap: str) -> None:
     vault, weights = project_folder / "vault", project_folder / "release" / "model" / "featurizer.safetensors"
     project, public = Project.open(project_folder / "dpf.toml"), tensors_of(weights)
-    for source in ("functions/default/state.safetensors", "reconstructors/px2s2.safetensors"):
+    (straw_man,) = (vault / "reconstructors").glob("*.safetensors")
+    for source in ("functions/default/state.safetensors", f"reconstructors/{straw_man.name}"):
         tensor = largest(vault / source)
         assert tensor.numel() >= 1024
         save_file(public | {"bn1.extra": WRAPS[wrap](tensor).contiguous()}, weights)
-        (problem,) = private_tensors(project_folder / "release", project.vault)
+        (problem,) = tensors_told(project_folder / "release", project)
         assert (problem.kind, problem.path) == ("private tensor", "model/featurizer.safetensors")
         assert source in problem.detail
         changed = tensor.clone()
@@ -377,7 +390,7 @@ def test_a_private_tensor_among_the_public_weights_is_found(project_folder: Path
         save_file(public | {"changed": changed, "constant": constant, "few": tensor.flatten()[:1000].clone()}, weights)
         more = {"constant": constant, "few": tensor.flatten()[:1000].clone()}
         save_file(more, vault / "network" / "more.safetensors")
-        assert private_tensors(project_folder / "release", project.vault) == []
+        assert tensors_told(project_folder / "release", project) == []
 
 
 def test_a_public_row_that_is_a_private_tensor_is_found(project_folder: Path) -> None:
@@ -386,9 +399,9 @@ def test_a_public_row_that_is_a_private_tensor_is_found(project_folder: Path) ->
     row = torch.from_numpy(bank.read([1])).float()
     assert row.numel() >= 1024
     save_file({"one": row + 1}, project_folder / "vault" / "functions" / "default" / "mask.safetensors")
-    assert private_tensors(release, project.vault) == []
+    assert tensors_told(release, project) == []
     save_file({"one": row}, project_folder / "vault" / "functions" / "default" / "mask.safetensors")
-    assert [problem.path for problem in private_tensors(release, project.vault)] == ["features/val/shard-00000.h5"]
+    assert [problem.path for problem in tensors_told(release, project)] == ["features/val/shard-00000.h5"]
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -541,7 +554,7 @@ def test_a_recombined_release_is_compared_with_all_that_is_in_its_rows(
     package(project, "mixed", second_function="for a test")
     monkeypatch.setattr(near_rows, "PROJECTED_COSINE", 2.0)
     release = project_folder / "release"
-    assert private_rows(release, project, "mixed") == []
+    assert private_rows(public_banks(release), project, load_function(project, "mixed")) == []
     # A row with all of a contributor's pieces in it is that contributor.
     pieces = load_file(project.vault.function("mixed") / "plan.safetensors")["val/0/pieces"].numpy()
     own = np.arange(len(pieces))
@@ -551,8 +564,10 @@ def test_a_recombined_release_is_compared_with_all_that_is_in_its_rows(
     with h5py.File(shard, "r+") as file:
         assert row < len(file["features"])
         file["features"][row] = project.private_bank("val").read([other])[0]
-    assert private_rows(release, project) == []  # the control: without the function nobody knows
-    assert [problem.path for problem in private_rows(release, project, "mixed")] == ["features/val/shard-00000.h5"]
+    assert private_rows(public_banks(release), project) == []  # the control: without the function nobody knows
+    assert [
+        problem.path for problem in private_rows(public_banks(release), project, load_function(project, "mixed"))
+    ] == ["features/val/shard-00000.h5"]
 
 
 # --------------------------------------------------------------------------------------------- order and ids
@@ -646,11 +661,14 @@ def test_ids_that_can_be_had_from_an_image_are_found(project_folder: Path, what:
     ids = _derived(project_folder, DERIVATIONS[what])
     _set_ids(project_folder, ids)
     release, project = project_folder / "release", Project.open(project_folder / "dpf.toml")
-    assert {problem.path for problem in telling_ids(release, sources_of(project))} == {"features/train", "features/val"}
+    assert {problem.path for problem in telling_ids(public_banks(release), sources_of(project))} == {
+        "features/train",
+        "features/val",
+    }
     counts = {split: len(rows) for split, rows in ids.items()}
     secret = np.random.default_rng()
     _set_ids(project_folder, {split: secret.integers(0, 256, (n, 16), np.uint8) for split, n in counts.items()})
-    assert telling_ids(release, sources_of(Project.open(project_folder / "dpf.toml"))) == []
+    assert telling_ids(public_banks(release), sources_of(Project.open(project_folder / "dpf.toml"))) == []
 
 
 def test_uuids_are_reckoned_as_the_library_does() -> None:
@@ -674,7 +692,7 @@ def test_ids_of_another_plan_in_another_order_or_twice_are_found(project_folder:
     ):
         with h5py.File(shard, "r+") as file:
             file["id"][:] = changed
-        found = [problem.detail for problem in telling_ids(release, sources_of(project))]
+        found = [problem.detail for problem in telling_ids(public_banks(release), sources_of(project))]
         assert any(text in detail for detail in found) if text else found == []
 
 
@@ -770,11 +788,11 @@ def test_a_bank_that_is_dealt_out_in_turn_is_found(project_folder: Path) -> None
             with h5py.File(release / "features" / record.file, "r+") as shard:
                 shard["id"][:] = in_order[order][start : start + record.rows]
             start += record.rows
-        assert {problem.path for problem in source_order(release, sources_of(project))} == found
+        assert {problem.path for problem in source_order(public_banks(release), sources_of(project))} == found
 
 
 def test_an_order_is_looked_at_in_each_split_of_a_release(finished: Path) -> None:
-    assert source_order(finished / "release", sources_of(Project.open(finished / "dpf.toml"))) == []
+    assert source_order(public_banks(finished / "release"), sources_of(Project.open(finished / "dpf.toml"))) == []
 
 
 def test_pictures_added_since_are_no_business_of_a_release(project_folder: Path) -> None:
@@ -783,4 +801,7 @@ def test_pictures_added_since_are_no_business_of_a_release(project_folder: Path)
     for path in more.iterdir():
         path.rename(project_folder / "images" / "private" / "disc" / f"new-{path.name}")
     shutil.rmtree(more.parent)
-    assert telling_ids(project_folder / "release", sources_of(Project.open(project_folder / "dpf.toml"))) == []
+    assert (
+        telling_ids(public_banks(project_folder / "release"), sources_of(Project.open(project_folder / "dpf.toml")))
+        == []
+    )
