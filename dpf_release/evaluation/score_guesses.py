@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,15 +147,22 @@ def ranks(likeness: Alike, pools: Rows, own: Rows) -> NDArray[np.float64]:
 
 def membership_measures(members: Alike, others: Alike, seed: int) -> dict[str, Interval]:
     """AUC, and the share of members found where at most 1 % (0.1 %) of others are taken for one. Bootstrap of both."""
-    generator = np.random.default_rng([seed, 7])
-    drawn_members, drawn_others = (  # (draws, n) how often each was drawn
-        generator.multinomial(count, np.full(count, 1 / count), LINK_DRAWS) for count in (len(members), len(others))
-    )
+    drawn_members, drawn_others = _drawn(len(members), len(others), seed)
     out = {"auc": _auc(members, others, drawn_members, drawn_others)}
     for name, rate, least in (("tpr_at_1_percent", 0.01, 0), ("tpr_at_0.1_percent", 0.001, LEAST_NON_MEMBERS)):
         if len(others) >= least:
             out[name] = _tpr(members, others, rate, drawn_members, drawn_others)
     return out
+
+
+@lru_cache(maxsize=1)  # all ways of an attack are measured by the same draws
+def _drawn(members: int, others: int, seed: int) -> tuple[Counts, Counts]:
+    """(draws, n) how often each of so many members, and of so many others, was drawn."""
+    generator = np.random.default_rng([seed, 7])
+    found = [generator.multinomial(count, np.full(count, 1 / count), LINK_DRAWS) for count in (members, others)]
+    for drawn in found:
+        drawn.flags.writeable = False
+    return found[0], found[1]
 
 
 def _auc(members: Alike, others: Alike, drawn_members: Counts, drawn_others: Counts) -> Interval:
@@ -169,22 +177,27 @@ def _auc(members: Alike, others: Alike, drawn_members: Counts, drawn_others: Cou
 
 def _tpr(members: Alike, others: Alike, rate: float, drawn_members: Counts, drawn_others: Counts) -> Interval:
     """Of members and others just at the threshold, as many are taken, in the same proportion, as may be."""
-    allowed, order = int(rate * len(others)), np.argsort(-others)
-    falling = others[order]
-
-    def share(members_drawn: Counts, others_drawn: Counts) -> float:
-        # The first of the others, from the top, at which more than are allowed were taken for members.
-        edge = falling[int((np.cumsum(others_drawn[order]) > allowed).argmax())]
-        above, level = others_drawn[others > edge].sum(), others_drawn[others == edge].sum()
-        tied = (allowed - above) / level
-        return float(members_drawn @ ((members > edge) + tied * (members == edge)) / len(members))
-
-    value = share(np.ones(len(members), np.int64), np.ones(len(others), np.int64))
-    drawn = np.array([share(*drawn) for drawn in zip(drawn_members, drawn_others, strict=True)])
+    allowed = int(rate * len(others))
+    falling, sinking = np.argsort(-others), np.argsort(-members)
+    # Of each draw, the first of the others, from the top, at which more than are allowed were taken for members.
+    alarms = np.cumsum(np.concatenate([np.ones((1, len(others)), np.int64), drawn_others])[:, falling], axis=1)
+    edges = others[falling[(alarms > allowed).argmax(axis=1)]]
+    hits = np.cumsum(np.concatenate([np.ones((1, len(members)), np.int64), drawn_members])[:, sinking], axis=1)
+    above, level = _above_and_at(others[falling], alarms, edges)
+    found_above, found_at = _above_and_at(members[sinking], hits, edges)
+    shares = (found_above + (allowed - above) / level * found_at) / len(members)
+    value, drawn = float(shares[0]), shares[1:]
     found = interval_over(drawn, value)
     # Few are found, or none: the bootstrap alone would be too sure.
     low, high = wilson(round(value * len(members)), len(members))
     return Interval(value=value, low=min(found.low, low), high=max(found.high, high))
+
+
+def _above_and_at(falling: Alike, running: Counts, edges: Alike) -> tuple[Counts, Counts]:
+    """Of each draw how many scores are above its edge, and how many are just there; `running` is up to each score."""
+    draws, running = np.arange(len(edges)), np.pad(running, ((0, 0), (1, 0)))
+    first, last = (np.searchsorted(-falling, -edges, side=side) for side in ("left", "right"))
+    return running[draws, first], running[draws, last] - running[draws, first]
 
 
 def _membership_told(ways: Mapping[str, Way]) -> tuple[Interval, ...]:

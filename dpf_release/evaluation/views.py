@@ -230,7 +230,7 @@ class _DrawnClass:
         """(n, size) of each picture the rows among which its own is looked for, ascending."""
         pools = []
         for own, with_picture in zip(self.own, self.with_picture, strict=True):
-            others = generator.permutation(np.setdiff1d(self.rows, with_picture))
+            others = generator.permutation(self.rows[~np.isin(self.rows, with_picture)])
             pools.append(np.sort(others[:size] if own < 0 else np.append(others[: size - 1], own)))
         return np.stack(pools)
 

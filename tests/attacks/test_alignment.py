@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attackers import Memory
 from dpf_release.attacks import a01_clean_decoders as straw_men
+from dpf_release.attacks import a04_alignment
 from dpf_release.attacks import a09_two_releases as two_releases
 from dpf_release.attacks.a01_clean_decoders import StrawMen
 from dpf_release.attacks.a04_alignment import (
@@ -58,6 +59,7 @@ def setting(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     truth = draw_truth(workbench, target_of(workbench, "clean"), 200, seed=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trained, "TRAINING_BATCH", 32)
+        patch.setattr(a04_alignment, "SAMPLED", 256)
         yield Setting(workbench, truth, Budget(images=1000, decoders=1, shadows=0), 0)
 
 
@@ -141,6 +143,7 @@ def test_moments_by_class_are_those_of_its_rows_and_scarce_classes_have_none(set
 
 @pytest.mark.slow
 def test_the_map_is_trained_anew_for_another_bank_alone(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = replace(setting, budget=Budget(images=64, decoders=1, shadows=0))
     view = view_of(setting, "channel-affine")
     Alignment().run(view)
     monkeypatch.setattr(trained, "fit", None)

@@ -6,6 +6,7 @@ import csv
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from attackers import Memory
 from dpf_release.attacks.a05_linkage import patches
 from dpf_release.attacks.a08_attribute import Attribute
 from dpf_release.attacks.a10_membership import log_odds
@@ -30,6 +32,7 @@ from dpf_release.attacks.threat_models import (
 )
 from dpf_release.attacks.toolkit import trained
 from dpf_release.errors import NotGrantedError
+from dpf_release.evaluation import controls
 from dpf_release.evaluation.controls import memorising_target, planted_target
 from dpf_release.evaluation.harness import score_answer
 from dpf_release.evaluation.score_guesses import (
@@ -46,7 +49,7 @@ from dpf_release.evaluation.views import Labelled, Setting, draw_labelled, draw_
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import Vault
-from dpf_release.owner.workbench import Workbench, workbench_of
+from dpf_release.owner.workbench import Workbench, kept_in, workbench_of
 from dpf_release.release.attack_report import Interval
 
 BUDGET = Budget(images=3000, decoders=1, shadows=0)
@@ -82,11 +85,12 @@ def owner(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def setting(owner: Project) -> Setting:
-    workbench = workbench_of(owner)
+    workbench = replace(workbench_of(owner), kept=Memory())  # type: ignore[arg-type]
     truth = draw_truth(workbench, planted_target(workbench, "clean", 0), 1000, seed=0)
     return Setting(workbench, truth, BUDGET, 0)
 
 
+@cache
 def planted(owner: Project, name: str) -> Target:
     return planted_target(workbench_of(owner), name, 0)
 
@@ -177,8 +181,9 @@ def test_a_member_has_exactly_one_row_in_its_pool_and_others_none(owner: Project
 
 
 def test_the_weights_give_away_what_was_learnt_by_heart_and_not_what_was_never_seen(
-    owner: Project, setting: Setting
+    owner: Project, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(controls, "PICTURES", 200)
     target = memorising_target(setting.workbench, 0)
     broken = attacked("A10", target, setting)
     reached = broken.reached()
@@ -314,6 +319,8 @@ def test_half_of_the_rows_of_each_value_are_told_and_none_of_those_is_asked(owne
 def test_probes_are_kept_and_one_of_another_bank_is_not_taken(
     owner: Project, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_vault = replace(setting.workbench, kept=kept_in(owner.vault))
+    setting = replace(setting, budget=Budget(images=400, decoders=1, shadows=0), workbench=in_vault)
     attack = next(attack for attack in registered() if attack.code == "A8")
     kept = _answers(attack, planted(owner, "clean"), setting).probes
     other = _answers(attack, saying_nothing(owner), setting).probes
@@ -322,7 +329,7 @@ def test_probes_are_kept_and_one_of_another_bank_is_not_taken(
     again = _answers(attack, planted(owner, "clean"), setting).probes
     assert all(np.array_equal(kept[name], again[name]) for name in kept)
     with pytest.raises(TypeError, match="NoneType"):  # the control: of another budget there is none
-        _answers(attack, planted(owner, "clean"), replace(setting, budget=Budget(images=400, decoders=1, shadows=0)))
+        _answers(attack, planted(owner, "clean"), replace(setting, budget=Budget(images=200, decoders=1, shadows=0)))
 
 
 def _answers(attack: Attack, target: Target, setting: Setting) -> Attributes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attackers import Memory
+from dpf_release.attacks import a02_deep_tap
 from dpf_release.attacks import a07_optimisation as optimisation
 from dpf_release.attacks.a01_clean_decoders import StrawMen
 from dpf_release.attacks.a02_deep_tap import DeepTap, Outputs, drop_out
@@ -27,6 +28,7 @@ from dpf_release.attacks.a07_optimisation import (
 )
 from dpf_release.attacks.interface import Reconstructions
 from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, ReleaseView, Remembered
+from dpf_release.attacks.toolkit import trained
 from dpf_release.attacks.toolkit.taps import WIDEST, open_taps, standard, together
 from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.profiles import PROFILES, minutes, within
@@ -300,10 +302,14 @@ def test_an_answer_for_some_rows_scores_as_those_rows_do_among_all_the_pictures(
 
 
 @pytest.mark.slow
-def test_a_decoder_of_the_answers_finds_what_they_say_and_nothing_in_anothers_answers() -> None:
+def test_a_decoder_of_the_answers_finds_what_they_say_and_nothing_in_anothers_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(a02_deep_tap, "WIDTH", 48)  # what learns fast on few pictures
+    monkeypatch.setattr(trained, "TRAINING_BATCH", 32)
     phi_2 = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())  # 48 answers: the picture at 4×4
     originals = pictures(40, seed=9)
-    view = view_of(nn.AvgPool2d(2), phi_2, torch.empty(0), Budget(6000, 1, 0))
+    view = view_of(nn.AvgPool2d(2), phi_2, torch.empty(0), Budget(3000, 1, 0))
     rows, shown = view.features(originals), []
     for bank in (rows, rows.roll(1, dims=0)):
         released = HeldRows(np.zeros(len(bank), np.int64), lambda at, bank=bank: bank[torch.from_numpy(at)].numpy())  # type: ignore[misc]
@@ -320,6 +326,7 @@ def test_the_battery_says_what_the_answers_give_away_and_for_how_many_rows_each_
     monkeypatch.setattr(optimisation, "ROWS", 5)
     monkeypatch.setattr(optimisation, "STEPS", 1)
     monkeypatch.setattr(PerSample, "rows", 5)
+    monkeypatch.setattr(a02_deep_tap, "WIDTH", 32)
     for module in ("profiles", "harness"):
         monkeypatch.setattr(f"dpf_release.evaluation.{module}.registered", lambda: [DeepTap(), PerSample()])
     full = attack(Project.open(project_folder / "dpf.toml"), profile="full", images=128)

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Iterator
+from functools import lru_cache
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from dpf_release.errors import HookError
 from dpf_release.models.hooks import HookPoint, hook_points, hook_table, resolve, split
 from dpf_release.models.weights import freeze
-from dpf_release.models.zoo import CifarResNet, build_network
+from dpf_release.models.zoo import CifarResNet, build_network, network_on_paper
 from network_digests import state_bytes
 
 # Shapes for 64 px. Most cuts are at the end of a stage; the others say what they are.
@@ -19,8 +20,6 @@ CUTS = [
     ("resnet101", "layer2.0", (512, 8, 8)),
     ("mobilenet_v2", "features.14", (160, 2, 2)),
     ("mobilenet_v2", "features.1.conv.1", (16, 32, 32)),  # a projection, whose BatchNorm has no ReLU after it
-    ("vgg16_bn", "features.41", (512, 4, 4)),  # a BatchNorm, whose ReLU is in place
-    ("vgg16_bn", "features.23", (256, 8, 8)),
     ("densenet121", "features.transition1", (128, 8, 8)),
     ("densenet121", "features.norm0", (64, 32, 32)),
     ("efficientnet_b0", "features.3", (40, 8, 8)),
@@ -28,7 +27,14 @@ CUTS = [
     ("convnext_tiny", "features.3", (192, 8, 8)),
     ("shufflenet_v2_x0_5", "stage2", (48, 8, 8)),
     ("resnet20_cifar", "conv4_1", (64, 16, 16)),
+    ("vgg16_bn", "features.41", (512, 4, 4)),  # a BatchNorm, whose ReLU is in place
+    ("vgg16_bn", "features.23", (256, 8, 8)),
 ]
+
+
+@lru_cache(maxsize=1)  # those of vgg16_bn stand side by side: drawing its weights takes seconds
+def built(arch: str) -> nn.Module:
+    return build_network(arch, 7)
 
 
 def images(size: int = 64, batch: int = 3) -> Tensor:
@@ -53,7 +59,7 @@ def small() -> CifarResNet:
 @pytest.mark.parametrize(("arch", "hook", "shape"), CUTS)
 @torch.no_grad()
 def test_the_halves_are_the_network_bit_for_bit(arch: str, hook: str, shape: tuple[int, int, int]) -> None:
-    network = build_network(arch, 7)
+    network = built(arch)
     cut = split(network, hook, (64, 64))
     network.eval()
     freeze(cut.featurizer)
@@ -76,9 +82,31 @@ def test_the_halves_are_the_network_bit_for_bit(arch: str, hook: str, shape: tup
     assert all(torch.equal(state[name], value) for name, value in (first | second).items())
 
 
+@pytest.mark.parametrize(
+    ("arch", "hook", "ends_in_relu"),
+    [
+        ("vgg16_bn", "features.42", True),
+        ("vgg16_bn", "features.41", False),  # its BatchNorm
+        ("resnet20_cifar", "conv4_1", True),
+        ("resnet18", "conv4_1", True),
+        ("mobilenet_v2", "features.13", False),  # a linear bottleneck
+        ("convnext_tiny", "features.3", False),
+    ],
+)
+@torch.no_grad()
+def test_a_featurizer_that_ends_in_a_relu_can_be_had_without_it(arch: str, hook: str, ends_in_relu: bool) -> None:
+    cut = split(built(arch), hook, (64, 64))
+    freeze(cut.featurizer)
+    assert (cut.before_relu is not None) == ends_in_relu
+    if cut.before_relu is not None:
+        before, features = cut.before_relu.eval()(images()), cut.featurizer(images())
+        assert (before < 0).any()
+        assert torch.equal(before.relu(), features)
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet101"])
 def test_the_papers_hook_names_have_the_papers_shapes_at_224_px(arch: str) -> None:
-    points = {point.name: point for point in hook_points(build_network(arch, 2), (224, 224))}
+    points = {point.name: point for point in hook_points(network_on_paper(arch, 2, {}), (224, 224))}
     sides = {name: points[name].shape[1:] for name in ("conv2_1", "conv2_2", "conv3_1", "conv4_1")}
     assert sides == {"conv2_1": (56, 56), "conv2_2": (56, 56), "conv3_1": (28, 28), "conv4_1": (14, 14)}
     assert points["conv4_1"].path == "layer3.0"
@@ -248,7 +276,7 @@ def test_the_end_of_a_sequence_is_refused() -> None:
 
 
 def test_inside_a_dense_block_is_refused_and_at_its_end_is_not() -> None:
-    network = build_network("densenet121", 3)
+    network = network_on_paper("densenet121", 3, {})
     with pytest.raises(HookError, match="one tensor must cross"):
         split(network, "features.denseblock1.denselayer2", (32, 32))
     assert split(network, "features.denseblock1", (32, 32)).hook.shape == (256, 8, 8)
@@ -291,7 +319,7 @@ def test_a_forward_pass_that_depends_on_more_than_its_input_is_refused() -> None
 
 @pytest.mark.parametrize("arch", ["vit_b_32", "swin_t", "swin_v2_t", "maxvit_t"])
 def test_a_vision_transformer_is_refused_because_its_features_are_tokens(arch: str) -> None:
-    network = build_network(arch, 2)
+    network = network_on_paper(arch, 2, {})
     for refused in (lambda: hook_points(network, (224, 224)), lambda: split(network, "features", (224, 224))):
         with pytest.raises(HookError, match=r"tokens.*\(N, C, H, W\)"):
             refused()
@@ -381,25 +409,3 @@ def test_the_halves_are_ordinary_modules(small: CifarResNet) -> None:
         torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), features)
         double = copy.deepcopy(cut.featurizer).double()
         assert double(x.double()).dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    ("arch", "hook", "ends_in_relu"),
-    [
-        ("resnet20_cifar", "conv4_1", True),
-        ("resnet18", "conv4_1", True),
-        ("vgg16_bn", "features.42", True),
-        ("vgg16_bn", "features.41", False),  # its BatchNorm
-        ("mobilenet_v2", "features.13", False),  # a linear bottleneck
-        ("convnext_tiny", "features.3", False),
-    ],
-)
-@torch.no_grad()
-def test_a_featurizer_that_ends_in_a_relu_can_be_had_without_it(arch: str, hook: str, ends_in_relu: bool) -> None:
-    cut = split(build_network(arch, 7), hook, (64, 64))
-    freeze(cut.featurizer)
-    assert (cut.before_relu is not None) == ends_in_relu
-    if cut.before_relu is not None:
-        before, features = cut.before_relu.eval()(images()), cut.featurizer(images())
-        assert (before < 0).any()
-        assert torch.equal(before.relu(), features)

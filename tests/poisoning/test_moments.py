@@ -214,7 +214,7 @@ def test_each_number_has_its_deviation_and_off_the_diagonal_a_smaller_one() -> N
 # Many runs of the function on two neighbouring data sets. Half of the runs teach how to tell them apart; on the others
 # the shares of right and wrong answers bound μ from below.
 
-RUNS = 40_000  # for each data set: half of them teach
+RUNS = 20_000  # for each data set: half of them teach
 ERROR = 1e-5  # of a bound: by chance alone the right mechanism fails a test once in 50,000 times
 Pair = tuple[Images, Images]
 PUBLIC = np.random.default_rng(5).normal(size=(64, 2)) * (2.0, 1.0)

@@ -179,19 +179,21 @@ def test_a_release_is_published_with_its_signature_or_not_at_all(
     assert _files(release) == unsigned
 
 
-@pytest.mark.parametrize("place", ["release", "vault/candidates/default", "vault/candidates/default/model"])
-def test_a_key_inside_the_release_or_its_candidate_is_refused(project_folder: Path, place: str) -> None:
+def test_a_key_inside_the_release_or_its_candidate_is_refused(project_folder: Path) -> None:
     new_key(project_folder / "owner-key")
     before = _files(project_folder / "release")
-    (project_folder / place / "key").write_bytes((project_folder / "owner-key").read_bytes())
-    (project_folder / place / "key").chmod(0o600)
-    (project_folder / "link").symlink_to(project_folder / place / "key")
-    project = Project.open(project_folder / "dpf.toml")
-    for path in (project_folder / place / "key", project_folder / "link"):
-        with pytest.raises(SigningError, match="which is published"):
-            package(project, sign=path)
-    (project_folder / place / "key").unlink()
-    assert _files(project_folder / "release") == before
+    project, link = Project.open(project_folder / "dpf.toml"), project_folder / "link"
+    for place in ("release", "vault/candidates/default", "vault/candidates/default/model"):
+        key = project_folder / place / "key"
+        key.write_bytes((project_folder / "owner-key").read_bytes())
+        key.chmod(0o600)
+        link.symlink_to(key)
+        for path in (key, link):
+            with pytest.raises(SigningError, match="which is published"):
+                package(project, sign=path)
+        key.unlink()
+        link.unlink()
+        assert _files(project_folder / "release") == before
     package(project, sign=project_folder / "owner-key")
 
 
