@@ -364,7 +364,7 @@ def largest(path: Path) -> torch.Tensor:
 def test_a_private_tensor_among_the_public_weights_is_found(project_folder: Path, wrap: str) -> None:
     vault, weights = project_folder / "vault", project_folder / "release" / "model" / "featurizer.safetensors"
     project, public = Project.open(project_folder / "dpf.toml"), tensors_of(weights)
-    for source in ("functions/default/state.safetensors", "reconstructors/px2s2.safetensors"):
+    for source in ("functions/default/state.safetensors", "reconstructors/px2s4.safetensors"):
         tensor = largest(vault / source)
         assert tensor.numel() >= 1024
         save_file(public | {"bn1.extra": WRAPS[wrap](tensor).contiguous()}, weights)
