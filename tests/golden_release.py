@@ -127,7 +127,7 @@ def write_as_read(bank: Path, out: Path) -> None:
     index = read_index(bank)
     assert index.encoding == "float16 before ReLU"
     header = index.model_copy(update={"splits": {}, "encoding": "float16"})
-    writer = BankWriter(out, header, parse_size(SMALLER["20 kB"]), batch_size=4)
+    writer = BankWriter(out, header, parse_size(SMALLER["50 kB"]), batch_size=4)
     rows = {split: FeatureBank(bank, split) for split in index.splits}
     shards = writer.shards({split: SplitRows(of.targets, of.ids) for split, of in rows.items()})
     features = (rows[span.split].read(np.arange(span.start, span.stop)) for span in writer.batches(shards))

@@ -90,7 +90,7 @@ def test_two_ranks_write_the_bytes_of_one(project_folder: Path) -> None:
     before = without_shards(vault / "features")
     candidate = without_shards(vault / "candidates" / "default" / "features")
     out, err = run_two_ranks("featurize", folder=project_folder)
-    assert "To write (rank 0 of 2): 56 rows in 8 of 8 shards" in err  # of 119 in 15
+    assert "To write (rank 0 of 2): 60 rows in 3 of 3 shards" in err  # of 119 in 6
     assert out.count("Wrote ") == 1  # the first rank alone prints
     assert digests(vault / "features") == before
     out, _ = run_two_ranks("poison", folder=project_folder)
