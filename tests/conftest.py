@@ -147,7 +147,7 @@ def finish(folder: Path) -> None:
     project = Project.open(config)
     train(project)
     featurize(project)
-    torch.manual_seed(0)  # of ψ, which is drawn from torch's own generator
+    torch.manual_seed(1)  # of ψ, which is drawn from torch's own generator
     fit_poison(project)
     write_candidate(project)
     measure(project)
