@@ -63,12 +63,15 @@ batch_size = 16
 learning_rate = 0.05
 
 [reconstructor]
-epochs = 28
+epochs = 12
 batch_size = 16
+learning_rate = 0.01
 
 [poison]
-epochs = 36
+straw_men = ["px2s4"]
+epochs = 14
 batch_size = 16
+learning_rate = 0.01
 
 [bank]
 shard_size = "50 kB"
@@ -144,6 +147,7 @@ def finish(folder: Path) -> None:
     project = Project.open(config)
     train(project)
     featurize(project)
+    torch.manual_seed(1)  # of ψ, which is drawn from torch's own generator
     fit_poison(project)
     write_candidate(project)
     measure(project)
@@ -180,7 +184,7 @@ def draw(folder: Path) -> None:
 DRAWN = {
     "[model]": '[model]\nweights = "phi.safetensors"\nnever_saw_private = true\nclassifier = "from-bank"',
     "epochs = 6": "classifier_epochs = 1",
-    "[poison]": '[poison]\nfunction = "mixture:delta=1e-4"\nstraw_men = []',
+    'straw_men = ["px2s4"]': 'function = "mixture:delta=1e-4"\nstraw_men = []',
 }
 
 

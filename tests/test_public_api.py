@@ -65,10 +65,11 @@ def test_an_option_of_a_step_has_a_name_and_a_default(name: str) -> None:
 def test_a_public_name_has_a_docstring_with_an_example_that_runs(
     name: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(finished, tmp_path / "my-release")
     monkeypatch.chdir(tmp_path)
     found = getattr(dpf_release, name)
     (example,) = doctest.DocTestFinder(recurse=False).find(found, name, module=False, globs={})
+    if "my-release" in example.docstring:
+        shutil.copytree(finished, tmp_path / "my-release")
     assert f"{name}" in example.docstring.partition(">>>")[2]
     with mock.patch.dict(FUNCTIONS), mock.patch.dict(ATTACKS):  # what the example registers is for it alone
         runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)

@@ -206,19 +206,19 @@ def test_featurize_refuses_a_small_disk_before_it_writes_a_shard(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vault = project_folder / "vault"
-    whole = without_shards(vault / "features", keep=2)
+    whole = without_shards(vault / "features", keep=1)
     before = digests(project_folder)
-    rows, shards = 119 - 12, 13  # those of test are kept
+    rows, shards = 119 - 12, 5  # those of test are kept
     wanted = rows * (2048 + 16 + 8 + 512) + shards * 16_384
     with monkeypatch.context() as patch:
         _disk_with(wanted - 1, patch)
-        with pytest.raises(StorageError, match=r"expected 47\d KiB of free space at .*features"):
+        with pytest.raises(StorageError, match=r"expected 35\d KiB of free space at .*features"):
             featurize(open_project(project_folder))
         assert digests(project_folder) == before
         assert "To write" not in capsys.readouterr().err
         _disk_with(wanted, patch)
         featurize(open_project(project_folder))
-    assert "To write: 107 rows in 13 of 15 shards, at most 478 KiB, about " in capsys.readouterr().err
+    assert "To write: 107 rows in 5 of 6 shards, at most 350 KiB, about " in capsys.readouterr().err
     assert digests(vault / "features") == whole
     featurize(open_project(project_folder))
     assert "To write" not in capsys.readouterr().err  # nothing is missing
@@ -245,12 +245,12 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
 
 
 # In the metadata, in the middle of the rows, in the last bytes.
-@pytest.mark.parametrize("limit", [2000, 12_000, 24_000])
+@pytest.mark.parametrize("limit", [2000, 30_000, 55_500])
 def test_a_disk_that_fills_up_in_a_shard_ends_the_run_in_words_and_the_next_goes_on(
     project_folder: Path, limit: int
 ) -> None:
     features = project_folder / "vault" / "features"
-    whole = without_shards(features, keep=2)
+    whole = without_shards(features, keep=1)
     kept = digests(features)
     ((status, _, _, told),) = run_warm(("featurize",), project_folder, LIMITED.format(limit=limit))
     assert digests(features) == kept  # no index, no half of a shard
@@ -334,7 +334,7 @@ def test_a_picture_that_breaks_after_the_survey_is_named_and_the_run_can_go_on(p
     features = project_folder / "vault" / "features"
     whole = without_shards(features)
     for line in (project_folder / "vault" / "ids.csv").read_text().splitlines():
-        if ",train,20," in line:
+        if ",train,60," in line:
             name = line.split(",")[3]
     path = project_folder / "images" / "private" / name
     content, times, project = path.read_bytes(), path.stat(), open_project(project_folder)
@@ -344,7 +344,7 @@ def test_a_picture_that_breaks_after_the_survey_is_named_and_the_run_can_go_on(p
     with pytest.raises(ImageError, match=rf"^{re.escape(name)}: .*Put the file back with the time of its last change"):
         featurize(project)
     kept = {name for name in digests(features) if name.endswith(".h5")}
-    assert {"train/shard-00000.h5", "train/shard-00001.h5"} <= kept  # row 20 is in the third
+    assert {"train/shard-00000.h5", "train/shard-00001.h5"} <= kept  # row 60 is in the third
     assert len(kept) == 2
     assert leftovers(project_folder) == []
     path.write_bytes(content)

@@ -38,14 +38,15 @@ def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) ->
 def test_an_owner_goes_from_images_to_a_release(tmp_path: Path) -> None:
     config = new_project(tmp_path / "shapes")
     folder = config.parent
-    config.write_text(config.read_text().replace("epochs = 28", "epochs = 2"))  # it is the words that are asked for
+    text = config.read_text().replace("epochs = 12", "epochs = 2").replace("epochs = 6", "epochs = 2")
+    config.write_text(text)  # it is the words that are asked for
     broken = folder / "images" / "private" / "disc" / "disc-portrait-003.png"
     broken.write_bytes(b"")
     for arguments, says in (
         (["train"], "left out, unreadable: disc/disc-portrait-003.png"),
         (["featurize"], "bytes a row"),
         (["fit-poison", "--name", "a", "--epochs", "12", "--lambda", "2"], "Next: dpf-release poison --name a"),
-        (["poison", "--name", "a"], "px2s2 abs_ssim"),
+        (["poison", "--name", "a"], "px2s4 abs_ssim"),
         (["package", "--name", "a"], "Claims not made: reconstruction, linkage, attribute"),
         (["verify", "release"], "every file is as its manifest says"),
     ):

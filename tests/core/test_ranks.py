@@ -31,13 +31,6 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
-def torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Two ranks of a script."""
-    return subprocess.run(
-        [*TORCHRUN, *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=90
-    )
-
-
 def two_ranks(*command: str, folder: Path, before: str = "") -> list[tuple[int, str, str]]:
     """Two ranks of a command, without the seconds that `torchrun` and two imports of torch take.
 
@@ -97,12 +90,12 @@ def test_two_ranks_write_the_bytes_of_one(project_folder: Path) -> None:
     before = without_shards(vault / "features")
     candidate = without_shards(vault / "candidates" / "default" / "features")
     out, err = run_two_ranks("featurize", folder=project_folder)
-    assert "To write (rank 0 of 2): 56 rows in 8 of 8 shards" in err  # of 119 in 15
+    assert "To write (rank 0 of 2): 60 rows in 3 of 3 shards" in err  # of 119 in 6
     assert out.count("Wrote ") == 1  # the first rank alone prints
     assert digests(vault / "features") == before
     out, _ = run_two_ranks("poison", folder=project_folder)
     assert digests(vault / "candidates" / "default" / "features") == candidate
-    assert out.count("px2s2 ssim") == 2  # val and test, once
+    assert out.count("px2s4 ssim") == 2  # val and test, once
     assert json.loads((vault / "reports" / "default" / "measurements.json").read_text())["val"]["rows"] == 12
     assert not leftovers(project_folder)
     assert set(before.values()).isdisjoint(candidate.values())
@@ -114,7 +107,7 @@ from dpf_release.images.dataset import Pictures
 stream = Pictures.stream
 def slow(self, batches):
     for item in stream(self, batches):
-        time.sleep(0.15)
+        time.sleep(0.1)
         yield item
 Pictures.stream = slow
 from dpf_release.cli.main import main
@@ -137,7 +130,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on_to_the_same_byt
         )
         try:
             deadline = time.monotonic() + 60
-            while len(list(features.glob("*/shard-*.h5"))) < 4 and time.monotonic() < deadline:
+            while len(list(features.glob("*/shard-*.h5"))) < 2 and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert is_held(project_folder / "vault")
             os.kill(ranks_of(agent.pid)[victim], signal.SIGKILL)
@@ -146,7 +139,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on_to_the_same_byt
             agent.kill()
             agent.wait()
     kept = {name: digest for name, digest in digests(features).items() if name.endswith(".h5")}
-    assert 4 <= len(kept) < 15
+    assert 2 <= len(kept) < 6
     assert kept.items() < before.items()  # whole shards, nothing else
     assert not (features / "index.json").exists()
     assert not is_held(project_folder / "vault")
@@ -161,18 +154,18 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on_to_the_same_byt
 @pytest.mark.slow
 def test_what_two_ranks_trained_and_fitted_is_of_use(project_folder: Path) -> None:
     config = project_folder / "dpf.toml"
-    config.write_text(config.read_text().replace("epochs = 28", "epochs = 2"))  # of ψ
+    config.write_text(config.read_text().replace("epochs = 12", "epochs = 2"))  # of ψ
     before = digests(project_folder / "vault")
     out, _ = run_two_ranks("train", "--restart", "--epochs", "2", folder=project_folder)
     assert out.count("val: top-1") == 1
     featurize(Project.open(config), restart=True)
-    out, _ = run_two_ranks("fit-poison", "--restart", "--epochs", "16", folder=project_folder)
+    out, _ = run_two_ranks("fit-poison", "--restart", "--epochs", "12", folder=project_folder)
     assert out.count("Fitted default") == 1
     after = digests(project_folder / "vault")
     changed = {name for name in before if after.get(name) != before[name]}
     assert changed >= {
         "network/phi.safetensors",
-        "reconstructors/px2s2.safetensors",
+        "reconstructors/px2s4.safetensors",
         "functions/default/state.safetensors",
     }
     assert not [name for name in after if "checkpoint" in name]
@@ -278,6 +271,7 @@ few = Toy(rows=2)
 found["fit few"] = refusal(lambda: found.update(few=few.fit(ranks, recipe))) or found["few"]
 found["fit few alone"] = Toy(rows=2).fit(Ranks(), recipe)
 (out / f"{ranks.rank}.json").write_text(json.dumps(found))
+sys.exit()
 """
 
 
@@ -285,10 +279,9 @@ found["fit few alone"] = Toy(rows=2).fit(Ranks(), recipe)
 def together(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found."""
     out = tmp_path_factory.mktemp("together")
-    (out / "together.py").write_text(TOGETHER)
     project = Path(shutil.copytree(finished, out / "shapes"))
-    done = torchrun(str(out / "together.py"), str(out), folder=project)
-    assert done.returncode == 0, done.stderr
+    ended = two_ranks(str(out), folder=project, before=TOGETHER)
+    assert [status for status, _, _ in ended] == [0, 0], ended
     vaults = digests(finished / "vault"), digests(project / "vault")
     lost = sorted(name for name, digest in vaults[0].items() if vaults[1].get(name) != digest)
     return [json.loads((out / f"{rank}.json").read_text()) | {"lost": lost} for rank in (0, 1)]

@@ -281,10 +281,10 @@ def test_features_whose_decoding_process_is_killed_are_gone_on_with(
     def killing(self: Pictures, batches: list[np.ndarray]) -> object:
         before = _children()
         for number, item in enumerate(stream(self, batches)):
-            if number == 10:
+            if number == 14:
                 _kill_one(before)
                 killed.append(time.monotonic())
-            if number > 10:
+            if number > 14:
                 time.sleep(0.2)  # a slow network: what waits is used up
             yield item
 
@@ -294,7 +294,7 @@ def test_features_whose_decoding_process_is_killed_are_gone_on_with(
             featurize(Project.open(project_folder / "dpf.toml", {"compute.workers": 2}))
     assert time.monotonic() - killed[0] < 20
     kept = {name: digest for name, digest in digests(features).items() if name.endswith(".h5")}
-    assert 2 <= len(kept) < 15
+    assert 2 <= len(kept) < 6
     assert kept.items() < whole.items()
     assert leftovers(project_folder) == []
     assert not (features / "index.json").exists()

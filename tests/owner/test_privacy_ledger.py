@@ -34,6 +34,20 @@ def fitted_anew(folder: Path, **overrides: Any) -> Project:
     return project
 
 
+@pytest.fixture(scope="module")
+def published(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project with drawn rows, with its release; nobody may change it."""
+    folder = Path(shutil.copytree(drawn, tmp_path_factory.mktemp("published") / "drawn"))
+    package(opened(folder))
+    return folder
+
+
+@pytest.fixture
+def published_folder(published: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(published, tmp_path / "published"))
+
+
 def epsilon_of_fits(fits: int, delta: float = 1e-4) -> float:
     """Of as many fits of ε = 4, δ = 1e-4, by the rule for Gaussian mechanisms."""
     import dp_accounting
@@ -111,51 +125,50 @@ def test_spending_is_booked_before_the_folder_is_swapped_and_stays_where_that_fa
     assert fits(drawn_folder)[0].published == ("shapes 1.0.0",)
 
 
-def test_what_is_spent_survives_forgetting_fitting_anew_and_retracting(drawn_folder: Path) -> None:
-    package(opened(drawn_folder))
-    (spent,) = fits(drawn_folder)
-    forget(opened(drawn_folder).vault)
-    assert fits(drawn_folder) == (spent,)
-    shutil.rmtree(drawn_folder / "vault" / "functions")
-    assert fits(drawn_folder) == (spent,)
-    assert privacy(opened(drawn_folder, privacy__delta=1e-4)).spent == pytest.approx(4.0, rel=1e-4)
+def test_what_is_spent_survives_forgetting_fitting_anew_and_retracting(published_folder: Path) -> None:
+    (spent,) = fits(published_folder)
+    forget(opened(published_folder).vault)
+    assert fits(published_folder) == (spent,)
+    shutil.rmtree(published_folder / "vault" / "functions")
+    assert fits(published_folder) == (spent,)
+    assert privacy(opened(published_folder, privacy__delta=1e-4)).spent == pytest.approx(4.0, rel=1e-4)
 
 
-def test_a_ledger_that_is_lost_or_damaged_is_not_taken_for_an_empty_one(drawn_folder: Path) -> None:
-    package(opened(drawn_folder))
-    ledger = drawn_folder / "vault" / PRIVACY_LEDGER
+def test_a_ledger_that_is_lost_or_damaged_is_not_taken_for_an_empty_one(published_folder: Path) -> None:
+    ledger = published_folder / "vault" / PRIVACY_LEDGER
     content = ledger.read_text()
     ledger.unlink()
     with pytest.raises(VaultError, match=r"privacy\.json does not list. Bring that back"):
-        privacy(opened(drawn_folder))
+        privacy(opened(published_folder))
     with pytest.raises(VaultError, match="does not list"):
-        package(opened(drawn_folder))
+        package(opened(published_folder))
     ledger.write_text(content.replace('"second moment"', '"moment"'))
     with pytest.raises(VaultError, match="is not the ledger of what was fitted"):
-        privacy(opened(drawn_folder))
+        privacy(opened(published_folder))
     ledger.write_text(content)
-    assert privacy(opened(drawn_folder)).spent > 0
+    assert privacy(opened(published_folder)).spent > 0
 
 
 # --------------------------------------------------------------------------------------------- the budget
 
 
 def test_a_fit_within_the_budget_is_made_and_one_that_exceeds_it_is_refused_with_all_numbers(
-    drawn_folder: Path,
+    published_folder: Path,
 ) -> None:
-    package(opened(drawn_folder))
     budget = {"privacy__epsilon": 6.0, "privacy__delta": 1e-4}
-    before = (drawn_folder / "vault/functions/default/function.json").read_bytes()
+    before = (published_folder / "vault/functions/default/function.json").read_bytes()
     with pytest.raises(ConfigError, match=r"epsilon = 6, .* has spent 4, this takes 4, together that is 6\.08") as said:
-        fit_poison(opened(drawn_folder, **budget), restart=True)
+        fit_poison(opened(published_folder, **budget), restart=True)
     assert "raise the budget" in str(said.value)
-    assert (drawn_folder / "vault/functions/default/function.json").read_bytes() == before
-    left = privacy(opened(drawn_folder, **budget)).left
+    assert (published_folder / "vault/functions/default/function.json").read_bytes() == before
+    left = privacy(opened(published_folder, **budget)).left
     assert left is not None
-    fit_poison(opened(drawn_folder, **budget, poison__function=f"mixture:delta=1e-4,epsilon={left * 0.999}"), name="b")
+    fit_poison(
+        opened(published_folder, **budget, poison__function=f"mixture:delta=1e-4,epsilon={left * 0.999}"), name="b"
+    )
     spec = f"mixture:delta=1e-4,epsilon={left * 1.01}"
     with pytest.raises(ConfigError, match="would be exceeded"):
-        fit_poison(opened(drawn_folder, **budget, poison__function=spec), name="c")
+        fit_poison(opened(published_folder, **budget, poison__function=spec), name="c")
 
 
 def test_a_fit_that_takes_all_of_a_budget_is_within_it_and_one_without_a_bound_never_is(drawn_folder: Path) -> None:
@@ -177,60 +190,56 @@ def test_of_two_fits_that_are_each_within_the_budget_only_one_is_published(drawn
     package(opened(drawn_folder, release__version="2.0.0"), "other", second_function="Another day.")
 
 
-def test_a_retraction_is_refused_beyond_the_budget_and_nothing_is_changed(drawn_folder: Path) -> None:
-    package(opened(drawn_folder))
-    ids = (drawn_folder / "vault/ids.csv").read_bytes()
+def test_a_retraction_is_refused_beyond_the_budget_and_nothing_is_changed(published_folder: Path) -> None:
+    ids = (published_folder / "vault/ids.csv").read_bytes()
     with pytest.raises(ConfigError, match="would be exceeded"):
-        retract(opened(drawn_folder, privacy__epsilon=5.0, privacy__delta=1e-4), sources=["disc-portrait-003.png"])
-    assert (drawn_folder / "vault/ids.csv").read_bytes() == ids
-    assert opened(drawn_folder).retracted.retractions == ()
+        retract(opened(published_folder, privacy__epsilon=5.0, privacy__delta=1e-4), sources=["disc-portrait-003.png"])
+    assert (published_folder / "vault/ids.csv").read_bytes() == ids
+    assert opened(published_folder).retracted.retractions == ()
 
 
 # --------------------------------------------------------------------------------------------- retracting
 
 
 def test_a_retraction_fits_and_draws_again_says_before_what_that_spends_and_the_release_says_so(
-    drawn_folder: Path, capsys: pytest.CaptureFixture[str]
+    published_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    package(opened(drawn_folder))
-    rows = {path.name: path.read_bytes() for path in (drawn_folder / "release/features/train").glob("*.h5")}
-    report = retract(opened(drawn_folder), sources=["disc-portrait-003.png"])
+    rows = {path.name: path.read_bytes() for path in (published_folder / "release/features/train").glob("*.h5")}
+    report = retract(opened(published_folder), sources=["disc-portrait-003.png"])
     said = capsys.readouterr().err
     assert "published fits have epsilon = 4, with this one they will have 6.08" in said
     assert said.index("Earlier versions stay public") < said.index("Poisoning")
     assert (report.redrawn, report.lost) == (("default",), ())
-    assert [fit.published for fit in fits(drawn_folder)] == [("shapes 1.0.0",), ()]
-    manifest = package(opened(drawn_folder))
+    assert [fit.published for fit in fits(published_folder)] == [("shapes 1.0.0",), ()]
+    manifest = package(opened(published_folder))
     assert (manifest.version, manifest.privacy and manifest.privacy.fits) == ("1.0.1", 2)
-    card = (drawn_folder / "release/README.md").read_text()
+    card = (published_folder / "release/README.md").read_text()
     assert "drawn anew" in card
     assert "1 retracted" not in card  # how many went is not covered by any bound
-    after = {path.name: path.read_bytes() for path in (drawn_folder / "release/features/train").glob("*.h5")}
+    after = {path.name: path.read_bytes() for path in (published_folder / "release/features/train").glob("*.h5")}
     assert not set(rows.values()) & set(after.values())
 
 
 @pytest.mark.parametrize("member", ["function.json", "state.safetensors", "plan.safetensors", "candidate.json"])
-def test_a_retraction_that_is_killed_on_its_way_is_finished_by_the_next(drawn_folder: Path, member: str) -> None:
-    package(opened(drawn_folder))
+def test_a_retraction_that_is_killed_on_its_way_is_finished_by_the_next(published_folder: Path, member: str) -> None:
     source = "disc/disc-portrait-003.png"
-    killed(drawn_folder, "os.rename", f"{member}.partial", 1, "retract", "--source", source)
-    retract(opened(drawn_folder))
-    known = fits(drawn_folder)
+    killed(published_folder, "os.rename", f"{member}.partial", 1, "retract", "--source", source)
+    retract(opened(published_folder))
+    known = fits(published_folder)
     assert known[0].published
     assert not any(fit.published for fit in known[1:])
-    manifest = package(opened(drawn_folder))
+    manifest = package(opened(published_folder))
     assert (manifest.version, manifest.privacy and manifest.privacy.fits) == ("1.0.1", 2)
 
 
 # --------------------------------------------------------------------------------------------- around it
 
 
-def test_a_bound_for_persons_is_not_added_to_one_for_images(drawn_folder: Path) -> None:
-    package(opened(drawn_folder))
-    ledger = drawn_folder / "vault" / PRIVACY_LEDGER
+def test_a_bound_for_persons_is_not_added_to_one_for_images(published_folder: Path) -> None:
+    ledger = published_folder / "vault" / PRIVACY_LEDGER
     ledger.write_text(ledger.read_text().replace('"unit": "image"', '"unit": "person"'))
     with pytest.raises(ConfigError, match="a bound for each person was published of these images"):
-        fit_poison(opened(drawn_folder), restart=True)
+        fit_poison(opened(published_folder), restart=True)
 
 
 def test_a_function_that_needs_a_classifier_is_refused_where_that_is_trained_on_the_bank(drawn_folder: Path) -> None:
@@ -241,11 +250,10 @@ def test_a_function_that_needs_a_classifier_is_refused_where_that_is_trained_on_
         fit_poison(opened(drawn_folder, poison__function=function), name=f"fine-{number}")
 
 
-def test_the_command_shows_what_is_spent_left_and_would_be(drawn_folder: Path) -> None:
-    package(opened(drawn_folder))
-    config = drawn_folder / "dpf.toml"
+def test_the_command_shows_what_is_spent_left_and_would_be(published_folder: Path) -> None:
+    config = published_folder / "dpf.toml"
     config.write_text(config.read_text() + "\n[privacy]\nepsilon = 8.0\ndelta = 1e-4\n")
-    done = run_cli("privacy", folder=drawn_folder)
+    done = run_cli("privacy", folder=published_folder)
     assert done.returncode == 0, done.stderr
     shown = f"{epsilon_of_fits(2):.3g}"
     for words in (
@@ -255,10 +263,10 @@ def test_the_command_shows_what_is_spent_left_and_would_be(drawn_folder: Path) -
         "shapes 1.0.0",
     ):
         assert words in done.stdout
-    left = privacy(opened(drawn_folder)).left
+    left = privacy(opened(published_folder)).left
     assert left is not None
     assert f"Left: epsilon = {left:.3g}" in done.stdout
-    mus = [fits(drawn_folder)[0].mechanism.mu, _mu_of(left)]
+    mus = [fits(published_folder)[0].mechanism.mu, _mu_of(left)]
     assert epsilon_of(composed(mus), 1e-4) == pytest.approx(8.0, rel=1e-3)
 
 

@@ -76,45 +76,57 @@ def assert_same_but_for(before: dict[str, bytes], after: dict[str, bytes], gone:
 # ------------------------------------------------------------------------------------------ rows that are only dropped
 
 
-def test_the_next_version_has_all_rows_but_the_retracted_ones_and_every_other_shard_byte_for_byte(
-    project_folder: Path,
-) -> None:
-    release, features = project_folder / "release", project_folder / "release" / "features"
-    gone = [lines_of(project_folder)[3], lines_of(project_folder)[40], lines_of(project_folder, "val")[0]]
-    ids = {line["id"] for line in gone}
-    before = {split: rows_in(features, split) for split in ("train", "val")}
-    files, touched = digests(features), shards_with(features, ids)
-    private_files = digests(project_folder / "vault" / "features")
-    private_touched = shards_with(project_folder / "vault" / "features", ids)
-    old_manifest = sha256_of(release / "manifest.json")
+def to_retract(folder: Path) -> list[dict[str, str]]:
+    """Two rows of train and one of val."""
+    return [lines_of(folder)[3], lines_of(folder)[40], lines_of(folder, "val")[0]]
 
+
+@pytest.fixture(scope="module")
+def without_three(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared project after `to_retract` was retracted and the next version published; nobody may change it."""
+    project_folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("retracted") / "shapes"))
+    release, gone = project_folder / "release", to_retract(project_folder)
     report = retract(open_project(project_folder), [gone[0]["id"].upper()], [line["source"] for line in gone[1:]])
     assert (report.rows, report.version) == ({"train": 2, "val": 1, "test": 0}, "1.0.1")
     assert (report.rebuilt, report.lost) == ({"default": 0}, ())
     assert json.loads((release / "manifest.json").read_text())["version"] == "1.0.0"  # `package` alone publishes
-    manifest = package(open_project(project_folder))
+    package(open_project(project_folder))
+    return project_folder
 
-    assert (manifest.version, manifest.previous) == ("1.0.1", old_manifest)
+
+def test_the_next_version_has_all_rows_but_the_retracted_ones_and_every_other_shard_byte_for_byte(
+    finished: Path, without_three: Path
+) -> None:
+    release, features = without_three / "release", without_three / "release" / "features"
+    ids = {line["id"] for line in to_retract(finished)}
+    before = {split: rows_in(finished / "release" / "features", split) for split in ("train", "val")}
+    files, touched = digests(finished / "release" / "features"), shards_with(finished / "release" / "features", ids)
+    private_files = digests(finished / "vault" / "features")
+    private_touched = shards_with(finished / "vault" / "features", ids)
+
+    manifest = Release.open(release).manifest
+    assert (manifest.version, manifest.previous) == ("1.0.1", sha256_of(finished / "release" / "manifest.json"))
     assert verify(release) == []
     for split in ("train", "val"):
         assert_same_but_for(before[split], rows_in(features, split), ids)
     now = digests(features)
     assert {name for name in files if now.get(name) != files[name]} == {*touched, "index.json"}
     assert len(touched) == 3
-    now = digests(project_folder / "vault" / "features")
+    now = digests(without_three / "vault" / "features")
     assert {name for name in private_files if now.get(name) != private_files[name]} == {*private_touched, "index.json"}
-    assert len(lines_of(project_folder)) == len(before["train"]) - 2
-    assert [int(line["row"]) for line in lines_of(project_folder)] == list(range(len(before["train"]) - 2))
-    assert leftovers(project_folder) == []
+    assert len(lines_of(without_three)) == len(before["train"]) - 2
+    assert [int(line["row"]) for line in lines_of(without_three)] == list(range(len(before["train"]) - 2))
+    assert leftovers(without_three) == []
 
 
-def test_no_byte_of_a_retracted_row_is_left_and_an_innocent_one_is(project_folder: Path) -> None:
-    vault, release = project_folder / "vault", project_folder / "release"
-    gone, innocent = lines_of(project_folder)[5], lines_of(project_folder)[6]
-    public, private = rows_in(release / "features", "train"), rows_in(vault / "features", "train")
+def test_no_byte_of_a_retracted_row_is_left_and_an_innocent_one_is(finished: Path, without_three: Path) -> None:
+    vault, release = without_three / "vault", without_three / "release"
+    gone, innocent = to_retract(finished)[0], lines_of(finished)[6]
+    public = rows_in(finished / "release" / "features", "train")
+    private = rows_in(finished / "vault" / "features", "train")
 
     def where(line: dict[str, str]) -> dict[str, list[str]]:
-        (vault / RETRACTED).rename(project_folder / RETRACTED)  # it alone may know the id
+        (vault / RETRACTED).rename(without_three / RETRACTED)  # it alone may know the id
         found = {
             "id": files_with(vault, bytes.fromhex(line["id"])) + files_with(release, bytes.fromhex(line["id"])),
             "hex": files_with(vault, line["id"].encode()),
@@ -122,11 +134,9 @@ def test_no_byte_of_a_retracted_row_is_left_and_an_innocent_one_is(project_folde
             "public": files_with(vault, public[line["id"]]) + files_with(release, public[line["id"]]),
             "private": files_with(vault, private[line["id"]]),
         }
-        (project_folder / RETRACTED).rename(vault / RETRACTED)
+        (without_three / RETRACTED).rename(vault / RETRACTED)
         return found
 
-    retract(open_project(project_folder), [gone["id"]])
-    package(open_project(project_folder))
     assert where(gone) == {"id": [], "hex": [], "name": [], "public": [], "private": []}
     assert all(where(innocent).values())
     assert gone["source"] not in (vault / RETRACTED).read_text()
@@ -151,36 +161,28 @@ def test_a_shard_without_rows_goes_and_the_others_keep_their_numbers(project_fol
     assert dataset[first][0].numpy().astype("<f2").tobytes() == list(before.values())[first + second]
 
 
-def test_the_card_says_what_was_retracted_and_what_comparing_shows(project_folder: Path) -> None:
-    card = project_folder / "release" / "README.md"
+@pytest.mark.slow
+def test_no_version_is_published_twice_and_the_card_says_what_was_retracted_and_what_comparing_shows(
+    project_folder: Path,
+) -> None:
+    card, train = project_folder / "release" / "README.md", lines_of(project_folder)
+    assert package(open_project(project_folder)).version == "1.0.0"  # the control: the same rows, the same version
     assert "etracted" not in card.read_text()
-    train = lines_of(project_folder)
-    retract(open_project(project_folder), [train[0]["id"], train[1]["id"]])
-    package(open_project(project_folder))
+    assert retract(open_project(project_folder), [train[0]["id"]]).version == "1.0.1"
+    assert retract(open_project(project_folder), [train[1]["id"]]).version == "1.0.1"  # 1.0.1 is not out yet
+    assert package(open_project(project_folder)).version == "1.0.1"
     text = " ".join(card.read_text().split())
     assert "not in this one: 2 retracted since 1.0.0." in text
     assert "All other rows are, bit for bit, those of 1.0.0; rows were only dropped, and what attacks on 1.0.0" in text
     assert "Comparing two versions shows which rows were retracted." in text
-    retract(open_project(project_folder), [train[2]["id"]])
-    package(open_project(project_folder))
+    published = digests(project_folder / "release")
+    assert package(open_project(project_folder)).version == "1.0.1"
+    assert digests(project_folder / "release") == published
+    assert retract(open_project(project_folder), [train[2]["id"]]).version == "1.0.2"
+    assert package(open_project(project_folder, release__version="1.0.1")).version == "1.0.2"
     text = " ".join(card.read_text().split())
     assert "not in this one: 2 retracted since 1.0.0, 1 retracted since 1.0.1." in text
     assert "bit for bit, those of 1.0.1" in text
-    published = digests(project_folder / "release")
-    package(open_project(project_folder))
-    assert digests(project_folder / "release") == published
-
-
-@pytest.mark.slow
-def test_a_version_that_was_published_with_retracted_rows_is_not_published_again(project_folder: Path) -> None:
-    train = lines_of(project_folder)
-    assert package(open_project(project_folder)).version == "1.0.0"  # the control: the same rows, the same version
-    assert retract(open_project(project_folder), [train[0]["id"]]).version == "1.0.1"
-    assert retract(open_project(project_folder), [train[1]["id"]]).version == "1.0.1"  # 1.0.1 is not out yet
-    assert package(open_project(project_folder)).version == "1.0.1"
-    assert package(open_project(project_folder)).version == "1.0.1"
-    assert retract(open_project(project_folder), [train[2]["id"]]).version == "1.0.2"
-    assert package(open_project(project_folder, release__version="1.0.1")).version == "1.0.2"
     assert package(open_project(project_folder, release__version="2.0.0")).version == "2.0.0"
 
 
@@ -418,7 +420,7 @@ def mixed(folder: Path, spec: str) -> str:
     """Fits a function that mixes rows, writes its candidate and publishes it as the only release; its name."""
     shutil.rmtree(folder / "release")
     (folder / "vault" / "ledger.json").unlink()
-    project = open_project(folder, poison__function=spec, poison__epochs=1)
+    project = open_project(folder, poison__function=spec, poison__epochs=1, bank__shard_size="20 kB")
     fit_poison(project, name="mixed")
     write_candidate(project, "mixed")
     package(project, "mixed")
@@ -570,6 +572,23 @@ def _interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[]
     return False
 
 
+def _as_kills_leave_it(
+    folder: Path, to: Path, monkeypatch: pytest.MonkeyPatch, ids: list[str]
+) -> tuple[Path, list[Path]]:
+    """A project after a retraction; and as it was before each file took its name, with all that was half done."""
+    whole, stops, replace_file = _with_the_same_images(folder, to / "whole"), list[Path](), Path.replace
+
+    def keep(path: Path, target: Any) -> Path:
+        stops.append(to / f"stop-{len(stops) + 1}")
+        _with_the_same_images(whole, stops[-1])
+        return replace_file(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", keep)
+        retract(open_project(whole), ids)
+    return whole, stops
+
+
 def _with_the_same_images(folder: Path, copy: Path) -> Path:
     """Copies a project but for its images and its release."""
     shutil.copytree(folder / "vault", copy / "vault")
@@ -586,13 +605,11 @@ def test_a_retraction_cut_off_at_any_step_is_finished_with_the_same_bytes(
     fit_poison(project, name="mixed")
     write_candidate(project, "mixed")
     ids = [lines_of(project_folder)[20]["id"], lines_of(project_folder, "val")[2]["id"]]
-    whole = _with_the_same_images(project_folder, tmp_path / "whole")
-    retract(open_project(whole), ids)
+    whole, stops = _as_kills_leave_it(project_folder, tmp_path, monkeypatch, ids)
     expected, refused = digests(whole / "vault"), []
-    for step in range(1, 100):
-        folder = _with_the_same_images(project_folder, tmp_path / f"cut-{step}")
-        if not _interrupted_at(step, monkeypatch, lambda folder=folder: retract(open_project(folder), ids)):
-            break
+    cut = _with_the_same_images(project_folder, tmp_path / "cut")
+    assert _interrupted_at(6, monkeypatch, lambda: retract(open_project(cut), ids))  # which is tidied up after
+    for step, folder in enumerate([cut, *stops]):
         record = folder / "vault" / RETRACTED
         if record.exists():  # from here on the others refuse, and no names are needed
             if not refused:
@@ -603,7 +620,7 @@ def test_a_retraction_cut_off_at_any_step_is_finished_with_the_same_bytes(
         else:
             retract(open_project(folder), ids)
         assert digests(folder / "vault") == expected, step
-    assert refused == list(range(3, step))
+    assert refused == [0, *range(3, len(stops) + 1)]
     assert len(refused) > 15
     assert not list((whole / "vault").rglob(BEFORE))
 
