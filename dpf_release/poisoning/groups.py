@@ -21,7 +21,7 @@ Numbers = NDArray[np.float64]
 LEADING = 64  # components that clusters are found in
 LEAST_ROWS = 50  # of a group
 CLASS_ROWS = 200  # how many rows the class's covariance counts for, beside the group's own
-POOL = 2500  # public rows nearest a group's mean, that its rows are made from
+POOL = 2500  # public rows nearest a group's mean, that its rows are made from; all, where there are fewer
 CANDIDATES = 200  # images of its class among which an attacker looks for the one that a row stands for
 
 
@@ -41,7 +41,7 @@ class Groups:
     """Clusters of the classes of S, numbered through; exact, so that they are as secret as S."""
 
     public: NDArray[np.float32]  # (n, K) coordinates of Q
-    pool: Rows  # (G, POOL) the rows of Q that a group's rows are made from
+    pool: Rows  # (G, P) the rows of Q that a group's rows are made from
     map: NDArray[np.float32]  # (G, K, K) what gives them its covariance
     centre: NDArray[np.float32]  # (G, K) its mean
     source: NDArray[np.float32]  # (G, K) mean of its pool
@@ -71,8 +71,8 @@ class Groups:
             for group in range(int(of.max()) + 1):
                 mean, within = moments(private.z[mine[of == group]], covariance)
                 pool = nearest(public, mean)
-                found = np.resize(pool, POOL), transport(np.cov(public[pool].T, bias=True), within)
-                values = (*found, mean, public[pool].mean(0), label, int((of == group).sum()))
+                moved = transport(np.cov(public[pool].T, bias=True), within)
+                values = (pool, moved, mean, public[pool].mean(0), label, int((of == group).sum()))
                 for column, value in zip(columns.values(), values, strict=True):
                     column.append(value)
         arrays = {name: np.array(column) for name, column in columns.items()}
@@ -109,7 +109,7 @@ class Groups:
         """See `Mixture.gaussians`."""
         public = self.public.astype(np.float64)
         for group, centre in enumerate(self.centre.astype(np.float64)):
-            drawn = public[np.unique(self.pool[group])] @ self.map[group].astype(np.float64).T
+            drawn = public[self.pool[group]] @ self.map[group].astype(np.float64).T
             share = self.count[group] / self.count[self.label == self.label[group]].sum()
             yield int(self.label[group]), float(share), centre, np.cov(drawn.T, bias=True)
 
@@ -131,7 +131,7 @@ class Groups:
 
     def planned(self, group: Rows, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
         """What rows of these groups are made from."""
-        return {"group": group, "source": self.pool[group, generator.integers(POOL, size=len(group))]}
+        return {"group": group, "source": self.pool[group, generator.integers(self.pool.shape[1], size=len(group))]}
 
     def _members(self, group: Rows, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
         if len(self.label) == len(np.unique(self.label)):

@@ -1,8 +1,11 @@
-"""Class moments under a privacy bound: noisy counts, sums and second moments of S, shrunk towards those of public Q.
+"""Moments under a privacy bound: noisy counts and sums of the classes of S, and noisy second moments of all of S.
 
 A row enters as w, its coordinates in the components of Q, scaled by public numbers and clipped to norm 1. So one row
-more or less moves a class's count, its sum of w and its sum of w wᵀ (Frobenius norm) by at most 1 each; a person with
+more or less moves a class's count, its sum of w, and the sum of w wᵀ (Frobenius norm) by at most 1 each; a person with
 several rows is scaled down until all of theirs together move them no further than one row can.
+
+Classes share one covariance. Those of their own, even exact, serve a classifier worse: it learns their differences,
+which clean features do not have in that form (docs/measurements/mixture-choices.json).
 """
 
 from __future__ import annotations
@@ -32,14 +35,18 @@ class Noise:
     total: float
     square: float
 
+    def of_square(self, size: int) -> Numbers:
+        """(K, K) of each number of the second moments."""
+        return np.where(np.eye(size, dtype=bool), self.square, self.square / np.sqrt(2))
+
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """For each class, over its rows (G cells of rows in each, by public features)."""
+    """Over rows, for each class with G cells in it, by public features."""
 
     count: Numbers  # (classes, G)
     total: Numbers  # (classes, G, K), of w
-    square: Numbers  # (classes, K, K), of w wᵀ
+    square: Numbers  # (K, K), of w wᵀ, over all classes
 
     @classmethod
     def over(cls, rows: Numbers, classes: Rows, cells: Rows, shape: tuple[int, int], weights: Numbers) -> Sums:
@@ -47,22 +54,22 @@ class Sums:
         count, total = np.zeros(shape), np.zeros((*shape, rows.shape[1]))
         np.add.at(count, (classes, cells), weights)
         np.add.at(total, (classes, cells), weights[:, None] * rows)
-        square = np.stack([(weights[mine, None] * rows[mine]).T @ rows[mine] for mine in _places(classes, shape[0])])
-        return cls(count, total, square)
+        return cls(count, total, (weights[:, None] * rows).T @ rows)
 
     def within(self) -> Numbers:
         """(K, K) covariance within the cells of the classes."""
-        mean = self.total / np.maximum(self.count, 1)[..., None]
-        moved = np.einsum("cg,cgk,cgl->kl", self.count, mean, mean)
-        covariance: Numbers = (self.square.sum(0) - moved) / self.count.sum()
+        return self.around(self.total / np.maximum(self.count, 1)[..., None])
+
+    def around(self, mean: Numbers) -> Numbers:
+        """(K, K) covariance around such means (classes, G, K) of the cells."""
+        count = np.maximum(self.count, 1)
+        covariance: Numbers = (self.square - np.einsum("cg,cgk,cgl->kl", count, mean, mean)) / count.sum()
         return covariance
 
     def with_noise(self, noise: Noise) -> Sums:
         """The same, (ε, δ)-private."""
-        size = self.square.shape[1]
-        off_diagonal = noise.square / np.sqrt(2)
-        upper = noisy(self.square, np.where(np.eye(size, dtype=bool), noise.square, off_diagonal))
-        square = np.triu(upper) + np.triu(upper, 1).transpose(0, 2, 1)
+        upper = noisy(self.square, noise.of_square(self.square.shape[-1]))
+        square = np.triu(upper) + np.triu(upper, 1).swapaxes(-1, -2)
         return Sums(noisy(self.count, noise.count), noisy(self.total, noise.total), square)
 
 
@@ -93,7 +100,7 @@ def clip(rows: Numbers) -> Numbers:
 def unit_weights(rows: Numbers, classes: Rows, cells: Rows, units: Rows, noise: Noise) -> Numbers:
     """By what each row is scaled, so that no unit (image or person) counts for more than one row can.
 
-    A unit's contribution is one vector: counts, sums and second moments of all classes, each over its noise; it is
+    A unit's contribution is one vector: counts and sums of all classes, and second moments, each over its noise; it is
     scaled to at most the length of one row's. Scaling class by class would let a person in many classes count in each.
 
     Args:
@@ -110,24 +117,20 @@ def unit_weights(rows: Numbers, classes: Rows, cells: Rows, units: Rows, noise: 
     longest = np.sqrt(noise.count**-2 + noise.total**-2 + noise.square**-2)
     for mine in _places(units):
         if len(mine) > 1:
-            length = 0.0
-            for of in _places(classes[mine]):
-                some, cell = rows[mine[of]], cells[mine[of]]
-                length += float(np.linalg.norm(some @ some.T) / noise.square) ** 2  # that of Σ w wᵀ, without making it
-                for there in _places(cell):
-                    length += (len(there) / noise.count) ** 2
-                    length += float(np.linalg.norm(some[there].sum(0)) / noise.total) ** 2
+            some = rows[mine]
+            length = float(np.linalg.norm(some @ some.T) / noise.square) ** 2  # that of Σ w wᵀ, without making it
+            for there in _places(classes[mine] * (cells.max() + 1) + cells[mine]):
+                length += (len(there) / noise.count) ** 2
+                length += float(np.linalg.norm(some[there].sum(0)) / noise.total) ** 2
             weights[mine] = min(1.0, longest / np.sqrt(length))
     return weights
 
 
-def _places(numbers: Rows, count: int | None = None) -> list[Rows]:
-    """Where each number is: of 0 to `count`, or of those that occur."""
-    names = np.arange(count) if count is not None else np.unique(numbers)
+def _places(numbers: Rows) -> list[Rows]:
+    """Where each number that occurs is."""
     order = np.argsort(numbers, kind="stable")
-    ends = np.searchsorted(numbers[order], names, side="right")
-    starts = np.searchsorted(numbers[order], names, side="left")
-    return [order[start:end] for start, end in zip(starts, ends, strict=True)]
+    _, starts = np.unique(numbers[order], return_index=True)
+    return np.split(order, starts[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,16 +139,16 @@ class Gaussians:
 
     share: Numbers  # (classes, G) of a class's rows, that are drawn in each cell
     mean: Numbers  # (classes, G, K)
-    root: Numbers  # (classes, K, K), whose product with its transpose is the covariance around the cell's mean
+    root: Numbers  # (K, K), whose product with its transpose is the covariance around each mean
 
 
 def estimated(found: Sums, public: Sums, noise: Noise, apart: int = 0) -> Gaussians:
-    """The moments of each class from noisy sums: empirical Bayes, each number drawn towards a public one.
+    """Means of the classes and their common covariance from noisy sums: empirical Bayes, drawn towards public numbers.
 
-    A number keeps the share τ² / (τ² + noise²) of its distance from where it is drawn to: first those pooled over the
-    classes towards Q's, then each class's towards these. τ², how far apart such numbers truly are, is how far apart the
-    noisy ones are, less the noise, averaged over bands of neighbouring components: that costs no budget, and what is
-    drawn from is made of noisy numbers and of Q alone.
+    A number keeps the share τ² / (τ² + noise²) of its distance from where it is drawn to: a mean first over the classes
+    towards Q's, then each class's towards that; a covariance towards Q's. τ², how far apart such numbers truly are, is
+    how far apart the noisy ones are, less the noise, averaged over bands of neighbouring components: that costs no
+    budget, and what is drawn from is made of noisy numbers and of Q alone.
 
     Args:
         found: noisy, of S.
@@ -155,31 +158,24 @@ def estimated(found: Sums, public: Sums, noise: Noise, apart: int = 0) -> Gaussi
     """
     bands = _Bands.of_size(found.total.shape[2], apart)
     count = np.maximum(found.count, 1.0)  # (classes, G)
-    of_class = count.sum(1)
     start = public.total.sum(0) / np.maximum(public.count.sum(0)[:, None], 1)  # (G, K)
-    mean = _towards(start, found.total / count[..., None], noise.total / count[..., None], bands.over_last)
-    share = count / of_class[:, None]
-    moved = np.einsum("cg,cgk,cgl->ckl", share, mean, mean)
-    size = mean.shape[2]
-    deviation = np.where(np.eye(size, dtype=bool), 1.0, 2**-0.5) * noise.square / of_class[:, None, None]
-    within = public.within()
-    covariance = _towards(within, found.square / of_class[:, None, None] - moved, deviation, bands.over_square)
+    deviation = np.broadcast_to(noise.total / count[..., None], found.total.shape)
+    of_classes = found.total / count[..., None]
+    weight = deviation**-2 / (deviation**-2).sum(0)
+    centre = _drawn((weight * of_classes).sum(0), start, (deviation**-2).sum(0) ** -0.5, bands.over_last)
+    mean = _drawn(of_classes, centre, deviation, lambda values: bands.over_last(values.mean(0)))
+    within, size = public.within(), found.square.shape[0]
+    covariance = _drawn(found.around(mean), within, noise.of_square(size) / count.sum(), bands.over_square)
     values, vectors = np.linalg.eigh(covariance)
     values = np.maximum(values, 1e-3 * np.linalg.eigvalsh(within).clip(0))
-    return Gaussians(share, mean, vectors * np.sqrt(values)[:, None, :])
+    return Gaussians(count / count.sum(1, keepdims=True), mean, vectors * np.sqrt(values))
 
 
-def _towards(public: Numbers, found: Numbers, deviation: Numbers, smooth: Callable[[Numbers], Numbers]) -> Numbers:
-    """Numbers of each class, first axis, drawn towards those of all classes, and these towards the public ones."""
-    deviation = np.broadcast_to(deviation, found.shape)
-    weight = deviation**-2 / (deviation**-2).sum(0)
-    pooled = (weight * found).sum(0) - public
-    noise = (weight**2 * deviation**2).sum(0)
-    signal = np.maximum(smooth(pooled**2 - noise), 0)
-    centre = public + pooled * signal / (signal + noise)
-    apart = found - centre
-    signal = np.maximum(smooth((apart**2 - deviation**2).mean(0)), 0)
-    shrunk: Numbers = centre + apart * signal / (signal + deviation**2)
+def _drawn(found: Numbers, to: Numbers, deviation: Numbers, smooth: Callable[[Numbers], Numbers]) -> Numbers:
+    """Noisy numbers, drawn to others by as much as their deviation asks for."""
+    apart = found - to
+    signal = np.maximum(smooth(apart**2 - deviation**2), 0)
+    shrunk: Numbers = to + apart * signal / (signal + deviation**2)
     return shrunk
 
 

@@ -31,7 +31,7 @@ class NoisyClasses:
     count: Numbers  # (classes, G) noisy; G cells of rows in each, by public features
     share: Numbers  # (classes, G) of a class's rows that are drawn in each cell
     centre: Numbers  # (classes, G, K + T) scaled, T regression targets behind
-    root: Numbers  # (classes, K + T, K + T), whose product with its transpose is the covariance
+    root: Numbers  # (K + T, K + T), whose product with its transpose is the covariance, the same for all classes
     ranges: Numbers  # (T, 2) lowest and highest of each target, as declared
 
     @classmethod
@@ -68,8 +68,8 @@ class NoisyClasses:
     def gaussians(self) -> Iterator[tuple[int, float, Numbers, Numbers]]:
         """See `Mixture.gaussians`."""
         size = len(self.scale)
+        covariance = self.root[:size] @ self.root[:size].T / self.scale / self.scale[:, None]
         for (label, cell), share in np.ndenumerate(self.share):
-            covariance = self.root[label, :size] @ self.root[label, :size].T / self.scale / self.scale[:, None]
             yield label, float(share), self.centre[label, cell, :size] / self.scale, covariance
 
     def class_sizes(self, generator: np.random.Generator) -> Numbers:
@@ -96,11 +96,8 @@ class NoisyClasses:
 
     def _scaled(self, rows: Rows, plan: Plan) -> Numbers:
         label, cell = plan.arrays["class"][rows], plan.arrays["group"][rows]
-        noise = keyed_normal(plan.secret, plan.arrays["ids"][rows], (self.root.shape[1],)).astype(np.float64)
-        out: Numbers = self.centre[label, cell]
-        for number in np.unique(label):
-            out[label == number] += noise[label == number] @ self.root[number].T
-        return out
+        noise = keyed_normal(plan.secret, plan.arrays["ids"][rows], (len(self.root),)).astype(np.float64)
+        return self.centre[label, cell] + noise @ self.root.T
 
 
 def labels_of(classes: Rows) -> Rows:

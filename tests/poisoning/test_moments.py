@@ -33,10 +33,9 @@ SHAPE = (3, 2)  # classes and cells
 
 def vectors(sums: Sums, noise: Noise, runs: int) -> Numbers:
     """(runs, numbers) all that is released, each over its deviation; the classes of a run follow each other."""
-    size = sums.square.shape[1]
-    upper = np.triu_indices(size)
+    upper = np.triu_indices(sums.square.shape[-1])
     deviation = np.where(upper[0] == upper[1], noise.square, noise.square / math.sqrt(2))
-    numbers = (sums.count / noise.count, sums.total / noise.total, sums.square[:, *upper] / deviation)
+    numbers = (sums.count / noise.count, sums.total / noise.total, sums.square[..., *upper] / deviation)
     return np.concatenate([part.reshape(runs, -1) for part in numbers], axis=1)
 
 
@@ -228,7 +227,8 @@ def fitted(images: Images) -> Numbers:
     real, seen = Sums.with_noise, list[Numbers]()
 
     def many(sums: Sums, noise: Noise) -> Sums:
-        repeated = Sums(*(np.concatenate([part] * RUNS) for part in vars(sums).values()))
+        counts, totals = (np.concatenate([part] * RUNS) for part in (sums.count, sums.total))
+        repeated = Sums(counts, totals, np.stack([sums.square] * RUNS))
         seen.append(vectors(real(repeated, noise), noise, RUNS))
         return real(sums, noise)
 
@@ -339,7 +339,7 @@ def a_fifth_less(values: Numbers, sigma: float | Numbers) -> Numbers:
 
 
 def exact_counts(values: Numbers, sigma: float | Numbers) -> Numbers:
-    return values if values.ndim == 2 else noisy(values, sigma)
+    return values if values.ndim == 2 and np.ndim(sigma) == 0 else noisy(values, sigma)
 
 
 def of_private(images: Images, taken: Callable[[Components, Components], Components]) -> dict[str, Any]:
