@@ -45,7 +45,7 @@ class Mixture(PoisoningFunction):
     parameters = (
         Parameter("epsilon", 4.0, 1e-3, inf, "privacy budget; inf: no bound"),
         Parameter("delta", 1e-5, 1e-15, 0.1, "of the budget, at most 1 / (10 units)"),
-        Parameter("components", 256, 2, 4096, "principal components of Q, at most a quarter of its images"),
+        Parameter("components", 512, 2, 4096, "principal components of Q, at most a quarter of its images"),
         Parameter("groups", 0, 0, 10_000, "groups of each class; 0: one, or 8 without a bound"),
         Parameter("rows", 0, 0, 10**8, "rows of each class; 0: as many as the noisy counts say"),
     )
