@@ -25,7 +25,7 @@ from dpf_release.poisoning.moments import Noise, Numbers
 from dpf_release.poisoning.noisy_classes import NoisyClasses
 from dpf_release.poisoning.plan import Contributors, Plan
 
-SHARES, SHARES_BELOW_2 = (0.1, 0.3, 0.6), (0.05, 0.6, 0.35)  # of the budget: counts, sums, second moments
+SHARES = (0.1, 0.3, 0.6)  # of the budget: counts, sums, second moments; others do no better
 VAL_SHARE = 0.1  # as many rows for each of `train` are drawn for `val`
 UNBOUNDED_GROUPS = 8  # of a class, where nothing else is said
 LEAST_UNITS = 10  # delta is below 1 / (LEAST_UNITS * units)
@@ -72,7 +72,7 @@ class Mixture(PoisoningFunction):
         """See `PoisoningFunction.mechanism`."""
         if not self.bounded:
             return None
-        return Mechanism.calibrated(self.epsilon, self.delta, SHARES if self.epsilon >= 2 else SHARES_BELOW_2, unit)
+        return Mechanism.calibrated(self.epsilon, self.delta, SHARES, unit)
 
     def linkage(self) -> float:
         """The chance, on average over rows, to name a row's image among 200 of its class: groups / 200; 0 with a bound.

@@ -24,7 +24,7 @@ from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.privacy import Mechanism
 from dpf_release.poisoning.components import Components, principal_components
 from dpf_release.poisoning.groups import Coordinates, clusters
-from dpf_release.poisoning.mixture import SHARES, SHARES_BELOW_2
+from dpf_release.poisoning.mixture import SHARES
 from dpf_release.poisoning.moments import Noise
 from dpf_release.poisoning.noisy_classes import NoisyClasses
 
@@ -32,7 +32,7 @@ MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements" / "mixture-ch
 DELTA, SEEDS, HELD_OUT = 4e-6, 2, 0.2
 Numbers = NDArray[np.float64]
 Gaussian = tuple[int, float, Numbers, Numbers]  # class, share of its rows, mean, covariance
-SHARES_TRIED = {"a": SHARES, "b": (0.1, 0.45, 0.45), "c": SHARES_BELOW_2, "d": (0.1, 0.15, 0.75)}
+SHARES_TRIED = {"a": SHARES, "b": (0.1, 0.45, 0.45), "c": (0.05, 0.6, 0.35), "d": (0.1, 0.15, 0.75)}
 
 
 class Pretended:

@@ -32,6 +32,7 @@ import torch
 
 from dpf_release import Project, attack, featurize, fit_poison, init, poison, train
 from dpf_release.bank.rows import ComputedRows
+from dpf_release.core.privacy import highest_auc
 from dpf_release.models.training import Recipe
 from dpf_release.poisoning.chain import build_chain, fit_chain
 from dpf_release.poisoning.context import Material, Split
@@ -54,7 +55,14 @@ MOBILENET = 'arch = "mobilenet_v2"\nhook = "features.13"\nsize = [96, 96]\nresiz
 CHANGES = {
     "cifar10": ("cifar10", {}),
     "public-featurizer": ("cifar10", {r"\[model\]\n": '[model]\ntrain_on = "public"\nclassifier = "from-bank"\n'}),
-    "pretrained": ("cifar10", {r"\[model\]\n": FROM_ELSEWHERE, r"arch = (.*\n)+?\n": MOBILENET + "\n"}),
+    "pretrained": (
+        "cifar10",
+        {
+            r"\[model\]\n": FROM_ELSEWHERE,
+            r"arch = (.*\n)+?\n": MOBILENET + "\n",
+            r"epochs = 14\n": "epochs = 14\nclassifier_epochs = 2\n",  # of φ2; U2 and U3 have their own
+        },
+    ),
     "faces": (
         "lfw",
         {
@@ -76,6 +84,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="of MobileNetV2, for `pretrained`")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, help="of the network, where fewer have to do")
+    parser.add_argument("--profile", default="standard", help="of the attacks: quick, standard or full")
+    parser.add_argument("--budget", type=float, help="minutes of training for each function, where fewer have to do")
     parser.add_argument("--only", nargs="*", default=MEASURED, help="attacks and utilities")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -106,13 +116,13 @@ def measured(options: argparse.Namespace, results: dict[str, Any], keep: Callabl
     for number, (name, function) in enumerate((OF_FACES if options.name == "faces" else FUNCTIONS).items()):
         if name in results.get("functions", {}):
             continue
-        started, kept = time.monotonic(), f"mixture-{number}"
-        if not vault.holds(vault.function(kept) / "candidate.json"):
+        started, kept, fits = time.monotonic(), f"mixture-{number}", results.setdefault("fits", {})
+        if name not in fits:
             facts = fit_poison(project, name=kept, function=function).last
-            seconds = time.monotonic() - started
-            poison(project, name=kept)
-            results.setdefault("fits", {})[name] = {**facts, "seconds": round(seconds, 1)}
-        report = attack(project, name=kept, profile="standard", only=options.only)
+            fits[name] = {**facts, "seconds": round(time.monotonic() - started, 1)}
+            keep()
+        poison(project, name=kept)
+        report = attack(project, name=kept, profile=options.profile, only=options.only, budget_minutes=options.budget)
         results.setdefault("functions", {})[name] = {
             "utility": {code: _rounded(of.measures) for code, of in report.utility.items()},
             "attacks": {
@@ -124,8 +134,16 @@ def measured(options: argparse.Namespace, results: dict[str, Any], keep: Callabl
                 for of in report.attacks
             },
             "not_applicable": dict(report.not_applicable),
+            "highest_auc": _highest_auc(function),
         }
         keep()
+
+
+def _highest_auc(function: str) -> float | None:
+    """What (ε, δ) allows; None without a bound."""
+    stage = build_chain(function, FeatureSpec((1, 1, 1), True)).stages[0]
+    mechanism = stage.mechanism("image")
+    return round(highest_auc(mechanism.mu), 4) if mechanism else None
 
 
 def _rounded(measures: Any) -> dict[str, list[float]]:

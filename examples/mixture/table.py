@@ -1,0 +1,77 @@
+"""The table of docs/mixture.md, from docs/measurements/mixture-NAME.json.
+
+python examples/mixture/table.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements"
+HEADER = (
+    "experiment", "function", "U2", "U3, m = 10", "of the gain", "U3, m = 100", "of the gain", "A5 AUC", "A13 AUC",
+    "A13L AUC", "allowed",
+)  # fmt: skip
+
+
+def main() -> None:
+    print(table())
+
+
+def table() -> str:
+    """Markdown, a row a function, with those of clean features and of own images alone before them."""
+    lines = [HEADER, ("---",) * len(HEADER)]
+    for file in sorted(MEASUREMENTS.glob("mixture-*.json")):
+        results = json.loads(file.read_text())
+        name = file.stem.removeprefix("mixture-")
+        functions = results.get("functions", {})
+        if functions and "U2" in (first := next(iter(functions.values()))["utility"]):
+            lines += [*_references(name, first), *(_row(name, *item) for item in functions.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _references(name: str, utility: Any) -> list[tuple[str, ...]]:
+    u2, u3, none = utility["U2"], utility["U3"], ("",) * 4
+    metric = _metric(u2)
+    clean, own = ([u3.get(f"{metric}, m = {m}, {what}") for m in (10, 100)] for what in ("with clean rows", OWN))
+    of_clean = (_told(u2[f"{metric} on clean rows"], metric), _told(clean[0], metric), "", _told(clean[1], metric), "")
+    return [
+        (name, "clean φ1(S)", *of_clean, *none),
+        (name, OWN, "", _told(own[0], metric), "", _told(own[1], metric), "", *none),
+    ]
+
+
+OWN = "own images alone"
+
+
+def _row(name: str, function: str, found: Any) -> tuple[str, ...]:
+    u2, u3 = found["utility"]["U2"], found["utility"]["U3"]
+    metric = _metric(u2)
+    cells = [name, function, _told(u2[metric], metric)]
+    for m in (10, 100):
+        of_bank, own, clean = (u3.get(f"{metric}, m = {m}{what}") for what in ("", f", {OWN}", ", with clean rows"))
+        cells.append(_told(of_bank, metric))
+        gained = of_bank and (of_bank[0] - own[0]) / (clean[0] - own[0])
+        cells.append(f"{gained:.0%}" if gained else "")
+    attacks = {attack["code"]: attack["ways"] for attack in found["attacks"]}
+    for code in ("A5", "A13", "A13L"):
+        aucs = [measures["auc"] for measures in attacks.get(code, {}).values() if "auc" in measures]
+        cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*max(aucs)) if aucs else "")
+    cells.append(f"{found['highest_auc']:.3f}" if found.get("highest_auc") else "")
+    return tuple(cells)
+
+
+def _metric(u2: Any) -> str:
+    return next(name for name in u2 if "on clean rows" not in name and name in ("top1", "mae"))
+
+
+def _told(interval: list[float] | None, metric: str) -> str:
+    if interval is None:
+        return ""
+    return f"{100 * interval[0]:.1f}" if metric == "top1" else f"{interval[0]:.2f}"
+
+
+if __name__ == "__main__":
+    main()
