@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attackers import Memory
 from dpf_release.attacks import a02_deep_tap
 from dpf_release.attacks import a07_optimisation as optimisation
 from dpf_release.attacks.a01_clean_decoders import StrawMen
@@ -27,55 +26,20 @@ from dpf_release.attacks.a07_optimisation import (
     rows_within,
 )
 from dpf_release.attacks.interface import Reconstructions
-from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, ReleaseView, Remembered
+from dpf_release.attacks.threat_models import Budget, HeldPictures, HeldRows, Remembered
 from dpf_release.attacks.toolkit import trained
 from dpf_release.attacks.toolkit.taps import WIDEST, open_taps, standard, together
 from dpf_release.core.arrays import Rows
 from dpf_release.evaluation.profiles import PROFILES, minutes, within
 from dpf_release.evaluation.score_reconstructions import score_decoders
-from dpf_release.evaluation.scoring import affine_fit, score_pictures
+from dpf_release.evaluation.scoring import score_pictures
 from dpf_release.evaluation.suite import attack
 from dpf_release.evaluation.targets import Pool, Target, Truth
-from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import split
-from dpf_release.models.metrics import ssim
 from dpf_release.models.zoo import build_network
 from dpf_release.owner.project import Project
 from dpf_release.poisoning.plan import Contributors
-
-SIZE = 16
-
-
-def pictures(count: int, seed: int) -> Tensor:
-    """Smooth random pictures, (count, 3, 16, 16) uint8."""
-    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    return (nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bicubic").clamp(0, 1) * 255).byte()
-
-
-def held(pixels: Tensor) -> HeldPictures:
-    return HeldPictures(len(pixels), lambda rows: pixels[torch.from_numpy(rows)])
-
-
-def view_of(phi_1: nn.Module, phi_2: nn.Module, bank: Tensor, budget: Budget) -> ReleaseView:
-    """A view of a bank of rows, Q from the same pictures' distribution."""
-    return ReleaseView(
-        phi_1=phi_1.eval().requires_grad_(False),
-        phi_2=phi_2.eval().requires_grad_(False),
-        preprocess=Preprocess((SIZE, SIZE), None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
-        non_negative=False,
-        task="classification",
-        bank=HeldRows(np.zeros(len(bank), np.int64), lambda rows: bank[torch.from_numpy(rows)].numpy()),
-        asked=np.arange(len(bank)),
-        public=held(pictures(256, seed=5)),
-        public_val=held(pictures(32, seed=6)),
-        budget=budget,
-        seed=0,
-        device=torch.device("cpu"),
-        bf16="off",
-        subject={},
-        bank_subject=f"{float(bank.sum())}",
-        kept=Memory(),
-    )
+from small_pictures import likeness, pictures, view_of
 
 
 def half_seen() -> tuple[nn.Module, nn.Module]:
@@ -87,10 +51,6 @@ def half_seen() -> tuple[nn.Module, nn.Module]:
         first.weight.data[:, 12:] = 0
         phi_2 = nn.Sequential(first, nn.LeakyReLU(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
     return phi_1, phi_2
-
-
-def likeness(found: Tensor, originals: Tensor) -> float:
-    return float(ssim(affine_fit(found, originals), originals).mean())
 
 
 # --------------------------------------------------------------------------------------------- φ1 of Q
@@ -329,7 +289,7 @@ def test_the_battery_says_what_the_answers_give_away_and_for_how_many_rows_each_
     monkeypatch.setattr(a02_deep_tap, "WIDTH", 32)
     for module in ("profiles", "harness"):
         monkeypatch.setattr(f"dpf_release.evaluation.{module}.registered", lambda: [DeepTap(), PerSample()])
-    full = attack(Project.open(project_folder / "dpf.toml"), profile="full", images=128)
+    full = attack(Project.open(project_folder / "dpf.toml"), profile="full", images=32)
     assert -1 < full.references["outputs"].low < full.references["outputs"].high < 1
     assert PROFILES["standard"].runs(Outputs())
     assert not PROFILES["quick"].runs(Outputs())

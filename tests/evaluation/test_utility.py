@@ -270,7 +270,7 @@ def test_compare_puts_each_function_where_its_attacks_and_its_utility_are(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(EFFORTS, "quick", LITTLE)
-    short = replace(PROFILES["quick"], budget=Budget(images=600, decoders=1, shadows=0))
+    short = replace(PROFILES["quick"], budget=Budget(images=64, decoders=1, shadows=0))
     monkeypatch.setitem(PROFILES, "quick", short)
     monkeypatch.setattr(
         "dpf_release.evaluation.profiles.registered", lambda: [interface.ATTACKS[code]() for code in ("A1", "A5")]
