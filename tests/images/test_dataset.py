@@ -7,8 +7,6 @@ import csv
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +17,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from bare_banks import digests, leftovers, without_shards
+from conftest import run_warm
 from dpf_release.errors import ImageError
 from dpf_release.images.dataset import BadImage, Pictures
 from dpf_release.images.decode import Preprocess, decode
@@ -63,6 +63,17 @@ def _children() -> set[int]:
     while new:
         new = {child for child, parent in parents.items() if parent in new}
         found |= new
+    return found
+
+
+def _of_session(session: int) -> set[int]:
+    """Processes of a session that have not ended."""
+    found = set[int]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = path.read_text().rsplit(")", 1)[1].split()[:4]
+            if int(of) == session and state not in "ZX":
+                found.add(int(path.parent.name))
     return found
 
 
@@ -254,6 +265,13 @@ def test_whatever_shows_that_a_decoding_process_ended_is_told_as_that(
     pictures.close()
 
 
+@pytest.fixture
+def _noticed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a process died is noticed after half a second; above after the five that torch waits."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
+
+
+@pytest.mark.usefixtures("_noticed_soon")
 def test_a_survey_whose_process_is_killed_says_so_wherever_it_is_noticed(some: ImageTable) -> None:
     pictures, before = Pictures(some, PLAIN, workers=2), _children()
 
@@ -271,6 +289,7 @@ def test_a_survey_whose_process_is_killed_says_so_wherever_it_is_noticed(some: I
     pictures.close()
 
 
+@pytest.mark.usefixtures("_noticed_soon")
 def test_features_whose_decoding_process_is_killed_are_gone_on_with(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,47 +322,31 @@ def test_features_whose_decoding_process_is_killed_are_gone_on_with(
 
 
 STREAMING = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
 import numpy as np
 from dpf_release.images.read import read_public
 from dpf_release.images.decode import Preprocess
 from dpf_release.images.dataset import Pictures
 
-def main():
-    table = read_public(Path(sys.argv[1]))
-    pictures = Pictures(table, Preprocess((16, 16), 16, (0.5,) * 3, (0.5,) * 3), workers=2)
-    stream = pictures.stream([np.arange(2)] * 500)
-    next(stream)
-    print("streaming", flush=True)
-    sys.stdin.read()
-
-if __name__ == "__main__":
-    main()
+pictures = Pictures(read_public(Path("q")), Preprocess((16, 16), 16, (0.5,) * 3, (0.5,) * 3), workers=2)
+stream = pictures.stream([np.arange(2)] * 500)
+next(stream)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def _start(tmp_path: Path) -> subprocess.Popen[str]:
-    (tmp_path / "script.py").write_text(STREAMING)
+def test_decoding_processes_end_with_a_killed_run(tmp_path: Path) -> None:
     for number in range(3):
         _write(tmp_path / "q" / f"{number}.png", number)
-    command = [sys.executable, "script.py", str(tmp_path / "q")]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-
-
-def test_decoding_processes_end_with_a_killed_run(tmp_path: Path) -> None:
-    before = _children()
-    with _start(tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "streaming\n"
-        started = _children() - before - {process.pid}
-        process.kill()
-    assert len(started) >= 3  # two that decode, and what starts them
+    ((status, session, _, err),) = run_warm((), tmp_path, STREAMING)
+    assert status == -signal.SIGKILL, err
+    started = _of_session(session)
     deadline = time.monotonic() + 8
-    while any(Path(f"/proc/{child}").exists() for child in started) and time.monotonic() < deadline:
+    while _of_session(session) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = [child for child in started if Path(f"/proc/{child}").exists()]
+    left = _of_session(session)
     for child in left:
         os.kill(child, signal.SIGKILL)
-    assert left == []
+    assert len(started) >= 3  # two that decode, and what starts them
+    assert left == set()

@@ -88,6 +88,7 @@ def test_orphaned_decoding_processes_let_the_next_run_begin_and_end_by_themselve
     (project_folder / "dpf.toml").write_text((project_folder / "dpf.toml").read_text() + "workers = 2\n")
     session = killed(project_folder, "os.rename", ".h5.partial", 2, "featurize")
     assert kill.living(session)  # the fork server and what it started
+    kill.edit(project_folder, "workers = 2", "workers = 0")  # they are the first run's: the next one needs none
     assert run(project_folder, "featurize") == expected
     assert not kill.orphans(session, time.monotonic() + kill.ORPHANS_END_WITHIN)
 
