@@ -406,7 +406,7 @@ def test_a_weak_function_is_attacked_and_refused_with_the_reasons(
     project_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control, a report that passes, is above: the same project, network and gate."""
-    short = replace(PROFILES["quick"], budget=Budget(images=3000, decoders=1, shadows=0))
+    short = replace(PROFILES["quick"], budget=Budget(images=2000, decoders=1, shadows=0))
     monkeypatch.setitem(PROFILES, "quick", short)
     monkeypatch.setattr(straw_men, "DECODERS", straw_men.DECODERS[1:2])  # it learns with the least
     monkeypatch.setattr(trained, "TRAINING_BATCH", 16)

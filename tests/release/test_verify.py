@@ -421,8 +421,8 @@ for content in (
     assert manifest is None and problems[0].kind == "schema" and "values" not in problems[0].detail
     assert len(str(problems[0])) < 5000
 print(peak() - before)
-verification.bounded_json = lambda content: bounded_json(content, 8 * MAX_VALUES)  # the control
-parse_manifest(many('{"files":[', ("[]" for _ in range(MAX_VALUES * 4 - 10)), "]}"))
+verification.bounded_json = lambda content: bounded_json(content, 5 * MAX_VALUES)  # the control
+parse_manifest(many('{"files":[', ("[]" for _ in range(MAX_VALUES * 5 // 2 - 10)), "]}"))
 print(peak() - before)
 """
 
@@ -432,7 +432,7 @@ print(peak() - before)
 def test_the_dearest_manifests_that_are_parsed_take_less_than_512_mib(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", DEAREST], capture_output=True, text=True, check=True, cwd=tmp_path)
     bounded, unbounded = map(int, done.stdout.split())
-    print(f"{bounded} MiB; with eight times as many values {unbounded} MiB")
+    print(f"{bounded} MiB; with five times as many values {unbounded} MiB")
     assert 16 < bounded < 512 < unbounded
 
 
