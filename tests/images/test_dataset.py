@@ -322,7 +322,7 @@ def test_features_whose_decoding_process_is_killed_are_gone_on_with(
 
 
 STREAMING = """
-import os, signal
+import contextlib, os, signal
 from pathlib import Path
 import numpy as np
 from dpf_release.images.read import read_public
@@ -332,6 +332,10 @@ from dpf_release.images.dataset import Pictures
 pictures = Pictures(read_public(Path("q")), Preprocess((16, 16), 16, (0.5,) * 3, (0.5,) * 3), workers=2)
 stream = pictures.stream([np.arange(2)] * 500)
 next(stream)
+for path in Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(ProcessLookupError):
+        if os.getsid(int(path.name)) == os.getpid() != int(path.name):
+            print(path.name, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -339,9 +343,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_decoding_processes_end_with_a_killed_run(tmp_path: Path) -> None:
     for number in range(3):
         _write(tmp_path / "q" / f"{number}.png", number)
-    ((status, session, _, err),) = run_warm((), tmp_path, STREAMING)
+    ((status, session, out, err),) = run_warm((), tmp_path, STREAMING)
     assert status == -signal.SIGKILL, err
-    started = _of_session(session)
+    started = out.split()
     deadline = time.monotonic() + 8
     while _of_session(session) and time.monotonic() < deadline:
         time.sleep(0.1)
