@@ -75,7 +75,8 @@ class ShadowFunctions(Attack):
             own_kind = of_its_own_kind(view)
         except (ConfigError, NotGrantedError) as error:
             announce(f"A3: no shadow function of P's own kind: {error}")  # in whose words may stand what is private
-            return Reconstructions(decoders, series=series, lacks=LACKS)
+            known = decoders or {"clean features": decode(view, clean_decoder(view))}
+            return Reconstructions(known, series=series, lacks=LACKS)
         if own_kind is not None:
             small, inputs, facts = own_kind
             name, start = "A3 decoder for P's own kind", clean_decoder(view).state_dict()
@@ -119,7 +120,8 @@ def of_its_own_kind(view: ReleaseView) -> tuple[ReleaseView, Inputs, dict[str, A
     fitted: list[Any] = []
     for number in range(view.budget.shadows):
         recipe = shadow_recipe(number, view.budget.decoders, view.seed)
-        function = of_name.varied(np.random.default_rng(recipe.seed)) if number else of_name.spec
+        varies = number and not of_name.draws_rows  # with one group a class there would be no pairs
+        function = of_name.varied(np.random.default_rng(recipe.seed)) if varies else of_name.spec
         recipe = replace(recipe, function=function)
         chain = fitted_on_public(view, f"A3 own kind {number}", recipe)
         fitted.append([asdict(recipe), *chain.outside_code()])

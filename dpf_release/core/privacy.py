@@ -33,7 +33,8 @@ STATISTICS = ("count", "sum", "second moment")
 # floating point: Mironov 2012; for Gaussian noise Jin, McMurtry, Rubinstein and Ohrimenko 2022.)
 GRID = 2.0**-30
 # By how much neighbours can lie too far apart, in units of the sensitivity 1: rounding moves each of up to
-# 10^9 numbers by at most GRID; adding n rows of norm 1 up in another order, all together by at most n^2 2^-52.
+# 10^9 numbers by at most GRID; adding n rows of norm 1 up in another order, in blocks of 1000, all together by at most
+# n^2 2^-52 / 1000; a row's coordinates, in float32, change with the batch it is in by 1e-5.
 ROUNDING = GRID * 10**4.5
 
 
@@ -45,7 +46,8 @@ class Mechanism(Record):
         delta: likewise.
         unit: what may be added or removed: an image with all its copies, or a person with all their images.
         adjacency: how neighbours differ. Class names are public.
-        noise: deviation for each statistic of `STATISTICS`; each moves by at most `sensitivity` in Euclidean length.
+        noise: deviation for each statistic of `STATISTICS`. An image moves each by at most `sensitivity` in Euclidean
+            length; a person all together, each over its deviation, no further than one image can.
         sensitivity: of each statistic.
         shares: of the budget, in μ².
         clip: norm to which a row's scaled coordinates are clipped.

@@ -139,7 +139,9 @@ def images_of_groups(bank: Concat, chain: Chain, plans: Sequence[Sequence[Plan]]
         found = [Contributors.nobody()]
         for part, places, mine in bank.split(rows):
             if part == 0:
-                there = [np.flatnonzero(groups.group == of) for of in plans[part][0].arrays["group"][mine]]
+                drawn_from = plans[part][0].arrays["group"][mine]
+                of_group = {of: np.flatnonzero(groups.group == of) for of in np.unique(drawn_from)}
+                there = [of_group[of] for of in drawn_from]
                 sizes = np.array(list(map(len, there)), np.int64)
                 members = np.concatenate(there)
                 found.append(Contributors(np.repeat(places, sizes), members, np.ones(len(members), np.int64)))

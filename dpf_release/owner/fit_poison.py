@@ -236,13 +236,14 @@ def _refuse_mistakes(project: Project) -> None:
 
 
 def _refuse_linkable(project: Project, chain: Chain) -> None:
-    """Where rows of so many groups cannot pass the gate, it is said before they are drawn."""
+    """Where rows of so many groups may not pass the gate, it is said before they are drawn."""
     stage, limit = chain.stages[0], project.config.gate.top1
     if project.config.claims.linkage and isinstance(stage, Mixture) and stage.linkage() > limit:
         raise ConfigError(
-            f"{project.config.poison.function}: whoever knows the groups names the image of a row, among {CANDIDATES} "
-            f"of its class, in {stage.linkage():.1%} of cases on average; [gate] top1 = {limit:g} is the limit of the "
-            f"claim linkage. Take at most {int(limit * CANDIDATES)} groups, set epsilon, or do not claim linkage."
+            f"{project.config.poison.function}: whoever knows the groups may name the image of a row, among "
+            f"{CANDIDATES} of its class, in {stage.linkage():.1%} of cases on average; [gate] top1 = {limit:g} is the "
+            f"limit of the claim linkage. Take at most {max(1, int(limit * CANDIDATES))} groups, set epsilon, or do "
+            "not claim linkage."
         )
 
 

@@ -16,6 +16,7 @@ Read = Callable[[Rows], NDArray[np.floating]]  # row numbers → (n, C, H, W)
 BATCH_NUMBERS = 2**26  # of features that are in memory together: 256 MiB
 # Directions beyond those that are kept, and powers of the covariance (Halko, Martinsson and Tropp 2011 ask for 2).
 SPARE, ROUNDS = 16, 4
+ROWS = 2**14  # of directions that are in double precision together
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Components:
 
 
 def principal_components(read: Read, count: int, size: int, kept: int, seed: int = 0) -> Components:
-    """The first components of rows, by subspace iteration: memory for a batch and 2 · (kept + 16) · D numbers.
+    """The first components of rows, by subspace iteration: memory for a batch and 3 · (kept + 16) · D numbers.
 
     Args:
         read: the rows by number.
@@ -66,7 +67,11 @@ def principal_components(read: Read, count: int, size: int, kept: int, seed: int
             centred = rows - mean
             image += centred.T @ (centred @ axes)  # covariance times axes
         before, axes = axes, image
-    variances, turn = torch.linalg.eigh((before.T.double() @ image.double()) / count)
+    within = sum(
+        (some.T.double() @ of.double() for some, of in zip(before.split(ROWS), image.split(ROWS), strict=True)),
+        torch.zeros(width, width, dtype=torch.float64),
+    )
+    variances, turn = torch.linalg.eigh(within / count)
     order = variances.argsort(descending=True)[:kept]
     return Components(mean, (before @ turn[:, order].float()).T.contiguous(), variances[order].clamp_min(1e-12))
 

@@ -142,14 +142,14 @@ class Groups:
             members[mine] = generator.choice(np.flatnonzero(self.group == number), mine.sum())
         return {"member": members}
 
-    def of_rows(self, z: Numbers, classes: Rows) -> Rows:
-        """The group that rows (n, K) of these classes would be in: the nearest of the class."""
+    def of_rows(self, z: Numbers, classes: Rows, centres: Numbers) -> Rows:
+        """The group that rows (n, K) of these classes would be in: of their class, the one with the nearest centre."""
         group = np.empty(len(z), np.int64)
         for label in np.unique(classes):
             there, mine = np.flatnonzero(self.label == label), classes == label
             if not len(there):
                 raise ConfigError(f"mixture has no group of class {label}.")
-            group[mine] = there[_squares(z[mine, :LEADING], self.centre[there][:, :LEADING]).argmin(1)]
+            group[mine] = there[_squares(z[mine, :LEADING], centres[there][:, :LEADING]).argmin(1)]
         return group
 
     def coordinates(self, rows: Rows, plan: Plan) -> Numbers:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from math import inf, isinf, prod
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -25,9 +26,10 @@ from dpf_release.poisoning.moments import Noise, Numbers
 from dpf_release.poisoning.noisy_classes import NoisyClasses
 from dpf_release.poisoning.plan import Contributors, Plan
 
-SHARES = (0.1, 0.3, 0.6)  # of the budget: counts, sums, second moments; others do no better
+SHARES = (0.1, 0.3, 0.6)  # of the budget: counts, sums, second moments; others differ by less than a point
 VAL_SHARE = 0.1  # as many rows for each of `train` are drawn for `val`
 UNBOUNDED_GROUPS = 8  # of a class, where nothing else is said
+CENTRE_ROWS = 200  # drawn rows of a group, whose mean stands for it
 LEAST_UNITS = 10  # delta is below 1 / (LEAST_UNITS * units)
 SPACE = ("mean", "axes", "variances")
 
@@ -36,8 +38,8 @@ SPACE = ("mean", "axes", "variances")
 class Mixture(PoisoningFunction):
     """Draws each row from statistics of its class, in the principal components of public features before the ReLU.
 
-    With a bound (`epsilon`) from noisy counts, means and second moments of each class. Without one from `groups` of
-    each class: real public rows are moved so that they have a group's moments.
+    With a bound (`epsilon`) from noisy counts and means of each class and one noisy covariance. Without one from
+    `groups` of each class: real public rows are moved so that they have a group's moments.
     """
 
     draws_rows = True
@@ -75,7 +77,7 @@ class Mixture(PoisoningFunction):
         return Mechanism.calibrated(self.epsilon, self.delta, SHARES, unit)
 
     def linkage(self) -> float:
-        """The chance, on average over rows, to name a row's image among 200 of its class: groups / 200; 0 with a bound.
+        """How surely a row's image may be named among 200 of its class, on average: groups / 200; 0 with a bound.
 
         The bound's own limit is on membership, and A5 and A13 are held against it.
         """
@@ -183,13 +185,13 @@ class Mixture(PoisoningFunction):
         """One drawn row for each of a source, from its class and nearest group: what an attacker has pairs of.
 
         Raises:
-            ConfigError: with one group a class a row says no more of an image than its class.
+            ConfigError: there is a bound, and a row says no more of an image than its class.
         """
         if not isinstance(self.statistics, Groups):
             raise ConfigError("rows of mixture with a bound belong to no image, so none can be drawn for an image.")
         generator = np.random.default_rng(list(secret))
         classes = source.targets.astype(np.int64)
-        group = self.statistics.of_rows(self._of_features(source), classes)
+        group = self.statistics.of_rows(self._of_features(source), classes, self._centres(self.statistics))
         ids = generator.integers(0, 256, (len(classes), ID_BYTES), np.uint8)
         arrays = {"ids": ids, "class": classes, "member": np.arange(len(classes))}
         return self._with_targets(Plan(secret, arrays | self.statistics.planned(group, generator)))
@@ -197,12 +199,22 @@ class Mixture(PoisoningFunction):
     def _of_features(self, source: RowSource) -> Numbers:
         return self.space.coordinates(source.read, len(source))
 
+    def _centres(self, groups: Groups) -> Numbers:
+        """(G, K) of each group, the mean of rows as they are released: after the ReLU, where there is one."""
+        generator, found = np.random.default_rng(0), list[Numbers]()
+        for group in range(len(groups.label)):
+            mine = np.full(CENTRE_ROWS, group)
+            plan = Plan(bytes(32), groups.planned(mine, generator))
+            released = torch.from_numpy(self.apply(np.arange(CENTRE_ROWS), None, plan)).flatten(1)
+            found.append(((released - self.space.mean) @ self.space.axes.T).mean(0).double().numpy())
+        return np.stack(found)
+
     def _with_targets(self, plan: Plan) -> Plan:
         drawn = self.statistics.targets(plan) if isinstance(self.statistics, NoisyClasses) else np.empty((0, 0))
         plan.arrays["targets"] = drawn if drawn.shape[1] else plan.arrays["class"].astype(np.int64)
         return plan
 
-    def apply(self, rows: Rows, source: RowSource, plan: Plan) -> NDArray[np.float32]:
+    def apply(self, rows: Rows, source: RowSource | None, plan: Plan) -> NDArray[np.float32]:
         """Drawn rows; the source is not looked at."""
         features = self.space.features(self.statistics.coordinates(rows, plan))
         out: NDArray[np.float32] = features.reshape(len(rows), *self.features.shape).numpy()

@@ -21,6 +21,7 @@ from dpf_release.core.privacy import noisy
 
 Numbers = NDArray[np.float64]
 CLIP_SHARE = 0.99  # of Q's rows that are not clipped
+BLOCK = 1000  # rows that are added up first: their sums differ by order, and each block adds one rounding more
 BANDS = 16  # of neighbouring components, over which the spread of a moment between classes is taken to be alike
 
 
@@ -51,18 +52,23 @@ class Sums:
     @classmethod
     def over(cls, rows: Numbers, classes: Rows, cells: Rows, shape: tuple[int, int], weights: Numbers) -> Sums:
         """Of rows (n, K) with their classes, cells and weights; `shape`: how many of each there are."""
-        count, total = np.zeros(shape), np.zeros((*shape, rows.shape[1]))
+        size = rows.shape[1]
+        count, total, square = np.zeros(shape), np.zeros((*shape, size)), np.zeros((size, size))
         np.add.at(count, (classes, cells), weights)
-        np.add.at(total, (classes, cells), weights[:, None] * rows)
-        return cls(count, total, (weights[:, None] * rows).T @ rows)
+        for first in range(0, len(rows), BLOCK):
+            some = slice(first, first + BLOCK)
+            weighted, part = weights[some, None] * rows[some], np.zeros(total.shape)
+            np.add.at(part, (classes[some], cells[some]), weighted)
+            total += part
+            square += weighted.T @ rows[some]
+        return cls(count, total, square)
 
     def within(self) -> Numbers:
         """(K, K) covariance within the cells of the classes."""
-        return self.around(self.total / np.maximum(self.count, 1)[..., None])
+        return self.around(self.total / np.maximum(self.count, 1)[..., None], self.count)
 
-    def around(self, mean: Numbers) -> Numbers:
-        """(K, K) covariance around such means (classes, G, K) of the cells."""
-        count = np.maximum(self.count, 1)
+    def around(self, mean: Numbers, count: Numbers) -> Numbers:
+        """(K, K) covariance around such means (classes, G, K) of cells with such counts."""
         covariance: Numbers = (self.square - np.einsum("cg,cgk,cgl->kl", count, mean, mean)) / count.sum()
         return covariance
 
@@ -165,7 +171,7 @@ def estimated(found: Sums, public: Sums, noise: Noise, apart: int = 0) -> Gaussi
     centre = _drawn((weight * of_classes).sum(0), start, (deviation**-2).sum(0) ** -0.5, bands.over_last)
     mean = _drawn(of_classes, centre, deviation, lambda values: bands.over_last(values.mean(0)))
     within, size = public.within(), found.square.shape[0]
-    covariance = _drawn(found.around(mean), within, noise.of_square(size) / count.sum(), bands.over_square)
+    covariance = _drawn(found.around(mean, count), within, noise.of_square(size) / count.sum(), bands.over_square)
     values, vectors = np.linalg.eigh(covariance)
     values = np.maximum(values, 1e-3 * np.linalg.eigvalsh(within).clip(0))
     return Gaussians(count / count.sum(1, keepdims=True), mean, vectors * np.sqrt(values))

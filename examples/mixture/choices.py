@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from settings import DELTA, MEASUREMENTS
 from torch import Tensor, nn
 
 from dpf_release.bank.reader import FeatureBank
@@ -28,8 +29,8 @@ from dpf_release.poisoning.mixture import SHARES
 from dpf_release.poisoning.moments import Noise
 from dpf_release.poisoning.noisy_classes import NoisyClasses
 
-MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements" / "mixture-choices.json"
-DELTA, SEEDS, HELD_OUT = 4e-6, 2, 0.2
+FILE = MEASUREMENTS / "mixture-choices.json"
+SEEDS, HELD_OUT, RATE = 2, 0.2, 0.1
 Numbers = NDArray[np.float64]
 Gaussian = tuple[int, float, Numbers, Numbers]  # class, share of its rows, mean, covariance
 SHARES_TRIED = {"a": SHARES, "b": (0.1, 0.45, 0.45), "c": (0.05, 0.6, 0.35), "d": (0.1, 0.15, 0.75)}
@@ -58,7 +59,7 @@ class Pretended:
     def score(self, features: NDArray[np.float16], labels: NDArray[np.int64]) -> list[float]:
         """Accuracy on clean features, of a network trained on these; for each seed."""
         test, wanted = self.clean(self.test), self.classes[self.test]
-        return [_accuracy(features, labels, test, wanted, self.epochs, seed) for seed in range(SEEDS)]
+        return [accuracy(features, labels, test, wanted, self.epochs, seed) for seed in range(SEEDS)]
 
     def drawn(self, space: Components, gaussians: Iterable[Gaussian]) -> list[float]:
         """The same of rows drawn from Gaussians."""
@@ -80,13 +81,13 @@ def main() -> None:
     parser.add_argument("--name", default="pretrained", help="of the experiment that the vault is of")
     parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
-    known = json.loads(MEASUREMENTS.read_text()) if MEASUREMENTS.exists() else {}
+    known = json.loads(FILE.read_text()) if FILE.exists() else {}
     results = known.setdefault(options.name, {})
     pretended = Pretended(options.vault, options.epochs)
     for name, scores in measured(pretended, results):
         results[name] = [round(100 * score, 1) for score in scores]
-        MEASUREMENTS.parent.mkdir(parents=True, exist_ok=True)
-        MEASUREMENTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        MEASUREMENTS.mkdir(parents=True, exist_ok=True)
+        FILE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
         print(f"{name}: {results[name]}", flush=True)
 
 
@@ -145,24 +146,28 @@ def _groups(exact: list[tuple[Numbers, int]]) -> list[Gaussian]:
     return [(label, share, mean, within) for label, share, mean in parts]
 
 
-def _accuracy(
+def accuracy(
     features: NDArray[np.float16],
     labels: NDArray[np.int64],
     test: NDArray[np.float16],
     wanted: NDArray[np.int64],
     epochs: int,
     seed: int,
+    batch: int = 128,
 ) -> float:
+    """Share of `test` that a small network finds which was trained on `features` (n, C, h, w)."""
     torch.manual_seed(seed)
-    channels, batch = features.shape[1], 128
+    channels = features.shape[1]
     network = nn.Sequential(
         *(nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU()),
         *(nn.Conv2d(128, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 3)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, int(wanted.max()) + 1)),
     )
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        network.parameters(), RATE * (batch / 128) ** 0.5, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
     steps = epochs * (len(labels) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE * (batch / 128) ** 0.5, total_steps=steps + 1)
     for _ in range(epochs):
         for some in torch.randperm(len(labels))[: steps // epochs * batch].split(batch):
             loss = F.cross_entropy(network(_tensor(features[some.numpy()])), torch.from_numpy(labels[some.numpy()]))

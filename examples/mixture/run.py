@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from settings import DELTA, FUNCTIONS, MEASUREMENTS
 
 from dpf_release import Project, attack, featurize, fit_poison, init, poison, train
 from dpf_release.bank.rows import ComputedRows
@@ -40,13 +41,6 @@ from dpf_release.poisoning.objective import Adversaries, TaskLoss
 from dpf_release.poisoning.plan import FeatureSpec
 
 EXAMPLES = Path(__file__).parents[1]
-MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements"
-DELTA = 4e-6  # below 1 / (10 · 22,500 images)
-FUNCTIONS = {
-    "epsilon 1": f"mixture:epsilon=1,delta={DELTA}",
-    "epsilon 4": f"mixture:epsilon=4,delta={DELTA}",
-    "no bound, 8 groups": "mixture:epsilon=inf,groups=8",
-}
 OF_FACES = {f"epsilon {epsilon}": f"mixture:epsilon={epsilon},delta=1e-4" for epsilon in (4, 8, 1000)}
 YAW = (-60.0, 60.0)  # degrees; declared, not looked for in S
 FROM_ELSEWHERE = '[model]\nweights = "WEIGHTS"\nnever_saw_private = true\nclassifier = "from-bank"\n'
@@ -81,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*CHANGES, "large"])
     parser.add_argument("--images", type=Path)
-    parser.add_argument("--weights", type=Path, help="of MobileNetV2, for `pretrained`")
+    parser.add_argument("--weights", type=Path, help="of MobileNetV2, for `pretrained` and `faces`")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, help="of the network, where fewer have to do")
     parser.add_argument("--profile", default="standard", help="of the attacks: quick, standard or full")

@@ -1,4 +1,4 @@
-"""The table of docs/mixture.md, from docs/measurements/mixture-NAME.json.
+"""A table of docs/measurements/mixture-NAME.json.
 
 python examples/mixture/table.py
 """
@@ -6,10 +6,10 @@ python examples/mixture/table.py
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements"
+from settings import MEASUREMENTS
+
 HEADER = (
     "experiment", "function", "U2", "U3, m = 10", "of the gain", "U3, m = 100", "of the gain", "A5 AUC", "A13 AUC",
     "A13L AUC", "allowed",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import drawn_rows
+from dpf_release.attacks import a03_shadow
 from dpf_release.attacks.a13_drawn_rows import ClassAndGroup
 from dpf_release.attacks.interface import Likeness, Links, Reconstructions, Result, registered
 from dpf_release.attacks.threat_models import DrawnRows, HeldRows, LeakedFunction, LeakedVault, ReleaseView
@@ -323,7 +324,7 @@ def test_densities_have_their_known_values() -> None:
 
 
 def test_shadow_functions_are_pairs_of_a_row_and_any_image_of_its_group_where_there_are_groups(
-    workbench: Workbench,
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = "mixture:epsilon=inf,components=16,rows=100,groups="
     attack = next(attack for attack in registered() if attack.code == "A3")
@@ -340,3 +341,13 @@ def test_shadow_functions_are_pairs_of_a_row_and_any_image_of_its_group_where_th
     assert isinstance(answer, Reconstructions)
     assert list(answer.decoders) == ["1 shadows of its own kind"]
     assert answer.decoders["1 shadows of its own kind"](np.arange(4)).shape == (4, 3, *drawn_rows.SIZE)
+    assert not answer.lacks
+
+    def refuse(view: ReleaseView) -> None:
+        raise ConfigError("a class is too small")
+
+    monkeypatch.setattr(a03_shadow, "of_its_own_kind", refuse)
+    lacking = attack.run(grant(attack.view, two, setting))
+    assert isinstance(lacking, Reconstructions)
+    assert lacking.lacks, "which leaves the attack inconclusive, and does not end the run"
+    assert list(lacking.decoders) == ["clean features"]
