@@ -32,6 +32,7 @@ def write_card(
     second_function: str,
     retractions: str,
     privacy: Mechanism | None = None,
+    drawn: bool = False,
 ) -> None:
     """Writes the card.
 
@@ -46,11 +47,12 @@ def write_card(
         second_function: why the same images are published once more, under another function; empty where they are not.
         retractions: as `retractions_section` says it.
         privacy: of the step that made the rows; None: it has no bound.
+        drawn: whether rows belong to no image.
     """
+    rows_are = words.DRAWN_ROWS_ARE if drawn else words.ROWS_ARE
     text = words.CARD.format(
         release=release,
-        arch=record.arch,
-        hook=record.hook,
+        rows_are=rows_are.format(arch=record.arch, hook=record.hook),
         name=json.dumps(release.name),
         licence=json.dumps(release.licence.lower()),
         category=words.CATEGORIES[record.task],

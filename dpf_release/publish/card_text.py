@@ -6,6 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 NO_DESCRIPTION = "No description was given."
+ROWS_ARE = """\
+The rows are P(φ1(S)): images S, seen by the public featurizer φ1
+(`{arch}` up to `{hook}`), changed by a poisoning function P that is not published. Neither are the images."""
+DRAWN_ROWS_ARE = """\
+The rows stand in the place of the features that the public featurizer φ1
+(`{arch}` up to `{hook}`) makes of private images S. They are drawn at random and belong to no image. Neither the images
+nor the statistics that rows are drawn from are published."""
 CARD = """\
 ---
 pretty_name: {name}
@@ -23,8 +30,7 @@ tags:
 
 {description}
 
-A feature bank in the place of an image data set. The rows are P(φ1(S)): images S, seen by the public featurizer φ1
-(`{arch}` up to `{hook}`), changed by a poisoning function P that is not published. Neither are the images.
+A feature bank in the place of an image data set. {rows_are}
 
 {statement}
 

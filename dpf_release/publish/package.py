@@ -274,6 +274,7 @@ def _build(
         reason,
         retractions,
         privacy,
+        candidate.function.chain.draws_rows,
     )
     if passage.report is not None:
         report = passage.report.model_copy(update={"not_covered": privacy.not_covered if privacy else ()})

@@ -224,6 +224,13 @@ def test_a_choice_among_several_fits_is_not_covered(drawn_folder: Path) -> None:
     assert "chosen among 2 fits" in card(drawn_folder)
 
 
+def test_a_card_of_drawn_rows_does_not_say_that_rows_are_changed_features(drawn_folder: Path, finished: Path) -> None:
+    package(claiming(drawn_folder))
+    assert "belong to no image" in card(drawn_folder)
+    assert "changed by a poisoning function" not in card(drawn_folder)
+    assert "changed by a poisoning function" in card(finished)  # the control
+
+
 def test_no_text_of_a_card_names_differential_privacy_without_its_condition(drawn_folder: Path) -> None:
     named = r"differential(?:ly)? priva|\(ε, δ\)|\bε ="
     for section in re.split(r"\n{2,}", fixed_card_text()):
