@@ -170,11 +170,10 @@ class LeakedMembership(Attack):
         """
         assert isinstance(view, LeakedFunction)
         function, space = _leaked(view), space_of(view)
-        mean, axes = function.space.mean, function.space.axes
-        seen = (space.components.features(space.public.numpy()) - mean) @ axes.T
+        seen = function.space.of(space.components.features(space.public.numpy()))
         scale = seen.std(0).clamp_min(1e-6)
         public = Public(seen / scale, _labels(view, len(seen)), view.seed)
-        points = _points(view, lambda before: ((before.flatten(1).cpu() - mean) @ axes.T) / scale)
+        points = _points(view, lambda before: function.space.of(before) / scale)
         parts: dict[int, list[Gaussian]] = {}
         for label, share, centre, covariance in function.gaussians():
             of = torch.from_numpy(covariance) / scale.double() / scale.double()[:, None]

@@ -123,8 +123,9 @@ def drawn_target(workbench: Workbench, name: str, seed: int) -> Target:
     """
     material = _Material.drawn(workbench, FITTED[name], seed)
     members, learned = material.rows, dict[str, Tensor]()
-    rows, function = material.plain(), f"mixture:epsilon=inf,components={COMPONENTS}"
-    if name != PLAIN:
+    if name == PLAIN:
+        rows, function = material.plain(), f"mixture:epsilon=inf,components={COMPONENTS}"
+    else:
         rows, chain = material.fitted()
         learned, function = chain.state(), chain.spec
     targets, read = _targets(material, rows.targets), rows.read

@@ -41,6 +41,10 @@ class Components:
         found = np.concatenate(parts)
         return found, float(np.square(found).sum()) / max(total, 1e-30)
 
+    def of(self, features: Tensor) -> Tensor:
+        """Coordinates (n, K) of features (n, ...) that are in memory."""
+        return (features.flatten(1).cpu() - self.mean) @ self.axes.T
+
     def features(self, coordinates: NDArray[np.floating]) -> Tensor:
         """(n, K) → (n, D), without what lies outside the components."""
         return self.mean + torch.from_numpy(coordinates.astype(np.float32)) @ self.axes

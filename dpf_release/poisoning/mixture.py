@@ -191,13 +191,11 @@ class Mixture(PoisoningFunction):
             raise ConfigError("rows of mixture with a bound belong to no image, so none can be drawn for an image.")
         generator = np.random.default_rng(list(secret))
         classes = source.targets.astype(np.int64)
-        group = self.statistics.of_rows(self._of_features(source), classes, self._centres(self.statistics))
+        coordinates = self.space.coordinates(source.read, len(source))
+        group = self.statistics.of_rows(coordinates, classes, self._centres(self.statistics))
         ids = generator.integers(0, 256, (len(classes), ID_BYTES), np.uint8)
         arrays = {"ids": ids, "class": classes, "member": np.arange(len(classes))}
         return self._with_targets(Plan(secret, arrays | self.statistics.planned(group, generator)))
-
-    def _of_features(self, source: RowSource) -> Numbers:
-        return self.space.coordinates(source.read, len(source))
 
     def _centres(self, groups: Groups) -> Numbers:
         """(G, K) of each group, the mean of rows as they are released: after the ReLU, where there is one."""
@@ -205,8 +203,8 @@ class Mixture(PoisoningFunction):
         for group in range(len(groups.label)):
             mine = np.full(CENTRE_ROWS, group)
             plan = Plan(bytes(32), groups.planned(mine, generator))
-            released = torch.from_numpy(self.apply(np.arange(CENTRE_ROWS), None, plan)).flatten(1)
-            found.append(((released - self.space.mean) @ self.space.axes.T).mean(0).double().numpy())
+            released = torch.from_numpy(self.apply(np.arange(CENTRE_ROWS), None, plan))
+            found.append(self.space.of(released).mean(0).double().numpy())
         return np.stack(found)
 
     def _with_targets(self, plan: Plan) -> Plan:

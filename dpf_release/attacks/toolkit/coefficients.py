@@ -39,7 +39,7 @@ class Space:
 
     def of_features(self, features: Tensor) -> Tensor:
         """Coordinates (n, K) of features before the ReLU (n, C, h, w): exact."""
-        return (features.flatten(1).cpu() - self.components.mean) @ self.components.axes.T
+        return self.components.of(features)
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """Coordinates (n, K) of rows of a bank (n, C, h, w): least squares over the units that are positive.
