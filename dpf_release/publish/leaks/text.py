@@ -57,7 +57,8 @@ PUBLIC_DIGESTS = frozenset(
 _RUN = re.compile(r"[^\W_]+")
 _HEX = re.compile(r"(?=([0-9a-f]{64}))")  # each 64 digits of a longer run too
 _IN_VAULT = re.compile(
-    r"(?<![^\W_])vault/(?:network|features|reconstructors|functions|candidates|reports|ids\.csv|ledger\.json|privacy\.json|survey-)"
+    r"(?<![^\W_])vault/(?:network|(?:public_)?features|reconstructors|functions|candidates|attackers|reports|retracted\.json|"
+    r"ids\.csv|ledger\.json|privacy\.json|survey-)"
 )
 
 

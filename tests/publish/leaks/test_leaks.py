@@ -92,6 +92,9 @@ LEAKS = [
     "mask_disc-portrait-012_2",
     "not decoded: disc-portrait-007.png",
     "see vault/functions/default/function.json",
+    "see vault/public_features/plan.json",
+    "see vault/attackers/A5-0.safetensors",
+    "see vault/retracted.json",
 ]
 HARMLESS = [
     "disc-portrait",
