@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from safetensors.numpy import load
 
-from conftest import CONFIG, write_shapes
 from dpf_release import Release
 from dpf_release.bank.format import read_index
 from dpf_release.bank.reader import FeatureBank
@@ -40,6 +39,7 @@ from dpf_release.owner.train import train
 from dpf_release.publish.package import package
 from dpf_release.release.signing import new_key
 from places import GOLDEN
+from tiny_project import CONFIG, write_shapes
 
 KEY = GOLDEN / "owner-key.pub.pem"
 BYTES = GOLDEN / "bytes.json"

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 from typer.main import get_command
 
-from conftest import run_cli
+from commands import run_cli
 from dpf_release.cli.main import app
 from dpf_release.poisoning.chain import markdown
 from dpf_release.poisoning.interface import FUNCTIONS

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from bare_banks import digests, leftovers, without_shards
-from conftest import run_cli, run_warm, write_shapes
+from commands import run_cli, run_warm
 from dpf_release import Release
 from dpf_release.bank.format import read_index
 from dpf_release.bank.reader import FeatureBank
@@ -34,6 +34,7 @@ from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.release.featurize import featurize_new
 from small_banks import features_of, fill, ids_of, writer
+from tiny_project import write_shapes
 
 Usage = namedtuple("Usage", "total used free")
 

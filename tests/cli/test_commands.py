@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import new_project, run_cli, write_shapes
+from commands import run_cli
+from tiny_project import new_project, write_shapes
 
 COMMANDS = [
     *("init", "train", "featurize", "fit-poison", "poison", "package", "retract", "attack", "compare"),

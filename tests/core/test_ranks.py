@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from bare_banks import digests, leftovers, without_shards
-from conftest import run_warm
+from commands import run_warm
 from dpf_release.core.ranks import Ranks
 from dpf_release.errors import VaultError
 from dpf_release.owner.featurize import featurize

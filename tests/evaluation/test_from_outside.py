@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_cli
+from commands import run_cli
 from dpf_release import verify
 from dpf_release.attacks import interface
 from dpf_release.errors import ConfigError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import killed, run_cli
+from commands import killed, run_cli
 from dpf_release.attacks.interface import ATTACKS, Attack, Reconstructions
 from dpf_release.attacks.threat_models import ReleaseView
 from dpf_release.errors import ConfigError, VaultError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import run_cli
+from commands import run_cli
 from dpf_release.attacks import interface
 from dpf_release.attacks.interface import Attack, Reconstructions
 from dpf_release.attacks.threat_models import Budget, ReleaseView

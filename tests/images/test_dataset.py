@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from bare_banks import digests, leftovers, without_shards
-from conftest import run_warm
+from commands import run_warm
 from dpf_release.errors import ImageError
 from dpf_release.images.dataset import BadImage, Pictures
 from dpf_release.images.decode import Preprocess, decode

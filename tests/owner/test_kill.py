@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import killed
+from commands import killed
 from dpf_release.errors import BankError, RefusedError
 from dpf_release.owner.featurize import featurize
 from dpf_release.owner.measure import measure

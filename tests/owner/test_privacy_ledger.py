@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import killed, run_cli
+from commands import killed, run_cli
 from dpf_release.core.privacy import composed, epsilon_of
 from dpf_release.errors import ConfigError, RefusedError, VaultError
 from dpf_release.owner.fit_poison import fit_poison

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import new_project
 from dpf_release.errors import ConfigError
 from dpf_release.models.weights import load_state
 from dpf_release.owner.init import init
 from dpf_release.owner.project import Project
 from dpf_release.owner.train import train
+from tiny_project import new_project
 
 PUBLIC = {"model.train_on": "public", "model.classifier": "from-bank", "train.epochs": 1}
 

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bare_banks import digests, files_with, leftovers, without_shards
-from conftest import killed, run_cli
+from commands import killed, run_cli
 from dpf_release import Release
 from dpf_release.bank.drop_rows import BEFORE, drop_rows
 from dpf_release.bank.format import SplitName, read_index

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import new_project, write_shapes
 from dpf_release import Release, concat
 from dpf_release.bank.dataset import BankDataset
 from dpf_release.bank.reader import FeatureBank
@@ -37,6 +36,7 @@ from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.interface import FUNCTIONS
 from dpf_release.release.featurize import featurize_new
 from network_digests import state_bytes
+from tiny_project import new_project, write_shapes
 
 
 def measurements(folder: Path, name: str = "default") -> dict:

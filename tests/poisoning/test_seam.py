@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from conftest import run_cli
+from commands import run_cli
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.parameters import Parameter, parse_parameters
 from dpf_release.errors import ConfigError

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bare_banks import digests
-from conftest import run_cli
+from commands import run_cli
 from dpf_release.attacks import a01_clean_decoders as straw_men
 from dpf_release.attacks.interface import ATTACKS, Attack, registered
 from dpf_release.attacks.threat_models import Budget, LeakedVault, TwoReleases

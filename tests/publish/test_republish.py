@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import run_cli
+from commands import run_cli
 from dpf_release.core.files import sha256_of
 from dpf_release.errors import RefusedError, VaultError
 from dpf_release.owner.featurize import featurize

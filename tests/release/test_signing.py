@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from conftest import run_cli
+from commands import run_cli
 from dpf_release.core.files import sha256_of
 from dpf_release.errors import SigningError, StorageError
 from dpf_release.owner.project import Project

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from browsing import Browser
-from conftest import run_cli
+from commands import run_cli
 from dpf_release.errors import ConfigError
 from dpf_release.evaluation import suite as run
 from dpf_release.evaluation.gallery import FILE, read_pictures

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from typer.main import get_command
 
 from bare_banks import files_with
-from conftest import killed, run_cli
+from commands import killed, run_cli
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.cli import main as cli
 from dpf_release.core.files import sha256_of

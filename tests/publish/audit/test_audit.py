@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from conftest import run_cli
+from commands import run_cli
 from dpf_release.bank.format import read_index
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import BankWriter, SplitRows

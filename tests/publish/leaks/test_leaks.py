@@ -23,7 +23,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import write_shapes
 from dpf_release.bank.format import BankIndex
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import BankWriter
@@ -58,6 +57,7 @@ from dpf_release.release.verify import Problem
 from in_process import _structure_in_process  # noqa: F401  # for all tests here
 from small_banks import fill
 from small_releases import list_anew
+from tiny_project import write_shapes
 
 FILTER = {"poison.function": "gaussian-filter"}  # nothing to train
 

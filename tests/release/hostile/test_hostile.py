@@ -19,7 +19,7 @@ import bad_files  # noqa: F401 - fills KINDS
 import bad_weights  # noqa: F401
 from bad_records import CONFIGS
 from bad_shards import bomb, in_shard, with_chunk
-from conftest import run_cli
+from commands import run_cli
 from corpus import FIRST, KINDS, PLANTED, SECRET, good_release, resign, write_features
 from dpf_release import Release
 from dpf_release.bank.hdf5_check import read_layout
