@@ -6,6 +6,7 @@ Whatever loads torch is imported by the fixtures: the process that only hands ou
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -20,6 +21,9 @@ from commands import WARM
 
 # Test processes share the cores: more threads would only get in each other's way. Of the commands that they start, too.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Whichever test starts the fork server: its processes would else each take seconds to import torch.
+multiprocessing.set_forkserver_preload(["dpf_release.images.dataset"])
 
 MEMORY = Path("/dev/shm")
 if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * 2**30:

@@ -123,8 +123,9 @@ def split(network: nn.Module, hook: str, image_size: tuple[int, int]) -> Split:
     except HookError as error:
         table = hook_table(hook_points(network, image_size))
         raise HookError(f"the network cannot be cut at {hook!r}: {error}.\n{table}") from None
-    # Copied: both halves may hold one module without weights, such as a Dropout that Φ calls twice.
-    featurizer = copy.deepcopy(featurizer)
+    if {id(m) for m in featurizer.modules()} & {id(m) for m in classifier.modules()}:
+        # One module without weights in both halves, such as a Dropout that Φ calls twice.
+        featurizer = copy.deepcopy(featurizer)
     before = before_last_relu(featurizer)
     if before is not None:
         with torch.no_grad():

@@ -127,10 +127,10 @@ def trace_network(reference: nn.Module) -> Trace:
 def before_last_relu(featurizer: nn.Module) -> fx.GraphModule | None:
     """φ1 without the ReLU that it ends in, sharing its modules; None where it ends in something else."""
     try:
-        trace = trace_network(featurizer)
+        whole = featurizer.graph if isinstance(featurizer, fx.GraphModule) else trace_network(featurizer).graph
     except HookError:
         return None
-    (last,) = trace.graph.output_node().all_input_nodes
+    (last,) = whole.output_node().all_input_nodes
     if last.op == "call_module":
         is_relu = type(featurizer.get_submodule(str(last.target))) is nn.ReLU
     else:
@@ -140,7 +140,7 @@ def before_last_relu(featurizer: nn.Module) -> fx.GraphModule | None:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     before = _with_inputs(last.all_input_nodes[0])
-    for node in filter(before.__contains__, trace.graph.nodes):
+    for node in filter(before.__contains__, whole.nodes):
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[last.all_input_nodes[0]])
     return fx.GraphModule(featurizer, graph, "BeforeReLU")
