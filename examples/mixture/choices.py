@@ -118,6 +118,28 @@ def measured(of: Pretended, done: dict[str, list[float]]) -> Iterator[tuple[str,
                     noise, none = Noise(*mechanism.noise.values()), np.empty((0, 2))
                     found = NoisyClasses.learned(private, public, space, noise, 1, none)
                     yield name, of.drawn(space, found.gaussians())
+        if components == 512:
+            yield from _of_each_noise(of, space, private, public, done)
+
+
+def _of_each_noise(
+    of: Pretended, space: Components, private: Coordinates, public: Coordinates, done: dict[str, list[float]]
+) -> Iterator[tuple[str, list[float]]]:
+    """What the noise of the means costs, and what that of the covariance does."""
+    rows = [private.z[private.classes == label] for label in range(3)]
+    means, within = [some.mean(0) for some in rows], np.mean([np.cov(some.T) for some in rows], axis=0)
+    for epsilon in (1, 4):
+        noise = Noise(*Mechanism.calibrated(epsilon, DELTA, SHARES, "image").noise.values())
+        found = list(NoisyClasses.learned(private, public, space, noise, 1, np.empty((0, 2))).gaussians())
+        for name, drawn in {
+            "means noisy, covariance exact": [(label, share, mean, within) for label, share, mean, _ in found],
+            "means exact, covariance noisy": [
+                (label, share, means[label], covariance) for label, share, _, covariance in found
+            ],
+        }.items():
+            name = f"512 components, epsilon {epsilon}, {name}"
+            if name not in done:
+                yield name, of.drawn(space, drawn)
 
 
 def _coordinates(of: Pretended, components: int) -> tuple[Components, Coordinates, Coordinates]:
