@@ -102,10 +102,11 @@ class _Run:
         seed: int,
     ) -> _Run:
         profile, wanted = _asked_for(profile_name or project.config.gate.profile, only)
-        if min(project.config.model.size) < WINDOW:
+        if min(project.config.network.size) < WINDOW:
             raise ConfigError(
                 f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
-                f"found model.size {project.config.model.size}. Smaller ones cannot be attacked, so no claim passes."
+                f"found {project.config.network.size} ([network] size). Smaller ones cannot be attacked, so no claim "
+                "passes."
             )
         candidate, workbench = open_candidate(project, name), workbench_of(project, name)
         target = candidate_target(workbench, candidate)
