@@ -64,7 +64,7 @@ Times = defaultdict[str, list[float]]
 SPLIT_OF = ["train"] * 8 + ["val", "test"]  # of ten images in a row
 LARGE = "size = [224, 224], resize = 256"
 CONFIG = """\
-model = {{ arch = "{arch}", weights = "phi.safetensors", hook = "{hook}", {model} }}
+network = {{ arch = "{arch}", weights = "phi.safetensors", hook = "{hook}", {network} }}
 reconstructor = {{ epochs = 1, batch_size = 64 }}
 poison = {{ batch_size = {batch_size} }}
 bank = {{ shard_size = "{shard_size}", batch_size = {batch_size} }}
@@ -126,7 +126,7 @@ def forward_rate(network: nn.Module, batch: Tensor, rows: int) -> float:
 def measure_featurize(args: argparse.Namespace) -> dict[str, Any]:
     if args.rows < 2 * args.batch_size:
         raise SystemExit(f"--rows: expected two batches at least, {2 * args.batch_size}")
-    config = {"hook": args.hook, "model": LARGE, "batch_size": args.batch_size, "workers": args.workers}
+    config = {"hook": args.hook, "network": LARGE, "batch_size": args.batch_size, "workers": args.workers}
     with project_of(args.folder, args.arch, {}, shard_size="1 GiB", **config) as root:
         link_images(root / "images/private", jpegs(args.images), args.rows)
         project, began = Project.open(root / "dpf.toml"), time.perf_counter()
@@ -231,7 +231,7 @@ def peaks(root: int) -> dict[int, int]:
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
-    config = {"hook": args.hook, "model": LARGE, "batch_size": args.batch_size, "workers": args.workers}
+    config = {"hook": args.hook, "network": LARGE, "batch_size": args.batch_size, "workers": args.workers}
     sides: list[dict[str, int]] = []
     for rows in args.rows:
         with project_of(args.folder, args.arch, {}, shard_size="1 GiB", **config) as root:
@@ -278,8 +278,8 @@ def timed(root: Path, ranks: int, *command: str) -> float:
 
 
 def measure_ranks(args: argparse.Namespace) -> dict[str, Any]:
-    model = "arguments = { width = 16 }, size = [32, 32], resize = 0"
-    config = {"hook": "conv4_1", "model": model, "batch_size": args.batch_size, "workers": args.workers}
+    network = "arguments = { width = 16 }, size = [32, 32], resize = 0"
+    config = {"hook": "conv4_1", "network": network, "batch_size": args.batch_size, "workers": args.workers}
     seconds, bytes_of = Times(list), set()
     with project_of(args.folder, "resnet20_cifar", {"width": 16}, shard_size="1 MiB", **config) as root:
         drawn, generator = root / "drawn", np.random.default_rng(0)

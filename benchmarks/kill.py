@@ -40,7 +40,7 @@ from dpf_release.release.verify import verify
 
 CONFIG = """\
 release = { name = "squares", version = "1.0.0", licence = "cc0-1.0" }
-model = { arch = "resnet20_cifar", arguments = { width = 8 }, hook = "conv4_1", size = [32, 32], resize = 0 }
+network = { arch = "resnet20_cifar", arguments = { width = 8 }, hook = "conv4_1", size = [32, 32], resize = 0 }
 train = { epochs = 4, batch_size = 32 }
 reconstructor = { epochs = 6, batch_size = 32 }
 poison = { epochs = 40, batch_size = 32, lambda = 3.0 }

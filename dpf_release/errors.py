@@ -58,7 +58,7 @@ class HookError(DPFReleaseError):
 
     Example:
         >>> from dpf_release import Project, featurize
-        >>> featurize(Project.open("my-release/dpf.toml", {"model.hook": "conv9_9"}))
+        >>> featurize(Project.open("my-release/dpf.toml", {"network.hook": "conv9_9"}))
         Traceback (most recent call last):
         HookError: ...
     """
@@ -69,7 +69,7 @@ class WeightsError(DPFReleaseError):
 
     Example:
         >>> from dpf_release import Project, train
-        >>> train(Project.open("my-release/dpf.toml", {"model.weights": "dpf.toml"}), restart=True)
+        >>> train(Project.open("my-release/dpf.toml", {"network.weights": "dpf.toml"}), restart=True)
         Traceback (most recent call last):
         WeightsError: ...
     """

@@ -32,7 +32,7 @@ max_bad = 0.1
 [images.public]
 path = "images/public"
 
-[model]
+[network]
 arch = "resnet20_cifar"
 arguments = {{ width = 4 }}
 hook = "conv4_1"
@@ -128,14 +128,14 @@ def draw(folder: Path) -> None:
         text = text.replace(old, new, 1)
     config.write_text(text)
     project = Project.open(config)
-    (folder / "phi.safetensors").write_bytes(state_file(new_network(project.config.model, 2, True).state_dict()))
+    (folder / "phi.safetensors").write_bytes(state_file(new_network(project.config.network, 2, True).state_dict()))
     featurize(project)
     fit_poison(project)
     write_candidate(project)
 
 
 DRAWN = {
-    "[model]": '[model]\nweights = "phi.safetensors"\nnever_saw_private = true\nclassifier = "from-bank"',
+    "[network]": '[network]\nweights = "phi.safetensors"\nnever_saw_private = true\nclassifier = "from-bank"',
     "epochs = 6": "classifier_epochs = 1",
     'straw_men = ["px2s4"]': 'function = "mixture:delta=1e-4"\nstraw_men = []',
 }

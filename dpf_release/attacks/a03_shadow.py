@@ -55,13 +55,21 @@ class ShadowFunctions(Attack):
         """Its `dpf` functions, which are known to be weak."""
         return {f"shadow {number + 1}": shadow(view, number) for number in range(view.budget.shadows)}
 
+    def refuse(self, view: ReleaseView) -> None:
+        """Drawn rows say of an image to which group of its class it belongs; of one group there is nothing to learn."""
+        if not draws_rows(view.function):
+            return
+        stage = build_chain(view.function, FeatureSpec(view.feature_shape, view.non_negative)).stages[0]
+        if not isinstance(stage, Mixture) or stage.bounded or stage.groups == 1:
+            raise NotGrantedError(
+                "its rows belong to no image, so no shadow function gives pairs of a row and its image"
+            )
+
     def run(self, view: ReleaseView) -> Reconstructions:
         """Decoders on rows as they are; the last one also on rows with the per-channel moments of clean features."""
         shadows: list[nn.Module] = []
         decoders, series = {}, {}
-        if draws_rows(view.function):  # of what changes rows one by one there is nothing to learn
-            _refuse_ungrouped(view)
-        else:
+        if not draws_rows(view.function):  # of what changes rows one by one there is else nothing to learn
             shadows = [shadow(view, number) for number in range(view.budget.shadows)]
         for m in _counts(len(shadows)):
             recipes = [asdict(shadow_recipe(number, view.budget.decoders, view.seed)) for number in range(m)]
@@ -83,13 +91,6 @@ class ShadowFunctions(Attack):
             network = train_decoder(small, name, inputs, depends_on=facts, start=start, shape=view.feature_shape)
             decoders[f"{view.budget.shadows} shadows of its own kind"] = decode(view, network)
         return Reconstructions(decoders, series=series)
-
-
-def _refuse_ungrouped(view: ReleaseView) -> None:
-    """Where rows are drawn from several groups of a class, they say of an image to which it belongs; else nothing."""
-    stage = build_chain(view.function, FeatureSpec(view.feature_shape, view.non_negative)).stages[0]
-    if not isinstance(stage, Mixture) or stage.bounded or stage.groups == 1:
-        raise NotGrantedError("its rows belong to no image, so no shadow function gives pairs of a row and its image")
 
 
 def _counts(shadows: int) -> list[int]:

@@ -109,6 +109,9 @@ class Attack:
         """Functions of features that it learned by, and must break too, on pictures that it did not see."""
         return {}
 
+    def refuse(self, view: ReleaseView) -> None:
+        """Raises `NotGrantedError` where it has nothing to learn from; asked before anything is trained."""
+
     def run(self, view: ReleaseView) -> Result:
         """Attacks; `view` is of the type that `self.view` names."""
         raise NotImplementedError

@@ -47,7 +47,7 @@ path = "images/private"
 [images.public]
 path = "images/public"
 
-[model]
+[network]
 arch = "resnet20_cifar"
 arguments = {{ width = 16 }}
 hook = "conv4_1"
@@ -55,7 +55,7 @@ size = [32, 32]
 resize = 0
 mean = [0.3, 0.3, 0.3]
 std = [0.4, 0.4, 0.4]
-{model}
+{network}
 [train]
 epochs = 5
 batch_size = 32
@@ -64,7 +64,7 @@ shift = 2
 {rest}"""
 # φ1 is trained on Q alone and φ2 on drawn rows, so the bound of the function holds for the release.
 OURS = {
-    "model": 'train_on = "public"\nclassifier = "from-bank"\n',
+    "network": 'train_on = "public"\nclassifier = "from-bank"\n',
     "rest": """
 [poison]
 function = "mixture"
@@ -77,7 +77,7 @@ bound = true
 }
 # As in the paper: Φ is trained on S, and P on S against a reconstructor that is trained on Q.
 PAPER = {
-    "model": "",
+    "network": "",
     "rest": """
 [reconstructor]
 epochs = 9

@@ -58,8 +58,9 @@ class Harness:
         return scored.against(ceiling) if ceiling else scored
 
     def _answered(self, attack: Attack, target: Target, setting: Setting) -> Scored:
-        answer = attack.run(grant(attack.view, target, setting))
-        return score_answer(answer, target, setting, lambda: self.references(target, setting))
+        view = grant(attack.view, target, setting)
+        attack.refuse(view)
+        return score_answer(attack.run(view), target, setting, lambda: self.references(target, setting))
 
     def _subject(self, attack: Attack, setting: Setting) -> dict[str, Any]:
         """What a result that is kept depends on, beside the bank."""

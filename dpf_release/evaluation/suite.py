@@ -102,10 +102,11 @@ class _Run:
         seed: int,
     ) -> _Run:
         profile, wanted = _asked_for(profile_name or project.config.gate.profile, only)
-        if min(project.config.model.size) < WINDOW:
+        if min(project.config.network.size) < WINDOW:
             raise ConfigError(
                 f"expected pictures of at least {WINDOW} by {WINDOW} pixels, of which SSIM can tell how much is seen, "
-                f"found model.size {project.config.model.size}. Smaller ones cannot be attacked, so no claim passes."
+                f"found {project.config.network.size} ([network] size). Smaller ones cannot be attacked, so no claim "
+                "passes."
             )
         candidate, workbench = open_candidate(project, name), workbench_of(project, name)
         target = candidate_target(workbench, candidate)
@@ -117,7 +118,7 @@ class _Run:
         """With trainings that take so many minutes, or are shown so many pictures; says how long that is."""
         setting, profile, chain = self.setting, self.profile, self.candidate.function.chain
         full = replace(profile.budget, own_kind=own_kind_cost(chain.spec, chain.learns, profile.budget.shadows))
-        of_profile = profile.attacks()
+        of_profile = [attack for attack in profile.attacks() if self._applies(attack)]
         attacks = [attack for attack in of_profile if attack.code in self.wanted]
         trained = _with_beside(attacks, profile)
         rate = decoder_rate(grant(ReleaseView, self.harness.target, setting))
@@ -135,6 +136,14 @@ class _Run:
             + (f"; utilities: {beside:.0f} minutes more" if beside >= 0.5 else "")
         )
         return replace(self, setting=replace(setting, budget=budget))
+
+    def _applies(self, attack: Attack) -> bool:
+        """Whether the owner has what it holds, and rows can say what it learns; its own run says why not."""
+        try:
+            attack.refuse(grant(attack.view, self.harness.target, self.setting))
+        except NotGrantedError:
+            return False
+        return True
 
     def go(self, restart: bool) -> AttackReport:
         report = self._begun(restart)

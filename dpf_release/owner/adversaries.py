@@ -60,9 +60,9 @@ def straw_man(project: Project, name: str) -> Reconstructor:
 
 def new_straw_man(project: Project, name: str) -> Reconstructor:
     """ψ of that name, untrained; the same errors as `straw_man`."""
-    size = project.config.model.size
+    size = project.config.network.size
     if min(size) < WINDOW:
-        raise ConfigError(f"expected pictures of {WINDOW} px or more for SSIM ([model] size), found {list(size)}.")
+        raise ConfigError(f"expected pictures of {WINDOW} px or more for SSIM ([network] size), found {list(size)}.")
     return Reconstructor(name, project.cut.record.feature_shape, size)
 
 

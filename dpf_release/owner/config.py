@@ -97,7 +97,7 @@ class ImagesSection(_Section):
     public: PublicImagesSection = PublicImagesSection()
 
 
-class ModelSection(_Section):
+class NetworkSection(_Section):
     """Φ, its preprocessing, and the hook point where it is cut."""
 
     arch: str = "resnet18"
@@ -218,7 +218,7 @@ class Config(_Section):
     release: ReleaseSection = ReleaseSection()
     task: TaskSection = TaskSection()
     images: ImagesSection = ImagesSection()
-    model: ModelSection = ModelSection()
+    network: NetworkSection = NetworkSection()
     train: TrainSection = TrainSection()
     reconstructor: ReconstructorSection = ReconstructorSection()
     poison: PoisonSection = PoisonSection()

@@ -17,7 +17,7 @@ from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import load_state, state_file
 from dpf_release.models.zoo import build_network, is_public_architecture
-from dpf_release.owner.config import Config, ModelSection
+from dpf_release.owner.config import Config, NetworkSection
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.plan import FeatureSpec
 from dpf_release.release.model_record import CUSTOM, ModelRecord, PreprocessRecord, read_model_record
@@ -68,29 +68,29 @@ class CutNetwork:
         return hashlib.sha256(self.featurizer_file).hexdigest()
 
 
-def preprocess_of(model: ModelSection) -> Preprocess:
+def preprocess_of(section: NetworkSection) -> Preprocess:
     """From an image file to the input of Φ."""
-    return Preprocess(model.size, model.resize or None, model.mean, model.std)
+    return Preprocess(section.size, section.resize or None, section.mean, section.std)
 
 
-def new_network(model: ModelSection, outputs: int, trusts_code: bool, seed: int = 0) -> nn.Module:
+def new_network(section: NetworkSection, outputs: int, trusts_code: bool, seed: int = 0) -> nn.Module:
     """Φ with random weights, drawn from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_network(model.arch, outputs, model.arguments, allow_import=trusts_code)
+        return build_network(section.arch, outputs, section.arguments, allow_import=trusts_code)
 
 
 def save_network(network: nn.Module, output_names: tuple[str, ...], config: Config, vault: Vault) -> None:
     """Φ into the vault, with the record that rebuilds it; a `HookError` where it cannot be cut as configured."""
-    model, task = config.model, config.task
-    hook = split(network.cpu(), model.hook, model.size).hook
+    section, task = config.network, config.task
+    hook = split(network.cpu(), section.hook, section.size).hook
     record = ModelRecord(
-        arch=model.arch,
-        arguments=model.arguments,
+        arch=section.arch,
+        arguments=section.arguments,
         outputs=len(output_names),
         hook=hook.name,
         feature_shape=hook.shape,
-        preprocess=PreprocessRecord(**asdict(preprocess_of(model))),
+        preprocess=PreprocessRecord(**asdict(preprocess_of(section))),
         task=task.kind,
         classes=() if task.targets else output_names,
         targets=task.targets,
@@ -101,7 +101,7 @@ def save_network(network: nn.Module, output_names: tuple[str, ...], config: Conf
     vault.write_json(vault.network / "network.json", record.model_dump(mode="json"))
 
 
-def read_cut(vault: Vault, model: ModelSection, trusts_code: bool) -> CutNetwork:
+def read_cut(vault: Vault, section: NetworkSection, trusts_code: bool) -> CutNetwork:
     """Φ from the vault, cut at the configured hook point; a `HookError` where it cannot be.
 
     Raises:
@@ -111,18 +111,18 @@ def read_cut(vault: Vault, model: ModelSection, trusts_code: bool) -> CutNetwork
     if not vault.holds(path):
         raise VaultError(
             f"expected a network in {vault.network}, found none. Run `dpf-release train`, or name "
-            "your weights under [model] weights and run `dpf-release featurize`."
+            "your weights under [network] weights and run `dpf-release featurize`."
         )
     record = read_model_record(path, vault.read_bytes(path, "train"))
-    preprocess = PreprocessRecord(**asdict(preprocess_of(model))).model_dump(mode="json")
-    wanted = {"arch": model.arch, "arguments": model.arguments, "preprocess": preprocess}
+    preprocess = PreprocessRecord(**asdict(preprocess_of(section))).model_dump(mode="json")
+    wanted = {"arch": section.arch, "arguments": section.arguments, "preprocess": preprocess}
     found = record.model_dump(mode="json", include=set(wanted))
     if found != wanted:
         raise VaultError(
-            f"the vault's network is {found}, but [model] asks for {wanted}. Set [model] back, or run "
+            f"the vault's network is {found}, but [network] asks for {wanted}. Set [network] back, or run "
             "`dpf-release train --restart` for a new network."
         )
     network = build_network(record.arch, record.outputs, record.arguments, allow_import=trusts_code)
     network.load_state_dict(load_state(weights, vault.read_bytes(weights, "train")))
-    parts = split(network, model.hook, model.size)
+    parts = split(network, section.hook, section.size)
     return CutNetwork(record.model_copy(update={"hook": parts.hook.name, "feature_shape": parts.hook.shape}), parts)

@@ -226,9 +226,9 @@ def _refuse_mistakes(project: Project) -> None:
             f"expected a byproduct attacker under [poison] straw_men or confuse, that {section.function} is trained "
             "against, found none."
         )
-    if chain.uses_classifier and project.config.model.classifier == "from-bank":
+    if chain.uses_classifier and project.config.network.classifier == "from-bank":
         raise ConfigError(
-            f'{section.function} needs φ2 to be fitted, and [model] classifier = "from-bank" trains that on the rows '
+            f'{section.function} needs φ2 to be fitted, and [network] classifier = "from-bank" trains that on the rows '
             'which it makes. Choose a function that draws rows, or set classifier = "trained".'
         )
     _refuse_linkable(project, chain)

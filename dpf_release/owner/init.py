@@ -11,7 +11,7 @@ from dpf_release.core.files import make_folder, write_text
 from dpf_release.errors import ConfigError
 from dpf_release.images.read import read_public
 from dpf_release.models.weights import load_state, state_file
-from dpf_release.owner.config import CONFIG_NAME, ModelSection, read_config
+from dpf_release.owner.config import CONFIG_NAME, NetworkSection, read_config
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.release.model_record import CUSTOM, ModelRecord
 from dpf_release.release.release import Release
@@ -92,7 +92,7 @@ def init(
     release = Release.open(Path(from_release)) if from_release else None
     if release and release.record.arch == CUSTOM:
         raise ConfigError(
-            "the release's network is its owner's own code; ask them for it and name it under [model] arch."
+            "the release's network is its owner's own code; ask them for it and name it under [network] arch."
         )
     make_folder(folder, 0o755)
     vault = Vault.create(folder / "vault")
@@ -123,8 +123,8 @@ def init(
 def _template(folder: Path, record: ModelRecord | None, networks: str) -> str:
     """The commented `dpf.toml`, with the network, the task and the classes of a release where there is one."""
     name = "".join(letter if letter.isalnum() else "-" for letter in folder.resolve().name).strip("-") or "my-release"
-    model: ModelRecord | ModelSection = record or ModelSection()
-    preprocess = record.preprocess if record else ModelSection()
+    model: ModelRecord | NetworkSection = record or NetworkSection()
+    preprocess = record.preprocess if record else NetworkSection()
     pairs = ", ".join(f"{key} = {value}" for key, value in model.arguments.items())
     task, classes = _TASK, _CLASSES
     if record and record.task == "regression":

@@ -65,7 +65,7 @@ def measure_task(project: Project, name: str = "default") -> dict[str, Any]:
 
 def classifier_file(project: Project, name: str) -> bytes:
     """φ2 of a candidate as it would be published: Φ's, or one that was trained on the candidate's rows."""
-    if project.config.model.classifier == "trained":
+    if project.config.network.classifier == "trained":
         return project.cut.classifier_file
     path = project.vault.candidate(name) / "model" / "classifier.safetensors"
     return project.vault.read_bytes(path, f"poison --name {name}")
@@ -73,7 +73,7 @@ def classifier_file(project: Project, name: str) -> bytes:
 
 def classifier_of(project: Project, name: str) -> nn.Module:
     """The same as a network, frozen."""
-    if project.config.model.classifier == "trained":
+    if project.config.network.classifier == "trained":
         return project.frozen(project.cut.split.classifier)
     network = project.new_classifier()
     network.load_state_dict(load_state(Path("classifier.safetensors"), classifier_file(project, name)))

@@ -110,8 +110,8 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
 
 
 def _with_classifier(project: Project, name: str) -> dict[str, str]:
-    """The digest of the candidate's φ2, which is trained on its rows where [model] says so."""
-    if project.config.model.classifier == "from-bank":
+    """The digest of the candidate's φ2, which is trained on its rows where [network] says so."""
+    if project.config.network.classifier == "from-bank":
         _train_classifier(project, name)
     return {"classifier_sha256": hashlib.sha256(classifier_file(project, name)).hexdigest()}
 
@@ -166,7 +166,7 @@ def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart:
     vault.write_json(record, plan | {"index_sha256": None})
     model, cut = make_folder(folder / "model"), project.cut
     vault.write_bytes(model / "featurizer.safetensors", cut.featurizer_file)
-    if project.config.model.classifier == "trained":
+    if project.config.network.classifier == "trained":
         vault.write_bytes(model / "classifier.safetensors", cut.classifier_file)
     vault.write_json(model / "model.json", cut.public_record.model_dump(mode="json"))
 
@@ -178,7 +178,7 @@ def forget_measurements(vault: Vault, name: str) -> None:
 
 def candidate_origin(project: Project, function: FittedFunction) -> dict[str, str]:
     """What a candidate is made from; `package` publishes no candidate of another origin than today's."""
-    from_bank = project.config.model.classifier == "from-bank"
+    from_bank = project.config.network.classifier == "from-bank"
     return {
         "function": function.digest,
         "plan": function.plan_sha256,
@@ -205,7 +205,7 @@ def drop_rows(removal: Removal, name: str) -> bool:
     """
     vault, number = removal.project.vault, removal.number
     features, record = vault.candidate(name) / "features", vault.function(name) / CANDIDATE
-    from_bank = removal.project.config.model.classifier == "from-bank"
+    from_bank = removal.project.config.network.classifier == "from-bank"
     if from_bank or not (is_fitted(removal.project, name) and _is_whole(vault, name)):
         there = any(features.glob("*/shard-*.h5*"))
         vault.remove(record)

@@ -145,7 +145,7 @@ class Project:
     @cached_property
     def preprocess(self) -> Preprocess:
         """From an image file to the input of Φ."""
-        return preprocess_of(self.config.model)
+        return preprocess_of(self.config.network)
 
     @cached_property
     def retracted(self) -> Retracted:
@@ -180,17 +180,17 @@ class Project:
     @cached_property
     def cut(self) -> CutNetwork:
         """Φ from the vault, cut and frozen; see `read_cut`."""
-        return read_cut(self.vault, self.config.model, self.trusts_code)
+        return read_cut(self.vault, self.config.network, self.trusts_code)
 
     @property
     def network_names(self) -> tuple[str, ...]:
         """What Φ is trained to answer: the outputs of φ2, or the classes of Q."""
-        return self.public_images.table.classes if self.config.model.train_on == "public" else self.output_names
+        return self.public_images.table.classes if self.config.network.train_on == "public" else self.output_names
 
     @property
     def networks_saw_images(self) -> bool:
         """Whether φ1 or φ2 was trained on S: then no privacy bound holds for what is published."""
-        history, model = self.vault.network / "history.json", self.config.model
+        history, model = self.vault.network / "history.json", self.config.network
         trained = self.vault.read_record(history, "train") if self.vault.holds(history) else None
         started_clean = model.weights is None or model.never_saw_private
         clean = model.never_saw_private if trained is None else trained["trained_on"] == "public" and started_clean
@@ -198,7 +198,7 @@ class Project:
 
     def new_classifier(self, seed: int = 0) -> nn.Module:
         """φ2's architecture with new random weights: where a φ3 starts."""
-        model = self.config.model
+        model = self.config.network
         network = new_network(model, len(self.output_names), self.trusts_code, seed)
         return split(network, model.hook, model.size).classifier.train()
 

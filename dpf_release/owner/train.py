@@ -42,9 +42,9 @@ class TrainResult:
 def train(
     project: Project, *, epochs: int | None = None, device: str | None = None, restart: bool = False
 ) -> TrainResult:
-    """Trains Φ on S train, or on Q where [model] train_on says so; `val` chooses the epoch.
+    """Trains Φ on S train, or on Q where [network] train_on says so; `val` chooses the epoch.
 
-    Weights named under [model] are where it starts.
+    Weights named under [network] are where it starts.
 
     Under `torchrun` the ranks share each batch. What is not given is as the configuration says.
 
@@ -66,22 +66,23 @@ def train(
     """
     project.forget("cut")
     project = project.with_options({"train.epochs": epochs, "compute.device": device})
-    public = project.config.model.train_on == "public"
+    public = project.config.network.train_on == "public"
     with project.working(public=public):
         images = project.public_images if public else project.private_images
         return TrainResult(_train(project, images, restart), images.bad)
 
 
 def _train(project: Project, images: ImageSet, restart: bool) -> dict[str, float]:
-    vault, section, model = project.vault, project.config.train, project.config.model
+    vault, section, model = project.vault, project.config.train, project.config.network
     if vault.holds(vault.network / "network.json") and not restart:
         raise VaultError(f"{vault.network} holds a network already. Use it, or train anew with --restart.")
     project.ranks.refuse_uneven(train=section.batch_size)
     public = model.train_on == "public"
     if public and len(images.table.classes) < 2:
         raise ConfigError(
-            'expected public images in two or more classes to train on, found none ([model] train_on = "public"). Put '
-            "them in a folder for each class under [images.public], or bring weights that never saw the private images."
+            'expected public images in two or more classes to train on, found none ([network] train_on = "public"). '
+            "Put them in a folder for each class under [images.public], or bring weights that never saw the private "
+            "images."
         )
     network, rows = _first_network(project, project.network_names), images.rows("train")
     task = TargetTask(images, regression=not public and project.config.task.kind == "regression")
@@ -127,7 +128,7 @@ def _train(project: Project, images: ImageSet, restart: bool) -> dict[str, float
 
 def _first_network(project: Project, names: tuple[str, ...]) -> nn.Module:
     """Φ where its training starts: random, or with the weights that the configuration names."""
-    model = project.config.model
+    model = project.config.network
     network = new_network(model, len(names), project.trusts_code)
     if model.weights:
         only = None
@@ -139,7 +140,7 @@ def _first_network(project: Project, names: tuple[str, ...]) -> nn.Module:
 
 def _with_featurizer_of(project: Project, trained: nn.Module) -> nn.Module:
     """A new Φ for the outputs of S with the φ1 of a network that answers something else."""
-    model = project.config.model
+    model = project.config.network
     network = new_network(model, len(project.output_names), project.trusts_code)
     network.load_state_dict(split(trained, model.hook, model.size).featurizer.state_dict(), strict=False)
     return network
@@ -159,16 +160,18 @@ def _judged(
 
 
 def import_network(project: Project, restart: bool = False) -> None:
-    """Φ from the weights that [model] names, into the vault, where there is none.
+    """Φ from the weights that [network] names, into the vault, where there is none.
 
     A `VaultError`, where neither has a network, or the weights file is no longer the one that the vault's network came
     from, and `restart` is not set; a `WeightsError`, where they do not fit, or are not in a safe format.
     """
-    vault, weights = project.vault, project.config.model.weights
+    vault, weights = project.vault, project.config.network.weights
     there, came_from = vault.holds(vault.network / "network.json"), vault.network / IMPORTED
     if weights is None:
         if not there:
-            raise VaultError("expected a network. Run `dpf-release train`, or name its weights under [model] weights.")
+            raise VaultError(
+                "expected a network. Run `dpf-release train`, or name its weights under [network] weights."
+            )
         return
     path = project.config.locate(weights)
     if there and not vault.holds(came_from):

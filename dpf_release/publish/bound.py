@@ -8,7 +8,7 @@ from dpf_release.owner.project import Project
 from dpf_release.publish.gate import Passage
 
 NETWORKS_SAW = (
-    "φ1 or φ2 was trained on these images without a bound. Take a φ1 that never saw them ([model] never_saw_private, "
+    "φ1 or φ2 was trained on these images without a bound. Take a φ1 that never saw them ([network] never_saw_private, "
     'or train_on = "public") and classifier = "from-bank"'
 )
 WITHOUT_BOUND = "a release of these images was made without a bound: {release}"

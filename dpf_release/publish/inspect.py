@@ -51,7 +51,7 @@ def inspect(path: str, size: int = 224, width: int | None = None, *, trust_code:
         config = read_config(place)
         if trust_code:
             import_from(config.folder)
-        model = config.model
+        model = config.network
         return [_hooks(model.arch, build_network(model.arch, 10, model.arguments, allow_import=trust_code), model.size)]
     if (place / MANIFEST).is_file():
         release = Release.open(place)

@@ -43,16 +43,16 @@ from dpf_release.poisoning.plan import FeatureSpec
 EXAMPLES = Path(__file__).parents[1]
 OF_FACES = {f"epsilon {epsilon}": f"mixture:epsilon={epsilon},delta=1e-4" for epsilon in (4, 8, 1000)}
 YAW = (-60.0, 60.0)  # degrees; declared, not looked for in S
-FROM_ELSEWHERE = '[model]\nweights = "WEIGHTS"\nnever_saw_private = true\nclassifier = "from-bank"\n'
+FROM_ELSEWHERE = '[network]\nweights = "WEIGHTS"\nnever_saw_private = true\nclassifier = "from-bank"\n'
 MOBILENET = 'arch = "mobilenet_v2"\nhook = "features.13"\nsize = [96, 96]\nresize = 96\n'
 # Each experiment's configuration: an example's, and what is otherwise in it.
 CHANGES = {
     "cifar10": ("cifar10", {}),
-    "public-featurizer": ("cifar10", {r"\[model\]\n": '[model]\ntrain_on = "public"\nclassifier = "from-bank"\n'}),
+    "public-featurizer": ("cifar10", {r"\[network\]\n": '[network]\ntrain_on = "public"\nclassifier = "from-bank"\n'}),
     "pretrained": (
         "cifar10",
         {
-            r"\[model\]\n": FROM_ELSEWHERE,
+            r"\[network\]\n": FROM_ELSEWHERE,
             r"arch = (.*\n)+?\n": MOBILENET + "\n",
             r"epochs = 14\n": "epochs = 14\nclassifier_epochs = 2\n",  # of φ2; U2 and U3 have their own
         },
@@ -62,7 +62,7 @@ CHANGES = {
         {
             r'unit = "degrees"\n': f'unit = "degrees"\nranges = [[{YAW[0]}, {YAW[1]}]]\n',
             r'path = "private.csv"\n': 'path = "private.csv"\ngroup = "identity"\n',
-            r"\[model\]\n": FROM_ELSEWHERE,
+            r"\[network\]\n": FROM_ELSEWHERE,
             r"arch = (.*\n)+?\n": MOBILENET + "\n",
             r'confuse = \["identity"\]\n': "",
         },

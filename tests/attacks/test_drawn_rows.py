@@ -331,13 +331,15 @@ def test_shadow_functions_are_pairs_of_a_row_and_any_image_of_its_group_where_th
     one, two = (drawn_rows.mixture_target(workbench, f"{spec}{groups}") for groups in (1, 2))
     setting = drawn_rows.setting_of(workbench, one, 200)
     with pytest.raises(NotGrantedError, match="belong to no image"):
-        attack.run(grant(attack.view, one, setting))
+        attack.refuse(grant(attack.view, one, setting))
     with pytest.raises(NotGrantedError, match="belong to no image"):
         grant(LeakedVault, one, setting)
     setting = drawn_rows.setting_of(workbench, two, 200)
     setting = replace(setting, budget=replace(setting.budget, shadows=1))
     grant(LeakedVault, replace(two, groups=2), setting)
-    answer = attack.run(grant(attack.view, two, setting))
+    view = grant(attack.view, two, setting)
+    attack.refuse(view)
+    answer = attack.run(view)
     assert isinstance(answer, Reconstructions)
     assert list(answer.decoders) == ["1 shadows of its own kind"]
     assert answer.decoders["1 shadows of its own kind"](np.arange(4)).shape == (4, 3, *drawn_rows.SIZE)
@@ -347,7 +349,7 @@ def test_shadow_functions_are_pairs_of_a_row_and_any_image_of_its_group_where_th
         raise ConfigError("a class is too small")
 
     monkeypatch.setattr(a03_shadow, "of_its_own_kind", refuse)
-    lacking = attack.run(grant(attack.view, two, setting))
+    lacking = attack.run(view)
     assert isinstance(lacking, Reconstructions)
     assert lacking.lacks, "which leaves the attack inconclusive, and does not end the run"
     assert list(lacking.decoders) == ["clean features"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,23 @@ def test_a_candidate_of_another_function_than_todays_is_not_attacked(project_fol
     write_candidate(project, "default", restart=True)
     with project.working(public=True):
         assert _Run.begin(project, "default", "quick", ["A1"], None, None, 0).harness.target.rows
+
+
+@pytest.mark.usefixtures("reckoned")
+def test_time_is_reckoned_for_attacks_that_apply(
+    finished: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that belong to no image leave A3 nothing to learn: what it would train is in no estimate."""
+
+    def minutes_of(folder: Path, code: str) -> float:
+        project = Project.open(folder / "dpf.toml")
+        with project.working(public=True):
+            _Run.begin(project, "default", "standard", [code], None, 10_000, 0)
+        (found,) = re.findall(r"about (\d+) minutes", capsys.readouterr().err)
+        return float(found)
+
+    assert minutes_of(finished, "A3") > minutes_of(finished, "A1")
+    assert minutes_of(drawn, "A3") < minutes_of(drawn, "A1")
 
 
 def test_what_is_kept_for_one_budget_does_not_take_the_place_of_anothers(project_folder: Path) -> None:

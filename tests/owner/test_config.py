@@ -24,7 +24,7 @@ def test_the_template_says_the_defaults_and_the_folder_s_name(template: Path) ->
     assert template.read_text("utf-8").count("\n[") == 12  # of thirteen sections [compute] is left to the machine
     found = read_config(template)
     chosen = {  # what `init` writes for drawn rows under a bound; a file without these keys means the paper's method
-        "model": {"train_on": "public", "classifier": "from-bank"},
+        "network": {"train_on": "public", "classifier": "from-bank"},
         "poison": {"function": "mixture"},
         "claims": {"bound": True},
     }
@@ -38,7 +38,7 @@ def test_every_key_that_the_template_comments_out_is_one(template: Path) -> None
     found = parse_config(tomllib.loads(text), template.parent)
     assert found.task.targets == ("yaw_deg",)
     assert found.images.private.group == "person"
-    assert found.model.weights == Path("phi.safetensors")
+    assert found.network.weights == Path("phi.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_every_key_that_the_template_comments_out_is_one(template: Path) -> None
         ({"train": 3}, r"train: .*\(found 3\)"),
         ({"poison": {"objective": "eq7"}}, r"poison\.objective: .*'equivalence' or 'paper' \(found 'eq7'\)"),
         ({"poison": {"lambda": float("nan")}}, r"poison\.lambda: "),
-        ({"model": {"mean": [0.5, 0.5]}}, r"model\.mean\.2: Field required"),
+        ({"network": {"mean": [0.5, 0.5]}}, r"network\.mean\.2: Field required"),
         ({"images": {"private": {"val_fraction": 1.0}}}, r"images\.private\.val_fraction: .*less than 1"),
         ({"bank": {"shard_size": "1 GiBi"}}, r"bank\.shard_size: .*'1 GiB' or '500 MB', found '1 GiBi'"),
         ({"release": {"name": "../x"}}, r"release\.name: "),
@@ -68,14 +68,14 @@ def test_a_key_that_does_not_fit_is_named(tmp_path: Path, tree: dict[str, Any], 
 
 def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as found:
-        parse_config({"trian": {}, "train": {"epochs": -1, "flip": "left"}, "model": {"hook": 4}}, tmp_path)
+        parse_config({"trian": {}, "train": {"epochs": -1, "flip": "left"}, "network": {"hook": 4}}, tmp_path)
     lines = str(found.value).splitlines()
     assert lines[0] == "dpf.toml does not fit:"
     assert {line.split(":")[0].strip() for line in lines[1:]} == {
         "trian",
         "train.epochs",
         "train.flip",
-        "model.hook",
+        "network.hook",
     }
 
 
@@ -115,7 +115,7 @@ def test_options_win_over_the_file_and_none_is_passed_over(tmp_path: Path) -> No
 def test_options_laid_over_later_are_those_laid_over_at_once(tmp_path: Path) -> None:
     path = tmp_path / "dpf.toml"
     path.write_text(
-        '[poison]\nlambda = 2.0\nconfuse = ["person"]\n[model]\nweights = "phi.pt"\n[claims]\nattribute = "person"\n'
+        '[poison]\nlambda = 2.0\nconfuse = ["person"]\n[network]\nweights = "phi.pt"\n[claims]\nattribute = "person"\n'
     )
     options = {"poison.epochs": 7, "poison.lambda": None, "compute.device": "cpu"}
     found = read_config(path).with_options(options)

@@ -14,7 +14,7 @@ from dpf_release.owner.project import Project
 from dpf_release.owner.train import train
 from tiny_project import new_project
 
-PUBLIC = {"model.train_on": "public", "model.classifier": "from-bank", "train.epochs": 1}
+PUBLIC = {"network.train_on": "public", "network.classifier": "from-bank", "train.epochs": 1}
 
 
 def test_a_network_that_is_trained_on_public_images_does_not_depend_on_the_private_ones(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_network_that_is_trained_on_public_images_does_not_depend_on_the_priva
 
 def test_a_phi_2_that_was_trained_on_the_images_leaves_no_bound(tmp_path: Path) -> None:
     config = new_project(tmp_path / "project")
-    project = Project.open(config, PUBLIC | {"model.classifier": "trained"})
+    project = Project.open(config, PUBLIC | {"network.classifier": "trained"})
     train(project)
     assert project.networks_saw_images
 
@@ -65,8 +65,8 @@ def test_init_says_what_is_lost_where_no_network_can_stay_away_from_the_private_
     made = init(tmp_path / "bare", public=public)
     assert "no privacy bound" in made.warning
     read = Project.open(made.config).config
-    assert (read.model.train_on, read.model.classifier, read.claims.bound) == ("private", "trained", False)
+    assert (read.network.train_on, read.network.classifier, read.claims.bound) == ("private", "trained", False)
     weights = init(tmp_path / "brought", weights=tmp_path / "phi.pt", never_saw_private=True)
     assert weights.warning == ""
-    assert Project.open(weights.config).config.model.never_saw_private
+    assert Project.open(weights.config).config.network.never_saw_private
     assert "no privacy bound" in init(tmp_path / "unknown", weights=tmp_path / "phi.pt").warning

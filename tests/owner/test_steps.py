@@ -203,7 +203,7 @@ def test_another_plan_is_refused_and_named(project_folder: Path) -> None:
 
 
 def test_another_hook_point_voids_features_and_functions(project_folder: Path) -> None:
-    project = open_project(project_folder, model__hook="conv3_1")
+    project = open_project(project_folder, network__hook="conv3_1")
     with pytest.raises(VaultError, match="featurizer_sha256"):
         fit_poison(project, name="other")
     with pytest.raises(VaultError, match="another featurizer or hook point"):
@@ -213,7 +213,7 @@ def test_another_hook_point_voids_features_and_functions(project_folder: Path) -
 def test_a_hook_point_of_equal_weights_and_shape_is_another_featurizer(finished: Path) -> None:
     # layer3.0.bn2 is followed by an addition and a ReLU: layer3.0 has the same weights and the same shape.
     shas = set()
-    for preprocess in ({}, {"model__mean": [0.4, 0.4, 0.4]}):
+    for preprocess in ({}, {"network__mean": [0.4, 0.4, 0.4]}):
         project = open_project(finished, **preprocess)
         try:
             shas.add(project.cut.featurizer_sha256)
@@ -292,7 +292,7 @@ def test_new_weights_are_taken_over_when_asked_and_refused_otherwise(project_fol
     phi = load_state(project_folder / "vault" / "network" / "phi.safetensors")
     weights = tmp_path / "weights.pt"
     torch.save(phi, weights)
-    own = {"model__weights": str(weights)}
+    own = {"network__weights": str(weights)}
     featurize(open_project(project_folder, **own))  # the network was trained here: it stays
     for path in (project_folder / "vault" / "network").iterdir():
         path.unlink()
@@ -313,7 +313,7 @@ def test_a_device_that_is_not_there_is_a_users_mistake(project_folder: Path) -> 
 
 def test_another_architecture_than_the_vaults_is_refused(project_folder: Path) -> None:
     with pytest.raises(VaultError, match="the vault's network is"):
-        featurize(open_project(project_folder, model__arguments={"width": 8}))
+        featurize(open_project(project_folder, network__arguments={"width": 8}))
     with pytest.raises(VaultError, match="holds a network already"):
         train(open_project(project_folder))
 
@@ -324,7 +324,7 @@ def test_an_owners_weights_take_the_place_of_training(finished: Path, tmp_path: 
         featurize(Project.open(config))
     weights = tmp_path / "weights.pt"
     torch.save(load_state(finished / "vault" / "network" / "phi.safetensors"), weights)
-    featurize(Project.open(config, {"model.weights": str(weights)}))
+    featurize(Project.open(config, {"network.weights": str(weights)}))
     mine, theirs = (
         load_state(folder / "vault" / "network" / "phi.safetensors") for folder in (config.parent, finished)
     )

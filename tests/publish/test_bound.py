@@ -118,7 +118,7 @@ def test_a_function_without_a_mechanism_cannot_claim_it_and_does_not_list_it(pro
 
 
 def test_networks_that_saw_the_images_leave_no_bound_and_the_card_says_so_in_these_words(drawn_folder: Path) -> None:
-    saw = {"model__never_saw_private": False}
+    saw = {"network__never_saw_private": False}
     with pytest.raises(RefusedError, match="bound: φ1 or φ2 was trained on these images without a bound"):
         package(claiming(drawn_folder, **saw))
     manifest = package(opened(drawn_folder, **saw))

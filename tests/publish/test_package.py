@@ -371,7 +371,11 @@ def test_an_owners_own_network_is_named_custom_and_opens_with_a_builder(
     monkeypatch.syspath_prepend(tmp_path)
     shutil.copy(project_folder / "vault" / "network" / "phi.safetensors", tmp_path / "phi.safetensors")
     shutil.rmtree(project_folder / "vault" / "network")
-    own = {"model.arch": "my_networks:tiny", "model.arguments": {}, "model.weights": str(tmp_path / "phi.safetensors")}
+    own = {
+        "network.arch": "my_networks:tiny",
+        "network.arguments": {},
+        "network.weights": str(tmp_path / "phi.safetensors"),
+    }
     own |= {"poison.function": "recombine:k=3", "reconstructor.epochs": 1}
     project = Project.open(project_folder / "dpf.toml", own)
     featurize(project, restart=True)  # a featurizer of another name is another featurizer

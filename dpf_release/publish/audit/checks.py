@@ -123,7 +123,7 @@ def _spending(subject: Subject) -> Iterable[Finding]:
 def _phi_2(subject: Subject) -> str:
     """The digest of φ2 as the vault has it: Φ's, or what the ledger noted of one that was trained on the bank."""
     project, digest = subject.opened, sha256_of(subject.release / MANIFEST)
-    if project.config.model.classifier == "from-bank":
+    if project.config.network.classifier == "from-bank":
         for entry in releases(project.vault):
             if entry["manifest_sha256"] == digest:
                 return str(entry.get("classifier_sha256"))

@@ -72,7 +72,7 @@ def private_rows(
     if {bank.shape for bank in public} - {bank.shape for bank in private}:
         raise VaultError(
             f"expected a release of rows of {private[0].shape}, as the vault's are, found {public[0].shape}: it was "
-            "made from another vault, or before [model] was changed. Compare it with the vault that it was made from."
+            "made from another vault, or before [network] was changed. Compare it with the vault that it was made from."
         )
     problems = []
     for bank, near in zip(public, find_near_rows(public, private, contributors), strict=True):

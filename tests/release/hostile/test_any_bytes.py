@@ -123,7 +123,7 @@ def test_the_right_keys_with_any_values_are_read_or_refused_in_our_words(
 
 
 def test_a_configuration_of_the_right_sections_is_read_or_refused_in_our_words(tmp_path: Path) -> None:
-    sections = ["release", "task", "images", "model", "train", "reconstructor", "poison", "bank", "compute", "folder"]
+    sections = ["release", "task", "images", "network", "train", "reconstructor", "poison", "bank", "compute", "folder"]
 
     @few
     @given(
