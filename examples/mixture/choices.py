@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.privacy import Mechanism
+from dpf_release.poisoning import moments
 from dpf_release.poisoning.components import Components, principal_components
 from dpf_release.poisoning.groups import Coordinates, clusters
 from dpf_release.poisoning.mixture import SHARES
@@ -113,13 +114,30 @@ def measured(of: Pretended, done: dict[str, list[float]]) -> Iterator[tuple[str,
         for epsilon in (1, 4):
             for letter, shares in SHARES_TRIED.items():
                 name = f"{components} components, epsilon {epsilon}, shares {letter} {shares}"
-                if name not in done and (components == 512 or letter in "ac"):
+                if name not in done and (components == 512 or letter == "a"):
                     mechanism = Mechanism.calibrated(epsilon, DELTA, shares, "image")
                     noise, none = Noise(*mechanism.noise.values()), np.empty((0, 2))
                     found = NoisyClasses.learned(private, public, space, noise, 1, none)
                     yield name, of.drawn(space, found.gaussians())
         if components == 512:
+            yield from _clips(of, space, private, public, done)
             yield from _of_each_noise(of, space, private, public, done)
+
+
+def _clips(
+    of: Pretended, space: Components, private: Coordinates, public: Coordinates, done: dict[str, list[float]]
+) -> Iterator[tuple[str, list[float]]]:
+    """How many rows are clipped: more bias, or more noise."""
+    chosen = moments.CLIP_SHARE
+    for epsilon in (1, 4):
+        noise = Noise(*Mechanism.calibrated(epsilon, DELTA, SHARES, "image").noise.values())
+        for share in (0.99, 0.75, 0.5, 0.25):
+            name = f"512 components, epsilon {epsilon}, {share:.0%} of Q not clipped"
+            if name not in done:
+                moments.CLIP_SHARE = share
+                found = NoisyClasses.learned(private, public, space, noise, 1, np.empty((0, 2)))
+                moments.CLIP_SHARE = chosen
+                yield name, of.drawn(space, found.gaussians())
 
 
 def _of_each_noise(

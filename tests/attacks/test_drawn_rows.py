@@ -200,8 +200,11 @@ def test_small_classes_have_no_planted_function() -> None:
 
 
 def test_a_bounded_function_stays_below_its_bound_and_an_overfitted_one_would_be_caught(
-    workbench: Workbench, planted: Planted, answered: Answered
+    workbench: Workbench, planted: Planted, answered: Answered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The same noise in each run: of twenty ways with so few queries, each with a 95% interval, one is over by chance
+    # in some runs.
+    monkeypatch.setattr("dpf_release.core.privacy.os.urandom", np.random.default_rng(0).bytes)
     bounded = drawn_rows.mixture_target(workbench, "mixture:epsilon=1,delta=1e-5,rows=400")
     assert bounded.bound_mu == pytest.approx(gaussian_mu(1, 1e-5), rel=1e-6)
     for code in ("A13", "A13L"):
