@@ -16,8 +16,27 @@ HEADER = (
 )  # fmt: skip
 
 
+SMALL = ("φ1", "trained on", "alone", "m = 10", "of the gain", "m = 100", "of the gain")
+
+
 def main() -> None:
     print(table())
+    print(small_table())
+
+
+def small_table() -> str:
+    """Of `small.py`: Markdown, a row a function; a gain is what clean rows add to one's own images."""
+    lines = [SMALL, ("---",) * len(SMALL)]
+    for file in sorted(MEASUREMENTS.glob("mixture-small-*.json")):
+        results = json.loads(file.read_text())
+        own, clean = results[OWN], results["clean"]
+        for name, found in results.items():
+            cells = [file.stem.removeprefix("mixture-small-"), name, f"{found['U2']:.1f}" if "U2" in found else ""]
+            for m in ("U3, m = 10", "U3, m = 100"):
+                gain = f"{(found[m] - own[m]) / (clean[m] - own[m]):.0%}" if name not in (OWN, "clean") else ""
+                cells += [f"{found[m]:.1f}", gain]
+            lines.append(tuple(cells))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def table() -> str:
