@@ -97,11 +97,14 @@ def measured(of: Pretended, done: dict[str, list[float]]) -> Iterator[tuple[str,
     labels = of.classes[of.train]
     if "clean" not in done:
         yield "clean", of.score(of.clean(of.train), labels)
-    for components in (256, 512, 1024):
+    for components in (512, 256, 1024):
         if components > len(of.public) // 4:
             continue
         space, private, public = _coordinates(of, components)
         exact = [(private.z[labels == label], label) for label in range(3)]
+        if components == 512:
+            yield from _clips(of, space, private, public, done)
+            yield from _of_each_noise(of, space, private, public, done)
         for covariance in ("of each class", "common"):
             name = f"{components} components, exact, covariance {covariance}"
             if name not in done:
@@ -119,9 +122,6 @@ def measured(of: Pretended, done: dict[str, list[float]]) -> Iterator[tuple[str,
                     noise, none = Noise(*mechanism.noise.values()), np.empty((0, 2))
                     found = NoisyClasses.learned(private, public, space, noise, 1, none)
                     yield name, of.drawn(space, found.gaussians())
-        if components == 512:
-            yield from _clips(of, space, private, public, done)
-            yield from _of_each_noise(of, space, private, public, done)
 
 
 def _clips(
