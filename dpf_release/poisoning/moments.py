@@ -21,7 +21,7 @@ from dpf_release.core.privacy import noisy
 
 Numbers = NDArray[np.float64]
 # Of Q's rows, that are not clipped. Clipped rows are biased, and noise is as large as the longest row allows: half of
-# them clipped serves a classifier best (docs/measurements/mixture-choices.json).
+# them clipped serves a classifier no worse, and at epsilon = 1 better (docs/measurements/mixture-choices.json).
 CLIP_SHARE = 0.5
 BLOCK = 1000  # rows that are added up first: their sums differ by order, and each block adds one rounding more
 BANDS = 16  # of neighbouring components, over which the spread of a moment between classes is taken to be alike
