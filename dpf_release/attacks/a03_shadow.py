@@ -69,7 +69,7 @@ class ShadowFunctions(Attack):
         """Decoders on rows as they are; the last one also on rows with the per-channel moments of clean features."""
         shadows: list[nn.Module] = []
         decoders, series = {}, {}
-        if not draws_rows(view.function):  # of what changes rows one by one there is else nothing to learn
+        if not draws_rows(view.function):  # of drawn rows, `dpf` functions teach nothing
             shadows = [shadow(view, number) for number in range(view.budget.shadows)]
         for m in _counts(len(shadows)):
             recipes = [asdict(shadow_recipe(number, view.budget.decoders, view.seed)) for number in range(m)]

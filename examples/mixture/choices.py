@@ -118,10 +118,19 @@ def measured(of: Pretended, done: dict[str, list[float]]) -> Iterator[tuple[str,
             for letter, shares in SHARES_TRIED.items():
                 name = f"{components} components, epsilon {epsilon}, shares {letter} {shares}"
                 if name not in done and (components == 512 or letter == "a"):
-                    mechanism = Mechanism.calibrated(epsilon, DELTA, shares, "image")
-                    noise, none = Noise(*mechanism.noise.values()), np.empty((0, 2))
-                    found = NoisyClasses.learned(private, public, space, noise, 1, none)
-                    yield name, of.drawn(space, found.gaussians())
+                    yield name, of.drawn(space, _noisy(space, private, public, epsilon, shares))
+
+
+def _noisy(
+    space: Components,
+    private: Coordinates,
+    public: Coordinates,
+    epsilon: float,
+    shares: tuple[float, float, float] = SHARES,
+) -> list[Gaussian]:
+    """What `mixture` draws from under a bound."""
+    noise = Noise(*Mechanism.calibrated(epsilon, DELTA, shares, "image").noise.values())
+    return list(NoisyClasses.learned(private, public, space, noise, 1, np.empty((0, 2))).gaussians())
 
 
 def _clips(
@@ -130,14 +139,13 @@ def _clips(
     """How many rows are clipped: more bias, or more noise."""
     chosen = moments.CLIP_SHARE
     for epsilon in (1, 4):
-        noise = Noise(*Mechanism.calibrated(epsilon, DELTA, SHARES, "image").noise.values())
         for share in (0.99, 0.75, 0.5, 0.25):
             name = f"512 components, epsilon {epsilon}, {share:.0%} of Q not clipped"
             if name not in done:
                 moments.CLIP_SHARE = share
-                found = NoisyClasses.learned(private, public, space, noise, 1, np.empty((0, 2)))
+                found = _noisy(space, private, public, epsilon)
                 moments.CLIP_SHARE = chosen
-                yield name, of.drawn(space, found.gaussians())
+                yield name, of.drawn(space, found)
 
 
 def _of_each_noise(
@@ -147,8 +155,7 @@ def _of_each_noise(
     rows = [private.z[private.classes == label] for label in range(3)]
     means, within = [some.mean(0) for some in rows], np.mean([np.cov(some.T) for some in rows], axis=0)
     for epsilon in (1, 4):
-        noise = Noise(*Mechanism.calibrated(epsilon, DELTA, SHARES, "image").noise.values())
-        found = list(NoisyClasses.learned(private, public, space, noise, 1, np.empty((0, 2))).gaussians())
+        found = _noisy(space, private, public, epsilon)
         for name, drawn in {
             "means noisy, covariance exact": [(label, share, mean, within) for label, share, mean, _ in found],
             "means exact, covariance noisy": [
