@@ -16,13 +16,13 @@ from torch import Tensor
 
 from dpf_release.bank.dataset import BankDataset
 from dpf_release.bank.reader import FeatureBank
-from dpf_release.bank.rows import Concat, Select
+from dpf_release.bank.rows import ComputedRows, Concat, RowSource, Select
 from dpf_release.core.arrays import Rows
 from dpf_release.core.progress import announce
 from dpf_release.evaluation.profiles import rate
 from dpf_release.owner.workbench import Workbench
 from dpf_release.release.attack_report import ProfileName
-from dpf_release.release.train import fit_classifier, score
+from dpf_release.release.train import fit_classifier, scores
 
 LARGEST_BATCH, SMALLEST_BATCH, LEAST_STEPS = 128, 16, 32  # of a step; of an epoch
 LEARNING_RATE = 0.05  # at the largest batch
@@ -52,16 +52,43 @@ class Effort:
 
 EFFORTS: dict[ProfileName, Effort] = {
     "quick": Effort(1, (100,), rows=60_000, epochs=8, least_rows=6_000),
-    "standard": Effort(3, (10, 50, 100), rows=90_000, epochs=16, least_rows=12_000),
-    "full": Effort(3, (10, 50, 100), rows=360_000, epochs=16, least_rows=12_000),
+    "standard": Effort(3, (10, 100), rows=90_000, epochs=16, least_rows=12_000),
+    "full": Effort(3, (10, 100), rows=360_000, epochs=16, least_rows=12_000),
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some rows of a bank."""
+
+    bank: FeatureBank
+    rows: Rows
+    targets: NDArray[Any] | None = None  # of these rows, where they are not the bank's own
+
+    @classmethod
+    def whole(cls, bank: FeatureBank, targets: NDArray[Any] | None = None) -> Part:
+        """All rows of a bank."""
+        return cls(bank, np.arange(len(bank)), targets)
+
+    def source(self) -> RowSource:
+        """As rows by number."""
+        if self.targets is None:
+            return Select(self.bank, self.rows)
+        return ComputedRows(self.targets, lambda numbers: self.bank.read(self.rows[numbers]))
+
+    @property
+    def digest(self) -> str:
+        """Changes with any row, and any target."""
+        of_bank = BankDataset([self.bank], (), [self.bank.targets]).digest
+        told = b"" if self.targets is None else np.ascontiguousarray(self.targets).tobytes()
+        return hashlib.sha256(of_bank.encode() + self.rows.tobytes() + told).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class PickedRows:
     """Some rows of several banks as one."""
 
-    parts: tuple[tuple[FeatureBank, Rows], ...]
+    parts: tuple[Part, ...]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -69,7 +96,7 @@ class PickedRows:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row's features."""
-        return self.parts[0][0].index.row_bytes
+        return self.parts[0].bank.index.row_bytes
 
     @property
     def targets(self) -> NDArray[Any]:
@@ -79,9 +106,7 @@ class PickedRows:
     @cached_property
     def digest(self) -> str:
         """Changes with any row."""
-        digests = [BankDataset([bank], (), [bank.targets]).digest for bank, _ in self.parts]
-        chosen = [hashlib.sha256(rows.tobytes()).hexdigest() for _, rows in self.parts]
-        return hashlib.sha256(json.dumps([*zip(digests, chosen, strict=True)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([part.digest for part in self.parts]).encode()).hexdigest()
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Rows by number: (n, C, H, W) float16, and their targets."""
@@ -92,7 +117,7 @@ class PickedRows:
 
     @cached_property
     def _rows(self) -> Concat:
-        return Concat([Select(bank, rows) for bank, rows in self.parts])
+        return Concat([part.source() for part in self.parts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +137,8 @@ class Classifiers:
     workbench: Workbench
     effort: Effort
 
-    def scores(self, trainings: Sequence[Training]) -> dict[Training, float]:
-        """The score of each; what was trained before is not trained again."""
+    def scores(self, trainings: Sequence[Training]) -> dict[Training, NDArray[np.float64]]:
+        """Of each training (n,) scores of the rows that judge it; what was trained before is not trained again."""
         if missing := self.missing(trainings):
             announce(f"Utility: {len(missing)} trainings")  # how long they take was told with the attacks
         for training in missing:
@@ -135,10 +160,10 @@ class Classifiers:
         batch = batch.contiguous(memory_format=torch.channels_last)
         return shown / rate(lambda: network(batch).float().mean().backward(), len(batch), device) / 60
 
-    def _known(self, training: Training) -> float | None:
+    def _known(self, training: Training) -> NDArray[np.float64] | None:
         subject = self._subject(training)
         kept = self.workbench.kept.load(subject["utility"], subject)
-        return None if kept is None else float(kept["score"])
+        return None if kept is None else kept["scores"].double().numpy()
 
     def _train(self, training: Training) -> None:
         kept, subject = self.workbench.kept, self._subject(training)
@@ -156,13 +181,13 @@ class Classifiers:
             checkpoint=kept.checkpoint(name, subject),
             subject=json.dumps(subject, sort_keys=True),
         )
-        kept.save(name, subject, {"score": torch.tensor(score(network, training.judge), dtype=torch.float64)})
+        kept.save(name, subject, {"scores": scores(network, training.judge)})
 
     def _subject(self, training: Training) -> dict[str, Any]:
         """What a score depends on."""
         return {
             "utility": training.title.split(" ")[0],
-            "version": 1,
+            "version": 2,
             "network": self.workbench.record.model_dump(mode="json"),
             "rows": training.rows.digest,
             "judge": training.judge.digest,

@@ -9,9 +9,11 @@ from dpf_release.bank.format import INDEX
 from dpf_release.core.files import make_folder
 from dpf_release.core.progress import announce
 from dpf_release.errors import VaultError
-from dpf_release.evaluation.report.frontier_points import FRONTIER, Frontier, metric_of, plot, point_of, references_of
+from dpf_release.evaluation.report.frontier_points import FRONTIER, Frontier, plot, point_of
 from dpf_release.evaluation.report.page import write_page
 from dpf_release.evaluation.suite import attack
+from dpf_release.owner.fit_poison import unit_of
+from dpf_release.owner.fitted import load_function
 from dpf_release.owner.project import Project
 from dpf_release.release.attack_report import AttackReport
 
@@ -53,13 +55,10 @@ def compare(
 
 
 def _write(project: Project, reports: Mapping[str, AttackReport], profile: str) -> Frontier:
-    last = list(reports.values())[-1]
-    frontier = Frontier(
-        points=tuple(point_of(name, _described(project, name), report) for name, report in reports.items()),
-        profile=profile,
-        metric=metric_of(last),
-        references=references_of(last),
-    )
+    points = [
+        point_of(name, _described(project, name), _epsilon(project, name), report) for name, report in reports.items()
+    ]
+    frontier = Frontier(points=tuple(points), profile=profile)
     vault, folder = project.vault, make_folder(project.vault.root / "reports")
     vault.write_json(folder / FRONTIER, frontier.model_dump(mode="json"))
     for kind in ("svg", "png"):
@@ -75,6 +74,11 @@ def _described(project: Project, name: str) -> str:
     recipe: Mapping[str, Any] = record["recipe"]
     learned = recipe["function"].split("+")[-1].split(":")[0] == "dpf"
     return recipe["function"] + (f", {recipe['objective']}, λ = {recipe['lambda']:g}" if learned else "")
+
+
+def _epsilon(project: Project, name: str) -> float | None:
+    mechanism = load_function(project, name).chain.mechanism(unit_of(project))
+    return mechanism.epsilon if mechanism else None
 
 
 def _has_candidate(project: Project, name: str) -> bool:

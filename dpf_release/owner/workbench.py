@@ -57,6 +57,7 @@ class Workbench:
         phi_1: the featurizer, frozen, on the device; `phi_2`: the classifier, likewise.
         before_relu: φ1 without the ReLU that it ends in, likewise; None: it ends in something else.
         record: of Φ, as cut there.
+        classifier_from_bank: whether φ2 is trained on the candidate's rows.
         bf16: as in `training.Recipe`.
         public: Q.
         limits: of `[gate]`, by name.
@@ -70,6 +71,7 @@ class Workbench:
 
     phi_1: nn.Module
     phi_2: nn.Module
+    classifier_from_bank: bool
     before_relu: nn.Module | None
     record: ModelRecord
     features: FeatureSpec
@@ -111,6 +113,7 @@ def workbench_of(project: Project, name: str = "default") -> Workbench:
     return Workbench(
         phi_1=project.frozen(cut.split.featurizer),
         phi_2=classifier_of(project, name),
+        classifier_from_bank=config.network.classifier == "from-bank",
         before_relu=cut.split.before_relu and project.frozen(cut.split.before_relu),
         record=cut.record,
         features=cut.features,

@@ -16,7 +16,8 @@ Claim = Literal["reconstruction", "linkage", "attribute", "bound"]
 Verdict = Literal["pass", "fail", "inconclusive", "reported"]
 ProfileName = Literal["quick", "standard", "full"]
 PROFILE_ORDER: tuple[ProfileName, ...] = ("quick", "standard", "full")
-GAIN = "gain over own images alone"  # of U3; for each m a measure, positive where the bank helps
+# Of U2 and U3: what the bank adds to the best that a user has without it, and what clean rows add; for each m one.
+GAIN, GAIN_OF_CLEAN = "gain over the best without the bank", "gain of clean rows over the best without the bank"
 # A report may be a stranger's: no more of anything than attacks make.
 Text = Annotated[str, Field(max_length=500, pattern=SEEN)]
 Short = Annotated[str, Field(max_length=100, pattern=SEEN)]
@@ -91,10 +92,11 @@ class AttackResult(Record):
 class Utility(Record):
     """What a downstream user can do with the bank.
 
-    Of U1 means over images with their 95 % intervals; of U2 and U3 means over seeds, with the lowest and highest seed.
+    Means over images with their 95 % intervals; of U2 and U3 an image's score is a mean over seeds.
     """
 
     measures: Intervals
+    best: Annotated[dict[Short, Short], Few] = {}  # by `m = 10`, or empty for none: the best without the bank
 
     @property
     def ordered(self) -> dict[str, Interval]:
@@ -127,11 +129,20 @@ class AttackReport(Record):
     utility: Annotated[dict[Short, Utility], Few] = {}
 
     @property
-    def no_better_than_own(self) -> bool | None:
-        """Whether the bank adds nothing to own images: for no m does it help with every seed. None: not measured."""
-        measures = self.utility["U3"].measures if "U3" in self.utility else {}
-        gains = [found for name, found in measures.items() if name.startswith(GAIN)]
-        return all(gain.low <= 0 for gain in gains) if gains else None
+    def gains(self) -> dict[str, tuple[Interval, Interval, str]]:
+        """By m own images: what the bank adds to the best without it, what clean rows add, and which that best is."""
+        found = {}
+        for of in (self.utility[code] for code in ("U2", "U3") if code in self.utility):
+            for m, best in of.best.items():
+                bank, clean = (of.measures.get(", ".join(filter(None, (gain, m)))) for gain in (GAIN, GAIN_OF_CLEAN))
+                if bank and clean:
+                    found[m] = bank, clean, best
+        return found
+
+    @property
+    def adds_nothing(self) -> bool | None:
+        """Whether the bank is nowhere better than what a user has without it. None: not measured."""
+        return all(bank.low <= 0 for bank, _, _ in self.gains.values()) if self.gains else None
 
     def as_json(self) -> str:
         """One object, its keys sorted: the same numbers give the same text."""

@@ -75,6 +75,11 @@ def _loss(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 def score(network: nn.Module, rows: TargetedRows) -> float:
     """Top-1 of a network on a bank (0 to 1), or its mean absolute error in the target's unit."""
+    return float(scores(network, rows).mean())
+
+
+def scores(network: nn.Module, rows: TargetedRows) -> Tensor:
+    """(N,) of each row: 1 where the network's first answer is right, else 0; or its mean absolute error."""
     parts = []
     network.eval()
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
@@ -85,4 +90,4 @@ def score(network: nn.Module, rows: TargetedRows) -> float:
             regression = targets.is_floating_point()
             scored = mean_absolute_error(outputs, targets) if regression else topk_correct(outputs, targets, 1)
             parts.append(scored.float())
-    return float(torch.cat(parts).mean())
+    return torch.cat(parts)

@@ -75,12 +75,15 @@ def _is_fitted(record: Path) -> bool:
 
 
 def table(frontier: Frontier) -> str:
-    """The points as Markdown, and what U2 and U3 are without any function."""
-    lines = ["| function | leakage [95 %] | A5 top-1 [95 %] | U2 | U3 |", "|---|---|---|---|---|"]
+    """The points as Markdown."""
+    lines = [
+        "| function | ε | leakage [95 %] | A5 top-1 [95 %] | own images | the bank adds | clean rows add |",
+        "|" + "---|" * 7,
+    ]
     for point in frontier.points:
-        cells = (point.privacy, point.linkage, point.u2, point.u3)
-        lines.append(f"| {point.name} | " + " | ".join(map(shown, cells)) + " |")
-    lines += ["", *(f"- {name}: {found.value:.3f}" for name, found in frontier.references.items())]
+        bound = "none" if point.epsilon is None else f"{point.epsilon:g}"
+        found = [*map(shown, (point.privacy, point.linkage)), point.m, *map(shown, (point.gain, point.gain_of_clean))]
+        lines.append(f"| {' | '.join([point.name, bound, *found])} |")
     return "\n".join(lines) + "\n"
 
 

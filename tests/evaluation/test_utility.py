@@ -19,7 +19,7 @@ from dpf_release.attacks.threat_models import Budget, ReleaseView
 from dpf_release.bank.rows import Select
 from dpf_release.errors import ConfigError, VaultError
 from dpf_release.evaluation import classifiers, utility
-from dpf_release.evaluation.classifiers import EFFORTS, Effort, PickedRows
+from dpf_release.evaluation.classifiers import EFFORTS, Effort, PickedRows, Training
 from dpf_release.evaluation.frontier import compare
 from dpf_release.evaluation.profiles import PROFILES
 from dpf_release.evaluation.report import frontier_points
@@ -29,18 +29,17 @@ from dpf_release.evaluation.report.frontier_points import (
     frontier_plots,
     plot,
     point_of,
-    references_of,
 )
 from dpf_release.evaluation.report.headline import verdict_in_words
 from dpf_release.evaluation.suite import attack
-from dpf_release.evaluation.utility import measure_utility, measures_over_seeds
+from dpf_release.evaluation.utility import Comparison, measure_utility
 from dpf_release.models.training import History
 from dpf_release.owner.fit_poison import fit_poison
 from dpf_release.owner.measure import measure_task
 from dpf_release.owner.poison import write_candidate
 from dpf_release.owner.project import Project
 from dpf_release.owner.workbench import open_candidate, workbench_of
-from dpf_release.release.attack_report import AttackReport, Interval, Power, Utility
+from dpf_release.release.attack_report import GAIN, GAIN_OF_CLEAN, AttackReport, Interval, Power, Utility
 from dpf_release.release.train import fit_classifier
 from rows_in_memory import PHI_2, SECRET, planned, poisoned, rows_of
 
@@ -154,8 +153,8 @@ def test_a_bank_as_good_as_clean_rows_trains_as_well_and_one_of_noise_does_not(
     found: dict[str, dict[str, Utility]],
 ) -> None:
     clean, noise = found["clean"]["U2"].measures, found["noise"]["U2"].measures
-    assert clean["top1"].value == clean["top1 on clean rows"].value > 0.8  # the same rows, the same seeds
-    assert noise["top1 on clean rows"] == clean["top1 on clean rows"]
+    assert clean["top1"].value == clean["top1, clean rows"].value > 0.8  # the same rows, the same seeds
+    assert noise["top1, clean rows"] == clean["top1, clean rows"]
     assert noise["top1"].value < 0.75
     assert clean["top1"].low <= clean["top1"].value <= clean["top1"].high
 
@@ -163,19 +162,30 @@ def test_a_bank_as_good_as_clean_rows_trains_as_well_and_one_of_noise_does_not(
 def test_u3_joins_the_bank_with_m_own_images_and_says_what_it_adds(found: dict[str, dict[str, Utility]]) -> None:
     clean, noise = found["clean"]["U3"].measures, found["noise"]["U3"].measures
     assert {name.split(", ")[1] for name in clean} == {"m = 2"}  # a half of test has not four of each class
-    assert clean["top1, m = 2"].value == clean["top1, m = 2, with clean rows"].value
+    assert clean["top1, m = 2"].value == clean["top1, m = 2, clean rows"].value
     assert clean["top1, m = 2, own images alone"] == noise["top1, m = 2, own images alone"]
-    gain = clean["gain over own images alone, m = 2"]
-    alone = clean["top1, m = 2, own images alone"]
-    assert gain.value == pytest.approx(clean["top1, m = 2"].value - alone.value)
-    assert noise["gain over own images alone, m = 2"].value < gain.value
+    best = found["clean"]["U3"].best["m = 2"]
+    gain, of_clean = clean["gain over the best without the bank, m = 2"], clean[f"{GAIN_OF_CLEAN}, m = 2"]
+    assert gain.value == pytest.approx(clean["top1, m = 2"].value - clean[f"top1, m = 2, {best}"].value)
+    assert gain == of_clean
+    assert noise["gain over the best without the bank, m = 2"].value < gain.value
+
+
+def test_what_phi_2_labels_needs_no_row_of_the_bank(found: dict[str, dict[str, Utility]]) -> None:
+    """φ2 of these projects is trained on S and public: a user may label public images with it."""
+    for code, m in (("U2", ""), ("U3", ", m = 2")):
+        clean, noise = found["clean"][code].measures, found["noise"][code].measures
+        for name in (f"top1{m}, public images labelled by φ2", f"top1{m}, φ2 alone"):
+            assert clean[name] == noise[name]
+        assert clean[f"top1{m}, φ2 alone"].value > 0.8 > noise[f"top1{m}"].value
+        assert noise[f"{GAIN}{m}"].high < 0  # worth less than nothing, and the report says so
 
 
 def test_own_images_and_those_that_judge_are_not_the_same_and_a_larger_m_has_the_smaller(compared: Path) -> None:
     project = Project.open(compared / "dpf.toml")
     with project.working(together=False):
         bench = utility._Bench.of(workbench_of(project), open_candidate(project, "clean"), LITTLE, 0)
-        own, more = (set(bench._own(m, 0).parts[0][1]) for m in (1, 2))
+        own, more = (set(bench._own(m, 0).parts[0].rows) for m in (1, 2))
         judge = set(np.concatenate(bench._halves[1]))
         assert own < more
         assert not more & judge
@@ -218,19 +228,29 @@ def test_few_rows_are_shown_often_enough_and_many_no_more_than_the_profile_says(
     assert effort.shared(0.5).schedule(22_500)[0] == 2
 
 
-def test_of_errors_less_is_better() -> None:
-    found = measures_over_seeds(
-        "mae", {"mae, m = 5": np.array([1.0, 2.0]), "mae, m = 5, own images alone": np.array([3.0, 3.0])}
-    )
-    assert found["gain over own images alone, m = 5"] == Interval(value=1.5, low=1.0, high=2.0)
+@pytest.mark.parametrize(("metric", "sign"), [("top1", 1), ("mae", -1)])
+def test_a_gain_is_over_the_best_without_the_bank_and_of_paired_images(metric: str, sign: int) -> None:
+    generator = np.random.default_rng(0)
+    image = generator.random(400)  # some images are harder than others, for everyone
+    scores = {"": image + 0.1, "clean rows": image + 0.2, "own images alone": image, "φ2 alone": image + 0.03}
+    nobody = PickedRows(())
+    trained = {name: Training(name, nobody, nobody, 0) for name in scores if "alone" not in name}
+    of = Comparison("m = 5", {name: [one] for name, one in trained.items()}, {
+        name: sign * scores[name] for name in scores if "alone" in name})  # fmt: skip
+    found, best = of.measured({one: sign * scores[name] for name, one in trained.items()}, metric, 0)
+    assert best == "φ2 alone"
+    gain, clean = found[f"{GAIN}, m = 5"], found[f"{GAIN_OF_CLEAN}, m = 5"]
+    assert (gain.value, clean.value) == (pytest.approx(0.07), pytest.approx(0.17))
+    assert gain.high - gain.low < 1e-9 < 0.05 < found[f"{metric}, m = 5"].high - found[f"{metric}, m = 5"].low
 
 
 # --------------------------------------------------------------------------------------------- safe and useless
 
 
 def report_with(*gains: tuple[float, float]) -> AttackReport:
-    measures = {f"gain over own images alone, m = {m}": Interval(value=(low + high) / 2, low=low, high=high)
-                for m, (low, high) in enumerate(gains, 1)}  # fmt: skip
+    measures = {f"{name}, m = {m}": Interval(value=(low + high) / 2, low=low, high=high)
+                for m, (low, high) in enumerate(gains, 1) for name in (GAIN, GAIN_OF_CLEAN)}  # fmt: skip
+    best = {f"m = {m}": "own images alone" for m in range(1, len(gains) + 1)}
     passed = {
         "code": "A1", "title": "t", "version": 1, "claim": "reconstruction", "granted": "ReleaseView", "rows": 1000,
         "images": 1, "seconds": 0.0, "ways": {}, "baseline": 0.1, "ceiling": 0.5,
@@ -241,16 +261,18 @@ def report_with(*gains: tuple[float, float]) -> AttackReport:
         {
             "index_sha256": "0" * 64, "featurizer_sha256": "0" * 64, "public_images_sha256": "0" * 64,
             "profile": "quick", "seed": 0, "function": "f", "attacks": [passed],
-            "utility": {"U3": {"measures": measures}} if measures else {},
+            "utility": {"U3": {"measures": measures, "best": best}} if measures else {},
         }
     )  # fmt: skip
 
 
-def test_a_release_that_adds_nothing_to_own_images_is_called_safe_and_useless_and_another_is_not() -> None:
+def test_a_release_that_adds_nothing_to_what_is_there_without_it_is_called_safe_and_useless_and_another_is_not() -> (
+    None
+):
     assert verdict_in_words(report_with((-0.1, 0.02), (-0.3, -0.2))).headline.startswith("Safe and useless")
     assert verdict_in_words(report_with((-0.1, 0.02), (0.01, 0.02))).headline.startswith("No attack")
     assert verdict_in_words(report_with()).headline.startswith("No attack")
-    assert report_with().no_better_than_own is None
+    assert report_with().adds_nothing is None
 
 
 # --------------------------------------------------------------------------------------------- the frontier
@@ -281,12 +303,12 @@ def test_compare_puts_each_function_where_its_attacks_and_its_utility_are(
     found = compare(project, ["clean", "noise"])
     clean, noise = found.points
     assert (clean.name, clean.function, noise.function) == ("clean", "identity", "gaussian-noise:scale=1000")
-    assert clean.u2 is not None
-    assert noise.u2 is not None
-    assert clean.u2.value > noise.u2.value
+    assert clean.gain is not None
+    assert noise.gain is not None
+    assert clean.gain.value > noise.gain.value
+    assert (clean.m, clean.gain, clean.epsilon) == ("m = 2", clean.gain_of_clean, None)
     reports = compared / "vault" / "reports"
     assert Frontier.model_validate_json((reports / "frontier.json").read_text()) == found
-    assert found.references["u2 on clean rows"] == clean.u2
     for name in ("clean", "noise"):
         assert b'id="frontier"' in (reports / name / "attack.html").read_bytes()
         assert set(json.loads((reports / name / "attack-quick.json").read_text())["utility"]) == {"U1", "U2", "U3"}
@@ -297,30 +319,26 @@ def test_compare_puts_each_function_where_its_attacks_and_its_utility_are(
         attack(project, "clean", "quick", only=["A1", "U4"])
 
 
-def test_a_point_is_the_worst_attack_and_the_most_own_images() -> None:
+def test_a_point_is_the_worst_attack_and_the_fewest_own_images() -> None:
     report = report_with((0.0, 0.1))
     worse = report.attacks[0].model_copy(update={"code": "A2", "leakage": Interval(value=0.3, low=0.2, high=0.4)})
     other = worse.model_copy(update={"code": "A6", "claim": None, "leakage": Interval(value=0.9, low=0.9, high=0.9)})
     linked = worse.model_copy(
         update={"code": "A5", "claim": "linkage", "re_identification": Interval(value=0.5, low=0.4, high=0.6)}
     )
-    exactly = {name: Interval(value=value, low=value, high=value) for name, value in (
-        ("top1, m = 10", 0.5), ("top1, m = 100", 0.7), ("top1, m = 100, own images alone", 0.6))}  # fmt: skip
-    full = report.model_copy(
-        update={"attacks": (*report.attacks, worse, other, linked), "utility": {"U3": Utility(measures=exactly)}}
-    )
-    point = point_of("f", "dpf", full)
-    assert (point.privacy, point.linkage, point.u2) == (worse.leakage, linked.re_identification, None)
-    assert point.u3 == exactly["top1, m = 100"]
-    assert {name: found.value for name, found in references_of(full).items()} == {"u3 own images alone": 0.6}
-    assert point_of("f", "dpf", report.model_copy(update={"attacks": ()})).privacy is None
+    full = report_with((0.1, 0.3), (0.0, 0.1)).model_copy(update={"attacks": (*report.attacks, worse, other, linked)})
+    point = point_of("f", "mixture", 4.0, full)
+    assert (point.privacy, point.linkage, point.epsilon) == (worse.leakage, linked.re_identification, 4)
+    assert (point.m, point.gain) == ("m = 1", Interval(value=0.2, low=0.1, high=0.3))
+    assert point_of("f", "dpf", None, report_with()).gain is None
+    assert point_of("f", "dpf", None, report.model_copy(update={"attacks": ()})).privacy is None
 
 
 def test_the_plot_has_a_panel_for_what_was_measured_and_the_same_bytes_for_the_same_points() -> None:
     some = Interval(value=0.5, low=0.4, high=0.6)
-    frontier = Frontier(points=(FrontierPoint(name="a<b", function="dpf", privacy=some, u3=some),), profile="quick")
+    frontier = Frontier(points=(FrontierPoint(name="a<b", function="dpf", privacy=some, gain=some),), profile="quick")
     assert [what for what, _ in frontier_plots(frontier)] == [
-        f"{frontier_points.AXES['privacy']}; {frontier_points.AXES['u3']}"
+        f"{frontier_points.AXES['privacy']}; {frontier_points.AXES['gain']}"
     ]
     assert plot(frontier) == plot(frontier) != plot(frontier.model_copy(update={"points": frontier.points * 2}))
     assert plot(Frontier()).startswith(b"<?xml")

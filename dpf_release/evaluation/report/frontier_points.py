@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 from pydantic import BaseModel, ConfigDict
 
 from dpf_release.evaluation.report.plots import Points, scatter_panels, scatter_plot
@@ -19,10 +17,12 @@ class FrontierPoint(BaseModel):
 
     name: str
     function: str = ""  # what it is, as `dpf.toml` names it, with objective and weight where it is learned
+    epsilon: float | None = None  # of the privacy bound of its rows; None: they have none
     privacy: Interval | None = None  # the most that an attack of the claim `reconstruction` leaks
     linkage: Interval | None = None  # share of rows that A5 finds for a picture
-    u2: Interval | None = None  # of a classifier on the bank alone
-    u3: Interval | None = None  # of one with the most own images a class that were tried
+    m: str = ""  # own images a class, the fewest that were tried, as `m = 10`
+    gain: Interval | None = None  # what the bank adds to the best that a user with m own images has without it
+    gain_of_clean: Interval | None = None  # what clean rows add to that
 
 
 class Frontier(BaseModel):
@@ -32,53 +32,32 @@ class Frontier(BaseModel):
 
     points: tuple[FrontierPoint, ...] = ()
     profile: str = ""
-    metric: str = "top1"  # what U2 and U3 are; or `mae`, of which less is better
-    references: dict[str, Interval] = {}  # what they are without any P: by names like `u2 on clean rows`
 
 
 AXES = {
     "privacy": "leakage of the worst attack: left is safer",
     "linkage": "row found for a picture: left is safer",
-    "u2": "U2: the bank alone",
-    "u3": "U3: with own pictures",
+    "gain": "what the bank adds to the best without it",
 }
-REFERENCES = {"u2": ("on clean rows",), "u3": ("with clean rows", "own images alone")}
 
 
-def point_of(name: str, function: str, report: AttackReport) -> FrontierPoint:
+def point_of(name: str, function: str, epsilon: float | None, report: AttackReport) -> FrontierPoint:
     """What a report comes to."""
     leaked = [result.leakage for result in report.attacks if result.claim == "reconstruction" and result.leakage]
     linked = [result.re_identification for result in report.attacks if result.code == "A5"]
+    with_own = {m: gains for m, gains in report.gains.items() if m}
+    m = min(with_own, key=lambda m: int(m.removeprefix("m = ")), default="")
+    gain, of_clean, _ = with_own.get(m, (None, None, ""))
     return FrontierPoint(
         name=name,
         function=function,
+        epsilon=epsilon,
         privacy=max(leaked, key=lambda found: found.value, default=None),
         linkage=linked[0] if linked else None,
-        u2=_found(report, "U2", ""),
-        u3=_found(report, "U3", ""),
+        m=m,
+        gain=gain,
+        gain_of_clean=of_clean,
     )
-
-
-def references_of(report: AttackReport) -> dict[str, Interval]:
-    """What is the same for every function of a project."""
-    found = {f"{y} {what}": _found(report, y.upper(), what) for y, labels in REFERENCES.items() for what in labels}
-    return {name: interval for name, interval in found.items() if interval}
-
-
-def metric_of(report: AttackReport) -> str:
-    """`top1` or `mae`."""
-    return "mae" if "U2" in report.utility and "mae" in report.utility["U2"].measures else "top1"
-
-
-def _found(report: AttackReport, code: str, what: str) -> Interval | None:
-    """A measure of U2, or of U3 with the most own images."""
-    measures = report.utility[code].measures if code in report.utility else {}
-    metric = metric_of(report)
-    if code == "U2":
-        return measures.get(f"{metric} {what}".strip())
-    parts = [name.split(", ") for name in measures if name.startswith(f"{metric}, ")]
-    most = max((int(part[1].removeprefix("m = ")) for part in parts), default=0)
-    return measures.get(", ".join(filter(None, (metric, f"m = {most}", what))))
 
 
 def frontier_plots(frontier: Frontier) -> list[tuple[str, str]]:
@@ -98,9 +77,13 @@ def plot(frontier: Frontier, kind: str = "svg") -> bytes:
 
 def _panels(frontier: Frontier) -> list[tuple[str, str, Points, dict[str, Interval]]]:
     found: list[tuple[str, str, Points, dict[str, Interval]]] = []
-    for x, y in itertools.product(("privacy", "linkage"), REFERENCES):
-        both = {str(number): (getattr(point, x), getattr(point, y)) for number, point in enumerate(frontier.points, 1)}
-        if pairs := {number: pair for number, pair in both.items() if all(pair)}:
-            lines = {label: frontier.references.get(f"{y} {label}") for label in REFERENCES[y]}
-            found.append((x, y, pairs, {label: at for label, at in lines.items() if at}))
+    of_clean = [point.gain_of_clean for point in frontier.points if point.gain_of_clean]
+    for x in ("privacy", "linkage"):
+        pairs = {
+            str(number): (found_by, point.gain)
+            for number, point in enumerate(frontier.points, 1)
+            if (found_by := getattr(point, x)) and point.gain
+        }
+        if pairs:
+            found.append((x, "gain", pairs, {"clean rows": of_clean[0]} if of_clean else {}))
     return found

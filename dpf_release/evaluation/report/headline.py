@@ -76,8 +76,8 @@ def verdict_in_words(report: AttackReport) -> Sentence:
         all_of = f"{missing + len(report.attacks)} attacks of the profile {report.profile}"
         return Sentence(f"{nobody_knows}{missing} of {all_of} were not run.", detail, "open")
     past = f"attack of the profile {report.profile} got past its limits"
-    if report.no_better_than_own:
-        useless = "and a user gets nothing either: own images are as good without it."
+    if report.adds_nothing:
+        useless = "and a user gets nothing either: what is there without it is as good."
         return Sentence(f"Safe and useless: no {past}, {useless}", detail, "open")
     return Sentence(f"No {past}.", detail, "good")
 
@@ -99,6 +99,28 @@ def notes(report: AttackReport) -> list[str]:
             f"{answers.high:.2f}] after the best colour fit, the label alone {without:.2f}. Neither is judged."
         )
     return found
+
+
+def usefulness(report: AttackReport) -> list[str]:
+    """What the bank is good for: a sentence for none and each number of own images."""
+    found = []
+    for m, (bank, clean, best) in report.gains.items():
+        if any(name.startswith("top1") for name in report.utility["U3" if m else "U2"].measures):
+            adds, low, high, of_clean = (f"{100 * of:.1f}" for of in (bank.value, bank.low, bank.high, clean.value))
+            what, unit = "adds", " points"
+        else:
+            adds, low, high, of_clean = (f"{of:.3g}" for of in (bank.value, bank.low, bank.high, clean.value))
+            what, unit = "makes the mean error smaller by", ""
+        found.append(
+            f"With {own_images(m)} the bank {what} {adds}{unit} [{low}, {high}], against the best that a user has "
+            f"without it ({best}); clean features: {of_clean}."
+        )
+    return found
+
+
+def own_images(m: str) -> str:
+    """`m = 10` in words."""
+    return f"{m.removeprefix('m = ')} own images a class" if m else "no own images"
 
 
 def _detail(report: AttackReport, judged: Sequence[AttackResult]) -> str:

@@ -17,7 +17,15 @@ from dpf_release.core.html import render_page
 from dpf_release.errors import ConfigError
 from dpf_release.evaluation.gallery import Pictures, read_pictures
 from dpf_release.evaluation.report.frontier_points import FRONTIER, Frontier, frontier_plots
-from dpf_release.evaluation.report.headline import MEASURES, granted_to, notes, strongest, verdict_in_words
+from dpf_release.evaluation.report.headline import (
+    MEASURES,
+    granted_to,
+    notes,
+    own_images,
+    strongest,
+    usefulness,
+    verdict_in_words,
+)
 from dpf_release.evaluation.report.numbers import interval, number, planted, power, share
 from dpf_release.evaluation.report.plots import leakage_plot, series_plot
 from dpf_release.owner.vault.vault import Vault
@@ -85,6 +93,8 @@ def page(report: AttackReport, pictures: Pictures, frontier: Frontier, *, privat
         "statement": statement,
         "granted": granted_to,
         "notes": notes(report),
+        "usefulness": usefulness(report),
+        "own_images": own_images,
         "measures": MEASURES,
         "strongest": {result.code: strongest(result) for result in attacks},
         "leakage": data_uri(leakage_plot(attacks)) if any(result.leakage for result in attacks) else "",

@@ -7,7 +7,14 @@ from rich.table import Table
 from rich.text import Text
 
 from dpf_release.evaluation.report.frontier_points import Frontier
-from dpf_release.evaluation.report.headline import granted_to, notes, strongest, verdict_in_words
+from dpf_release.evaluation.report.headline import (
+    granted_to,
+    notes,
+    own_images,
+    strongest,
+    usefulness,
+    verdict_in_words,
+)
 from dpf_release.evaluation.report.numbers import interval, number, power, share
 from dpf_release.release.attack_report import AttackReport, AttackResult
 
@@ -34,6 +41,8 @@ def print_attacks(report: AttackReport, console: Console | None = None) -> None:
         console.print(Text(note, "dim"))
     if report.utility:
         console.print()
+        for sentence in usefulness(report):
+            console.print(Text(sentence))
         table = _table(f"Utility of {report.function}" if report.function else "Utility")
         for column in ("", "measure", "found"):
             table.add_column(column, overflow="fold")
@@ -44,18 +53,24 @@ def print_attacks(report: AttackReport, console: Console | None = None) -> None:
 
 
 def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
-    """Prints a line a function, and what U2 and U3 are without any."""
+    """Prints a line a function."""
     console = console or Console()
-    table = _table(f"Privacy and use, profile {frontier.profile}; U2 and U3: {frontier.metric}")
-    for column in ("function", "leakage", "row found", "U2", "U3"):
+    table = _table(f"Privacy and use, profile {frontier.profile}")
+    for column in ("function", "ε", "leakage", "row found", "the bank adds", "clean rows add"):
         table.add_column(column, overflow="fold", no_wrap=column != "function")
     for point in frontier.points:
-        cells = (interval(point.privacy), share(point.linkage), interval(point.u2), interval(point.u3))
+        bound = "none" if point.epsilon is None else f"{point.epsilon:g}"
+        cells = (
+            bound,
+            interval(point.privacy),
+            share(point.linkage),
+            *map(interval, (point.gain, point.gain_of_clean)),
+        )
         named = Text.assemble((point.name, "bold"), f" {point.function}")
         table.add_row(named, *(cell.replace(" [", "\n[") for cell in cells))
     console.print(table)
-    for name, found in frontier.references.items():
-        console.print(f"{name}: {number(found.value)}", highlight=False)
+    for m in {point.m for point in frontier.points} - {""}:
+        console.print(f"Added to the best that a user has without the bank, with {own_images(m)}.", highlight=False)
 
 
 def _wide(table: Table, report: AttackReport) -> Table:

@@ -122,7 +122,8 @@ FRONTIER = Frontier.model_validate(
         "profile": "quick",
         "points": [
             {"name": name, "function": name, "privacy": privacy and about(privacy).model_dump(),
-             "linkage": about(linkage).model_dump(), "u2": about(u2).model_dump(), "u3": about(u2 + 0.02).model_dump()}
+             "linkage": about(linkage).model_dump(), "m": "m = 10",
+             "gain": about(u2).model_dump(), "gain_of_clean": about(u2 + 0.02).model_dump()}
             for name, privacy, linkage, u2 in (
                 ("identity", 1.0, 1.0, 0.86), ("equivalence", 0.1, 0.95, 0.8), ("class-gaussian", None, 0.03, 0.6),
                 ("a-name-without-any-place-to-break-as-long-as-they-may-be-at-most", 0.02, 0.1, 0.84))
