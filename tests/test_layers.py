@@ -19,12 +19,22 @@ ORDER = (
     "cli",
 )  # fmt: skip
 ABOVE = {"__init__": len(ORDER), "__main__": len(ORDER)}  # which hand on what others define
-HEAVY = {"torch", "torchvision", "torchmetrics", "timm", "scipy", "sklearn", "dp_accounting"}  # seconds to import
+HEAVY = {
+    "torch",
+    "torchvision",
+    "torchmetrics",
+    "timm",
+    "scipy",
+    "sklearn",
+    "dp_accounting",
+    "opacus",
+}  # seconds to import
 # What a reader with NumPy alone, or someone who verifies a release, imports; and what looks after a vault.
 WITHOUT_TORCH = (
     "bank.drop_rows",
     "bank.format",
     "bank.hdf5_check",
+    "bank.procedure_format",
     "bank.reader",
     "bank.rows",
     "bank.writer",

@@ -128,11 +128,16 @@ class BankDataset(Dataset[tuple[Tensor, Tensor]]):
         return BankLoader(self, batch_size, shuffle, workers, seed, rank, world_size, where)
 
 
-def concat(datasets: Sequence[BankDataset]) -> BankDataset:
-    """The rows of several releases' banks as one data set; classes are matched by name, in the order of the first.
+def concat(datasets: Sequence[BankDataset], *, allow_shortcut: bool = False) -> BankDataset:
+    """The rows of several banks as one data set; classes are matched by name, new ones come after those before.
+
+    Args:
+        datasets: of one featurizer: releases' banks, one's own.
+        allow_shortcut: also where some classes have drawn rows alone and others none. A classifier tells drawn rows
+            from real ones, and learns that in the place of the classes.
 
     Raises:
-        BankError: the banks are of different featurizers, or their classes or targets differ.
+        BankError: the banks are of different featurizers or their regression targets differ; or such a shortcut.
 
     Example:
         >>> from dpf_release import Release, concat
@@ -145,7 +150,7 @@ def concat(datasets: Sequence[BankDataset]) -> BankDataset:
         raise BankError("expected at least one bank to combine, found none.")
     first = datasets[0]
     index = first.banks[0].index
-    targets = []
+    names, targets = list(first.names), []
     for number, other in enumerate(datasets):
         theirs = other.banks[0].index
         if theirs.featurizer_sha256 != index.featurizer_sha256:
@@ -153,15 +158,37 @@ def concat(datasets: Sequence[BankDataset]) -> BankDataset:
                 f"bank {number} was made by another featurizer (φ1) than bank 0: their features do not mix. "
                 f"Expected {index.featurizer_sha256[:12]}…, found {theirs.featurizer_sha256[:12]}…."
             )
-        same = other.names == first.names if index.targets else set(other.names) == set(first.names)
-        if not same or theirs.targets != index.targets:
+        if theirs.targets != index.targets or (index.targets and other.names != first.names):
             raise BankError(
-                f"bank {number} has other classes or targets than bank 0: expected {list(first.names)}, found "
-                f"{list(other.names)}. Select the common classes before releasing."
+                f"bank {number} has other targets than bank 0: expected {list(first.names)}, found "
+                f"{list(other.names)}. Only banks of the same targets combine."
             )
-        new_label = np.array([first.names.index(name) for name in other.names], np.int64)
-        targets.append(other.targets if index.targets or not len(new_label) else new_label[other.targets])
-    return BankDataset([bank for other in datasets for bank in other.banks], first.names, targets)
+        if bool(other.names) != bool(first.names):
+            raise BankError(f"bank {0 if other.names else number} has no names of its classes: open it with `names`.")
+        if not index.targets:
+            names += [name for name in other.names if name not in names]
+            new_label = np.array([names.index(name) for name in other.names], np.int64)
+        targets.append(other.targets if index.targets or not len(other.names) else new_label[other.targets])
+    joined = BankDataset([bank for other in datasets for bank in other.banks], names, targets)
+    if not (allow_shortcut or index.targets):
+        _refuse_shortcut(joined)
+    return joined
+
+
+def _refuse_shortcut(joined: BankDataset) -> None:
+    """That no class has drawn rows alone where another has none."""
+    drawn = np.concatenate([np.full(len(bank), bank.index.drawn) for bank in joined.banks])
+    kinds = [{bool(kind) for kind in np.unique(drawn[joined.targets == label])} for label in range(len(joined.names))]
+    only_drawn, only_real = (
+        [name for name, found in zip(joined.names, kinds, strict=True) if found == {kind}] for kind in (True, False)
+    )
+    if only_drawn and only_real:
+        raise BankError(
+            f"the rows of {', '.join(only_drawn)} are drawn and those of {', '.join(only_real)} are not: a classifier "
+            "would learn to tell drawn rows from real ones, and do badly on real images. Put your images through the "
+            "same procedure, with `dpf-release featurize --release R --images T --draw` or release.draw(...), and "
+            "combine those; or pass allow_shortcut=True."
+        )
 
 
 def block_shuffle(rows: int, row_bytes: int, generator: np.random.Generator) -> list[Rows]:

@@ -57,6 +57,7 @@ class BankIndex(Record):
     encoding: Encoding = "float16"
     compression: Compression = "none"
     poisoned: bool
+    drawn: bool = False  # whether rows were drawn, and belong to no image; written where they were
     featurizer_sha256: Digest
     feature_shape: tuple[Size, Size, Size]
     targets: Annotated[int, Field(ge=0, le=2**20)]  # columns of `/target`; 0: the shards hold `/label`

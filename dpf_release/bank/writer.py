@@ -155,7 +155,7 @@ class BankWriter:
         for record in records:
             splits.setdefault(record.file.split("/")[0], []).append(record)
         index = BankIndex.model_validate({**self.header.model_dump(), "splits": splits})
-        write_json(self.folder / INDEX, index.model_dump(mode="json"))
+        write_json(self.folder / INDEX, index.model_dump(mode="json", exclude=set() if index.drawn else {"drawn"}))
         return index
 
     def _encoded(self, targets: NDArray[Any]) -> NDArray[Any]:

@@ -105,6 +105,17 @@ def featurize(
     images: Annotated[Path | None, typer.Option("--images", help="Downstream: your own images T.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Downstream: folder for the bank φ1(T).")] = None,
     max_bad: Annotated[float, typer.Option("--max-bad", help="Downstream: share of T that may be unreadable.")] = 0.001,
+    own_classes: Annotated[
+        bool, typer.Option("--own-classes", help="Downstream: T's classes need not be the release's.")
+    ] = False,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Downstream: draw rows from T's statistics, as the release's were.")
+    ] = False,
+    epsilon: Annotated[
+        float | None, typer.Option("--epsilon", help="Downstream, with --draw: a privacy bound for T.")
+    ] = None,
+    delta: Annotated[float, typer.Option("--delta", help="Downstream, with --epsilon: of the bound.")] = 1e-5,
+    seed: Annotated[int, typer.Option("--seed", help="Downstream, with --draw: of the draws.")] = 0,
     identity: IdentityOption = None,
     fix_permissions: FixPermissionsOption = False,
 ) -> None:
@@ -115,6 +126,8 @@ def featurize(
     On several processes, GPUs or machines with a shared folder: torchrun --nproc-per-node 2 -m dpf_release featurize
 
     Downstream, with a release and images of your own: dpf-release featurize --release R --images T --out B
+
+    Other classes than the release's, to be combined with its drawn rows: ... --own-classes --draw
     """
     if release or images or out:
         if not (release and images and out):
@@ -123,11 +136,21 @@ def featurize(
             raise typer.BadParameter(
                 "--restart is the owner's; to begin a bank of your own anew, remove --out's folder"
             )
-        from dpf_release.release.featurize import featurize_new
+        if not draw and epsilon is not None:
+            raise typer.BadParameter("--epsilon is of rows that are drawn: add --draw")
+        from dpf_release.release.featurize import Draw, featurize_new
         from dpf_release.release.release import Release
 
-        opened, size = Release.open(release), shard_size or "1 GiB"
-        index, bad = featurize_new(opened, images, out, shard_size=size, max_bad=max_bad, device=device or "auto")
+        index, bad = featurize_new(
+            Release.open(release),
+            images,
+            out,
+            shard_size=shard_size or "1 GiB",
+            max_bad=max_bad,
+            device=device or "auto",
+            own_classes=own_classes,
+            draw=Draw(seed, epsilon, delta) if draw else None,
+        )
         print_bank(index, out, bad)
         return
     from dpf_release.owner.featurize import featurize as run

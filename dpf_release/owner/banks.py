@@ -32,13 +32,16 @@ def bank_facts(project: Project) -> dict[str, Any]:
     return section.model_dump() | {"shard_size": parse_size(section.shard_size)} | machine_facts(project.device)
 
 
-def bank_writer(project: Project, folder: Path, *, of_phi_1: bool = False, poisoned: bool = True) -> BankWriter:
+def bank_writer(
+    project: Project, folder: Path, *, of_phi_1: bool = False, poisoned: bool = True, drawn: bool = False
+) -> BankWriter:
     """Writes a bank of this project's features, sharded as `[bank]` says; those of φ1 as they are before its ReLU."""
     cut, section = project.cut, project.config.bank
     header = BankIndex(
         encoding="float16 before ReLU" if of_phi_1 and cut.split.before_relu is not None else "float16",
         compression=section.compression,
         poisoned=poisoned and not of_phi_1,
+        drawn=drawn,
         featurizer_sha256=cut.featurizer_sha256,
         feature_shape=cut.record.feature_shape,
         targets=cut.record.target_columns,

@@ -27,6 +27,7 @@ from dpf_release.owner.fitted import CANDIDATE, PLAN, FittedFunction, is_fitted,
 from dpf_release.owner.measure import classifier_file, measure
 from dpf_release.owner.project import Project
 from dpf_release.owner.vault.vault import BANK, Vault
+from dpf_release.poisoning.procedure import Procedure
 from dpf_release.release.manifest import CLASSIFIER
 from dpf_release.release.train import fit_classifier, score
 
@@ -93,7 +94,7 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
         plan = {"origin": candidate_origin(project, function), "bank": bank_facts(project)}
         if not restart and (index := _after_retraction(project, name, plan)):
             return index
-        project.ranks.once(lambda: _begin_candidate(project, name, plan, restart))
+        project.ranks.once(lambda: _begin_candidate(project, name, plan, function.chain.procedure, restart))
         sources = {split: function.poisoned(split, bank) for split, bank in banks.items()}
         rows = {split: SplitRows(source.targets, source.ids) for split, source in sources.items()}
 
@@ -102,7 +103,8 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
                 yield sources[span.split].read(np.arange(span.start, span.stop))
 
         with vault.changing(vault.candidate(name) / "features", *BANK) as folder:
-            writer = bank_writer(project, folder, poisoned=function.chain.poisons)
+            chain = function.chain
+            writer = bank_writer(project, folder, poisoned=chain.poisons, drawn=chain.procedure is not None)
             index = write_bank(writer, rows, compute, project.ranks, "Poisoning", "rows")
             finished = plan | {"index_sha256": sha256_of(folder / INDEX)}
         project.ranks.once(lambda: vault.write_json(record, finished | _with_classifier(project, name)))
@@ -151,7 +153,9 @@ def _refuse_other_candidate(name: str, changed: Sequence[str]) -> None:
     refuse_other_plan(f"the candidate {name!r}", changed, anew)
 
 
-def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart: bool) -> None:
+def _begin_candidate(
+    project: Project, name: str, plan: dict[str, Any], procedure: Procedure | None, restart: bool
+) -> None:
     vault = project.vault
     folder, record = vault.candidate(name), vault.function(name) / CANDIDATE
     known = vault.read_record(record, "poison") if vault.holds(record) else None
@@ -168,6 +172,8 @@ def _begin_candidate(project: Project, name: str, plan: dict[str, Any], restart:
     vault.write_bytes(model / "featurizer.safetensors", cut.featurizer_file)
     if project.config.network.classifier == "trained":
         vault.write_bytes(model / "classifier.safetensors", cut.classifier_file)
+    if procedure is not None:
+        vault.write_bytes(model / "procedure.safetensors", procedure.file())
     vault.write_json(model / "model.json", cut.public_record.model_dump(mode="json"))
 
 

@@ -4,8 +4,8 @@
 is given to learn from; `objective` what it minimises; `chain` makes one of its name, alone or behind others, fits and
 plans it stage by stage (for the owner on S, for attackers and the public page on Q), and lists all with their
 parameters. Then the functions: `stationary` (noise, filters, identity), `recombine`,
-`class_gaussian`, `mixture` (in `components` of Q: `noisy_classes` of `moments` under a bound, `groups` without), `deep`
-(`dpf`).
+`class_gaussian`, `mixture` (by a public `procedure` in `components` of Q: `noisy_classes` of `moments` under a bound,
+`groups` without), `deep` (`dpf`).
 
 A new function is a new file, imported below; from outside the package it needs no more than its name. It knows
 nothing of vaults, releases and attackers.

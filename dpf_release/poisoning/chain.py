@@ -25,6 +25,7 @@ from dpf_release.errors import ConfigError
 from dpf_release.poisoning.context import FitContext, FitRows, Material, Split
 from dpf_release.poisoning.interface import FUNCTIONS, PoisonedRows, PoisoningFunction
 from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
+from dpf_release.poisoning.procedure import Procedure
 
 ENTRY_POINTS = "dpf_release.functions"
 TABLE_HEADER = ("function", "parameter", "default", "from", "to", "what it is")
@@ -51,6 +52,11 @@ class Chain:
     def mechanism(self, unit: Unit) -> Mechanism | None:
         """See `PoisoningFunction.mechanism`; of what draws rows, which is alone."""
         return self.stages[0].mechanism(unit)
+
+    @property
+    def procedure(self) -> Procedure | None:
+        """The public half of what draws rows, which is alone."""
+        return self.stages[0].procedure
 
     @property
     def learned_secret(self) -> bool:

@@ -13,12 +13,12 @@ from scipy.linalg import eigh
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from dpf_release.bank.procedure_format import LEADING
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import ConfigError
 from dpf_release.poisoning.plan import Plan
 
 Numbers = NDArray[np.float64]
-LEADING = 64  # components that clusters are found in
 LEAST_ROWS = 50  # of a group
 CLASS_ROWS = 200  # how many rows the class's covariance counts for, beside the group's own
 POOL = 2500  # public rows nearest a group's mean, that its rows are made from; all, where there are fewer

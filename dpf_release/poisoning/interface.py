@@ -19,6 +19,7 @@ from dpf_release.core.privacy import Mechanism, Unit
 from dpf_release.errors import ConfigError
 from dpf_release.poisoning.context import FitContext
 from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
+from dpf_release.poisoning.procedure import Procedure
 
 State = Mapping[str, Tensor | Value]  # named tensors and numbers
 
@@ -47,6 +48,7 @@ class PoisoningFunction:
         made_of: what `statement` says, with its parameters in braces.
     """
 
+    procedure: Procedure | None = None  # what draws its rows and anyone may have, made from public images alone
     name: ClassVar[str] = ""
     parameters: ClassVar[tuple[Parameter, ...]] = ()
     poisons: ClassVar[bool] = True
@@ -164,6 +166,7 @@ class PoisonedRows:
         return self.function.apply(rows, self.source, self.plan)
 
 
+PUBLIC = "public "  # begins the names of what `state` has of public images alone, and the release has too
 FUNCTIONS: dict[str, type[PoisoningFunction]] = {}
 Function = TypeVar("Function", bound=PoisoningFunction)
 

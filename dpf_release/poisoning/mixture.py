@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import inf, isinf, prod
 
 import numpy as np
@@ -21,17 +22,17 @@ from dpf_release.errors import ConfigError
 from dpf_release.poisoning.components import Components, principal_components
 from dpf_release.poisoning.context import FitContext, Material
 from dpf_release.poisoning.groups import CANDIDATES, Coordinates, Groups
-from dpf_release.poisoning.interface import PoisoningFunction, register
+from dpf_release.poisoning.interface import PUBLIC, PoisonedRows, PoisoningFunction, register
 from dpf_release.poisoning.moments import Noise, Numbers
 from dpf_release.poisoning.noisy_classes import NoisyClasses
-from dpf_release.poisoning.plan import Contributors, Plan
+from dpf_release.poisoning.plan import Contributors, FeatureSpec, Plan
+from dpf_release.poisoning.procedure import Procedure
 
-SHARES = (0.1, 0.3, 0.6)  # of the budget: counts, sums, second moments; others differ by less than a point
+SHARES = (0.05, 0.25, 0.7)  # of the budget: counts, sums, second moments (docs/measurements/mixture-choices.json)
 VAL_SHARE = 0.1  # as many rows for each of `train` are drawn for `val`
 UNBOUNDED_GROUPS = 8  # of a class, where nothing else is said
 CENTRE_ROWS = 200  # drawn rows of a group, whose mean stands for it
 LEAST_UNITS = 10  # delta is below 1 / (LEAST_UNITS * units)
-SPACE = ("mean", "axes", "variances")
 
 
 @register("mixture")
@@ -57,8 +58,13 @@ class Mixture(PoisoningFunction):
     groups: int
     rows: int
 
-    space: Components  # of Q
+    procedure: Procedure  # of Q
     statistics: NoisyClasses | Groups  # of S in it
+
+    @property
+    def space(self) -> Components:
+        """The components of Q."""
+        return self.procedure.space
 
     @property
     def bounded(self) -> bool:
@@ -85,11 +91,14 @@ class Mixture(PoisoningFunction):
 
     def state(self) -> Mapping[str, Tensor]:
         """The components of Q, and the statistics in them. With a bound nothing exact is among them."""
-        return {name: getattr(self.space, name) for name in SPACE} | self.statistics.state()
+        public = {f"{PUBLIC}{name}": value for name, value in self.procedure.tensors().items()}
+        return public | self.statistics.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes what `state` gave."""
-        self.space = Components(*(state[name] for name in SPACE))
+        public = {name.removeprefix(PUBLIC): value for name, value in state.items() if name.startswith(PUBLIC)}
+        state = {name: value for name, value in state.items() if not name.startswith(PUBLIC)}
+        self.procedure = Procedure.of_tensors(public, self.features.shape)
         self.statistics = (NoisyClasses if self.bounded else Groups).of_state(state)
 
     # ------------------------------------------------------------------------------------------------ fitting
@@ -119,21 +128,23 @@ class Mixture(PoisoningFunction):
                 "it is the probability that the bound does not hold. Lower it."
             )
         count, size = len(public.rows), prod(self.features.shape)
-        self.space = principal_components(public.drawn_from.read, count, size, min(self.components, count // 4))
-        z_public, share_of_public = self.space.projected(public.drawn_from.read, count)
-        z, share = self.space.projected(private.drawn_from.read, len(private.rows))
+        space = principal_components(public.drawn_from.read, count, size, min(self.components, count // 4))
+        z_public, share_of_public = space.projected(public.drawn_from.read, count)
+        z, share = space.projected(private.drawn_from.read, len(private.rows))
         facts = {"public variance in components": share_of_public, "private variance in components": share}
         classes, targets = _targets(material)
+        cells, clusters = (self.groups or 1, 0) if self.bounded else (1, self.groups or UNBOUNDED_GROUPS)
+        procedure = Procedure.of_public(space, z_public, public.rows.targets, cells, targets.shape[1])
+        self.procedure = replace(procedure, clusters=clusters, non_negative=self.features.non_negative)
         mine = Coordinates(z, classes, targets, units, 1 if targets.shape[1] else material.outputs)
         if not self.bounded:
             return facts | self._fit_groups(mine, z_public, context)
         mechanism = self.mechanism(material.unit)
         assert mechanism is not None
-        noise, none = Noise(*mechanism.noise.values()), np.empty((count, 0))
+        noise = Noise(*mechanism.noise.values())
         self._warn_of_few(noise, np.bincount(classes))
-        theirs = Coordinates(z_public, public.rows.targets, none, np.arange(count), 0)
         ranges = np.asarray(material.ranges, np.float64) if targets.shape[1] else np.empty((0, 2))
-        self.statistics = NoisyClasses.learned(mine, theirs, self.space, noise, self.groups or 1, ranges)
+        self.statistics = NoisyClasses.learned(mine, self.procedure, noise, ranges)
         return facts
 
     def _fit_groups(self, private: Coordinates, public: Numbers, context: FitContext) -> dict[str, float]:
@@ -141,7 +152,7 @@ class Mixture(PoisoningFunction):
             raise ConfigError("mixture without a bound draws classes, not regression targets. Set epsilon.")
         with context.seeded("groups") as generator:
             seed = int(generator.integers(2**31))
-        groups = Groups.learned(private, public, self.groups or UNBOUNDED_GROUPS, seed)
+        groups = Groups.learned(private, public, self.procedure.clusters, seed)
         self.statistics = groups
         return groups.linkage(private.units)
 
@@ -238,3 +249,53 @@ def _targets(material: Material) -> tuple[Rows, Numbers]:
     low, high = np.asarray(material.ranges, np.float64).T
     share = np.clip((targets - (low + high) / 2) / ((high - low) / 2), -1, 1)
     return np.zeros(len(targets), np.int64), share / np.sqrt(targets.shape[1])
+
+
+def drawn_anew(
+    procedure: Procedure,
+    shape: tuple[int, int, int],
+    rows: RowSource,
+    seed: int,
+    epsilon: float | None = None,
+    delta: float = 1e-5,
+) -> RowSource:
+    """Rows of one's own put through a release's procedure: drawn ones of each class, about as many.
+
+    They combine with the release's bank, which real rows of other classes do not: a classifier would learn to tell
+    drawn from real.
+
+    Args:
+        procedure: of the release.
+        shape: of its rows, (C, H, W).
+        rows: one's own, before φ1's last ReLU where the release has one; classes as targets.
+        seed: of the draws.
+        epsilon: of a privacy bound for one's own images; None: none is needed.
+        delta: likewise.
+
+    Raises:
+        ConfigError: the release has regression targets; or a bound is asked for, and its own rows have none.
+    """
+    classes = rows.targets
+    if classes.ndim > 1 or procedure.room < 1:
+        raise ConfigError("expected classes, found regression targets: rows of one's own are drawn for classes only.")
+    if procedure.clusters and epsilon is not None:
+        raise ConfigError(
+            "the rows of this release were drawn without a privacy bound, so rows with one would differ from them. "
+            "Leave epsilon out."
+        )
+    features = FeatureSpec(shape, procedure.non_negative)
+    function = Mixture(features, epsilon=inf if procedure.clusters else epsilon or 1.0, delta=delta)
+    function.procedure = procedure
+    z = procedure.space.coordinates(rows.read, len(classes))
+    labels, none = classes.astype(np.int64), np.empty((len(classes), 0))
+    mine = Coordinates(z, labels, none, np.arange(len(classes)), int(labels.max()) + 1)
+    if procedure.clusters:
+        function.statistics = Groups.learned(mine, z, procedure.clusters, seed)
+    else:
+        mechanism = None if epsilon is None else function.mechanism("image")
+        noise = None if mechanism is None else Noise(*mechanism.noise.values())
+        function.statistics = NoisyClasses.learned(mine, procedure, noise, np.empty((0, 2)))
+    plan = function.draw("train", hashlib.sha256(f"own rows {seed}".encode()).digest())
+    there = np.isin(plan.arrays["class"], labels)  # classes of the release that one has no images of get no rows
+    plan = Plan(plan.secret, {name: of[there] for name, of in plan.arrays.items()})
+    return PoisonedRows(rows, function, plan)

@@ -43,6 +43,9 @@ class Noise:
         return np.where(np.eye(size, dtype=bool), self.square, self.square / np.sqrt(2))
 
 
+NO_NOISE = Noise(1e-9, 1e-9, 1e-9)  # so little that nothing is drawn towards public numbers
+
+
 @dataclass(frozen=True, eq=False)
 class Sums:
     """Over rows, for each class with G cells in it, by public features."""
@@ -81,12 +84,17 @@ class Sums:
         return Sums(noisy(self.count, noise.count), noisy(self.total, noise.total), square)
 
 
-def noisy_sums(rows: Numbers, classes: Rows, cells: Rows, units: Rows, shape: tuple[int, int], noise: Noise) -> Sums:
+def noisy_sums(
+    rows: Numbers, classes: Rows, cells: Rows, units: Rows, shape: tuple[int, int], noise: Noise | None
+) -> Sums:
     """The mechanism as a whole: of any rows whatever, with their classes, cells and units, the sums with noise.
 
     One unit more or less moves the sums, each over its noise, by at most the length that one row of norm 1 has.
+    Without noise, they are the sums of the clipped rows.
     """
     clipped = clip(rows)
+    if noise is None:
+        return Sums.over(clipped, classes, cells, shape, np.ones(len(rows)))
     weights = unit_weights(clipped, classes, cells, units, noise)
     return Sums.over(clipped, classes, cells, shape, weights).with_noise(noise)
 

@@ -9,18 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from dpf_release.core.arrays import Rows
-from dpf_release.poisoning.components import Components
-from dpf_release.poisoning.groups import LEADING, Coordinates
-from dpf_release.poisoning.moments import Noise, Numbers, Sums, clip, estimated, noisy_sums, scaling
+from dpf_release.poisoning.groups import Coordinates
+from dpf_release.poisoning.moments import NO_NOISE, Noise, Numbers, estimated, noisy_sums
 from dpf_release.poisoning.plan import Plan
+from dpf_release.poisoning.procedure import TARGET_SHARE, Procedure
 from dpf_release.poisoning.stationary import keyed_normal
-
-TARGET_SHARE = 0.3  # of a row's norm, that its regression targets may have
-LEAST_OF_CLASS = 50  # images of Q, on average, for its classes to count
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +31,14 @@ class NoisyClasses:
     ranges: Numbers  # (T, 2) lowest and highest of each target, as declared
 
     @classmethod
-    def learned(
-        cls, private: Coordinates, public: Coordinates, space: Components, noise: Noise, cells: int, ranges: Numbers
-    ) -> NoisyClasses:
-        """Of S and Q in the components of Q; S goes through the mechanism once."""
-        scale = scaling(space.variances.double().numpy(), public.z)
-        cell_of = [np.zeros(len(of.z), np.int64) for of in (private, public)]
-        if cells > 1:
-            found = KMeans(cells, n_init=4, random_state=0).fit(public.z[:, :LEADING])
-            cell_of = [found.predict(of.z[:, :LEADING]).astype(np.int64) for of in (private, public)]
-        weight = TARGET_SHARE if len(ranges) else 0.0
-        room = np.sqrt(1 - weight**2)
-        # Of norm 1 at the most.
-        w = np.concatenate([room * clip(private.z * scale), weight * private.targets], axis=1)
-        w_public = np.concatenate([room * clip(public.z * scale), np.zeros((len(public.z), len(ranges)))], axis=1)
-        sums = noisy_sums(w, private.classes, cell_of[0], private.units, (private.outputs, cells), noise)
-        labels = labels_of(public.classes)
-        shape = (int(labels.max()) + 1, cells)
-        of_public = Sums.over(w_public, labels, cell_of[1], shape, np.ones(len(public.z)))
-        drawn_from = estimated(sums, of_public, noise, len(ranges))
-        return cls(scale * room, sums.count, drawn_from.share, drawn_from.mean, drawn_from.root, ranges)
+    def learned(cls, private: Coordinates, procedure: Procedure, noise: Noise | None, ranges: Numbers) -> NoisyClasses:
+        """Of rows that go through the mechanism once; without noise of rows that nothing has to be hidden of."""
+        rows, cells = procedure.scaled(private.z, private.targets), procedure.cells_of(private.z)
+        shape = (private.outputs, procedure.groups)
+        sums = noisy_sums(rows, private.classes, cells, private.units, shape, noise)
+        drawn_from = estimated(sums, procedure.prior, noise or NO_NOISE, len(ranges))
+        scale = procedure.scale * procedure.room
+        return cls(scale, sums.count, drawn_from.share, drawn_from.mean, drawn_from.root, ranges)
 
     def state(self) -> dict[str, Tensor]:
         """All of it; nothing exact of S is among it."""
@@ -98,9 +82,3 @@ class NoisyClasses:
         label, cell = plan.arrays["class"][rows], plan.arrays["group"][rows]
         noise = keyed_normal(plan.secret, plan.arrays["ids"][rows], (len(self.root),)).astype(np.float64)
         return self.centre[label, cell] + noise @ self.root.T
-
-
-def labels_of(classes: Rows) -> Rows:
-    """Labels of Q; all 0 where it has none, or classes too small for their covariance."""
-    _, labels, counts = np.unique(classes, return_inverse=True, return_counts=True)
-    return labels.astype(np.int64) if counts.mean() >= LEAST_OF_CLASS else np.zeros(len(classes), np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ from dpf_release.release.manifest import (
     FEATURIZER,
     MANIFEST,
     MODEL,
+    PROCEDURE,
     UNLISTED,
     FileRecord,
     Manifest,
@@ -347,6 +349,8 @@ def _files_below(folder: Path) -> dict[str, bool]:
 def _refuse_strangers(candidate: Candidate) -> None:
     """That the candidate holds the files of a release, each of them, and nothing else."""
     expected = {MODEL, FEATURIZER, CLASSIFIER, BANK_INDEX, *shards_of(candidate.index)}
+    if candidate.function.chain.procedure is not None:
+        expected.add(PROCEDURE)
     found = _files_below(candidate.folder)
     strangers = sorted({name for name, plain in found.items() if not plain} | (set(found) - expected))
     strangers += sorted(name for name in expected if role_of(name) is None)
@@ -364,6 +368,8 @@ def _refuse_other_origin(project: Project, candidate: Candidate) -> None:
     name, folder, function = candidate.name, candidate.folder, candidate.function
     made = project.vault.read_record(project.vault.function(name) / CANDIDATE, f"poison --name {name}")
     expected = {FEATURIZER: project.cut.featurizer_sha256, CLASSIFIER: made.get("classifier_sha256")}
+    if procedure := function.chain.procedure:
+        expected[PROCEDURE] = hashlib.sha256(procedure.file()).hexdigest()
     problems = changed_since_poison(project, name, function, folder / BANK_INDEX)
     problems += [f"{path} changed since" for path, digest in expected.items() if sha256_of(folder / path) != digest]
     if read_model_record(folder / MODEL) != project.cut.public_record:

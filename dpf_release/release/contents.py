@@ -9,6 +9,7 @@ them.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from dpf_release.bank.format import (
     read_index,
 )
 from dpf_release.bank.hdf5_check import read_layout
+from dpf_release.bank.procedure_format import malformed
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.core.bounded_json import MAX_BYTES, MAX_VALUES, bounded_json
 from dpf_release.core.files import read_at_most
@@ -45,6 +47,7 @@ from dpf_release.release.manifest import (
     CLASSIFIER,
     FEATURIZER,
     MANIFEST,
+    PROCEDURE,
     ROLE_ORDER,
     Manifest,
     Role,
@@ -53,7 +56,7 @@ from dpf_release.release.model_record import ModelRecord, read_model_record
 from dpf_release.release.safetensors_check import not_finite, read_tensor_file
 from dpf_release.release.verify import Kind, Problem, read_manifest, verify
 
-VERSION = 3  # of these checks: what another version found is not remembered
+VERSION = 4  # of these checks: what another version found is not remembered
 MAX_CARD_BYTES = 2**20
 BLOCK_BYTES = 2**24
 MAX_PROBLEMS, MAX_DETAIL = 1000, 500
@@ -174,7 +177,8 @@ def _checked(release: _Release, role: Role, path: str) -> Iterator[Finding]:
 
 def _absences(manifest: Manifest) -> list[str]:
     """What a release needs and its manifest does not list."""
-    needed = [role for role in ROLE_ORDER if role != "attack-report"]  # where no attack was run there is no claim
+    optional = {"attack-report", "procedure"}  # where no attack was run there is no claim; not all rows are drawn
+    needed = [role for role in ROLE_ORDER if role not in optional]
     lacks = [f"a file of the role {role}" for role in needed if not manifest.of_role(role)]
     filled = {path.split("/")[1] for path in manifest.of_role("shard")}
     lacks += [f"a shard of {split}" for split in manifest.splits if split not in filled]
@@ -197,6 +201,7 @@ def contradictions(manifest: Manifest, model: ModelRecord, index: BankIndex) -> 
         "manifest and model differ in their classes": manifest.classes == model.classes,
         "manifest and model differ in their task": (manifest.task, manifest.targets) == (model.task, model.targets),
         "manifest and bank differ in their rows": manifest.splits == index.rows,
+        "drawn rows, and what they were drawn with, go together": index.drawn == (PROCEDURE in digests),
         "the bank lists other shards than the manifest": listed
         == {path: shard.sha256 for path, (_, shard) in shards_of(index).items()},
     }
@@ -284,6 +289,23 @@ def _weights(release: _Release, path: str) -> Iterator[Finding]:
             yield "values", f"{name[:200]!r} holds values that are infinite or not numbers"
 
 
+def _procedure(release: _Release, path: str) -> Iterator[Finding]:
+    file = read_tensor_file(release.folder / path)
+    if file.metadata != {"format": "pt"}:
+        yield "structure", 'expected no metadata but {"format": "pt"}'
+    if release.index is not None and not release.index.drawn:
+        yield "structure", "the bank's rows were not drawn, and need none"
+    if not {tensor.dtype for tensor in file.tensors} <= {"F32", "F64", "I64"}:
+        yield "structure", "expected numbers of 32 or 64 bits"
+    if release.model is not None:
+        shapes = {tensor.name: tensor.shape for tensor in file.tensors}
+        if problem := malformed(shapes, math.prod(release.model.feature_shape)):
+            yield "structure", problem
+    if release.deep:
+        for name in not_finite(release.folder / path, file.tensors):
+            yield "values", f"{name[:200]!r} holds values that are infinite or not numbers"
+
+
 def _said_record(metadata: dict[str, str]) -> dict[str, Any]:
     """The record in the metadata of a featurizer's file; empty where there is none."""
     try:
@@ -352,6 +374,7 @@ CHECKERS: dict[Role, Callable[[_Release, str], Iterator[Finding] | None]] = {
     "attack-report": _attack_report,
     "featurizer": _weights,
     "classifier": _weights,
+    "procedure": _procedure,
     "shard": _shard,
 }
 assert set(CHECKERS) == set(ROLE_ORDER)

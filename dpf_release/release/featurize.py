@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch import nn
 
 from dpf_release.bank.build import Compute, changed_facts, machine_facts, refuse_other_plan, write_bank
 from dpf_release.bank.format import ID_BYTES, INDEX, SPLITS, BankIndex, SplitName
+from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import BankWriter, Span, SplitRows
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder, write_json
 from dpf_release.core.ranks import Ranks
 from dpf_release.core.sizes import parse_size
-from dpf_release.errors import BankError, ImageError
+from dpf_release.errors import BankError, ConfigError, ImageError
 from dpf_release.images.dataset import BadImage, Pictures
 from dpf_release.images.read import read_table
 from dpf_release.images.survey import refuse_bad, survey_together
@@ -32,6 +34,7 @@ from dpf_release.release.model_record import ModelRecord
 from dpf_release.release.release import Release
 
 NEW_PLAN = ".plan.json"  # of a downstream user's bank, while it is written
+UNDRAWN = ".undrawn"  # in the folder of a bank of drawn rows, while it is made: those that they are drawn for
 
 
 def featurized(phi_1: nn.Module, pictures: Pictures, rows: Mapping[SplitName, Rows], device: torch.device) -> Compute:
@@ -55,6 +58,15 @@ def featurized(phi_1: nn.Module, pictures: Pictures, rows: Mapping[SplitName, Ro
     return compute
 
 
+@dataclass(frozen=True)
+class Draw:
+    """That one's own rows are drawn too, by a release's procedure: with a privacy bound, or `None` without."""
+
+    seed: int = 0
+    epsilon: float | None = None
+    delta: float = 1e-5
+
+
 def featurize_new(
     release: Release,
     images: Path,
@@ -63,6 +75,8 @@ def featurize_new(
     batch_size: int = 128,
     max_bad: float = 0.001,
     device: str = "auto",
+    own_classes: bool = False,
+    draw: Draw | None = None,
 ) -> tuple[BankIndex, list[BadImage]]:
     """A downstream user's own bank φ1(T), unpoisoned and theirs to keep, in the layout of a release's banks.
 
@@ -70,20 +84,33 @@ def featurize_new(
     a CSV table; its classes are among the release's, its targets are the same. A larger share of unreadable images than
     `max_bad`, and nothing is written.
 
+    With `own_classes` T's classes need not be the release's: they are numbered by name, in alphabetical order. With
+    `draw` the bank has rows drawn by the release's procedure from the statistics of T's `train` in the place of φ1(T),
+    which combine with the release's drawn rows of other classes.
+
     Returns:
         The index, and the images that could not be read and have no row.
 
     Raises:
         ImageError: a class of T is not one of the release's, or too many images are unreadable.
         BankError: the folder holds a bank already, or half of one that was made from something else.
+        ConfigError: rows are to be drawn, and those of the release were not.
         StorageError: another run works in the folder, or the disk has not enough room.
     """
     ranks, where = Ranks.of_torchrun(), pick_device(device)
-    table = _own_splits(images, release.record)
+    table = _own_splits(images, release.record, own_classes)
     make_folder(out)
     with ranks.holding(out):
+        undrawn = out / UNDRAWN if draw else out
         if (out / INDEX).exists() and not (out / NEW_PLAN).exists():
             raise BankError(f"{out} holds a bank already. Name another folder with --out, or remove it.")
+        if draw and ranks.world_size > 1:
+            raise ConfigError("rows are drawn by one process. Run this without torchrun.")
+        if draw and not release.index.drawn:
+            raise ConfigError(
+                "the rows of this release were not drawn, and yours combine as they are. Leave out --draw."
+            )
+        make_folder(undrawn)
         pictures = Pictures(table, release.preprocess)
         bad = survey_together(pictures, ranks, "Reading images")
         refuse_bad(bad, len(table), max_bad)
@@ -96,24 +123,46 @@ def featurize_new(
             "batch_size": batch_size,
             **machine_facts(where),
         }
-        generator = np.random.default_rng(_planned_ids(out, facts, ranks))
-        rows_of = {name: np.setdiff1d(table.rows_of(name), undecodable) for name in SPLITS}
+        generator = np.random.default_rng(_planned_ids(undrawn, facts, ranks))
+        rows_of = {
+            name: np.setdiff1d(table.rows_of(name), undecodable) for name in SPLITS if name == "train" or not draw
+        }
         rows = {
             name: SplitRows(table.targets[rows], generator.integers(0, 256, (len(rows), ID_BYTES), np.uint8))
             for name, rows in rows_of.items()
         }
         header = BankIndex(
             poisoned=False,
+            encoding="float16 before ReLU" if draw and release.ends_in_relu else "float16",
             featurizer_sha256=release.index.featurizer_sha256,
             feature_shape=release.record.feature_shape,
             targets=release.record.target_columns,
         )
-        writer = BankWriter(out, header, parse_size(shard_size), batch_size)
-        phi_1 = release.featurizer().to(where).to(memory_format=torch.channels_last)
+        writer = BankWriter(undrawn, header, parse_size(shard_size), batch_size)
+        phi_1 = release.featurizer(before_relu=draw is not None).to(where).to(memory_format=torch.channels_last)
         compute = featurized(phi_1, pictures, rows_of, where)
         index = write_bank(writer, rows, compute, ranks, "Writing features", "images")
-        ranks.once((out / NEW_PLAN).unlink)  # its ids are in the bank now, and nobody else's business
+        if draw:
+            index = _draw(release, undrawn, replace(writer, folder=out), draw, ranks)
+        else:
+            ranks.once((out / NEW_PLAN).unlink)  # its ids are in the bank now, and nobody else's business
     return index, bad
+
+
+def _draw(release: Release, undrawn: Path, writer: BankWriter, draw: Draw, ranks: Ranks) -> BankIndex:
+    """A bank of drawn rows from one of real ones, which goes. It is begun anew where it was cut off: noise is fresh."""
+    shutil.rmtree(writer.folder / "train", ignore_errors=True)
+    source = release.drawn(FeatureBank(undrawn, "train").before_relu(), draw.seed, draw.epsilon, draw.delta)
+
+    def compute(spans: Sequence[Span]) -> Iterator[NDArray[np.floating[Any]]]:
+        for span in spans:
+            yield source.read(np.arange(span.start, span.stop))
+
+    header = writer.header.model_copy(update={"drawn": True, "encoding": "float16"})
+    rows: dict[SplitName, SplitRows] = {"train": SplitRows(source.targets, source.ids)}
+    index = write_bank(replace(writer, header=header), rows, compute, ranks, "Drawing rows", "rows")
+    shutil.rmtree(undrawn)
+    return index
 
 
 def _planned_ids(out: Path, facts: dict[str, Any], ranks: Ranks) -> list[int]:
@@ -126,14 +175,16 @@ def _planned_ids(out: Path, facts: dict[str, Any], ranks: Ranks) -> list[int]:
     return list(bytes.fromhex(known["ids"]))
 
 
-def _own_splits(images: Path, record: ModelRecord) -> ImageTable:
-    """T as it is split already (all of it `train` where it is not), its labels by the release's numbers."""
+def _own_splits(images: Path, record: ModelRecord, own_classes: bool) -> ImageTable:
+    """T as it is split already (all of it `train` where it is not), its labels by the release's numbers, or its own."""
     table = read_table(images, task=record.task, target_columns=record.targets, val_fraction=0.0, test_fraction=0.0)
+    if own_classes:
+        return table
     unknown = sorted(set(table.classes) - set(record.classes))
     if unknown:
         raise ImageError(
             f"expected images of the release's classes {', '.join(record.classes)}, found also {', '.join(unknown)}. "
-            "Rename or remove those."
+            "Rename or remove those, or say with --own-classes that they are your own."
         )
     if record.task == "regression":
         return table

@@ -14,11 +14,14 @@ from dpf_release.core.privacy import Mechanism
 
 ATTACK_REPORT, BANK_INDEX = "reports/attack.json", "features/index.json"
 MODEL, FEATURIZER, CLASSIFIER = "model/model.json", "model/featurizer.safetensors", "model/classifier.safetensors"
+PROCEDURE = "model/procedure.safetensors"  # what rows were drawn with, where they were: made from public images alone
 MANIFEST, SUMS, SIGNATURE, SIGNER = "manifest.json", "SHA256SUMS", "manifest.sig", "signer.pub.pem"
 UNLISTED = frozenset({MANIFEST, SUMS, SIGNATURE, SIGNER})  # by the manifest, whose bytes they depend on
 
 # In the order in which files are looked at: records before what they describe.
-Role = Literal["card", "croissant", "model-record", "bank-index", "attack-report", "featurizer", "classifier", "shard"]
+Role = Literal[
+    "card", "croissant", "model-record", "bank-index", "attack-report", "featurizer", "classifier", "procedure", "shard"
+]
 ROLE_ORDER: tuple[Role, ...] = get_args(Role)
 # The whole of what a release may hold: a path that fits none of these is never published.
 ROLES: dict[str, Role] = {
@@ -27,6 +30,7 @@ ROLES: dict[str, Role] = {
     r"model/model\.json": "model-record",
     r"model/featurizer\.safetensors": "featurizer",
     r"model/classifier\.safetensors": "classifier",
+    r"model/procedure\.safetensors": "procedure",
     r"features/index\.json": "bank-index",
     r"reports/attack\.json": "attack-report",
     r"features/(train|val)/shard-[0-9]{5}\.h5": "shard",

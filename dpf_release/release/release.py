@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dpf_release.bank.dataset import BankDataset
 from dpf_release.bank.format import BankIndex, SplitName, read_index
+from dpf_release.bank.rows import ComputedRows, RowSource
 from dpf_release.core.sizes import readable_size
-from dpf_release.errors import VerificationError
+from dpf_release.errors import ConfigError, VerificationError
 from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import freeze, load_state
 from dpf_release.models.zoo import build_network, is_public_architecture, network_on_paper
+from dpf_release.poisoning.mixture import drawn_anew
+from dpf_release.poisoning.procedure import Procedure
 from dpf_release.release.checked_files import CheckedDigests
 from dpf_release.release.contents import VERSION as STRUCTURE
 from dpf_release.release.contents import check_structure, contradictions
-from dpf_release.release.manifest import CLASSIFIER, FEATURIZER, MANIFEST, MODEL, Manifest
+from dpf_release.release.manifest import CLASSIFIER, FEATURIZER, MANIFEST, MODEL, PROCEDURE, Manifest
 from dpf_release.release.model_record import CUSTOM, ModelRecord, read_model_record
 from dpf_release.release.verify import Problem, read_manifest, verify
 
@@ -93,24 +98,67 @@ class Release:
         """Of the classes, by index, or of the regression targets."""
         return self.record.classes or self.record.targets
 
+    @property
+    def ends_in_relu(self) -> bool:
+        """Whether φ1 does."""
+        return self._split(None).before_relu is not None
+
     def bank(self, split: SplitName) -> BankDataset:
         """P(φ1(S)) of one split, as a torch data set."""
         return BankDataset.open(self.folder / "features", split, self.names)
 
-    def featurizer(self, build: Builder | None = None) -> nn.Module:
+    def featurizer(self, build: Builder | None = None, *, before_relu: bool = False) -> nn.Module:
         """φ1: (N, 3, H, W) preprocessed images → (N, C, H, W) features; frozen.
 
-        An owner's own architecture needs `build`, which makes the network from its number of outputs.
+        An owner's own architecture needs `build`, which makes the network from its number of outputs. With
+        `before_relu`, without the ReLU that φ1 ends in, where it ends in one: what `draw` takes.
         """
-        return freeze(self._part("featurizer", build))
+        parts = self._loaded("featurizer", build)
+        without = parts.before_relu if before_relu else None
+        return freeze(parts.featurizer if without is None else without)
 
     def classifier(self, build: Builder | None = None) -> nn.Module:
         """φ2: (N, C, H, W) features → (N, outputs); in evaluation mode, its weights free to be refined."""
-        return self._part("classifier", build).eval()
+        return self._loaded("classifier", build).classifier.eval()
 
-    def untrained_classifier(self, build: Builder | None = None) -> nn.Module:
-        """φ2's architecture with fresh random weights: where a new classifier φ3 starts."""
-        parts = self._split(build)
+    def draw(
+        self, features: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]], seed: int = 0
+    ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+        """Rows of your own, put through the procedure that this release's rows were drawn by, so that they combine.
+
+        A classifier tells drawn rows from real ones: trained on drawn rows of some classes beside real rows of others
+        it learns that difference. Files of images: `featurize --draw`, which also has a privacy bound for yours.
+
+        Args:
+            features: (n, C, H, W) of your images, by `featurizer(before_relu=True)`.
+            labels: (n,) their classes, numbered as you like.
+            seed: of the draws.
+
+        Returns:
+            About as many drawn rows (m, C, H, W), and their classes (m,).
+
+        Raises:
+            ConfigError: the rows of this release were not drawn, or have regression targets.
+        """
+        own = ComputedRows(np.asarray(labels, np.int64), lambda rows: features[rows])
+        drawn = self.drawn(own, seed)
+        return drawn.read(np.arange(len(drawn))).astype(np.float16), drawn.targets
+
+    def drawn(self, rows: RowSource, seed: int = 0, epsilon: float | None = None, delta: float = 1e-5) -> RowSource:
+        """The same of rows that need not be in memory; with `epsilon` and `delta`, under a privacy bound for yours."""
+        if not self.index.drawn:
+            raise ConfigError(
+                "the rows of this release were not drawn, so yours need not be: they combine as they are."
+            )
+        procedure = Procedure.of_tensors(load_state(self.folder / PROCEDURE), self.record.feature_shape)
+        return drawn_anew(procedure, self.record.feature_shape, rows, seed, epsilon, delta)
+
+    def untrained_classifier(self, build: Builder | None = None, *, outputs: int | None = None) -> nn.Module:
+        """φ2's architecture with fresh random weights: where a new classifier φ3 starts.
+
+        `outputs` where it is to tell other classes apart than this release's, as those of several banks.
+        """
+        parts = self._split(build, outputs)
         if build is None:
             stored = sum((self.folder / path).stat().st_size for path in (FEATURIZER, CLASSIFIER))
             state = [*parts.featurizer.state_dict().values(), *parts.classifier.state_dict().values()]
@@ -121,27 +169,29 @@ class Release:
                     f"release holds {readable_size(stored)}. It was not built. Fetch it again from where you trust it."
                 )
             with torch.random.fork_rng(devices=[]):
-                fresh = build_network(self.record.arch, self.record.outputs, self.record.arguments).state_dict()
+                wanted = outputs or self.record.outputs
+                fresh = build_network(self.record.arch, wanted, self.record.arguments).state_dict()
             parts.classifier.load_state_dict({name: fresh[name] for name in parts.classifier.state_dict()}, assign=True)
         return parts.classifier.train().requires_grad_(True)
 
-    def _part(self, name: Literal["featurizer", "classifier"], build: Builder | None) -> nn.Module:
-        part: nn.Module = getattr(self._split(build), name)
+    def _loaded(self, name: Literal["featurizer", "classifier"], build: Builder | None) -> Split:
+        parts = self._split(build)
+        part: nn.Module = getattr(parts, name)
         tensors = load_state(self.folder / "model" / f"{name}.safetensors")
         expected = {key: (value.shape, value.dtype) for key, value in part.state_dict().items()}
         if expected != {key: (value.shape, value.dtype) for key, value in tensors.items()}:
             raise VerificationError(f"model/{name}.safetensors does not hold the weights of {self.record.arch}.")
         part.load_state_dict(tensors, assign=build is None)
-        return part
+        return parts
 
-    def _split(self, build: Builder | None) -> Split:
+    def _split(self, build: Builder | None, outputs: int | None = None) -> Split:
         """φ1 and φ2; of a known architecture on paper: whatever its record says takes no room and little work."""
-        record = self.record
+        record, outputs = self.record, outputs or self.record.outputs
         if build is not None:
             with torch.random.fork_rng(devices=[]):
-                network = build_network(record.arch, record.outputs, record.arguments, builder=build)
+                network = build_network(record.arch, outputs, record.arguments, builder=build)
         elif is_public_architecture(record.arch):
-            network = network_on_paper(record.arch, record.outputs, record.arguments)
+            network = network_on_paper(record.arch, outputs, record.arguments)
         else:
             raise VerificationError(
                 f"this release's network is its owner's own (architecture {record.arch!r}, expected a known one or "

@@ -29,12 +29,13 @@ from dpf_release.poisoning.groups import Coordinates, clusters
 from dpf_release.poisoning.mixture import SHARES
 from dpf_release.poisoning.moments import Noise
 from dpf_release.poisoning.noisy_classes import NoisyClasses
+from dpf_release.poisoning.procedure import Procedure
 
 FILE = MEASUREMENTS / "mixture-choices.json"
 SEEDS, HELD_OUT, RATE = 2, 0.2, 0.1
 Numbers = NDArray[np.float64]
 Gaussian = tuple[int, float, Numbers, Numbers]  # class, share of its rows, mean, covariance
-SHARES_TRIED = {"a": SHARES, "b": (0.1, 0.45, 0.45), "c": (0.05, 0.6, 0.35), "d": (0.1, 0.15, 0.75)}
+SHARES_TRIED = (SHARES, (0.1, 0.3, 0.6), (0.02, 0.1, 0.88), (0.05, 0.6, 0.35))
 
 
 class Pretended:
@@ -115,9 +116,9 @@ def measured(of: Pretended, done: dict[str, list[float]]) -> Iterator[tuple[str,
         if name not in done:
             yield name, of.drawn(space, _groups(exact))
         for epsilon in (1, 4):
-            for letter, shares in SHARES_TRIED.items():
-                name = f"{components} components, epsilon {epsilon}, shares {letter} {shares}"
-                if name not in done and (components == 512 or letter == "a"):
+            for shares in SHARES_TRIED:
+                name = f"{components} components, epsilon {epsilon}, shares {shares}"
+                if name not in done and (components == 512 or shares == SHARES):
                     yield name, of.drawn(space, _noisy(space, private, public, epsilon, shares))
 
 
@@ -130,7 +131,8 @@ def _noisy(
 ) -> list[Gaussian]:
     """What `mixture` draws from under a bound."""
     noise = Noise(*Mechanism.calibrated(epsilon, DELTA, shares, "image").noise.values())
-    return list(NoisyClasses.learned(private, public, space, noise, 1, np.empty((0, 2))).gaussians())
+    procedure = Procedure.of_public(space, public.z, public.classes, 1, 0)
+    return list(NoisyClasses.learned(private, procedure, noise, np.empty((0, 2))).gaussians())
 
 
 def _clips(
@@ -203,12 +205,19 @@ def accuracy(
     batch: int = 128,
 ) -> float:
     """Share of `test` that a small network finds which was trained on `features` (n, C, h, w)."""
+    return share_right(trained(features, labels, int(wanted.max()) + 1, epochs, seed, batch), test, wanted)
+
+
+def trained(
+    features: NDArray[np.float16], labels: NDArray[np.int64], outputs: int, epochs: int, seed: int, batch: int = 128
+) -> nn.Module:
+    """A network of three layers."""
     torch.manual_seed(seed)
     channels = features.shape[1]
     network = nn.Sequential(
         *(nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU()),
         *(nn.Conv2d(128, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, int(wanted.max()) + 1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, outputs)),
     )
     optimizer = torch.optim.SGD(
         network.parameters(), RATE * (batch / 128) ** 0.5, momentum=0.9, weight_decay=5e-4, nesterov=True
@@ -222,9 +231,13 @@ def accuracy(
             loss.backward()
             optimizer.step()
             schedule.step()
-    network.eval()
-    with torch.no_grad():
-        found = torch.cat([network(_tensor(test[first : first + 1000])) for first in range(0, len(test), 1000)])
+    return network.eval()
+
+
+@torch.inference_mode()
+def share_right(network: nn.Module, test: NDArray[np.float16], wanted: NDArray[np.int64]) -> float:
+    """Share of rows whose class a network finds."""
+    found = torch.cat([network(_tensor(test[first : first + 1000])) for first in range(0, len(test), 1000)])
     return float((found.argmax(1).numpy() == wanted).mean())
 
 

@@ -108,7 +108,13 @@ def measured(options: argparse.Namespace, results: dict[str, Any], keep: Callabl
         keep()
     featurize(project)
     for number, (name, function) in enumerate((OF_FACES if options.name == "faces" else FUNCTIONS).items()):
-        if name in results.get("functions", {}):
+        found = results.setdefault("functions", {}).setdefault(
+            name, {"utility": {}, "attacks": {}, "not_applicable": {}, "highest_auc": _highest_auc(function)}
+        )
+        missing = [
+            code for code in options.only if not any(code in of for of in found.values() if isinstance(of, dict))
+        ]
+        if not missing:
             continue
         started, kept, fits = time.monotonic(), f"mixture-{number}", results.setdefault("fits", {})
         if name not in fits:
@@ -116,20 +122,18 @@ def measured(options: argparse.Namespace, results: dict[str, Any], keep: Callabl
             fits[name] = {**facts, "seconds": round(time.monotonic() - started, 1)}
             keep()
         poison(project, name=kept)
-        report = attack(project, name=kept, profile=options.profile, only=options.only, budget_minutes=options.budget)
-        results.setdefault("functions", {})[name] = {
-            "utility": {code: _rounded(of.measures) for code, of in report.utility.items()},
-            "attacks": {
-                of.code: {
-                    "verdict": of.verdict,
-                    "reasons": list(of.reasons),
-                    "ways": {way: _rounded(found.measures) for way, found in of.ways.items()},
-                }
-                for of in report.attacks
-            },
-            "not_applicable": dict(report.not_applicable),
-            "highest_auc": _highest_auc(function),
+        report = attack(project, name=kept, profile=options.profile, only=missing, budget_minutes=options.budget)
+        found["utility"] |= {code: _rounded(of.measures) for code, of in report.utility.items()}
+        found["attacks"] |= {
+            of.code: {
+                "verdict": of.verdict,
+                "reasons": list(of.reasons),
+                "ways": {way: _rounded(found.measures) for way, found in of.ways.items()},
+            }
+            for of in report.attacks
+            if of.code in missing
         }
+        found["not_applicable"] |= report.not_applicable
         keep()
 
 

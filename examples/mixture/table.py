@@ -46,7 +46,9 @@ def table() -> str:
         results = json.loads(file.read_text())
         name = file.stem.removeprefix("mixture-")
         functions = results.get("functions", {})
-        if functions and "U2" in (first := next(iter(functions.values()))["utility"]):
+        if not functions:
+            continue
+        if "U2" in (first := next(iter(functions.values()))["utility"]):
             lines += [*_references(name, first), *(_row(name, *item) for item in functions.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -74,9 +76,9 @@ def _row(name: str, function: str, found: Any) -> tuple[str, ...]:
         cells.append(_told(of_bank, metric))
         gained = of_bank and (of_bank[0] - own[0]) / (clean[0] - own[0])
         cells.append(f"{gained:.0%}" if gained else "")
-    attacks = {attack["code"]: attack["ways"] for attack in found["attacks"]}
     for code in ("A5", "A13", "A13L"):
-        aucs = [measures["auc"] for measures in attacks.get(code, {}).values() if "auc" in measures]
+        ways = found["attacks"].get(code, {"ways": {}})["ways"]
+        aucs = [measures["auc"] for measures in ways.values() if "auc" in measures]
         cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*max(aucs)) if aucs else "")
     cells.append(f"{found['highest_auc']:.3f}" if found.get("highest_auc") else "")
     return tuple(cells)

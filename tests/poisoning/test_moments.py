@@ -18,7 +18,7 @@ from scipy.special import ndtri
 from scipy.stats import beta
 
 from dpf_release.core.privacy import GRID, ROUNDING, Mechanism, composed, noisy
-from dpf_release.poisoning import mixture, moments, noisy_classes
+from dpf_release.poisoning import mixture, moments, noisy_classes, procedure
 from dpf_release.poisoning.components import Components, principal_components
 from dpf_release.poisoning.mixture import Mixture
 from dpf_release.poisoning.moments import Noise, Sums, clip, noisy_sums, scaling, unit_weights
@@ -73,7 +73,7 @@ def parts(**replaced: Any) -> Iterator[None]:
     """Parts of the mechanism replaced, wherever they are called; rows are not."""
     with pytest.MonkeyPatch.context() as patched:
         for name, part in replaced.items():
-            for module in (moments, mixture, noisy_classes):
+            for module in (moments, mixture, noisy_classes, procedure):
                 if hasattr(module, name):
                     patched.setattr(module, name, part)
         yield

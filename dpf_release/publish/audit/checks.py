@@ -31,14 +31,14 @@ from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.leaks.text import private_words
 from dpf_release.publish.swap import nested_with
 from dpf_release.release.contents import check_structure
-from dpf_release.release.manifest import CLASSIFIER, FEATURIZER, MANIFEST, MODEL
+from dpf_release.release.manifest import CLASSIFIER, FEATURIZER, MANIFEST, MODEL, PROCEDURE
 from dpf_release.release.model_record import read_model_record
 from dpf_release.release.release import Release
 from dpf_release.release.tree import Tree
 from dpf_release.release.verify import Problem, verify
 
 BANK = ("bank-index", "shard")
-WEIGHTS = ("featurizer", "classifier")
+WEIGHTS = ("featurizer", "classifier", "procedure")
 SAME_EPSILON = 1e-4  # as far as two ways to reckon it differ
 
 
@@ -133,7 +133,9 @@ def _phi_2(subject: Subject) -> str:
 def _network(subject: Subject) -> list[Finding]:
     cut = subject.opened.cut
     expected = {FEATURIZER: cut.featurizer_sha256, CLASSIFIER: _phi_2(subject)}
-    detail = "not the bytes that the vault's network gives at its hook point"
+    if (function := _function(subject)) and (procedure := function.chain.procedure):
+        expected[PROCEDURE] = hashlib.sha256(procedure.file()).hexdigest()
+    detail = "not the bytes that the vault's network or function gives"
     found = [
         Finding("foreign weights", path, detail)
         for path, digest in expected.items()

@@ -41,8 +41,8 @@ def _model(file: Path) -> str:
 
 def _weights(file: Path) -> str:
     tensors = read_tensor_file(file).tensors
-    part, values = "φ1" if file.stem == "featurizer" else "φ2", sum(math.prod(tensor.shape) for tensor in tensors)
-    return f"weights of {part}: {len(tensors)} tensors, {values:,} values"
+    what = {"featurizer": "weights of φ1", "classifier": "weights of φ2"}.get(file.stem, "what rows are drawn with")
+    return f"{what}: {len(tensors)} tensors, {sum(math.prod(tensor.shape) for tensor in tensors):,} values"
 
 
 def _bank_index(file: Path) -> str:
@@ -74,6 +74,7 @@ _PUBLIC: dict[str, Callable[[Path], str]] = {
     "model-record": _model,
     "featurizer": _weights,
     "classifier": _weights,
+    "procedure": _weights,
     "bank-index": _bank_index,
     "attack-report": _attack_report,
     "shard": _shard,

@@ -15,6 +15,7 @@ from dpf_release.bank.reader import FeatureBank
 from dpf_release.errors import WeightsError
 from dpf_release.models.weights import load_state
 from dpf_release.owner.vault.vault import Vault
+from dpf_release.poisoning.interface import PUBLIC
 from dpf_release.publish.leaks.findings import public_files, shard_of
 from dpf_release.release.verify import Problem
 
@@ -24,6 +25,7 @@ LEAST_VALUES = 1024
 def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -> list[Problem]:
     """Public tensors that equal one of the vault's, Φ's own excepted, and public rows that do.
 
+    Excepted is also what a function says of its own state that it is made of public images alone (`interface.PUBLIC`).
     Equal: as canonical float16, flattened, so in whatever shape and type. Tensors of fewer than 1,024 values, and
     constant ones, tell nothing and are passed over, and so are files that the manifest does not list.
 
@@ -38,7 +40,7 @@ def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -
     for path in vault.members():
         if path.suffix == ".safetensors" and not path.is_relative_to(vault.root / "candidates"):  # which are published
             for key, digest, size in _private_digests(vault, path):
-                if digest not in own:
+                if digest not in own and not key.partition("/")[2].startswith(PUBLIC):
                     private[digest] = f"{path.relative_to(vault.root)}, {key}"
                     sizes.add(size)
     with public_files(release) as (_, files):
