@@ -62,6 +62,9 @@ def test_what_rows_are_drawn_with_is_released_and_is_made_of_public_images_alone
 def test_what_a_function_keeps_of_public_images_is_no_leak_and_all_else_is(published: Path, tmp_path: Path) -> None:
     release = Path(shutil.copytree(published / "release", tmp_path / "release"))
     vault = Project.open(published / "dpf.toml").vault
+    attackers = vault.root / "attackers"  # who find the same components in the same public images
+    attackers.mkdir(exist_ok=True)
+    save_file({"axes": load_file(release / PROCEDURE)["axes"]}, attackers / "A13-0.safetensors")
     assert private_tensors(release, vault, []) == []
     state = load_file(vault.function("default") / "state.safetensors")
     (release / PROCEDURE).chmod(0o644)

@@ -25,7 +25,8 @@ LEAST_VALUES = 1024
 def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -> list[Problem]:
     """Public tensors that equal one of the vault's, Φ's own excepted, and public rows that do.
 
-    Excepted is also what a function says of its own state that it is made of public images alone (`interface.PUBLIC`).
+    Excepted is also what a function says of its own state that it is made of public images alone (`interface.PUBLIC`),
+    wherever the vault has it: attackers compute the same from Q.
     Equal: as canonical float16, flattened, so in whatever shape and type. Tensors of fewer than 1,024 values, and
     constant ones, tell nothing and are passed over, and so are files that the manifest does not list.
 
@@ -34,13 +35,17 @@ def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -
         WeightsError: a safetensors file, public or private, is damaged.
         VaultError: the vault does not open.
     """
+    members = [path for path in vault.members() if path.suffix == ".safetensors"]
     own = {digest for _, digest, _ in _private_digests(vault, vault.network / "phi.safetensors")}
+    for path in members:
+        if path.is_relative_to(vault.root / "functions"):
+            own |= {digest for key, digest, _ in _private_digests(vault, path) if _said_public(key)}
     private: dict[bytes, str] = {}
     sizes = set()
-    for path in vault.members():
-        if path.suffix == ".safetensors" and not path.is_relative_to(vault.root / "candidates"):  # which are published
+    for path in members:
+        if not path.is_relative_to(vault.root / "candidates"):  # which are published
             for key, digest, size in _private_digests(vault, path):
-                if digest not in own and not key.partition("/")[2].startswith(PUBLIC):
+                if digest not in own:
                     private[digest] = f"{path.relative_to(vault.root)}, {key}"
                     sizes.add(size)
     with public_files(release) as (_, files):
@@ -60,6 +65,11 @@ def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -
                         detail = f"row {place[0]} is the private {private[found]}"
                         problems.append(Problem("private tensor", shard, detail))
     return problems
+
+
+def _said_public(key: str) -> bool:
+    """Whether a function says of a part of its state, by its name, that public images alone are in it."""
+    return key.partition("/")[2].startswith(PUBLIC)
 
 
 def _private_digests(vault: Vault, path: Path) -> Iterator[tuple[str, bytes, int]]:
