@@ -100,7 +100,7 @@ class Utility(Record):
 
     @property
     def ordered(self) -> dict[str, Interval]:
-        """The measures, m = 50 before m = 100."""
+        """The measures, m = 10 before m = 100."""
         return dict(sorted(self.measures.items(), key=lambda item: re.sub(r"\d+", lambda m: m[0].zfill(9), item[0])))
 
 

@@ -30,7 +30,7 @@ from dpf_release.evaluation.report.frontier_points import (
     plot,
     point_of,
 )
-from dpf_release.evaluation.report.headline import verdict_in_words
+from dpf_release.evaluation.report.headline import usefulness, verdict_in_words
 from dpf_release.evaluation.suite import attack
 from dpf_release.evaluation.utility import Comparison, measure_utility
 from dpf_release.models.training import History
@@ -250,6 +250,8 @@ def test_a_gain_is_over_the_best_without_the_bank_and_of_paired_images(metric: s
 def report_with(*gains: tuple[float, float]) -> AttackReport:
     measures = {f"{name}, m = {m}": Interval(value=(low + high) / 2, low=low, high=high)
                 for m, (low, high) in enumerate(gains, 1) for name in (GAIN, GAIN_OF_CLEAN)}  # fmt: skip
+    if gains:
+        measures["top1, m = 1"] = Interval(value=0.5, low=0.5, high=0.5)
     best = {f"m = {m}": "own images alone" for m in range(1, len(gains) + 1)}
     passed = {
         "code": "A1", "title": "t", "version": 1, "claim": "reconstruction", "granted": "ReleaseView", "rows": 1000,
@@ -273,6 +275,15 @@ def test_a_release_that_adds_nothing_to_what_is_there_without_it_is_called_safe_
     assert verdict_in_words(report_with((-0.1, 0.02), (0.01, 0.02))).headline.startswith("No attack")
     assert verdict_in_words(report_with()).headline.startswith("No attack")
     assert report_with().adds_nothing is None
+
+
+def test_what_the_bank_is_good_for_is_said_in_a_sentence_for_each_number_of_own_images() -> None:
+    report = report_with((0.1, 0.2), (-0.3, -0.1))
+    assert usefulness(report_with()) == []
+    first, second = usefulness(report)
+    assert "With 1 own images a class the bank adds 15.0 points [10.0, 20.0] to the best" in first
+    assert "(own images alone); clean features would add 15.0." in first
+    assert "the bank adds -20.0 points [-30.0, -10.0]" in second
 
 
 # --------------------------------------------------------------------------------------------- the frontier

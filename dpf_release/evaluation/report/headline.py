@@ -107,14 +107,14 @@ def usefulness(report: AttackReport) -> list[str]:
     for m, (bank, clean, best) in report.gains.items():
         if any(name.startswith("top1") for name in report.utility["U3" if m else "U2"].measures):
             adds, low, high, of_clean = (f"{100 * of:.1f}" for of in (bank.value, bank.low, bank.high, clean.value))
-            what, unit = "adds", " points"
+            what, to = f"adds {adds} points [{low}, {high}] to", f"clean features would add {of_clean}"
         else:
             adds, low, high, of_clean = (f"{of:.3g}" for of in (bank.value, bank.low, bank.high, clean.value))
-            what, unit = "makes the mean error smaller by", ""
-        found.append(
-            f"With {own_images(m)} the bank {what} {adds}{unit} [{low}, {high}], against the best that a user has "
-            f"without it ({best}); clean features: {of_clean}."
-        )
+            what, to = (
+                f"takes {adds} [{low}, {high}] off the mean error of",
+                f"clean features would take off {of_clean}",
+            )
+        found.append(f"With {own_images(m)} the bank {what} the best that a user has without it ({best}); {to}.")
     return found
 
 
