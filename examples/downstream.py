@@ -19,7 +19,8 @@ from torch import nn, optim
 
 from dpf_release import Release, concat
 from dpf_release.bank.dataset import BankDataset
-from dpf_release.release.featurize import Draw, featurize_new
+from dpf_release.poisoning.mixture import Draw
+from dpf_release.release.featurize import featurize_new
 from dpf_release.release.train import fit_classifier, score
 
 

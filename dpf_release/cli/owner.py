@@ -138,7 +138,8 @@ def featurize(
             )
         if not draw and epsilon is not None:
             raise typer.BadParameter("--epsilon is of rows that are drawn: add --draw")
-        from dpf_release.release.featurize import Draw, featurize_new
+        from dpf_release.poisoning.mixture import Draw
+        from dpf_release.release.featurize import featurize_new
         from dpf_release.release.release import Release
 
         index, bad = featurize_new(

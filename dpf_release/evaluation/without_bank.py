@@ -69,12 +69,14 @@ def _coordinates(stage: Mixture, bank: FeatureBank) -> NDArray[np.float64]:
 
 def _discriminant(stage: Mixture, coordinates: NDArray[np.float64]) -> NDArray[np.int64]:
     """The class that each row most likely has, if rows were as they are drawn."""
-    parts = list(stage.gaussians())
+    assert isinstance(stage.statistics, NoisyClasses)
+    parts, counts = list(stage.gaussians()), stage.statistics.count.sum(1)
     inverse = np.linalg.pinv(parts[0][3], hermitian=True)  # one for all classes
-    scores = np.full((len(coordinates), 1 + max(label for label, *_ in parts)), -np.inf)
+    scores = np.full((len(coordinates), len(counts)), -np.inf)
     for label, share, mean, _ in parts:
-        score = coordinates @ (inverse @ mean) - 0.5 * mean @ inverse @ mean + np.log(max(share, 1e-12))
-        scores[:, label] = np.maximum(scores[:, label], score)
+        prior = np.log(max(share, 1e-12) * max(counts[label], 1))
+        score = coordinates @ (inverse @ mean) - 0.5 * mean @ inverse @ mean + prior
+        scores[:, label] = np.logaddexp(scores[:, label], score)
     return scores.argmax(1).astype(np.int64)
 
 
@@ -86,9 +88,10 @@ def _by_dp_sgd(workbench: Workbench, stage: Mixture, mechanism: Mechanism, bank:
         return torch.from_numpy(clip(_coordinates(stage, of) * scale)).float()
 
     subject = {
-        "rows": private.index.splits["train"][0].sha256,
-        "space": float(stage.space.variances.sum()),
+        "rows": [shard.sha256 for shard in private.index.splits["train"]],
+        "components": len(scale),
         "bound": [mechanism.epsilon, mechanism.delta],
+        "recipe": [EPOCHS, STEPS_OF_EPOCH, RATE],
     }
     kept = workbench.kept.load("private classifier", subject)
     if kept is None:

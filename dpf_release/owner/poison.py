@@ -104,7 +104,7 @@ def write_candidate(project: Project, name: str = "default", restart: bool = Fal
 
         with vault.changing(vault.candidate(name) / "features", *BANK) as folder:
             chain = function.chain
-            writer = bank_writer(project, folder, poisoned=chain.poisons, drawn=chain.procedure is not None)
+            writer = bank_writer(project, folder, poisoned=chain.poisons, drawn=chain.draws_rows)
             index = write_bank(writer, rows, compute, project.ranks, "Poisoning", "rows")
             finished = plan | {"index_sha256": sha256_of(folder / INDEX)}
         project.ranks.once(lambda: vault.write_json(record, finished | _with_classifier(project, name)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf, isinf, prod
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpf_release.bank.format import ID_BYTES, SplitName
+from dpf_release.bank.procedure_format import MOST_COMPONENTS, MOST_GROUPS
 from dpf_release.bank.rows import RowSource
 from dpf_release.core.arrays import Rows
 from dpf_release.core.parameters import Parameter
@@ -21,7 +22,7 @@ from dpf_release.core.progress import announce
 from dpf_release.errors import ConfigError
 from dpf_release.poisoning.components import Components, principal_components
 from dpf_release.poisoning.context import FitContext, Material
-from dpf_release.poisoning.groups import CANDIDATES, Coordinates, Groups
+from dpf_release.poisoning.groups import CANDIDATES, LEAST_ROWS, Coordinates, Groups
 from dpf_release.poisoning.interface import PUBLIC, PoisonedRows, PoisoningFunction, register
 from dpf_release.poisoning.moments import Noise, Numbers
 from dpf_release.poisoning.noisy_classes import NoisyClasses
@@ -48,8 +49,8 @@ class Mixture(PoisoningFunction):
     parameters = (
         Parameter("epsilon", 4.0, 1e-3, inf, "privacy budget; inf: no bound"),
         Parameter("delta", 1e-5, 1e-15, 0.1, "of the budget, at most 1 / (10 units)"),
-        Parameter("components", 512, 2, 4096, "principal components of Q, at most a quarter of its images"),
-        Parameter("groups", 0, 0, 10_000, "groups of each class; 0: one, or 8 without a bound"),
+        Parameter("components", 512, 2, MOST_COMPONENTS, "principal components of Q, at most a quarter of its images"),
+        Parameter("groups", 0, 0, MOST_GROUPS, "groups of each class; 0: one, or 8 without a bound"),
         Parameter("rows", 0, 0, 10**8, "rows of each class; 0: as many as the noisy counts say"),
     )
     epsilon: float
@@ -121,12 +122,8 @@ class Mixture(PoisoningFunction):
                 "under [images.public]."
             )
         units = private.units() if private.units else np.arange(len(private.rows))
-        most = 1 / (LEAST_UNITS * len(np.unique(units)))
-        if self.bounded and self.delta > most:
-            raise ConfigError(
-                f"expected mixture:delta of at most {most:.1e} for so many {material.unit}s, found {self.delta:g}: "
-                "it is the probability that the bound does not hold. Lower it."
-            )
+        if self.bounded:
+            _refuse_delta(self.delta, len(np.unique(units)), material.unit)
         count, size = len(public.rows), prod(self.features.shape)
         space = principal_components(public.drawn_from.read, count, size, min(self.components, count // 4))
         z_public, share_of_public = space.projected(public.drawn_from.read, count)
@@ -251,13 +248,34 @@ def _targets(material: Material) -> tuple[Rows, Numbers]:
     return np.zeros(len(targets), np.int64), share / np.sqrt(targets.shape[1])
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How rows of one's own are drawn: without a privacy bound for their images, or with one."""
+
+    seed: int = 0
+    epsilon: float | None = None
+    delta: float = 1e-5
+
+    def refuse(self, procedure: Procedure, counts: Rows) -> None:
+        """A `ConfigError` where rows of classes with so many images cannot be drawn so."""
+        if procedure.room < 1:
+            raise ConfigError("this release has regression targets: rows of one's own are drawn for classes only.")
+        if procedure.clusters:
+            if self.epsilon is not None:
+                raise ConfigError(
+                    "the rows of this release were drawn without a privacy bound, so rows with one would differ from "
+                    "them. Leave epsilon out."
+                )
+            if counts.min() < LEAST_ROWS:
+                raise ConfigError(f"expected {LEAST_ROWS} images of each class, found {counts.min()} of one.")
+        if self.epsilon is not None:
+            _refuse_delta(self.delta, int(counts.sum()), "image")
+            if not self.epsilon > 0:
+                raise ConfigError(f"expected epsilon above 0, found {self.epsilon:g}.")
+
+
 def drawn_anew(
-    procedure: Procedure,
-    shape: tuple[int, int, int],
-    rows: RowSource,
-    seed: int,
-    epsilon: float | None = None,
-    delta: float = 1e-5,
+    procedure: Procedure, shape: tuple[int, int, int], rows: RowSource, draw: Draw, classes: Sequence[int] = ()
 ) -> RowSource:
     """Rows of one's own put through a release's procedure: drawn ones of each class, about as many.
 
@@ -267,35 +285,39 @@ def drawn_anew(
     Args:
         procedure: of the release.
         shape: of its rows, (C, H, W).
-        rows: one's own, before φ1's last ReLU where the release has one; classes as targets.
-        seed: of the draws.
-        epsilon: of a privacy bound for one's own images; None: none is needed.
-        delta: likewise.
+        rows: one's own, before φ1's last ReLU where the release has one; classes as targets, numbered in any way.
+        draw: with which seed, and which bound.
+        classes: that are drawn; by default those of the rows. With a bound, name them: that a class has any row is
+            then not told by its being there.
 
     Raises:
-        ConfigError: the release has regression targets; or a bound is asked for, and its own rows have none.
+        ConfigError: see `Draw.refuse`.
     """
-    classes = rows.targets
-    if classes.ndim > 1 or procedure.room < 1:
-        raise ConfigError("expected classes, found regression targets: rows of one's own are drawn for classes only.")
-    if procedure.clusters and epsilon is not None:
-        raise ConfigError(
-            "the rows of this release were drawn without a privacy bound, so rows with one would differ from them. "
-            "Leave epsilon out."
-        )
-    features = FeatureSpec(shape, procedure.non_negative)
-    function = Mixture(features, epsilon=inf if procedure.clusters else epsilon or 1.0, delta=delta)
+    if rows.targets.ndim > 1 or not len(rows):
+        raise ConfigError("expected rows with classes, found none.")
+    names = np.unique(classes or rows.targets)
+    labels = np.searchsorted(names, rows.targets)
+    draw.refuse(procedure, np.bincount(labels, minlength=len(names)))
+    bound = inf if procedure.clusters else 1.0 if draw.epsilon is None else draw.epsilon
+    function = Mixture(FeatureSpec(shape, procedure.non_negative), epsilon=bound, delta=draw.delta)
     function.procedure = procedure
-    z = procedure.space.coordinates(rows.read, len(classes))
-    labels, none = classes.astype(np.int64), np.empty((len(classes), 0))
-    mine = Coordinates(z, labels, none, np.arange(len(classes)), int(labels.max()) + 1)
+    z = procedure.space.coordinates(rows.read, len(rows))
+    mine = Coordinates(z, labels, np.empty((len(rows), 0)), np.arange(len(rows)), len(names))
     if procedure.clusters:
-        function.statistics = Groups.learned(mine, z, procedure.clusters, seed)
+        function.statistics = Groups.learned(mine, z, procedure.clusters, draw.seed)
     else:
-        mechanism = None if epsilon is None else function.mechanism("image")
+        mechanism = None if draw.epsilon is None else function.mechanism("image")
         noise = None if mechanism is None else Noise(*mechanism.noise.values())
         function.statistics = NoisyClasses.learned(mine, procedure, noise, np.empty((0, 2)))
-    plan = function.draw("train", hashlib.sha256(f"own rows {seed}".encode()).digest())
-    there = np.isin(plan.arrays["class"], labels)  # classes of the release that one has no images of get no rows
-    plan = Plan(plan.secret, {name: of[there] for name, of in plan.arrays.items()})
-    return PoisonedRows(rows, function, plan)
+    plan = function.draw("train", hashlib.sha256(f"own rows {draw.seed}".encode()).digest())
+    targets = {"targets": names[plan.arrays["class"]].astype(np.int64)}
+    return PoisonedRows(rows, function, Plan(plan.secret, plan.arrays | targets))
+
+
+def _refuse_delta(delta: float, units: int, unit: Unit) -> None:
+    most = 1 / (LEAST_UNITS * units)
+    if delta > most:
+        raise ConfigError(
+            f"expected delta of at most {most:.1e} for so many {unit}s, found {delta:g}: it is the probability that "
+            "the bound does not hold. Lower it."
+        )

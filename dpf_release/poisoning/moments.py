@@ -43,9 +43,6 @@ class Noise:
         return np.where(np.eye(size, dtype=bool), self.square, self.square / np.sqrt(2))
 
 
-NO_NOISE = Noise(1e-9, 1e-9, 1e-9)  # so little that nothing is drawn towards public numbers
-
-
 @dataclass(frozen=True, eq=False)
 class Sums:
     """Over rows, for each class with G cells in it, by public features."""
@@ -158,7 +155,7 @@ class Gaussians:
     root: Numbers  # (K, K), whose product with its transpose is the covariance around each mean
 
 
-def estimated(found: Sums, public: Sums, noise: Noise, apart: int = 0) -> Gaussians:
+def estimated(found: Sums, public: Sums, noise: Noise | None, apart: int = 0) -> Gaussians:
     """Means of the classes and their common covariance from noisy sums: empirical Bayes, drawn towards public numbers.
 
     A number keeps the share τ² / (τ² + noise²) of its distance from where it is drawn to: a mean first over the classes
@@ -169,9 +166,13 @@ def estimated(found: Sums, public: Sums, noise: Noise, apart: int = 0) -> Gaussi
     Args:
         found: noisy, of S.
         public: of Q, whose classes (labels or none) its covariance is within; with the same cells.
-        noise: that is in `found`.
+        noise: that is in `found`; None: there is none, and nothing is drawn towards anything.
         apart: how many of the last coordinates are regression targets, each a band of its own.
     """
+    if noise is None:
+        mean = found.total / np.maximum(found.count, 1)[..., None]
+        share = found.count / found.count.sum(1, keepdims=True)  # 0 of a cell that no row is in
+        return Gaussians(share, mean, _root(found.around(mean, found.count), public.within()))
     bands = _Bands.of_size(found.total.shape[2], apart)
     count = np.maximum(found.count, 1.0)  # (classes, G)
     start = public.total.sum(0) / np.maximum(public.count.sum(0)[:, None], 1)  # (G, K)
@@ -182,9 +183,14 @@ def estimated(found: Sums, public: Sums, noise: Noise, apart: int = 0) -> Gaussi
     mean = _drawn(of_classes, centre, deviation, lambda values: bands.over_last(values.mean(0)))
     within, size = public.within(), found.square.shape[0]
     covariance = _drawn(found.around(mean, count), within, noise.of_square(size) / count.sum(), bands.over_square)
+    return Gaussians(count / count.sum(1, keepdims=True), mean, _root(covariance, within))
+
+
+def _root(covariance: Numbers, public: Numbers) -> Numbers:
+    """(K, K) whose product with its transpose is the covariance, its eigenvalues at least a share of Q's."""
     values, vectors = np.linalg.eigh(covariance)
-    values = np.maximum(values, 1e-3 * np.linalg.eigvalsh(within).clip(0))
-    return Gaussians(count / count.sum(1, keepdims=True), mean, vectors * np.sqrt(values))
+    root: Numbers = vectors * np.sqrt(np.maximum(values, 1e-3 * np.linalg.eigvalsh(public).clip(0)))
+    return root
 
 
 def _drawn(found: Numbers, to: Numbers, deviation: Numbers, smooth: Callable[[Numbers], Numbers]) -> Numbers:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpf_release.core.arrays import Rows
 from dpf_release.poisoning.groups import Coordinates
-from dpf_release.poisoning.moments import NO_NOISE, Noise, Numbers, estimated, noisy_sums
+from dpf_release.poisoning.moments import Noise, Numbers, estimated, noisy_sums
 from dpf_release.poisoning.plan import Plan
 from dpf_release.poisoning.procedure import TARGET_SHARE, Procedure
 from dpf_release.poisoning.stationary import keyed_normal
@@ -36,7 +36,7 @@ class NoisyClasses:
         rows, cells = procedure.scaled(private.z, private.targets), procedure.cells_of(private.z)
         shape = (private.outputs, procedure.groups)
         sums = noisy_sums(rows, private.classes, cells, private.units, shape, noise)
-        drawn_from = estimated(sums, procedure.prior, noise or NO_NOISE, len(ranges))
+        drawn_from = estimated(sums, procedure.prior, noise, len(ranges))
         scale = procedure.scale * procedure.room
         return cls(scale, sums.count, drawn_from.share, drawn_from.mean, drawn_from.root, ranges)
 

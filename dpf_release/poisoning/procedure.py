@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from dpf_release.bank.procedure_format import LEADING, MOST_CLUSTERS, PRIOR, malformed
+from dpf_release.bank.procedure_format import LEADING, MOST_GROUPS, PRIOR, malformed
 from dpf_release.core.arrays import Rows
 from dpf_release.errors import WeightsError
 from dpf_release.models.weights import state_file
@@ -100,8 +100,11 @@ class Procedure:
         space = Components(*(tensors[name].float() for name in ("mean", "axes", "variances")))
         scale, *prior = (tensors[name].double().numpy() for name in ("scale", *PRIOR))
         clusters, non_negative = (int(tensors[name]) for name in ("clusters", "non_negative"))
-        if not (0 <= clusters <= MOST_CLUSTERS and non_negative in (0, 1)):
-            raise WeightsError(f"expected up to {MOST_CLUSTERS} groups of a class, found {clusters}.")
+        if not (0 <= clusters <= MOST_GROUPS and non_negative in (0, 1)):
+            raise WeightsError(f"expected up to {MOST_GROUPS} groups of a class, found {clusters}.")
+        numbers = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+        if not (all(bool(of.isfinite().all()) for of in numbers) and (scale > 0).all()):
+            raise WeightsError("the tensors that rows are drawn with hold values that are not numbers, or no scale.")
         return cls(space, scale, tensors["cells"].float().numpy(), Sums(*prior), clusters, bool(non_negative))
 
 

@@ -128,7 +128,7 @@ def _privacy(mechanism: Mechanism) -> str:
         text = words.BOUND_OF_STEP.format(unit=unit, **numbers)
     else:
         what = words.PARTS if mechanism.not_covered else words.WHOLE
-        text = words.BOUND.format(what=what, unit=unit, **numbers)
+        text = words.BOUND.format(what=what, unit=unit, several=words.SEVERAL[mechanism.unit], **numbers)
     if mechanism.fits > 1:
         text += words.SEVERAL_FITS.format(fits=mechanism.fits, epsilon=f"{mechanism.epsilon_of_all:.3g}")
     if mechanism.not_covered and not mechanism.networks_saw_images:

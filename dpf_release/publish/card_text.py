@@ -10,9 +10,11 @@ ROWS_ARE = """\
 The rows are P(φ1(S)): images S, seen by the public featurizer φ1
 (`{arch}` up to `{hook}`), changed by a poisoning function P that is not published. Neither are the images."""
 DRAWN_ROWS_ARE = """\
-The rows stand in the place of the features that the public featurizer φ1
-(`{arch}` up to `{hook}`) makes of private images S. They are drawn at random and belong to no image. Neither the images
-nor the statistics that rows are drawn from are published."""
+The rows look like the features that the public featurizer φ1
+(`{arch}` up to `{hook}`) makes of private images S, and belong to no image. Neither the images nor the statistics that
+rows are drawn from are published. Train on the rows, and use what you train on real images of these classes. Beside
+real rows of other classes they mislead a classifier: put those through the same procedure first
+(`dpf-release featurize --draw`)."""
 CARD = """\
 ---
 pretty_name: {name}
@@ -76,12 +78,13 @@ PRIVACY = """\
 
 The numbers are in `manifest.json`, under `privacy`; docs/privacy.md of dpf-release shows how to compute ε from them.
 
-What else protects the images is empirical: it is what attacks showed."""
+What is claimed beyond this bound rests on the attacks that were tried; it is not proven."""
 BOUND = """\
 {what} differentially private for {unit}, with ε = {epsilon} and δ = {delta}: whether {unit} was among the private
 images or not changes what can be found here by no more than that. The condition: as its owner states, φ1 was never
-trained on these images, and φ2 was trained on the drawn rows alone.
+trained on these images, and φ2 was trained on the drawn rows alone.{several}
 """
+SEVERAL = {"image": " Who is in several different images has this bound for each, not for all together.", "person": ""}
 PARTS, WHOLE = "Rows, φ1 and φ2 are", "The whole release is"
 BOUND_OF_STEP = """\
 The step that made the rows is (ε, δ)-private for fixed networks. The networks were trained on these images without a
@@ -95,16 +98,16 @@ NOT_COVERED = "Not covered, although computed from the images: {listed}.\n"
 
 CLAIMS: dict[str, str] = {
     "reconstruction": "that no picture can be reconstructed",
-    "linkage": "that nobody who holds a picture can tell that it is in here",
+    "linkage": "that someone who holds a picture cannot tell whether it is in here",
     "attribute": "that no attribute of a person can be read from a row",
-    "bound": "that what rows, φ1 and φ2 tell of one unit is bounded, as said below",
+    "bound": "that what is published tells little of whether any one image (or person) is in here; below, how little",
 }
 CLAIMED, NOT_CLAIMED = "- claimed (`{name}`{of}): {claim}", "- not claimed (`{name}`): {claim}"
 OF_ATTRIBUTE, NO_CLAIM = ", of `{attribute}`", "none"
 
 ATTACKS_KEPT = """\
-Attacks were run where claims want them. Their numbers are not published: no privacy bound covers what is measured on
-the images. That the claims passed is the owner's word.
+Attacks were run on this bank where a claim rests on them. Their numbers are not published: no privacy bound covers what
+is measured on the images. That the claims passed is the owner's word.
 """
 NO_ATTACKS = "Attacks measured: **none**; no attack battery was run on this bank.\n"
 ATTACKS = """\

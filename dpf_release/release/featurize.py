@@ -7,7 +7,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dpf_release.bank.build import Compute, changed_facts, machine_facts, refuse_other_plan, write_bank
-from dpf_release.bank.format import ID_BYTES, INDEX, SPLITS, BankIndex, SplitName
+from dpf_release.bank.format import ID_BYTES, INDEX, SPLITS, BankIndex, SplitName, read_index
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.bank.writer import BankWriter, Span, SplitRows
 from dpf_release.core.arrays import Rows
 from dpf_release.core.files import make_folder, write_json
+from dpf_release.core.progress import announce
 from dpf_release.core.ranks import Ranks
 from dpf_release.core.sizes import parse_size
 from dpf_release.errors import BankError, ConfigError, ImageError
@@ -30,11 +31,12 @@ from dpf_release.images.read import read_table
 from dpf_release.images.survey import refuse_bad, survey_together
 from dpf_release.images.table import ImageTable
 from dpf_release.models.training import pick_device
+from dpf_release.poisoning.mixture import Draw, drawn_anew
 from dpf_release.release.model_record import ModelRecord
 from dpf_release.release.release import Release
 
 NEW_PLAN = ".plan.json"  # of a downstream user's bank, while it is written
-UNDRAWN = ".undrawn"  # in the folder of a bank of drawn rows, while it is made: those that they are drawn for
+UNDRAWN, DRAWN = ".undrawn", "drawn"  # in the folder of a bank of drawn rows, until it is whole
 
 
 def featurized(phi_1: nn.Module, pictures: Pictures, rows: Mapping[SplitName, Rows], device: torch.device) -> Compute:
@@ -56,15 +58,6 @@ def featurized(phi_1: nn.Module, pictures: Pictures, rows: Mapping[SplitName, Ro
                 yield computed.numpy()
 
     return compute
-
-
-@dataclass(frozen=True)
-class Draw:
-    """That one's own rows are drawn too, by a release's procedure: with a privacy bound, or `None` without."""
-
-    seed: int = 0
-    epsilon: float | None = None
-    delta: float = 1e-5
 
 
 def featurize_new(
@@ -103,14 +96,11 @@ def featurize_new(
     with ranks.holding(out):
         undrawn = out / UNDRAWN if draw else out
         if (out / INDEX).exists() and not (out / NEW_PLAN).exists():
+            ranks.once(lambda: shutil.rmtree(out / UNDRAWN, ignore_errors=True))  # of a run that was cut off at its end
             raise BankError(f"{out} holds a bank already. Name another folder with --out, or remove it.")
-        if draw and ranks.world_size > 1:
-            raise ConfigError("rows are drawn by one process. Run this without torchrun.")
-        if draw and not release.index.drawn:
-            raise ConfigError(
-                "the rows of this release were not drawn, and yours combine as they are. Leave out --draw."
-            )
-        make_folder(undrawn)
+        if draw:
+            _refuse_draw(release, table, out, draw, ranks)
+            make_folder(undrawn)
         pictures = Pictures(table, release.preprocess)
         bad = survey_together(pictures, ranks, "Reading images")
         refuse_bad(bad, len(table), max_bad)
@@ -121,6 +111,7 @@ def featurize_new(
             "undecodable": undecodable,
             "shard_size": parse_size(shard_size),
             "batch_size": batch_size,
+            **({"draw": [draw.seed, draw.epsilon, draw.delta]} if draw else {}),
             **machine_facts(where),
         }
         generator = np.random.default_rng(_planned_ids(undrawn, facts, ranks))
@@ -143,26 +134,56 @@ def featurize_new(
         compute = featurized(phi_1, pictures, rows_of, where)
         index = write_bank(writer, rows, compute, ranks, "Writing features", "images")
         if draw:
-            index = _draw(release, undrawn, replace(writer, folder=out), draw, ranks)
+            index = _draw(release, replace(writer, folder=out), draw, np.unique(table.targets), ranks)
         else:
             ranks.once((out / NEW_PLAN).unlink)  # its ids are in the bank now, and nobody else's business
+    if own_classes:
+        announce("Classes by number: " + ", ".join(f"{number} {name}" for number, name in enumerate(table.classes)))
     return index, bad
 
 
-def _draw(release: Release, undrawn: Path, writer: BankWriter, draw: Draw, ranks: Ranks) -> BankIndex:
-    """A bank of drawn rows from one of real ones, which goes. It is begun anew where it was cut off: noise is fresh."""
-    shutil.rmtree(writer.folder / "train", ignore_errors=True)
-    source = release.drawn(FeatureBank(undrawn, "train").before_relu(), draw.seed, draw.epsilon, draw.delta)
+def _refuse_draw(release: Release, table: ImageTable, out: Path, draw: Draw, ranks: Ranks) -> None:
+    """What speaks against drawing rows of these images into that folder, before anything is computed."""
+    if ranks.world_size > 1:
+        raise ConfigError("rows are drawn by one process. Run this without torchrun.")
+    targets = table.targets[table.rows_of("train")]
+    if table.targets.ndim > 1 or not len(targets):
+        raise ConfigError("expected images with classes in train, found none: rows are drawn for classes.")
+    draw.refuse(release.procedure, np.unique(targets, return_counts=True)[1])
+    ours = {UNDRAWN} | ({"train"} if (out / UNDRAWN / DRAWN / INDEX).exists() else set())
+    if others := sorted(
+        path.name for path in out.iterdir() if path.name not in ours and not path.name.startswith(".lock")
+    ):
+        raise BankError(
+            f"expected an empty folder for drawn rows, found {', '.join(others[:5])} in {out}. Name another with --out."
+        )
 
-    def compute(spans: Sequence[Span]) -> Iterator[NDArray[np.floating[Any]]]:
-        for span in spans:
-            yield source.read(np.arange(span.start, span.stop))
 
-    header = writer.header.model_copy(update={"drawn": True, "encoding": "float16"})
-    rows: dict[SplitName, SplitRows] = {"train": SplitRows(source.targets, source.ids)}
-    index = write_bank(replace(writer, header=header), rows, compute, ranks, "Drawing rows", "rows")
-    shutil.rmtree(undrawn)
-    return index
+def _draw(release: Release, writer: BankWriter, draw: Draw, classes: Rows, ranks: Ranks) -> BankIndex:
+    """A bank of drawn rows from one of real ones, which goes.
+
+    It is made beside those, and takes its place when it is whole; where it was cut off it is begun anew, as noise is.
+    """
+    out = writer.folder
+    made = out / UNDRAWN / DRAWN
+    if not (made / INDEX).exists():
+        shutil.rmtree(made, ignore_errors=True)
+        own = FeatureBank(out / UNDRAWN, "train").before_relu()
+        told = () if draw.epsilon is None else classes.tolist()
+        source = drawn_anew(release.procedure, release.record.feature_shape, own, draw, told)
+
+        def compute(spans: Sequence[Span]) -> Iterator[NDArray[np.floating[Any]]]:
+            for span in spans:
+                yield source.read(np.arange(span.start, span.stop))
+
+        header = writer.header.model_copy(update={"drawn": True, "encoding": "float16"})
+        rows: dict[SplitName, SplitRows] = {"train": SplitRows(source.targets, source.ids)}
+        write_bank(replace(writer, folder=made, header=header), rows, compute, ranks, "Drawing rows", "rows")
+    for part in ("train", INDEX):
+        if (made / part).exists():
+            (made / part).rename(out / part)
+    shutil.rmtree(out / UNDRAWN)
+    return read_index(out)
 
 
 def _planned_ids(out: Path, facts: dict[str, Any], ranks: Ranks) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +14,14 @@ from torch import nn
 
 from dpf_release.bank.dataset import BankDataset
 from dpf_release.bank.format import BankIndex, SplitName, read_index
-from dpf_release.bank.rows import ComputedRows, RowSource
+from dpf_release.bank.rows import ComputedRows
 from dpf_release.core.sizes import readable_size
 from dpf_release.errors import ConfigError, VerificationError
 from dpf_release.images.decode import Preprocess
 from dpf_release.models.hooks import Split, split
 from dpf_release.models.weights import freeze, load_state
 from dpf_release.models.zoo import build_network, is_public_architecture, network_on_paper
-from dpf_release.poisoning.mixture import drawn_anew
+from dpf_release.poisoning.mixture import Draw, drawn_anew
 from dpf_release.poisoning.procedure import Procedure
 from dpf_release.release.checked_files import CheckedDigests
 from dpf_release.release.contents import VERSION as STRUCTURE
@@ -141,17 +142,18 @@ class Release:
             ConfigError: the rows of this release were not drawn, or have regression targets.
         """
         own = ComputedRows(np.asarray(labels, np.int64), lambda rows: features[rows])
-        drawn = self.drawn(own, seed)
+        drawn = drawn_anew(self.procedure, self.record.feature_shape, own, Draw(seed))
         return drawn.read(np.arange(len(drawn))).astype(np.float16), drawn.targets
 
-    def drawn(self, rows: RowSource, seed: int = 0, epsilon: float | None = None, delta: float = 1e-5) -> RowSource:
-        """The same of rows that need not be in memory; with `epsilon` and `delta`, under a privacy bound for yours."""
-        if not self.index.drawn:
+    @cached_property
+    def procedure(self) -> Procedure:
+        """What rows were drawn with; a `ConfigError` where they were not drawn."""
+        if not (self.folder / PROCEDURE).exists():
             raise ConfigError(
-                "the rows of this release were not drawn, so yours need not be: they combine as they are."
+                "the rows of this release were not drawn by `mixture`: there is no procedure to draw yours by, and "
+                "rows that were not drawn combine as they are."
             )
-        procedure = Procedure.of_tensors(load_state(self.folder / PROCEDURE), self.record.feature_shape)
-        return drawn_anew(procedure, self.record.feature_shape, rows, seed, epsilon, delta)
+        return Procedure.of_tensors(load_state(self.folder / PROCEDURE), self.record.feature_shape)
 
     def untrained_classifier(self, build: Builder | None = None, *, outputs: int | None = None) -> nn.Module:
         """φ2's architecture with fresh random weights: where a new classifier φ3 starts.

@@ -56,8 +56,8 @@ def table() -> str:
 def _references(name: str, utility: Any) -> list[tuple[str, ...]]:
     u2, u3, none = utility["U2"], utility["U3"], ("",) * 4
     metric = _metric(u2)
-    clean, own = ([u3.get(f"{metric}, m = {m}, {what}") for m in (10, 100)] for what in ("with clean rows", OWN))
-    of_clean = (_told(u2[f"{metric} on clean rows"], metric), _told(clean[0], metric), "", _told(clean[1], metric), "")
+    clean, own = ([u3.get(f"{metric}, m = {m}, {what}") for m in (10, 100)] for what in ("clean rows", OWN))
+    of_clean = (_told(u2[f"{metric}, clean rows"], metric), _told(clean[0], metric), "", _told(clean[1], metric), "")
     return [
         (name, "clean φ1(S)", *of_clean, *none),
         (name, OWN, "", _told(own[0], metric), "", _told(own[1], metric), "", *none),
@@ -72,7 +72,7 @@ def _row(name: str, function: str, found: Any) -> tuple[str, ...]:
     metric = _metric(u2)
     cells = [name, function, _told(u2[metric], metric)]
     for m in (10, 100):
-        of_bank, own, clean = (u3.get(f"{metric}, m = {m}{what}") for what in ("", f", {OWN}", ", with clean rows"))
+        of_bank, own, clean = (u3.get(f"{metric}, m = {m}{what}") for what in ("", f", {OWN}", ", clean rows"))
         cells.append(_told(of_bank, metric))
         gained = of_bank and (of_bank[0] - own[0]) / (clean[0] - own[0])
         cells.append(f"{gained:.0%}" if gained else "")
@@ -85,7 +85,7 @@ def _row(name: str, function: str, found: Any) -> tuple[str, ...]:
 
 
 def _metric(u2: Any) -> str:
-    return next(name for name in u2 if "on clean rows" not in name and name in ("top1", "mae"))
+    return next(name for name in u2 if name in ("top1", "mae"))
 
 
 def _told(interval: list[float] | None, metric: str) -> str:

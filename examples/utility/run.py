@@ -28,7 +28,7 @@ from dpf_release import Project, featurize, fit_poison  # noqa: E402
 from dpf_release.bank.reader import FeatureBank  # noqa: E402
 from dpf_release.bank.rows import RowSource, Select  # noqa: E402
 from dpf_release.owner.fitted import load_function  # noqa: E402
-from dpf_release.poisoning.mixture import drawn_anew  # noqa: E402
+from dpf_release.poisoning.mixture import Draw, drawn_anew  # noqa: E402
 
 FUNCTIONS = {
     "epsilon 4": f"mixture:epsilon=4,delta={DELTA}",
@@ -122,7 +122,7 @@ class Sides:
             if not done(beside):
                 yield beside, _joined(drawn, self.others)
             if not done(both):
-                theirs, labels = _all(drawn_anew(procedure, project.cut.record.feature_shape, self.public, 0))
+                theirs, labels = _all(drawn_anew(procedure, project.cut.record.feature_shape, self.public, Draw()))
                 yield both, _joined(drawn, (theirs, labels + self.classes))
 
 

@@ -14,8 +14,11 @@ from commands import run_cli
 from dpf_release.bank.dataset import BankDataset, concat
 from dpf_release.bank.procedure_format import TENSORS
 from dpf_release.bank.reader import FeatureBank
+from dpf_release.bank.rows import ComputedRows
 from dpf_release.errors import BankError, ConfigError
 from dpf_release.owner.project import Project
+from dpf_release.poisoning.mixture import Draw, drawn_anew
+from dpf_release.poisoning.noisy_classes import NoisyClasses
 from dpf_release.poisoning.procedure import Procedure
 from dpf_release.publish.leaks.tensors import private_tensors
 from dpf_release.publish.package import package
@@ -77,7 +80,10 @@ def test_what_a_function_keeps_of_public_images_is_no_leak_and_all_else_is(publi
     [
         ({"mean": np.zeros(3, np.float32)}, "wrong shape: mean"),
         ({"more": np.zeros(3, np.float32)}, "expected the tensors"),
-        ({"prior_square": np.zeros((3, 3))}, "wrong shape"),
+        ({"prior_square": np.zeros((3, 3))}, "moments of 3 numbers"),
+        ({"cells": np.zeros((2000, 64), np.float32)}, "2000 groups"),
+        ({"axes": np.zeros((0, 4096), np.float32)}, "none or too many"),
+        ({"axes": np.array(0, np.float32)}, "wrong shape: axes"),
     ],
 )
 def test_a_procedure_of_other_tensors_is_refused(
@@ -96,11 +102,13 @@ def test_a_procedure_of_other_tensors_is_refused(
         )
 
 
-def test_drawn_rows_without_what_they_were_drawn_with_are_refused(published: Path, tmp_path: Path) -> None:
-    release = Path(shutil.copytree(published / "release", tmp_path / "release"))
-    (release / PROCEDURE).unlink()
+def test_what_rows_are_drawn_with_beside_rows_that_were_not_is_refused(
+    published: Path, finished: Path, tmp_path: Path
+) -> None:
+    release = Path(shutil.copytree(finished / "release", tmp_path / "release"))
+    shutil.copy(published / "release" / PROCEDURE, release / PROCEDURE)
     signed_anew(release)
-    assert any("go together" in problem.detail for problem in check_structure(release))
+    assert any("were not drawn" in problem.detail for problem in check_structure(release))
 
 
 # --------------------------------------------------------------------------------------------- one's own rows
@@ -112,19 +120,26 @@ def test_rows_of_ones_own_come_out_with_the_moments_of_their_class(published: Pa
     procedure = Procedure.of_tensors(
         {name: torch.from_numpy(value) for name, value in load_file(published / "release" / PROCEDURE).items()}, shape
     )
-    generator, labels = np.random.default_rng(0), np.repeat([3, 5], 400)
+    generator, labels = np.random.default_rng(0), np.repeat([3, 999], 400)
     kept = len(procedure.scale)
     z = generator.standard_normal((800, kept)) * np.sqrt(procedure.space.variances.numpy()) / 4
-    z[labels == 5, 0] += 2 * np.sqrt(float(procedure.space.variances[0]))
+    z[labels == 999, 0] += 2 * np.sqrt(float(procedure.space.variances[0]))
     own = procedure.space.features(z).numpy().reshape(800, *shape)
     features, classes = release.draw(own, labels, seed=1)
     assert features.dtype == np.float16
     assert features.shape[1:] == shape
-    assert np.bincount(classes).tolist() == [0, 0, 0, 400, 0, 400]
+    assert np.unique(classes, return_counts=True)[0].tolist() == [3, 999]
+    assert len(classes) == 800
+    spread = procedure.space.of(torch.from_numpy(own[labels == 3])).std(0)[1:9]
+    drawn = drawn_anew(procedure, shape, ComputedRows(labels, lambda rows: own[rows]), Draw(1))
+    assert isinstance(drawn.function.statistics, NoisyClasses)
+    (_, _, _, covariance), *_ = drawn.function.gaussians()
+    ratio = np.sqrt(np.diag(covariance))[1:9] / spread.numpy()
+    assert 0.8 < ratio.min() <= ratio.max() < 1.2  # whatever numbers classes have
     assert not np.isin(features.reshape(800, -1)[:, 0], own.reshape(800, -1)[:, 0]).all()
     assert features.min() >= 0 or not procedure.non_negative
-    means = [features[classes == label].astype(np.float64).mean(0) for label in (3, 5)]
-    theirs = [np.maximum(own, 0)[labels == label].mean(0) for label in (3, 5)]
+    means = [features[classes == label].astype(np.float64).mean(0) for label in (3, 999)]
+    theirs = [np.maximum(own, 0)[labels == label].mean(0) for label in (3, 999)]
     apart = np.linalg.norm(theirs[0] - theirs[1])
     assert np.linalg.norm(means[1] - means[0] - (theirs[1] - theirs[0])) < apart / 2
     again, other = (release.draw(own, labels, seed=seed)[0] for seed in (1, 2))
@@ -165,6 +180,13 @@ def test_own_images_of_other_classes_are_drawn_by_the_command_and_combine(publis
     with pytest.raises(BankError, match=r"are drawn and those of .* are not.*--draw"):
         concat([bank, real])
     assert len(concat([bank, real], allow_shortcut=True)) == len(bank) + len(real)
+    in_use = run_cli(*common, "--draw", "--out", str(images), folder=tmp_path)
+    assert "expected an empty folder" in in_use.stderr
+    assert sorted(path.name for path in images.iterdir()) == names
+    wide = run_cli(
+        *common, "--draw", "--epsilon", "1", "--delta", "0.05", "--out", str(tmp_path / "x"), folder=tmp_path
+    )
+    assert "expected delta of at most" in wide.stderr
     refused = run_cli(*common, "--epsilon", "1", "--out", str(tmp_path / "more"), folder=tmp_path)
     assert refused.returncode != 0
     assert "--draw" in refused.stderr

@@ -77,7 +77,6 @@ def plot(frontier: Frontier, kind: str = "svg") -> bytes:
 
 def _panels(frontier: Frontier) -> list[tuple[str, str, Points, dict[str, Interval]]]:
     found: list[tuple[str, str, Points, dict[str, Interval]]] = []
-    of_clean = [point.gain_of_clean for point in frontier.points if point.gain_of_clean]
     for x in ("privacy", "linkage"):
         pairs = {
             str(number): (found_by, point.gain)
@@ -85,5 +84,5 @@ def _panels(frontier: Frontier) -> list[tuple[str, str, Points, dict[str, Interv
             if (found_by := getattr(point, x)) and point.gain
         }
         if pairs:
-            found.append((x, "gain", pairs, {"clean rows": of_clean[0]} if of_clean else {}))
+            found.append((x, "gain", pairs, {}))
     return found

@@ -107,14 +107,15 @@ def usefulness(report: AttackReport) -> list[str]:
     for m, (bank, clean, best) in report.gains.items():
         if any(name.startswith("top1") for name in report.utility["U3" if m else "U2"].measures):
             adds, low, high, of_clean = (f"{100 * of:.1f}" for of in (bank.value, bank.low, bank.high, clean.value))
-            what, to = f"adds {adds} points [{low}, {high}] to", f"clean features would add {of_clean}"
+            what = f"The bank adds {adds} points [{low}, {high}] to {best}"
+            if bank.value < 0:
+                what = f"The bank is {adds.lstrip('-')} points worse [{low}, {high}] than {best}"
+            to = f"clean features would add {of_clean}"
         else:
             adds, low, high, of_clean = (f"{of:.3g}" for of in (bank.value, bank.low, bank.high, clean.value))
-            what, to = (
-                f"takes {adds} [{low}, {high}] off the mean error of",
-                f"clean features would take off {of_clean}",
-            )
-        found.append(f"With {own_images(m)} the bank {what} the best that a user has without it ({best}); {to}.")
+            what = f"The bank takes {adds} [{low}, {high}] off the mean error of {best}"
+            to = f"clean features would take off {of_clean}"
+        found.append(f"{what}, the best that a user with {own_images(m)} has without it; {to}.")
     return found
 
 

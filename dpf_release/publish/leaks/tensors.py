@@ -11,12 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dpf_release.bank.procedure_format import TENSORS
 from dpf_release.bank.reader import FeatureBank
 from dpf_release.errors import WeightsError
 from dpf_release.models.weights import load_state
 from dpf_release.owner.vault.vault import Vault
 from dpf_release.poisoning.interface import PUBLIC
 from dpf_release.publish.leaks.findings import public_files, shard_of
+from dpf_release.release.manifest import PROCEDURE
 from dpf_release.release.verify import Problem
 
 LEAST_VALUES = 1024
@@ -25,8 +27,8 @@ LEAST_VALUES = 1024
 def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -> list[Problem]:
     """Public tensors that equal one of the vault's, Φ's own excepted, and public rows that do.
 
-    Excepted is also what a function says of its own state that it is made of public images alone (`interface.PUBLIC`),
-    wherever the vault has it: attackers compute the same from Q.
+    Excepted is also, in its own place in the release, what rows were drawn with: a function keeps it, and attackers
+    compute the same from Q.
     Equal: as canonical float16, flattened, so in whatever shape and type. Tensors of fewer than 1,024 values, and
     constant ones, tell nothing and are passed over, and so are files that the manifest does not list.
 
@@ -37,9 +39,13 @@ def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -
     """
     members = [path for path in vault.members() if path.suffix == ".safetensors"]
     own = {digest for _, digest, _ in _private_digests(vault, vault.network / "phi.safetensors")}
-    for path in members:
-        if path.is_relative_to(vault.root / "functions"):
-            own |= {digest for key, digest, _ in _private_digests(vault, path) if _said_public(key)}
+    procedures = {
+        digest
+        for path in members
+        if path.is_relative_to(vault.root / "functions")
+        for key, digest, _ in _private_digests(vault, path)
+        if key.partition("/")[2] in {f"{PUBLIC}{name}" for name in TENSORS}
+    }
     private: dict[bytes, str] = {}
     sizes = set()
     for path in members:
@@ -54,7 +60,7 @@ def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -
             for path in files
             if path.endswith(".safetensors")
             for key, digest, _ in _digests(release / path)
-            if digest in private
+            if digest in private and not (path == PROCEDURE and digest in procedures)
         ]
     for bank in banks:
         if int(np.prod(bank.shape)) in sizes:
@@ -65,11 +71,6 @@ def private_tensors(release: Path, vault: Vault, banks: Sequence[FeatureBank]) -
                         detail = f"row {place[0]} is the private {private[found]}"
                         problems.append(Problem("private tensor", shard, detail))
     return problems
-
-
-def _said_public(key: str) -> bool:
-    """Whether a function says of a part of its state, by its name, that public images alone are in it."""
-    return key.partition("/")[2].startswith(PUBLIC)
 
 
 def _private_digests(vault: Vault, path: Path) -> Iterator[tuple[str, bytes, int]]:
