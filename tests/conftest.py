@@ -25,6 +25,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Whichever test starts the fork server: its processes would else each take seconds to import torch.
 multiprocessing.set_forkserver_preload(["dpf_release.images.dataset"])
 
+UNLOCKED = shutil.ignore_patterns(".lock")  # of a copy: another process may be at work in what is copied
+
 MEMORY = Path("/dev/shm")
 if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * 2**30:
     # What tests write, 2 GB at the most, waits for no disk. Of the commands and test processes that are started, too.
@@ -73,7 +75,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def drawn_folder(drawn: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may change."""
-    return Path(shutil.copytree(drawn, tmp_path / "drawn"))
+    return Path(shutil.copytree(drawn, tmp_path / "drawn", ignore=UNLOCKED))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,7 +86,7 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def project_folder(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished project that a test may change."""
-    return Path(shutil.copytree(finished, tmp_path / "shapes"))
+    return Path(shutil.copytree(finished, tmp_path / "shapes", ignore=UNLOCKED))
 
 
 @pytest.fixture(scope="session", autouse=True)

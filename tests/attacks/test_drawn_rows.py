@@ -104,7 +104,7 @@ def test_the_attackers_components_are_those_that_rows_were_drawn_in(workbench: W
     target = planted(SMALL)
     view = grant(DrawnRows, target, drawn_rows.setting_of(workbench, target))
     space = space_of(view)
-    mean, axes = target.learned["0/mean"], target.learned["0/axes"]
+    mean, axes = target.learned["0/public mean"], target.learned["0/public axes"]
     rows = np.arange(40)
     found = space.components.features(space.of_rows(view.rows(rows)).numpy())
     inside = mean + (found - mean) @ axes.T @ axes  # were they others, part of the row would lie outside
@@ -124,7 +124,7 @@ def test_what_a_leaked_function_draws_from_has_the_moments_of_its_rows(workbench
         stage = function.stages[0]
         assert isinstance(stage, Mixture)
         view = grant(DrawnRows, target, drawn_rows.setting_of(workbench, target))
-        mean, axes = target.learned["0/mean"], target.learned["0/axes"]
+        mean, axes = target.learned["0/public mean"], target.learned["0/public axes"]
         for label in (0, 1):
             rows = view.rows(np.flatnonzero(view.bins == label)).flatten(1)
             drawn = least_squares(rows - mean, rows > 0, axes, 1e-6).numpy()

@@ -133,7 +133,7 @@ def _phi_2(subject: Subject) -> str:
 def _network(subject: Subject) -> list[Finding]:
     cut = subject.opened.cut
     expected = {FEATURIZER: cut.featurizer_sha256, CLASSIFIER: _phi_2(subject)}
-    if (function := _function(subject)) and (procedure := function.chain.procedure):
+    if PROCEDURE in subject.files and (function := _function(subject)) and (procedure := function.chain.procedure):
         expected[PROCEDURE] = hashlib.sha256(procedure.file()).hexdigest()
     detail = "not the bytes that the vault's network or function gives"
     found = [
