@@ -160,7 +160,7 @@ class Release:
 
         `outputs` where it is to tell other classes apart than this release's, as those of several banks.
         """
-        parts = self._split(build, outputs)
+        wanted, parts = outputs or self.record.outputs, self._split(build)
         if build is None:
             stored = sum((self.folder / path).stat().st_size for path in (FEATURIZER, CLASSIFIER))
             state = [*parts.featurizer.state_dict().values(), *parts.classifier.state_dict().values()]
@@ -170,10 +170,12 @@ class Release:
                     f"{self.record.arch} as model/model.json describes it has weights of {readable_size(weights)}; the "
                     f"release holds {readable_size(stored)}. It was not built. Fetch it again from where you trust it."
                 )
+            parts = self._split(None, wanted)  # its record is in proportion; more outputs are the user's own wish
             with torch.random.fork_rng(devices=[]):
-                wanted = outputs or self.record.outputs
                 fresh = build_network(self.record.arch, wanted, self.record.arguments).state_dict()
             parts.classifier.load_state_dict({name: fresh[name] for name in parts.classifier.state_dict()}, assign=True)
+        elif outputs is not None:
+            parts = self._split(build, outputs)
         return parts.classifier.train().requires_grad_(True)
 
     def _loaded(self, name: Literal["featurizer", "classifier"], build: Builder | None) -> Split:

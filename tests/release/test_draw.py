@@ -192,6 +192,14 @@ def test_own_images_of_other_classes_are_drawn_by_the_command_and_combine(publis
     assert "--draw" in refused.stderr
 
 
+def test_a_new_classifier_may_have_more_outputs_than_the_weights_of_the_release_have_room_for(published: Path) -> None:
+    release = Release.open(published / "release")
+    rows = release.bank("train").read(np.arange(2))[0].float()
+    for outputs in (None, 50_000):
+        classifier = release.untrained_classifier(outputs=outputs).eval()
+        assert classifier(rows).shape == (2, outputs or release.record.outputs)
+
+
 def test_rows_that_were_not_drawn_combine_as_they_are(finished: Path) -> None:
     release = Release.open(finished / "release")
     with pytest.raises(ConfigError, match="were not drawn"):
